@@ -1,0 +1,48 @@
+"""Bundle + catalogue -> item embeddings: makes RUN/item_embeddings with RUN/bundle."""
+
+from __future__ import annotations
+
+import time
+
+from karma_ray.artifacts import RunFolder, exists, read_manifest
+from karma_ray.cli import parser, run
+from karma_ray.cluster.embedding import embed_items
+from karma_ray.errors import InputError
+from karma_ray.retrieval.retriever import require_part
+
+
+def data_of(run_uri: str) -> str:
+    """The data folder that the run's manifest names."""
+    manifest = RunFolder(run_uri).path("manifest.json")
+    data = read_manifest(run_uri).get("data") if exists(manifest) else None
+    if not data:
+        raise InputError("--data", data, f"is needed: {run_uri} does not say where its data lies")
+    return str(data)
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parser(__doc__)
+    flags.add_argument("run", metavar="RUN", help="run folder with a finished bundle/")
+    flags.add_argument("--data", help="data folder (default: the one the run was trained on)")
+    flags.add_argument("--actors", type=int, default=1, help="encoders in parallel (default 1)")
+    flags.add_argument("--batch", type=int, default=256, help="items per encoder batch")
+    flags.add_argument(
+        "--precision", choices=["float32", "bfloat16"], default="float32", help="compute type"
+    )
+    arguments = flags.parse_args(argv)
+    folder = RunFolder(arguments.run)
+    require_part(arguments.run, folder.bundle, "jobs/train.py --out RUN")
+    data = arguments.data or data_of(arguments.run)
+    started = time.monotonic()
+    manifest = embed_items(
+        folder.bundle, data, folder.item_embeddings, arguments.actors, arguments.batch,
+        arguments.precision,
+    )  # fmt: skip
+    print(
+        f"{manifest['num_items']} items x {manifest['width']} in {time.monotonic() - started:.0f} s"
+        f" -> {folder.item_embeddings}\nnext: python jobs/index.py {arguments.run}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,32 @@
+"""Item embeddings -> index: makes RUN/index from RUN/bundle and RUN/item_embeddings."""
+
+from __future__ import annotations
+
+import time
+
+from karma_ray.artifacts import RunFolder
+from karma_ray.cli import parser, run
+from karma_ray.retrieval.index import KINDS, RECALL_AT, index_kind
+from karma_ray.retrieval.retriever import index_run
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parser(__doc__)
+    flags.add_argument("run", metavar="RUN", help="run folder with finished item_embeddings/")
+    flags.add_argument(
+        "--kind", default="flat",
+        help=f"one of: {', '.join(KINDS)} (default flat, which is exact)",
+    )  # fmt: skip
+    arguments = flags.parse_args(argv)
+    kind = index_kind(arguments.kind)
+    started = time.monotonic()
+    index = index_run(arguments.run, kind)
+    print(
+        f"{index.kind} index of {index.num_items} items, recall@{RECALL_AT} {index.recall:.3f}, "
+        f"in {time.monotonic() - started:.1f} s -> {RunFolder(arguments.run).index}\n"
+        f"next: python jobs/serve.py {arguments.run}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

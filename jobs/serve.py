@@ -1,0 +1,30 @@
+"""The endpoint over a finished run, until Ctrl-C."""
+
+from __future__ import annotations
+
+from karma_ray.artifacts import RunFolder, read_table
+from karma_ray.cli import parser, run
+from karma_ray.cluster.serving import curl_example, serve_run
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parser(__doc__)
+    flags.add_argument("run", metavar="RUN", help="run folder with bundle/, embeddings and index/")
+    flags.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    flags.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
+    flags.add_argument("--replicas", type=int, default=1, help="copies of model and index (1)")
+    arguments = flags.parse_args(argv)
+
+    def announce(url: str) -> None:
+        source = RunFolder(arguments.run).path("index", "item_ids.parquet")
+        ids = read_table(source, columns=["item_id"]).column("item_id")[:2].to_pylist()
+        print(f"ready: {url}/docs; stop with Ctrl-C. Try:\n{curl_example(url, ids)}", flush=True)
+
+    serve_run(
+        arguments.run, arguments.host, arguments.port, arguments.replicas,
+        blocking=True, on_ready=announce,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main)

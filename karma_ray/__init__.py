@@ -1,0 +1,3 @@
+"""KARMA on Ray: knowledge-action regularized alignment for personalized search."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,204 @@
+"""Where things lie: fsspec paths, Parquet tables, manifests and the run folder.
+
+Every folder the platform writes carries `manifest.json` with a schema version, the
+configuration that made it and the content hashes of its parents, so that a mismatch between
+model, embeddings and index is refused instead of served.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from karma_ray.errors import InputError
+
+SCHEMA_VERSION = 1
+
+
+def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """Return the fsspec filesystem of `uri` and the path inside it."""
+    fs, path = fsspec.core.url_to_fs(str(uri))
+    return fs, path
+
+
+def join(uri: str, *parts: str) -> str:
+    """Join path parts below a local path or URI."""
+    return "/".join([str(uri).rstrip("/"), *parts])
+
+
+def exists(uri: str) -> bool:
+    """Whether a file or folder stands at `uri`."""
+    fs, path = open_filesystem(uri)
+    return bool(fs.exists(path))
+
+
+def write_table(table: pa.Table, folder: str, part: str = "part-00000") -> None:
+    """Write one zstd Parquet file `folder/part.parquet`."""
+    fs, path = open_filesystem(folder)
+    fs.makedirs(path, exist_ok=True)
+    with fs.open(f"{path}/{part}.parquet", "wb") as sink:
+        pq.write_table(table, sink, compression="zstd")
+
+
+def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:
+    """Read every Parquet file below `folder`; `split=` folders become a column.
+
+    Raises InputError when the folder is missing or holds no Parquet file.
+    """
+    fs, path = open_filesystem(folder)
+    if not fs.exists(path):
+        raise InputError("table", folder, "does not exist")
+    if fs.isdir(path) and not fs.glob(f"{path}/**/*.parquet"):
+        raise InputError("table", folder, "holds no .parquet file")
+    dataset = ds.dataset(path, filesystem=fs, format="parquet", partitioning="hive")
+    return dataset.to_table(columns=columns)
+
+
+def write_json(value: Any, uri: str) -> None:
+    """Write indented JSON, replacing the file in one step on a local filesystem."""
+    fs, path = open_filesystem(uri)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    text = json.dumps(value, indent=2, sort_keys=False, default=str) + "\n"
+    if fs.protocol in ("file", "local") or "file" in fs.protocol:
+        temporary = f"{path}.tmp"
+        Path(temporary).write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    else:
+        with fs.open(path, "w") as sink:
+            sink.write(text)
+
+
+def read_json(uri: str) -> Any:
+    """Read JSON; raises InputError when the file is missing or not JSON."""
+    fs, path = open_filesystem(uri)
+    if not fs.exists(path):
+        raise InputError("file", uri, "does not exist")
+    with fs.open(path, "r") as source:
+        try:
+            return json.load(source)
+        except json.JSONDecodeError as error:
+            raise InputError("file", uri, f"is not JSON ({error})") from None
+
+
+def content_hash(uri: str) -> str:
+    """SHA-256 (16 hex digits) over names and bytes of all files below `uri` but manifests."""
+    fs, path = open_filesystem(uri)
+    digest = hashlib.sha256()
+    files = sorted(fs.find(path)) if fs.isdir(path) else [path]
+    for name in files:
+        if name.endswith("manifest.json"):
+            continue
+        digest.update(name[len(path) :].encode())
+        with fs.open(name, "rb") as source:
+            while block := source.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()[:16]
+
+
+def value_hash(value: Any) -> str:
+    """SHA-256 (16 hex digits) of a JSON-able value; the key of a cached step."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def write_manifest(
+    folder: str,
+    kind: str,
+    *,
+    parents: Mapping[str, str] | None = None,
+    **facts: Any,
+) -> dict[str, Any]:
+    """Write and return `folder/manifest.json`; `parents` maps a role to a content hash."""
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "content_hash": content_hash(folder),
+        "parents": dict(parents or {}),
+        **facts,
+    }
+    write_json(manifest, join(folder, "manifest.json"))
+    return manifest
+
+
+def read_manifest(folder: str, kind: str | None = None) -> dict[str, Any]:
+    """Read `folder/manifest.json`; raises InputError when its kind is not `kind`."""
+    manifest: dict[str, Any] = read_json(join(folder, "manifest.json"))
+    if kind is not None and manifest.get("kind") != kind:
+        raise InputError("manifest kind", manifest.get("kind"), f"in {folder}", choices=[kind])
+    return manifest
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside one run folder (see docs/run-folder in the README)."""
+
+    root: str
+
+    def path(self, *parts: str) -> str:
+        """Path of something inside the run."""
+        return join(self.root, *parts)
+
+    @property
+    def config(self) -> str:
+        return self.path("config.json")
+
+    @property
+    def metrics(self) -> str:
+        return self.path("metrics.json")
+
+    @property
+    def metrics_lines(self) -> str:
+        return self.path("metrics.jsonl")
+
+    @property
+    def checkpoints(self) -> str:
+        return self.path("checkpoints")
+
+    @property
+    def bundle(self) -> str:
+        return self.path("bundle")
+
+    @property
+    def item_embeddings(self) -> str:
+        return self.path("item_embeddings")
+
+    @property
+    def index(self) -> str:
+        return self.path("index")
+
+    @property
+    def report(self) -> str:
+        return self.path("report")
+
+    def link_latest(self) -> None:
+        """Point `latest` beside a local run folder at it."""
+        if "://" in self.root:
+            return
+        root = Path(self.root).resolve()
+        link = root.parent / "latest"
+        if link.is_symlink() or link.is_file():
+            link.unlink()
+        elif link.is_dir():
+            shutil.rmtree(link)
+        link.symlink_to(root.name)
+
+
+def read_lines(uri: str) -> Iterator[dict[str, Any]]:
+    """Yield the records of a JSON-lines file; an absent file yields nothing."""
+    fs, path = open_filesystem(uri)
+    if not fs.exists(path):
+        return
+    with fs.open(path, "r") as source:
+        for line in source:
+            if line.strip():
+                yield json.loads(line)

@@ -1,0 +1,1 @@
+"""Rankers that train nothing: the floors and the toy shop's ceilings."""

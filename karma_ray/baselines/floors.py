@@ -1,0 +1,60 @@
+"""Floors and ceilings by the name of their recipe."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from karma_ray.artifacts import exists, join
+from karma_ray.baselines.affinity import AffinityRanker
+from karma_ray.baselines.popularity import PopularityRanker, training_clicks
+from karma_ray.baselines.query_filter import PopularQueryFilterRanker, QueryFilterRanker
+from karma_ray.baselines.ranker import Ranker
+from karma_ray.baselines.tfidf import TfidfRanker
+from karma_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from karma_ray.data.prepared import PreparedData
+
+NAMES = (
+    "popularity",
+    "tfidf",
+    "query_filter",
+    "query_filter_popular",
+    "affinity",
+    "oracle",
+    "taste_oracle",
+)
+
+
+def build_floor(name: str, data: PreparedData, seed: int = 0) -> Ranker:
+    """The ranker of a floor or ceiling recipe; only `query_filter` draws from `seed`.
+
+    Raises InputError on an unknown name, and for a ceiling on data without known truth.
+    """
+    if name in ("oracle", "taste_oracle"):
+        return _ceiling(name, data)
+    catalog = data.catalog()
+    if name == "tfidf":
+        return TfidfRanker(catalog)
+    if name == "query_filter":
+        return QueryFilterRanker(catalog, data.query_matches(), seed)
+    if name not in NAMES:
+        raise InputError("--recipe", name, choices=NAMES)
+    clicks = training_clicks(data.sequences(), catalog)
+    if name == "popularity":
+        return PopularityRanker(clicks)
+    if name == "query_filter_popular":
+        return PopularQueryFilterRanker(clicks, data.query_matches())
+    return AffinityRanker(catalog, data.query_matches(), clicks)
+
+
+def _ceiling(name: str, data: PreparedData) -> Ranker:
+    if not exists(join(data.uri, "truth")):
+        raise InputError(
+            "--recipe", name, f"needs the toy shop's truth table, absent in {data.uri}"
+        )
+    from karma_ray.baselines.oracle import PosteriorOracle, TasteOracle
+
+    kind = PosteriorOracle if name == "oracle" else TasteOracle
+    ranker: Ranker = kind.load(data.uri, data.catalog())
+    return ranker

@@ -1,0 +1,79 @@
+"""Floors behind a hard match of the query: in random order, or by popularity.
+
+A model that has not passed them has shown nothing of the person (SCIENCE: trivial floors win).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from karma_ray.data.catalog import Catalog
+
+if TYPE_CHECKING:
+    from karma_ray.data.prepared import QueryMatches
+
+
+def behind_match(
+    values: NDArray[np.floating], rows: NDArray[np.int64]
+) -> NDArray[np.float32]:  # [I], [M] -> [I]
+    """Scores that put `rows` first and keep the order, and the ties, of `values` in both parts.
+
+    Dense ranks are whole numbers, so float32 keeps them apart (up to 8 million items).
+    """
+    ranks = np.unique(values, return_inverse=True)[1].astype(np.float32)
+    ranks[rows] += len(values)
+    return ranks
+
+
+class QueryFilterRanker:
+    """Matching items first, each part in an order drawn per request and seed.
+
+    The order depends on the request's and the items' own keys, so neither the block size nor
+    the order of examples or catalogue changes it.
+    """
+
+    def __init__(self, catalog: Catalog, matches: QueryMatches, seed: int = 0) -> None:
+        self._matches, self._seed = matches, seed
+        self._item_keys = np.array([_key(item_id) for item_id in catalog.item_ids], np.uint64)
+
+    def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
+        """Noise in [0, 1) on matching items and in [-1, 0) on the others."""
+        scores = np.empty((examples.num_rows, len(self._item_keys)), dtype=np.float32)
+        names = ("user_id", "timestamp", "query", "history_item_ids")
+        columns = [examples.column(name).to_pylist() for name in names]
+        for row, request in enumerate(zip(*columns, strict=True)):
+            noise = _uniform(self._item_keys ^ np.uint64(_key(repr((self._seed, *request)))))
+            scores[row] = noise - 1.0
+            rows = self._matches.rows(request[2])
+            scores[row, rows] = noise[rows]
+        return scores
+
+
+class PopularQueryFilterRanker:
+    """Matching items first, each part by training clicks."""
+
+    def __init__(self, clicks: NDArray[np.int64], matches: QueryMatches) -> None:
+        self._clicks, self._matches = clicks, matches
+
+    def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
+        """Dense popularity ranks, the matching items' lifted above all others."""
+        queries = examples.column("query").to_pylist()
+        rows = [behind_match(self._clicks, self._matches.rows(query)) for query in queries]
+        return np.stack(rows) if rows else np.zeros((0, len(self._clicks)), dtype=np.float32)
+
+
+def _key(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def _uniform(keys: NDArray[np.uint64]) -> NDArray[np.float32]:  # [I] -> [I] in [0, 1)
+    """SplitMix64's finaliser: neighbouring keys give independent-looking numbers."""
+    mixed = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    mixed ^= mixed >> np.uint64(31)
+    return (mixed >> np.uint64(40)).astype(np.float32) * np.float32(2.0**-24)

@@ -1,0 +1,77 @@
+"""What every job's command line shares: flags, exit codes, configuration."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import time
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+from karma_ray import recipes
+from karma_ray.artifacts import join, read_json
+from karma_ray.config import Config, describe_fields, from_dict, override, to_dict
+from karma_ray.errors import InputError, KarmaRayError
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}\n")
+
+
+def parser(description: str, *, config: bool = False) -> argparse.ArgumentParser:
+    """A parser; with `config` it takes --recipe, --seed, --set and --config, and documents them."""
+    result = _Parser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="fields for --set, with defaults:\n" + describe_fields() if config else None,
+    )
+    if config:
+        result.add_argument("--recipe", help="one of: " + ", ".join(recipes.names()))
+        result.add_argument("--seed", type=int, help="seed of the run (default 0)")
+        result.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="PATH=VALUE",
+            dest="assignments",
+            help="override one field, for example training.steps=500 (repeatable)",
+        )
+        result.add_argument("--config", metavar="FILE.json", help="start from a saved config.json")
+    return result
+
+
+def load_config(arguments: argparse.Namespace, default_recipe: str) -> Config:
+    """The configuration that the flags describe; raises InputError."""
+    if arguments.config:
+        if arguments.recipe:
+            raise InputError("--recipe", arguments.recipe, "cannot be combined with --config")
+        config = from_dict(read_json(arguments.config))
+    else:
+        config = recipes.build(arguments.recipe or default_recipe)
+    if arguments.seed is not None:
+        config = from_dict({**to_dict(config), "seed": arguments.seed})
+    return override(config, arguments.assignments)
+
+
+def default_out(recipe: str) -> str:
+    """`runs/<recipe>-<time>`."""
+    return join("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def run(main: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> NoReturn:
+    """Run a job: exit 0 on success, 2 on bad input with its message, 1 on failure."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        main(argv)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KarmaRayError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(1)
+    sys.exit(0)

@@ -1,0 +1,1 @@
+"""The only room that imports ray: sharding, embedding, training, tuning, serving."""

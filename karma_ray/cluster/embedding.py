@@ -1,0 +1,94 @@
+"""Catalogue -> item embeddings on Ray Data: a pool of encoders over ranges of rows.
+
+Workers read the text from the node's memory-mapped catalogue, so only row numbers travel.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray.data
+import torch
+from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+from karma_ray.artifacts import content_hash, exists, join, open_filesystem, read_manifest
+from karma_ray.cluster.session import connect
+from karma_ray.data.catalog import Catalog
+from karma_ray.data.prompts import encode_texts
+from karma_ray.errors import InputError
+from karma_ray.retrieval.encode import embedding_rows, encode_catalog, write_embedding_manifest
+from karma_ray.retrieval.export import load_bundle
+
+LOG = logging.getLogger(__name__)
+
+BLOCK_BATCHES = 16
+"""Encoder batches per Ray batch: enough items to sort by length and waste little on padding."""
+
+
+class CatalogEncoder:
+    """One actor: a bundle's item encoder and the node's catalogue."""
+
+    def __init__(self, bundle: str, data: str, batch_size: int, precision: str) -> None:
+        torch.set_num_threads(1)
+        self.bundle = load_bundle(bundle)
+        self.catalog = Catalog.load(data)
+        self.batch_size, self.precision = batch_size, precision
+
+    def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> pa.Table:
+        """Row numbers {"id": [n]} -> `item_embeddings` rows."""
+        part = Catalog(self.catalog.table.take(pa.array(batch["id"])))
+        config = self.bundle.collate_config
+        tokens, lengths = encode_texts(self.bundle.tokenizer, part.texts(), config.max_item_tokens)
+        vectors = encode_catalog(
+            self.bundle.interest, tokens, lengths, self.batch_size, self.precision
+        )
+        return embedding_rows(part.item_ids, part.titles, vectors)
+
+
+def embed_items(
+    bundle: str,
+    data: str,
+    out: str,
+    num_actors: int = 1,
+    batch_size: int = 256,
+    precision: str = "float32",
+) -> dict[str, Any]:
+    """Embed every item of `data` with a bundle and write `out`; returns its manifest.
+
+    `out` is replaced; its manifest comes last, so an interrupted job leaves no folder that
+    could be taken for a finished one. Raises InputError on a missing bundle or catalogue.
+    """
+    for name, value in (("--actors", num_actors), ("--batch", batch_size)):
+        if value < 1:
+            raise InputError(name, value, "must be at least 1")
+    if not exists(join(data, "items")):
+        raise InputError("--data", data, "holds no items/")
+    manifest = read_manifest(bundle, "bundle")
+    catalog = Catalog.load(data)
+    bundle, data = _absolute(bundle), _absolute(data)
+    connect()
+    block = batch_size * BLOCK_BATCHES
+    num_blocks = max(num_actors, -(-catalog.num_items // block))
+    embedded = ray.data.range(catalog.num_items, override_num_blocks=num_blocks).map_batches(
+        CatalogEncoder,
+        fn_constructor_args=(bundle, data, batch_size, precision),
+        compute=ray.data.ActorPoolStrategy(size=num_actors),
+        batch_size=block,
+    )
+    fs, path = open_filesystem(_absolute(out))
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+    fs.makedirs(path, exist_ok=True)
+    LOG.info("embedding %d items with %d encoder(s)", catalog.num_items, num_actors)
+    embedded.write_parquet(path, filesystem=PyFileSystem(FSSpecHandler(fs)), compression="zstd")
+    parents = {"bundle": manifest["content_hash"], "items": content_hash(join(data, "items"))}
+    return write_embedding_manifest(out, parents, catalog.num_items, manifest["width"])
+
+
+def _absolute(uri: str) -> str:
+    """Actors start in a folder of their own, so a relative path would not be found there."""
+    return uri if "://" in uri else str(Path(uri).resolve())

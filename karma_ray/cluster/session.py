@@ -1,0 +1,44 @@
+"""Joining a Ray cluster, or starting a local one that answers on loopback only."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import ray
+
+LOG = logging.getLogger(__name__)
+
+_QUIET = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+def connect(num_cpus: int | None = None) -> None:
+    """Join the cluster this process belongs to, or start a local one; idempotent.
+
+    Inside `ray job submit`, or with RAY_ADDRESS set, the existing cluster is joined.
+    `num_cpus` counts logical CPUs of a local cluster (default: the machine's, at least 4).
+    """
+    if ray.is_initialized():
+        return
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    root = str(Path(__file__).resolve().parents[2])
+    environment = {"env_vars": {"PYTHONPATH": root, **_QUIET}}
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"):
+        ray.init(address="auto", runtime_env=environment, log_to_driver=True)
+        return
+    LOG.info("starting a local Ray (about 10 seconds)")
+    ray.init(
+        num_cpus=num_cpus or max(4, os.cpu_count() or 4),
+        include_dashboard=False,
+        runtime_env=environment,
+        object_store_memory=512 * 1024 * 1024,
+        log_to_driver=False,
+        logging_level=logging.WARNING,
+    )

@@ -1,0 +1,156 @@
+"""The assembled configuration and its dotted overrides.
+
+Parts own their configuration (a frozen dataclass beside the class); this module only puts
+them together. `recipes.py` returns a full `Config` per named run.
+"""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import inspect
+import itertools
+import textwrap
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from karma_ray.data.collate import CollateConfig
+from karma_ray.data.sessions import PrepareConfig
+from karma_ray.errors import InputError
+from karma_ray.model.config import ModelConfig
+from karma_ray.objectives.losses import ObjectiveConfig
+from karma_ray.training.config import EvaluationConfig, PretrainConfig, TrainingConfig, WarmupConfig
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, whole."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")
+
+    recipe: str = "karma_text"
+    """Name of the recipe this run started from."""
+    seed: int = 0
+    """Seed of initialisation, data order, decoded positions and query dropping."""
+    prepare: PrepareConfig = field(default_factory=PrepareConfig)
+    """Events -> sequences and examples."""
+    collate: CollateConfig = field(default_factory=CollateConfig)
+    """Rows -> batches."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Item encoder, user decoder, score, train-only decoders."""
+    pretrain: PretrainConfig = field(default_factory=PretrainConfig)
+    """Causal language modelling of the catalogue's text; only for the `tiny` backbone."""
+    warmup: WarmupConfig = field(default_factory=WarmupConfig)
+    """Stage 1: decode an item's text from its own embedding."""
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """L = L_act + lambda_dec (L_gen + L_recon), equations 4 and 9."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Stage 2: the joint objective on behaviour sequences."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Metrics on the valid and test examples."""
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The configuration as plain JSON-able values."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(value: Mapping[str, Any]) -> Config:
+    """Build and validate a Config; raises InputError naming field, value and problem."""
+    _check_names(Config, value, "")
+    try:
+        return TypeAdapter(Config).validate_python(dict(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        path = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].replace("Input should be", "should be")
+        raise InputError(path, first["input"], message) from None
+
+
+def override(config: Config, assignments: Iterable[str]) -> Config:
+    """Apply `dotted.path=value` strings (the values of `--set`) to a configuration.
+
+    Raises InputError on an unknown path (naming the choices) or a value of the wrong type.
+    """
+    value = to_dict(config)
+    for assignment in assignments:
+        path, separator, text = assignment.partition("=")
+        if not separator:
+            raise InputError("--set", assignment, "is not of the form dotted.path=value")
+        node, parts = value, path.strip().split(".")
+        for depth, part in enumerate(parts):
+            if not isinstance(node, dict) or part not in node:
+                choices = list(node) if isinstance(node, dict) else None
+                where = "--set " + (".".join(parts[:depth]) or "(top)")
+                raise InputError(where, part, "is not a known field", choices=choices)
+            if depth < len(parts) - 1:
+                node = node[part]
+        if isinstance(node[parts[-1]], dict):
+            raise InputError("--set", path, "is a group of fields", choices=list(node[parts[-1]]))
+        node[parts[-1]] = _literal(text)
+    return from_dict(value)
+
+
+def describe_fields() -> str:
+    """Every field with its default and its docstring's first line, for `--help`."""
+    lines: list[str] = []
+    _describe(Config, "", lines)
+    return "\n".join(lines)
+
+
+def _literal(text: str) -> Any:
+    lowered = text.strip().lower()
+    if lowered in ("true", "false"):
+        return lowered == "true"
+    if lowered in ("none", "null"):
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    if text.startswith("[") and text.endswith("]"):
+        return [_literal(part) for part in text[1:-1].split(",") if part.strip()]
+    return text.strip()
+
+
+def _check_names(kind: type, value: Mapping[str, Any], prefix: str) -> None:
+    hints = get_type_hints(kind)
+    names = [item.name for item in dataclasses.fields(kind)]
+    for name, child in value.items():
+        if name not in names:
+            raise InputError(f"config {prefix}{name}", child, "is not a known field", choices=names)
+        if dataclasses.is_dataclass(hints[name]) and isinstance(child, Mapping):
+            _check_names(hints[name], child, f"{prefix}{name}.")
+
+
+def _describe(kind: type, prefix: str, lines: list[str]) -> None:
+    documentation = _field_docs(kind)
+    for item in dataclasses.fields(kind):
+        hint = get_type_hints(kind)[item.name]
+        if dataclasses.is_dataclass(hint):
+            _describe(hint, f"{prefix}{item.name}.", lines)
+            continue
+        default = item.default
+        if default is dataclasses.MISSING and item.default_factory is not dataclasses.MISSING:
+            default = item.default_factory()
+        lines.append(f"  {prefix}{item.name} = {default}")
+        if item.name in documentation:
+            lines.append(f"      {documentation[item.name]}")
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0].body  # type: ignore[attr-defined]
+    documented: dict[str, str] = {}
+    for node, following in itertools.pairwise(body):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            documented[node.target.id] = " ".join(str(following.value.value).split())
+    return documented

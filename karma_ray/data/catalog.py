@@ -1,0 +1,103 @@
+"""The catalogue: every item's id, title and text, memory-mapped once per node.
+
+Examples carry ids, not text; the collator looks ids up here. Row order is the order of
+`DATA/items`, after dropping rows that cannot be items (no id, no title, a repeated id: the
+first one stays), so a row number means the same thing in every process.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from karma_ray.artifacts import content_hash, join, read_table
+from karma_ray.data.schema import ITEMS, check_columns
+from karma_ray.errors import InputError
+
+
+def usable_items(table: pa.Table) -> np.ndarray:
+    """Mask [rows] of items with an id and a title, first occurrence of each id only."""
+    ids = table.column("item_id")
+    titled = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(table.column("title"))), 0)
+    named = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(ids)), 0)
+    usable = pc.fill_null(pc.and_(titled, named), False).to_numpy(zero_copy_only=False).copy()
+    candidates = np.flatnonzero(usable)
+    codes = pc.dictionary_encode(ids.take(candidates)).combine_chunks().indices.to_numpy()
+    _, first = np.unique(codes, return_index=True)
+    keep = np.zeros(len(usable), dtype=bool)
+    keep[candidates[first]] = True
+    return keep
+
+
+class Catalog:
+    """Items by row number. Images stay on disk: nothing here reads them."""
+
+    def __init__(self, table: pa.Table) -> None:
+        if table.num_rows == 0:
+            raise InputError("items", 0, "rows: the catalogue is empty")
+        self.table = table
+        self.item_ids: list[str] = table.column("item_id").to_pylist()
+        self.titles: list[str] = table.column("title").to_pylist()
+        self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids)}
+        self._content_ids: np.ndarray | None = None
+
+    @classmethod
+    def load(cls, data_uri: str, cache_dir: str | None = None) -> Catalog:
+        """Memory-map the catalogue of a data folder.
+
+        The Arrow copy lies in `cache_dir` (default: the system's temporary folder) under the
+        content hash of the items, so all workers of a node share its pages.
+        """
+        source = join(data_uri, "items")
+        folder = Path(cache_dir or os.path.join(tempfile.gettempdir(), "karma_ray-catalogues"))
+        path = folder / f"{content_hash(source)}.arrow"
+        if not path.exists():
+            _write_arrow(source, path)
+        return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+
+    @property
+    def num_items(self) -> int:
+        """Number of items I."""
+        return len(self.item_ids)
+
+    def rows(self, ids: Sequence[str]) -> np.ndarray:
+        """Row numbers [n] int64 of item ids; -1 where unknown."""
+        return np.fromiter((self._row_of.get(i, -1) for i in ids), dtype=np.int64, count=len(ids))
+
+    def column(self, name: str) -> list[Any] | None:
+        """A column as a list, or None when the catalogue does not have it."""
+        return self.table.column(name).to_pylist() if name in self.table.column_names else None
+
+    def texts(self) -> list[str]:
+        """`title | brand | category | text` of every item, empty parts left out."""
+        columns = [self.table.column(name).to_pylist() for name in _TEXT_COLUMNS]
+        return [" | ".join(part for part in parts if part) for parts in zip(*columns, strict=True)]
+
+    @property
+    def content_ids(self) -> np.ndarray:
+        """Ids [I] int64, equal for items of equal normalised text (frozen near-duplicates)."""
+        if self._content_ids is None:
+            seen: dict[str, int] = {}
+            normal = (" ".join(text.lower().split()) for text in self.texts())
+            self._content_ids = np.array([seen.setdefault(t, len(seen)) for t in normal], np.int64)
+        return self._content_ids
+
+
+_TEXT_COLUMNS = ("title", "brand", "category", "text")
+
+
+def _write_arrow(source: str, path: Path) -> None:
+    table = check_columns(read_table(source), ITEMS, "items").drop_columns(["image"])
+    table = table.filter(pa.array(usable_items(table))).combine_chunks()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+    os.replace(temporary, path)

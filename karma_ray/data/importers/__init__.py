@@ -1,0 +1,1 @@
+"""Public datasets -> our tables, one module per dataset."""

@@ -1,0 +1,54 @@
+"""Hard negatives of a page: what was shown and neither clicked nor bought."""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+
+def page_negatives(pages: pl.DataFrame, scope: str, cap: int | None, seed: int) -> pa.ListArray:
+    """Per page [P]: the exposed items that nobody clicked or bought within `scope`.
+
+    Beyond `cap` the items of lowest seeded hash stay, in the order they were shown.
+    """
+    place = pages.select(pl.int_range(pl.len()).alias("place"), pl.all())
+    shown = place.select("place", scope, item="exposed").explode("item").drop_nulls("item")
+    liked = pl.concat(
+        [place.select(scope, item=name).explode("item") for name in ("clicked", "purchased")]
+    ).unique()
+    negatives = (
+        shown.with_row_index("shown")
+        .join(liked, on=[scope, "item"], how="anti", nulls_equal=False)
+        .sort("shown")
+    )
+    if cap is not None:
+        negatives = negatives.with_columns(_hash(negatives, place["page_id"], seed).alias("hash"))
+        rank = pl.int_range(pl.len()).over("place", order_by=["hash", "shown"])
+        negatives = negatives.filter(rank < cap)
+    counts = np.bincount(negatives["place"].to_numpy(), minlength=pages.height)
+    offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+    values = negatives["item"].to_arrow().cast(pa.string())
+    return pa.ListArray.from_arrays(pa.array(offsets), values)
+
+
+def _hash(negatives: pl.DataFrame, page_ids: pl.Series, seed: int) -> np.ndarray:
+    """A 64-bit hash [n] of (page, item, seed) that no library version changes."""
+    items = negatives["item"].to_arrow().cast(pa.string()).dictionary_encode()
+    item = _crc(items.dictionary.to_pylist())[items.indices.to_numpy(zero_copy_only=False)]
+    page = _crc(page_ids.to_list())[negatives["place"].to_numpy()]
+    with np.errstate(over="ignore"):
+        return _mix(item ^ _mix(page + np.uint64(seed & 0xFFFFFFFFFFFFFFFF) * np.uint64(0x9E3779B97F4A7C15)))
+
+
+def _crc(values: list[str]) -> np.ndarray:
+    return np.array([zlib.crc32(value.encode()) for value in values], dtype=np.uint64)
+
+
+def _mix(value: np.ndarray) -> np.ndarray:
+    # splitmix64's finaliser
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return np.asarray(value ^ (value >> np.uint64(31)))

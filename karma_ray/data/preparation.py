@@ -1,0 +1,161 @@
+"""One partition of users, and whole tables in memory: what `prepare` does, without Ray.
+
+    items  -> check_items  -> ids --+
+    events -> check_events ---------+-> choose_cutoffs -> build_partition -> check_no_leak
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from karma_ray.artifacts import SCHEMA_VERSION
+from karma_ray.data.leakage import check_no_leak
+from karma_ray.data.schema import ITEMS, check_columns
+from karma_ray.data.sessions import PrepareConfig, build_examples, build_pages, build_sequences
+from karma_ray.data.splits import Cutoffs, choose_cutoffs
+from karma_ray.data.validation import check_events, check_items, check_share, count_reasons
+from karma_ray.errors import InputError
+
+CLICK_TIMES = pa.schema([pa.field("time", pa.int64()), pa.field("clicks", pa.int64())])
+"""Clicks per microsecond; what the cut points are chosen from."""
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Sequences and examples of some users, with counts."""
+
+    sequences: pa.Table
+    examples: dict[str, pa.Table]
+    counts: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything `prepare` writes, in memory; `facts` is the content of prepared.json."""
+
+    sequences: pa.Table
+    examples: dict[str, pa.Table]
+    quarantine: pa.Table
+    facts: dict[str, Any]
+
+
+def prepare_tables(
+    events: pa.Table,
+    items: pa.Table,
+    config: PrepareConfig,
+    manifest: Mapping[str, Any] | None = None,
+) -> Prepared:
+    """Prepare tables in memory; `manifest` is the data folder's, for planned cut points.
+
+    Raises InputError, TooManyBadRows and LeakError like the job does.
+    """
+    config.check()
+    checked_items = check_items(check_columns(items, ITEMS, "items"))
+    item_ids = catalogue_ids(checked_items.table)
+    checked = check_events(events, item_ids)
+    reasons = []
+    for result, rows in ((checked_items, items.num_rows), (checked, events.num_rows)):
+        reasons.append(count_reasons(result.quarantine))
+        source = "items" if result is checked_items else "events"
+        check_share(reasons[-1], rows, config.max_bad_share, source)
+    times = click_times(checked.table)
+    cutoffs = cutoffs_of([times], config, manifest)
+    partition = build_partition(checked.table, cutoffs, config)
+    counts = [checked_items.counts, {"items": len(item_ids)}, checked.counts, partition.counts]
+    facts = make_facts(config, cutoffs, add_up(counts), add_up(reasons), manifest)
+    quarantine = pa.concat_tables([checked_items.quarantine, checked.quarantine])
+    return Prepared(partition.sequences, partition.examples, quarantine, facts)
+
+
+def catalogue_ids(items: pa.Table) -> pa.Array:
+    """The ids of validated items; raises InputError when there are none."""
+    if items.num_rows == 0:
+        raise InputError("items", 0, "rows: the catalogue is empty")
+    return pa.array(items.column("item_id").to_pylist(), pa.string())
+
+
+def click_times(clean: pa.Table) -> pa.Table:
+    """Clicks of clean events per distinct time (CLICK_TIMES)."""
+    times = clean.column("timestamp").cast(pa.int64())
+    clicks = pc.list_value_length(clean.column("clicked_item_ids")).cast(pa.int64())
+    grouped = pa.table({"time": times, "clicks": clicks}).group_by("time")
+    total = grouped.aggregate([("clicks", "sum")])
+    return pa.table([total["time"], total["clicks_sum"]], schema=CLICK_TIMES)
+
+
+def cutoffs_of(
+    times: Iterable[pa.Table], config: PrepareConfig, manifest: Mapping[str, Any] | None
+) -> Cutoffs:
+    """The cut points of all clicks, from every fragment's `click_times`."""
+    whole = pa.concat_tables([CLICK_TIMES.empty_table(), *times])
+    return choose_cutoffs(
+        whole["time"].to_numpy(),
+        whole["clicks"].to_numpy(),
+        config.valid_share,
+        config.test_share,
+        manifest,
+    )
+
+
+def build_partition(clean: pa.Table, cutoffs: Cutoffs, config: PrepareConfig) -> Partition:
+    """Sequences and examples of a partition of whole users, checked for leaks."""
+    pages = build_pages(clean)
+    sequences = build_sequences(pages, cutoffs, config)
+    examples = {
+        "valid": build_examples(pages, cutoffs.valid_start, cutoffs.test_start, config),
+        "test": build_examples(pages, cutoffs.test_start, None, config),
+    }
+    check_no_leak(sequences, examples, cutoffs)
+    trained = int(pc.sum(sequences["loss_mask"].combine_chunks().flatten()).as_py() or 0)
+    counts = {
+        "users": pages["user_id"].n_unique(),
+        "pages": pages.height,
+        "repeated_pages": clean.num_rows - pages.height,
+        "pages_with_query": int((pages["query"].fill_null("") != "").sum()),
+        "pages_with_exposures": int((pages["exposed"].list.len() > 0).sum()),
+        "clicks": int(pages["clicked"].list.len().sum()),
+        "training_clicks": trained,
+        "windows": sequences.num_rows,
+        "valid_examples": examples["valid"].num_rows,
+        "test_examples": examples["test"].num_rows,
+    }
+    return Partition(sequences, examples, counts)
+
+
+def make_facts(
+    config: PrepareConfig,
+    cutoffs: Cutoffs,
+    counts: Mapping[str, int],
+    quarantined: Mapping[str, int],
+    manifest: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """The content of prepared.json. Without a manifest the sources of queries and negatives are
+    what the logs show: an events table of one's own holds real queries and exposures or none."""
+    known = manifest or {}
+    query = "real" if counts["pages_with_query"] else "none"
+    negative = "exposed" if counts["pages_with_exposures"] else "none"
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "prepare": dataclasses.asdict(config),
+        **cutoffs.iso(),
+        "counts": dict(counts),
+        "quarantined": dict(quarantined),
+        "query_source": known.get("query_source", query),
+        "negative_source": known.get("negative_source", negative),
+    }
+
+
+def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sum per name, names in order of first appearance."""
+    total: Counter[str] = Counter()
+    for part in counts:
+        for name, count in part.items():
+            total[name] += count
+    return dict(total)

@@ -1,0 +1,178 @@
+"""Prepared data as the rest of the platform reads it, and what a query matches."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+
+from karma_ray.artifacts import (
+    exists,
+    join,
+    open_filesystem,
+    read_json,
+    read_table,
+    value_hash,
+)
+from karma_ray.data.catalog import Catalog
+from karma_ray.data.schema import EXAMPLES, QUERY_MATCHES, SEQUENCES, check_columns
+from karma_ray.data.sessions import PrepareConfig
+from karma_ray.errors import InputError
+
+SPLITS = ("valid", "test")
+
+
+@dataclass(frozen=True)
+class PreparedData:
+    """A folder with sequences/, examples/ and prepared.json; `facts` is the latter."""
+
+    uri: str
+    facts: dict[str, Any]
+
+    @classmethod
+    def load(cls, uri: str) -> PreparedData:
+        """Open prepared data; raises InputError when the folder is missing or not prepared."""
+        require_data(uri)
+        if not exists(join(uri, "prepared.json")):
+            raise InputError("--data", uri, "is not prepared: it has no prepared.json")
+        return cls(uri, read_json(join(uri, "prepared.json")))
+
+    @property
+    def items_uri(self) -> str:
+        """The data folder that holds items/; another one when `prepare` wrote elsewhere."""
+        return str(self.facts.get("data") or self.uri)
+
+    def sequences(self) -> pa.Table:
+        """Training windows (SEQUENCES)."""
+        table = read_table(join(self.uri, "sequences"))
+        return check_columns(table, SEQUENCES, "sequences").select(SEQUENCES.names)
+
+    def examples(self, split: str) -> pa.Table:
+        """Examples (EXAMPLES) of `valid` or `test`, one per click."""
+        if split not in SPLITS:
+            raise InputError("split", split, choices=SPLITS)
+        table = read_table(join(self.uri, "examples", f"split={split}"))
+        return check_columns(table, EXAMPLES, "examples").select(EXAMPLES.names)
+
+    def catalog(self) -> Catalog:
+        """The catalogue these data refer to."""
+        return Catalog.load(self.items_uri)
+
+    def query_matches(self, catalog: Catalog | None = None) -> QueryMatches:
+        """What queries match in `catalog` (loaded when not given)."""
+        folder = join(self.items_uri, "query_matches")
+        truth = None
+        if exists(folder):
+            truth = check_columns(read_table(folder), QUERY_MATCHES, "query_matches")
+        return QueryMatches(catalog or self.catalog(), truth)
+
+
+def require_data(uri: str) -> None:
+    """Raise InputError when there is no data folder at `uri`."""
+    if not exists(uri):
+        raise InputError("--data", uri, "does not exist")
+
+
+def fingerprint(uri: str) -> str:
+    """A cheap hash of the input: the data manifest's content hash, names and sizes of the files
+    below events/ and items/."""
+    fs, root = open_filesystem(uri)
+    sizes = []
+    for table in ("events", "items"):
+        folder = f"{root}/{table}"
+        if fs.exists(folder):
+            found = fs.find(folder, detail=True)
+            sizes += [(name[len(root) :], found[name]["size"]) for name in sorted(found)]
+    return value_hash([read_data_manifest(uri).get("content_hash"), sizes])
+
+
+def read_data_manifest(uri: str) -> dict[str, Any]:
+    """DATA/manifest.json, or {} when there is none (tables of one's own)."""
+    path = join(uri, "manifest.json")
+    return dict(read_json(path)) if exists(path) else {}
+
+
+def differences(facts: Mapping[str, Any], config: PrepareConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields of `config` that `facts` was prepared with another value of: (there, wanted).
+
+    `num_partitions` is left out: it does not change a row.
+    """
+    made_with = facts.get("prepare") or {}
+    wanted = {name: value for name, value in asdict(config).items() if name != "num_partitions"}
+    return {
+        name: (made_with.get(name), value)
+        for name, value in wanted.items()
+        if made_with.get(name) != value
+    }
+
+
+_WORD = re.compile(r"[^\W_]+")
+_CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
+
+
+def terms(text: str) -> set[str]:
+    """Lower-cased words of letters and digits; Chinese and Japanese text is cut by jieba."""
+    text = text.lower()
+    if not _CJK.search(text):
+        return set(_WORD.findall(text))
+    import jieba  # loading its dictionary takes a second, and most shops never need it
+
+    return {word for piece in jieba.cut_for_search(text) for word in _WORD.findall(piece)}
+
+
+class QueryMatches:
+    """The catalogue rows "of a query".
+
+    The truth table's items when it names the query; else the items whose title, brand,
+    category and text hold every term of it; all rows when the query is empty or matches none.
+    """
+
+    def __init__(self, catalog: Catalog, truth: pa.Table | None = None) -> None:
+        self._catalog = catalog
+        self._all = np.arange(catalog.num_items, dtype=np.int64)
+        self._cache: dict[str, np.ndarray] = {}
+        self._truth: dict[str, list[str]] = {}
+        self._postings: dict[str, np.ndarray] | None = None
+        if truth is not None:
+            frame = pl.DataFrame(pl.from_arrow(truth.select(QUERY_MATCHES.names))).drop_nulls()
+            for query, item_ids in frame.iter_rows():
+                self._truth.setdefault(query, []).extend(item_ids)
+
+    def rows(self, query: str | None) -> np.ndarray:
+        """Rows [m] int64, ascending, of the items that `query` matches."""
+        if not query or not query.strip():
+            return self._all
+        if query not in self._cache:
+            self._cache[query] = self._find(query)
+        return self._cache[query]
+
+    def _find(self, query: str) -> np.ndarray:
+        if query in self._truth:
+            found = np.unique(self._catalog.rows(self._truth[query]))
+            found = found[found >= 0]
+        else:
+            found = self._lexical(query)
+        return found if found.size else self._all
+
+    def _lexical(self, query: str) -> np.ndarray:
+        if self._postings is None:
+            self._postings = _postings(self._catalog.texts())
+        none = np.empty(0, dtype=np.int64)
+        lists = sorted((self._postings.get(term, none) for term in terms(query)), key=len)
+        found = lists[0] if lists else none
+        for rows in lists[1:]:
+            found = np.intersect1d(found, rows, assume_unique=True)
+        return found
+
+
+def _postings(texts: list[str]) -> dict[str, np.ndarray]:
+    rows: dict[str, list[int]] = {}
+    for row, text in enumerate(texts):
+        for term in terms(text):
+            rows.setdefault(term, []).append(row)
+    return {term: np.array(found, dtype=np.int64) for term, found in rows.items()}

@@ -1,0 +1,110 @@
+"""The tables on disk: one pyarrow schema each, and the names of what is in them.
+
+Legend: `events` and `items` are input, `sequences` trains, `examples` evaluates.
+"""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+from karma_ray.errors import InputError
+
+TIME = pa.timestamp("us", tz="UTC")
+STRINGS = pa.list_(pa.string())
+
+EVENTS = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("timestamp", TIME, nullable=False),
+        pa.field("query", pa.string()),
+        pa.field("exposed_item_ids", STRINGS),
+        pa.field("clicked_item_ids", STRINGS, nullable=False),
+        pa.field("purchased_item_ids", STRINGS),
+        pa.field("session_id", pa.string()),
+    ]
+)
+"""One row per result page; `exposed_item_ids` may be empty when unknown."""
+
+ITEMS = pa.schema(
+    [
+        pa.field("item_id", pa.string(), nullable=False),
+        pa.field("title", pa.string(), nullable=False),
+        pa.field("text", pa.string()),
+        pa.field("brand", pa.string()),
+        pa.field("category", pa.string()),
+        pa.field("image", pa.binary()),
+    ]
+)
+"""One row per item; further columns ride along."""
+
+SEQUENCES = pa.schema(
+    [
+        pa.field("user_id", pa.string()),
+        pa.field("queries", STRINGS),
+        pa.field("item_ids", STRINGS),
+        pa.field("timestamps", pa.list_(TIME)),
+        pa.field("page_ids", STRINGS),
+        pa.field("hard_negative_ids", pa.list_(STRINGS)),
+        pa.field("loss_mask", pa.list_(pa.bool_())),
+    ]
+)
+"""One row per user window; each training click has `loss_mask` true in exactly one row."""
+
+EXAMPLES = pa.schema(
+    [
+        pa.field("user_id", pa.string()),
+        pa.field("timestamp", TIME),
+        pa.field("query", pa.string()),
+        pa.field("page_id", pa.string()),
+        pa.field("page_positive_ids", STRINGS),
+        pa.field("history_queries", STRINGS),
+        pa.field("history_item_ids", STRINGS),
+        pa.field("history_timestamps", pa.list_(TIME)),
+        pa.field("positive_item_id", pa.string()),
+        pa.field("hard_negative_ids", STRINGS),
+    ]
+)
+"""One row per click, path-partitioned by `split=valid|test`."""
+
+QUERY_MATCHES = pa.schema([pa.field("query", pa.string()), pa.field("item_ids", STRINGS)])
+"""Optional truth: the items a query names. Written by importers that derive queries and by
+the toy shop; without it a query matches the items whose text holds all of its terms."""
+
+QUARANTINE = pa.schema(
+    [
+        pa.field("record", pa.string()),
+        pa.field("source_file", pa.string()),
+        pa.field("row", pa.int64()),
+        pa.field("reason", pa.string()),
+    ]
+)
+"""Rejected rows as JSON text, with where they came from and why."""
+
+
+def check_columns(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
+    """Cast `table` to `schema`, keeping further columns after it.
+
+    Missing nullable columns are filled with nulls. Raises InputError naming the column, its
+    type and what was expected when a required column is missing or cannot be cast.
+    """
+    columns: dict[str, pa.ChunkedArray] = {}
+    for field in schema:
+        if field.name not in table.column_names:
+            if not field.nullable:
+                raise InputError(
+                    f"{source}: column", field.name, "is missing", choices=table.column_names
+                )
+            columns[field.name] = pa.chunked_array([pa.nulls(table.num_rows, field.type)])
+            continue
+        column = table.column(field.name)
+        try:
+            columns[field.name] = column.cast(field.type)
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
+            raise InputError(
+                f"{source}: column {field.name}",
+                str(column.type),
+                f"cannot be read as {field.type} ({error})",
+            ) from None
+    for name in table.column_names:
+        columns.setdefault(name, table.column(name))
+    return pa.table(columns)

@@ -1,0 +1,215 @@
+"""Raw rows in: what is wrong goes to quarantine with its reason, the rest goes on.
+
+A wrong *column* (missing, of a type that cannot be read) is an InputError; a wrong *row* is
+quarantined, and the job stops only when a larger share than allowed is (TooManyBadRows).
+A row is quarantined once, under the first reason that holds:
+
+events  empty user_id | timestamp is not a time       the row is dropped
+        null item id in a list                        the entry is dropped, the row stays
+        click on an item not in the catalogue         the click is dropped, the page stays
+items   empty item_id | empty title | duplicate item_id (the first stays)
+
+A page without clicks is no fault: it is counted and left out, since it holds no click to learn.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from karma_ray.data.catalog import usable_items
+from karma_ray.data.schema import EVENTS, QUARANTINE, TIME, check_columns
+from karma_ray.errors import InputError, TooManyBadRows
+
+CLEAN_EVENTS = pa.schema([*EVENTS, pa.field("order", pa.int64())])
+"""Validated events: item lists hold catalogue items only; `order` is the input row number."""
+
+NO_USER = "empty user_id"
+NO_TIME = "timestamp is not a time"
+NULL_ENTRY = "null item id in a list"
+UNKNOWN_CLICK = "click on an item not in the catalogue"
+NO_ITEM_ID = "empty item_id"
+NO_TITLE = "empty title"
+DUPLICATE_ITEM = "duplicate item_id"
+
+_TIME_FORMATS = ("%FT%T%.f%#z", "%FT%T%.f", "%FT%H:%M", "%F")
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What a check lets through, what it rejects, and how much of what it met."""
+
+    table: pa.Table
+    quarantine: pa.Table
+    counts: dict[str, int]
+
+
+def parse_times(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
+    """A column of times or of ISO 8601 strings as timestamp[us, UTC]; bad strings become null.
+
+    Times without a zone are UTC. Raises InputError for any other type: an integer does not
+    say whether it counts seconds, milliseconds or microseconds.
+    """
+    kind = column.type
+    if pa.types.is_null(kind):
+        return pa.chunked_array([pa.nulls(len(column), TIME)])
+    if pa.types.is_timestamp(kind) or pa.types.is_date(kind):
+        in_us = column if pa.types.is_timestamp(kind) else column.cast(pa.timestamp("ms"))
+        zone = in_us.type.tz
+        return in_us.cast(pa.timestamp("us", tz=zone), safe=False).cast(TIME)
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        problem = "cannot be read as a time; write timestamp[us, UTC] or ISO 8601 strings"
+        raise InputError(f"{source}: column timestamp", str(kind), problem)
+    text = pl.Series("text", column.to_pylist(), dtype=pl.String).str.strip_chars()
+    text = text.str.replace(r"^(\d{4}-\d\d-\d\d) ", "${1}T")
+    parsed = [
+        pl.col("text").str.to_datetime(form, time_unit="us", strict=False)
+        for form in _TIME_FORMATS
+    ]
+    zoned = [parsed[0], *(naive.dt.replace_time_zone("UTC") for naive in parsed[1:])]
+    times = pl.DataFrame([text]).select(pl.coalesce(zoned)).to_series()
+    return pa.chunked_array([times.to_arrow()]).cast(TIME)
+
+
+def event_columns(table: pa.Table, source: str) -> pa.Table:
+    """`table` with exactly the columns of EVENTS; raises InputError on a missing or wrong one."""
+    if "timestamp" in table.column_names:
+        place = table.column_names.index("timestamp")
+        times = parse_times(table.column("timestamp"), source)
+        table = table.set_column(place, "timestamp", times)
+    return check_columns(table, EVENTS, source).select(EVENTS.names)
+
+
+def check_events(
+    table: pa.Table, item_ids: pa.Array, source: str = "events", first_row: int = 0, order: int = 0
+) -> Checked:
+    """Validate event rows against the catalogue's ids.
+
+    `first_row` is the row number in `source` of the table's first row, `order` its number in
+    the whole input. The result's table has the columns CLEAN_EVENTS and no page without clicks.
+    """
+    rows = event_columns(table, source)
+    lists = {name: _clean_list(rows.column(name), item_ids) for name in _LIST_COLUMNS}
+    clicked = lists["clicked_item_ids"]
+    faults = [
+        (NO_USER, blank(rows.column("user_id"))),
+        (NO_TIME, _mask(pc.is_null(rows.column("timestamp")))),
+        (NULL_ENTRY, np.logical_or.reduce([entry.had_null for entry in lists.values()])),
+        (UNKNOWN_CLICK, clicked.num_unknown > 0),
+    ]
+    lost = faults[0][1] | faults[1][1]
+    keep = ~lost & (clicked.num_kept > 0)
+    clean = {name: rows.column(name) for name in EVENTS.names}
+    clean.update({name: pa.chunked_array([entry.values]) for name, entry in lists.items()})
+    clean["order"] = pa.chunked_array([np.arange(order, order + table.num_rows, dtype=np.int64)])
+    counts = {
+        "event_rows": table.num_rows,
+        "pages_without_clicks": int((~lost & (clicked.num_given == 0)).sum()),
+        "clicks_not_in_catalogue": int(clicked.num_unknown[~lost].sum()),
+        "exposures_not_in_catalogue": int(lists["exposed_item_ids"].num_unknown[~lost].sum()),
+    }
+    kept = pa.table(clean, schema=CLEAN_EVENTS).filter(pa.array(keep))
+    return Checked(kept, _quarantine(table, faults, source, first_row), counts)
+
+
+def check_items(table: pa.Table, source: str = "items", first_row: int = 0) -> Checked:
+    """Validate item rows; keeps exactly the rows of `catalog.usable_items`, whose rule this is."""
+    usable = usable_items(table)
+    faults = [
+        (NO_ITEM_ID, blank(table.column("item_id"))),
+        (NO_TITLE, blank(table.column("title"))),
+        (DUPLICATE_ITEM, ~usable),
+    ]
+    kept = table.filter(pa.array(usable))
+    counts = {"item_rows": table.num_rows}
+    return Checked(kept, _quarantine(table, faults, source, first_row), counts)
+
+
+def check_share(reasons: Mapping[str, int], rows: int, max_share: float, source: str) -> None:
+    """Raise TooManyBadRows when more than `max_share` of `rows` were quarantined."""
+    bad = sum(reasons.values())
+    if rows and bad / rows > max_share:
+        listed = ", ".join(f"{reason}: {count}" for reason, count in reasons.items())
+        raise TooManyBadRows(
+            f"{source}: {bad} of {rows} rows are bad ({listed}); "
+            f"prepare.max_bad_share allows a share of {max_share:g}"
+        )
+
+
+def count_reasons(quarantine: pa.Table) -> dict[str, int]:
+    """Quarantined rows per reason, most frequent first."""
+    return dict(Counter(quarantine.column("reason").to_pylist()).most_common())
+
+
+def blank(column: pa.ChunkedArray) -> np.ndarray:
+    """Mask [rows] of nulls and of strings without a visible character."""
+    visible = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)
+    return ~_mask(pc.fill_null(visible, False))
+
+
+_LIST_COLUMNS = ("exposed_item_ids", "clicked_item_ids", "purchased_item_ids")
+
+
+@dataclass(frozen=True)
+class _CleanList:
+    values: pa.Array
+    had_null: np.ndarray
+    num_given: np.ndarray
+    num_unknown: np.ndarray
+    num_kept: np.ndarray
+
+
+def _clean_list(column: pa.ChunkedArray, item_ids: pa.Array) -> _CleanList:
+    """Keep the catalogue's items in every list, count the others; a null list becomes empty."""
+    lists = _one_array(column)
+    lengths = _numpy(pc.fill_null(pc.list_value_length(lists), 0)).astype(np.int64)
+    entries = lists.flatten()  # skips null lists, so it agrees with the lengths
+    row = np.repeat(np.arange(len(lists)), lengths)
+    null, known = _mask(pc.is_null(entries)), _mask(pc.is_in(entries, value_set=item_ids))
+    num_kept = np.bincount(row[known], minlength=len(lists))
+    offsets = np.concatenate([[0], np.cumsum(num_kept)]).astype(np.int32)
+    values = pa.ListArray.from_arrays(pa.array(offsets), entries.filter(pa.array(known)))
+    num_unknown = np.bincount(row[~known & ~null], minlength=len(lists))
+    num_null = np.bincount(row[null], minlength=len(lists))
+    return _CleanList(values, num_null > 0, lengths - num_null, num_unknown, num_kept)
+
+
+def _quarantine(
+    table: pa.Table, faults: list[tuple[str, np.ndarray]], source: str, first_row: int
+) -> pa.Table:
+    reason = np.full(table.num_rows, -1)
+    for number, (_, mask) in reversed(list(enumerate(faults))):
+        reason[mask] = number
+    bad = np.flatnonzero(reason >= 0)
+    records = table.take(pa.array(bad)).to_pylist()
+    columns = {
+        "record": [json.dumps(record, default=_as_text, ensure_ascii=False) for record in records],
+        "source_file": [source] * len(bad),
+        "row": bad + first_row,
+        "reason": [faults[number][0] for number in reason[bad]],
+    }
+    return pa.table(columns, schema=QUARANTINE)
+
+
+def _as_text(value: object) -> str:
+    return f"<{len(value)} bytes>" if isinstance(value, bytes) else str(value)
+
+
+def _one_array(column: pa.ChunkedArray) -> pa.Array:
+    whole = column.combine_chunks()
+    return whole.combine_chunks() if isinstance(whole, pa.ChunkedArray) else whole
+
+
+def _numpy(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    return np.asarray(array.to_numpy(zero_copy_only=False))
+
+
+def _mask(array: pa.Array | pa.ChunkedArray) -> np.ndarray:
+    return _numpy(array).astype(bool)

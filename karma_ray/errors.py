@@ -1,0 +1,60 @@
+"""The exceptions people meet.
+
+Exception
+ └─ KarmaRayError          anything this package raises on purpose; a job exits with 1
+     ├─ InputError         the user's input is wrong; a job exits with 2
+     ├─ TooManyBadRows     more rows than the stated share were quarantined
+     ├─ LeakError          something of a later time reaches an earlier example
+     ├─ NonFiniteLoss      a loss term became NaN or infinite; the batch was saved
+     └─ SkewError          embeddings, index and bundle do not belong together
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class KarmaRayError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class InputError(KarmaRayError):
+    """Wrong user input. The message names the field, the value and the choices.
+
+    >>> str(InputError("--recipe", "karma_txt", choices=["karma_text"]))
+    "--recipe: 'karma_txt' is not valid; choices: karma_text"
+    """
+
+    def __init__(
+        self,
+        field: str,
+        value: object,
+        problem: str = "is not valid",
+        choices: Iterable[object] | None = None,
+    ) -> None:
+        message = f"{field}: {value!r} {problem}"
+        if choices is not None:
+            message += "; choices: " + ", ".join(str(choice) for choice in choices)
+        super().__init__(message)
+        self.field, self.value = field, value
+        self._parts = (field, value, problem, None if choices is None else list(choices))
+
+    def __reduce__(self) -> tuple[type[InputError], tuple[object, ...]]:
+        """Pickle by constructor arguments: these errors cross process borders under Ray."""
+        return type(self), self._parts
+
+
+class TooManyBadRows(KarmaRayError):
+    """More rows than the stated share were quarantined."""
+
+
+class LeakError(KarmaRayError):
+    """Something of a later time, or of the same page, reaches an earlier example."""
+
+
+class NonFiniteLoss(KarmaRayError):
+    """A loss term became NaN or infinite; the message names it and the saved batch."""
+
+
+class SkewError(KarmaRayError):
+    """Embeddings, index and bundle were not made from each other."""

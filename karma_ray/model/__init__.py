@@ -1,0 +1,1 @@
+"""Item encoder, user decoder and the train-only decoders around one Hugging Face backbone."""

@@ -1,0 +1,76 @@
+"""The small new modules between the two LLMs: projector, query embedding, score.
+
+Legend: D width, N any leading shape.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from karma_ray.model.config import ScoreConfig
+
+
+def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
+    """Parameter-free RMSNorm over the last dimension, in float32."""
+    x = x.float()
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+class SoftToken(nn.Module):
+    """Vectors [N, D] -> soft tokens [N, D] at the scale of the LLM's input-embedding rows.
+
+    RMSNorm (projector only) -> Linear -> GELU -> Linear (xRAG's projector); the match of scale
+    is METHOD 1.3's choice, since continuous tokens lie off the manifold of embedding rows.
+    """
+
+    scale: Tensor
+
+    def __init__(self, width: int, embedding_rows: Tensor, *, normalize: bool) -> None:
+        super().__init__()
+        self.normalize = normalize
+        self.inner = nn.Linear(width, width)
+        self.outer = nn.Linear(width, width)
+        scale = embedding_rows.detach().float().pow(2).mean().sqrt()
+        self.register_buffer("scale", scale.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [N, D] -> [N, D]."""
+        hidden = rms_normalize(x) if self.normalize else x
+        return rms_normalize(self.outer(functional.gelu(self.inner(hidden)))) * self.scale
+
+
+class Score(nn.Module):
+    """score(h, e) = query_vectors(h) . index_vectors(e), METHOD 1.4.
+
+    The same two maps are used in training, evaluation, the index and serving.
+    """
+
+    def __init__(self, config: ScoreConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        if config.kind == "dot":
+            self.interest_norm = nn.RMSNorm(width, eps=1e-6)
+            self.item_norm = nn.RMSNorm(width, eps=1e-6)
+        elif config.kind == "cos_learned":
+            self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
+
+    def query_vectors(self, interest: Tensor) -> Tensor:
+        """h [N, D] -> the vectors a request searches with [N, D]."""
+        interest = interest.float()
+        if self.config.kind == "dot":
+            return cast(Tensor, self.interest_norm(interest))
+        unit = functional.normalize(interest, dim=-1)
+        if self.config.kind == "cos_learned":
+            return unit * self.log_scale.exp().clamp(max=100.0)
+        return unit * self.config.scale
+
+    def index_vectors(self, items: Tensor) -> Tensor:
+        """e [N, D] -> the vectors an index holds [N, D]."""
+        items = items.float()
+        if self.config.kind == "dot":
+            return cast(Tensor, self.item_norm(items))
+        return functional.normalize(items, dim=-1)

@@ -1,0 +1,157 @@
+"""KARMA whole: the model that serves and, around it, the decoders that train it.
+
+`KarmaModel` *has* an `InterestModel`; export is `model.interest`, never a deletion.
+
+Legend: B windows, M decoded positions, R rows to decode, U items, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+import torch
+from torch import Tensor, nn
+
+from karma_ray.data.collate import Batch
+from karma_ray.data.prompts import SpecialIds, Tokenizer
+from karma_ray.model.backbone import load_lm_head, token_embeddings
+from karma_ray.model.config import DecodabilityConfig, ModelConfig
+from karma_ray.model.decodability import (
+    Decodability,
+    TextTargets,
+    history_to_text,
+    text_targets,
+    vector_to_text,
+)
+from karma_ray.model.interest import InterestModel
+
+DECODE_PROMPT = "item:"
+
+
+@dataclass(frozen=True)
+class Decoded:
+    """One decoding task's states at its text targets."""
+
+    states: Tensor  # [R, L + 1, D]
+    targets: TextTargets
+    head: Tensor  # [V, D]
+
+
+class KarmaModel(nn.Module):
+    """Interest model, Task 1 and Task 2.
+
+    A task is asked for by calling its method; with weight 0 nobody calls it, and no private
+    decoder is built (`decodes=False`).
+    """
+
+    def __init__(
+        self, interest: InterestModel, tokenizer: Tokenizer, *, lm_head: Tensor | None = None,
+        decodes: bool = True,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.interest = interest
+        self.special = SpecialIds.of(tokenizer)
+        self.tokenizer = tokenizer
+        config = interest.config.decodability
+        if lm_head is not None:
+            self.lm_head = nn.Parameter(lm_head)
+        prompt = tokenizer([DECODE_PROMPT], add_special_tokens=False)["input_ids"][0]
+        if not decodes:  # no private decoder; probes go through the shared one
+            config = DecodabilityConfig(max_target_tokens=config.max_target_tokens)
+        user = interest.user_decoder
+        self.decodability = Decodability(config, user.body, user.projector, prompt)
+
+    @classmethod
+    def build(
+        cls, config: ModelConfig, tokenizer: Tokenizer, *, decodes: bool = True, seed: int = 0
+    ) -> KarmaModel:
+        """Load from the checkpoints that the configuration names."""
+        interest = InterestModel.build(config, tokenizer, seed)
+        head = load_lm_head(config.user_decoder.checkpoint)
+        return cls(interest, tokenizer, lm_head=head, decodes=decodes)
+
+    def head_of(self, body: nn.Module) -> Tensor:
+        """Output embeddings [V, D] of a decoder: its own input rows when tied."""
+        return self.lm_head if hasattr(self, "lm_head") else token_embeddings(body)
+
+    def forward_with_text(self, batch: Batch, items: Tensor) -> tuple[Tensor, Decoded]:
+        """h [B, T, D] and Task 1's states, one pass of the decoder body."""
+        user = self.interest.user_decoder
+        prefix = self.interest.prefix(batch, items)
+        targets = self.targets(batch)
+        states, text = history_to_text(
+            user.body, prefix, batch, targets,
+            see_readout=self.decodability.config.task1_see_readout,
+        )  # fmt: skip
+        return user.interest(states, prefix.layout), Decoded(text, targets, self.head_of(user.body))
+
+    def decode_interest(
+        self, batch: Batch, interest: Tensor, *, generator: torch.Generator | None = None
+    ) -> Decoded:
+        """Task 2, equation 7: text of the target from h_t alone; interest [R, D]."""
+        config = self.decodability.config
+        if config.recon_detach_h:
+            interest = interest.detach()
+        targets = self.targets(batch)
+        inputs = self._drop_tokens(targets, generator)
+        condition = condition_mask = None
+        if config.recon_cond == "fig1":
+            index = batch.query_index.gather(1, batch.decode_step).flatten()
+            condition, lengths = batch.query_tokens[index], batch.query_lengths[index]
+            order = torch.arange(condition.shape[1], device=condition.device)
+            condition_mask = order < lengths[:, None]
+        return self._decode(interest, inputs, targets, condition, condition_mask)
+
+    def decode_items(self, tokens: Tensor, lengths: Tensor, items: Tensor) -> Decoded:
+        """Warm-up: text of an item from its own embedding; items [R, D]."""
+        targets = text_targets(
+            tokens, lengths, self.special, self.decodability.config.max_target_tokens
+        )
+        return self._decode(items, targets.inputs, targets, None, None)
+
+    def targets(self, batch: Batch) -> TextTargets:
+        """Text of the items at the decoded positions, R = B M rows."""
+        item = batch.item_index.gather(1, batch.decode_step).flatten()
+        return text_targets(
+            batch.item_tokens[item], batch.item_lengths[item], self.special,
+            self.decodability.config.max_target_tokens,
+        )  # fmt: skip
+
+    @torch.no_grad()
+    def speak(self, interest: Tensor, max_tokens: int = 24) -> list[str]:
+        """Greedy text of h [R, D]: what the embedding says the user wants."""
+        body = self.decodability.decoder(self.interest.user_decoder.body)
+        projected = self.decodability.project(self.interest.user_decoder.projector, interest)
+        inputs = torch.full((len(interest), 1), self.special.text_start, device=interest.device)
+        for _ in range(max_tokens):
+            states = vector_to_text(body, self.decodability.prompt, projected, inputs)[:, -1]
+            following = (states.float() @ self.head_of(body).float().T).argmax(-1, keepdim=True)
+            inputs = torch.cat([inputs, following], 1)
+        return [self._words(row) for row in inputs[:, 1:].tolist()]
+
+    def _decode(
+        self, vectors: Tensor, inputs: Tensor, targets: TextTargets,
+        condition: Tensor | None, condition_mask: Tensor | None,
+    ) -> Decoded:  # fmt: skip
+        body = self.decodability.decoder(self.interest.user_decoder.body)
+        projected = self.decodability.project(self.interest.user_decoder.projector, vectors)
+        states = vector_to_text(
+            body, self.decodability.prompt, projected, inputs, condition, condition_mask
+        )
+        return Decoded(states, targets, self.head_of(body))
+
+    def _drop_tokens(self, targets: TextTargets, generator: torch.Generator | None) -> Tensor:
+        share = self.decodability.config.recon_token_dropout
+        if share == 0.0:
+            return targets.inputs
+        drawn = torch.rand(targets.inputs.shape, generator=generator).to(targets.inputs.device)
+        dropped = (drawn < share) & (targets.inputs != self.special.text_start)
+        return targets.inputs.masked_fill(dropped, self.special.end_of_text)
+
+    def _words(self, ids: list[int]) -> str:
+        stop = {self.special.text_end, self.special.end_of_text}
+        kept: list[int] = []
+        for token in ids:
+            if token in stop:
+                break
+            kept.append(token)
+        return self.tokenizer.decode(kept, skip_special_tokens=True).strip()

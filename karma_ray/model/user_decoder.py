@@ -1,0 +1,105 @@
+"""D_theta, equation 3: history of (query, item) pairs and the query -> next-interest h_t.
+
+Legend: B windows, T steps, U items, V queries, W query slots, S slots, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from karma_ray.data.collate import Batch
+from karma_ray.errors import InputError
+from karma_ray.model.adapters import SoftToken, rms_normalize
+from karma_ray.model.backbone import hidden_size, run_body, token_embeddings
+from karma_ray.model.config import UserDecoderConfig
+from karma_ray.model.layout import Layout, build_layout, num_query_slots
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """The decoder's behaviour input: soft tokens and how they are laid out."""
+
+    embeddings: Tensor  # [B, S, D]
+    layout: Layout
+
+
+class UserDecoder(nn.Module):
+    """Backbone, prompt, projector P, query embedding and the read-out W_h."""
+
+    prompt: Tensor
+
+    def __init__(self, body: nn.Module, config: UserDecoderConfig, prompt: list[int]) -> None:
+        super().__init__()
+        if config.query_mode == "tokens" and config.layout != "query_last":
+            raise InputError(
+                "model.user_decoder.query_mode", "tokens",
+                f"needs layout query_last, not {config.layout}",
+                choices=["embed_pool", "encoder", "none"],
+            )  # fmt: skip
+        if not prompt:
+            raise InputError("model.user_decoder.prompt", config.prompt, "must hold a token")
+        self.config, self.body = config, body
+        width = hidden_size(body)
+        rows = token_embeddings(body)
+        self.projector = SoftToken(width, rows, normalize=True)
+        if config.query_mode == "embed_pool":
+            self.query_embedding = SoftToken(width, rows, normalize=False)
+        self.no_query = nn.Parameter(rows.detach().mean(0).clone())
+        self.readout = nn.Linear(width, width, bias=False)
+        nn.init.eye_(self.readout.weight)
+        self.register_buffer("prompt", torch.tensor(prompt, dtype=torch.long))
+
+    def prefix(self, batch: Batch, items: Tensor, queries: Tensor | None) -> Prefix:
+        """Lay out a batch.
+
+        `items` [U, D] are the embeddings of the batch's unique items; `queries` [V, D] are
+        E_phi's embeddings of the unique queries under query_mode `encoder`, else None.
+        """
+        used = (
+            batch.query_lengths if self.config.query_mode == "tokens" else batch.query_lengths[:0]
+        )
+        width = num_query_slots(self.config, used)
+        query_tokens, lengths = self._queries(batch, queries, width)  # [V, W, D], [V]
+        layout = build_layout(
+            self.config.layout, len(self.prompt), lengths[batch.query_index], width,
+            batch.group, batch.item_mask, batch.step_mask,
+        )  # fmt: skip
+        soft_items = self.projector(items)[batch.item_index][:, :, None]  # [B, T, 1, D]
+        blocks = torch.cat([query_tokens[batch.query_index], soft_items], 2)  # [B, T, W + 1, D]
+        prompt = token_embeddings(self.body)[self.prompt].expand(batch.num_windows, -1, -1)
+        return Prefix(torch.cat([prompt, blocks.flatten(1, 2)], 1), layout)
+
+    def run(self, prefix: Prefix) -> Tensor:
+        """Last hidden states [B, S, D]."""
+        return run_body(
+            self.body, prefix.embeddings, prefix.layout.visible, prefix.layout.positions
+        )
+
+    def interest(self, states: Tensor, layout: Layout) -> Tensor:
+        """h [B, T, D] read from states [B, >= S, D]."""
+        index = layout.readout[..., None].expand(-1, -1, states.shape[-1])
+        return rms_normalize(self.readout(states.gather(1, index)))
+
+    def _queries(self, batch: Batch, encoded: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
+        """Soft tokens [V, W, D] of the unique queries, and how many slots each uses [V]."""
+        missing = (batch.query_lengths == 0) | (self.config.query_mode == "none")
+        no_query = self.no_query.expand(len(missing), width, -1)
+        rows = token_embeddings(self.body)[batch.query_tokens]  # [V, Lq, D]
+        lengths = torch.ones_like(batch.query_lengths)
+        if self.config.query_mode == "tokens":
+            soft = rows[:, :width]
+            soft = functional.pad(soft, (0, 0, 0, width - soft.shape[1]))
+            lengths = batch.query_lengths.clamp(min=1)
+        elif self.config.query_mode == "encoder" and encoded is not None:
+            soft = self.projector(encoded)[:, None]
+        elif self.config.query_mode == "embed_pool":
+            real = torch.arange(rows.shape[1], device=rows.device) < batch.query_lengths[:, None]
+            pooled = (rows * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+            soft = self.query_embedding(pooled)[:, None]
+        else:
+            soft = no_query
+        return torch.where(missing[:, None, None], no_query, soft), lengths

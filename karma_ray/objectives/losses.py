@@ -1,0 +1,71 @@
+"""The total objective, equations 4 and 9: L = L_act + lambda_dec (L_gen + L_recon)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Weights and variants of the three text terms. A weight of 0 means *not built*."""
+
+    action_loss: Literal["pairwise", "infonce", "bce", "mse"] = "pairwise"
+    """Equation 5 or one of its rivals."""
+    act_reduction: Literal["mean_by_type", "paper_sum"] = "mean_by_type"
+    """Mean over hard and in-batch negatives apart, or the sum as written."""
+    act_positions: Literal["all", "last"] = "all"
+    """Steps that enter L_act."""
+    hard_weight: float = 1.0
+    """Weight of exposed-unclicked negatives."""
+    batch_weight: float = 1.0
+    """Weight of in-batch negatives."""
+    lambda_dec: float = 1.0
+    """Weight of the decodability terms together."""
+    generation: float = 1.0
+    """Weight of L_gen, Task 1 (history to text)."""
+    reconstruction: float = 1.0
+    """Weight of L_recon, Task 2 (h_t to text)."""
+    ce_reduction: Literal["token_mean", "sum"] = "token_mean"
+    """Cross-entropy averaged over an example's tokens, or summed as written."""
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """Raw, unweighted terms, each a global mean (this worker's share of it); None: not built."""
+
+    action: Tensor
+    generation: Tensor | None = None
+    reconstruction: Tensor | None = None
+
+    def total(self, config: ObjectiveConfig) -> Tensor:
+        """Equation 9 without the image term: L_act + lambda_dec (L_gen + L_recon)."""
+        total = self.action
+        for term, weight in (
+            (self.generation, config.generation),
+            (self.reconstruction, config.reconstruction),
+        ):
+            if term is not None:
+                total = total + config.lambda_dec * weight * term
+        return total
+
+    def named(self) -> dict[str, Tensor]:
+        """The terms that were built, under their log names."""
+        terms = {
+            "loss/action": self.action,
+            "loss/generation": self.generation,
+            "loss/reconstruction": self.reconstruction,
+        }
+        return {name: term for name, term in terms.items() if term is not None}
+
+
+def builds_generation(config: ObjectiveConfig) -> bool:
+    """Whether Task 1 exists in this run: a weight of 0 means *not built*."""
+    return config.lambda_dec * config.generation != 0
+
+
+def builds_reconstruction(config: ObjectiveConfig) -> bool:
+    """Whether Task 2 exists in this run."""
+    return config.lambda_dec * config.reconstruction != 0

@@ -1,0 +1,42 @@
+"""Which pool items are honest negatives, decided from frozen content only (METHOD 1.5).
+
+Live embeddings never decide: once they turn parallel, a mask on live cosine deletes every
+negative and the loss falls to zero. Legend: N examples, P pool items, C items of a window.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+
+def in_batch_mask(pool: Tensor, clicked: Tensor, clicked_mask: Tensor, window: Tensor) -> Tensor:
+    """Mask [N, P] of in-batch negatives.
+
+    pool [P] are content ids; clicked [B, C] (with clicked_mask) the content ids each window's
+    user clicked; window [N] says which window an example belongs to. A pool item of the same
+    content as *anything* this user clicked in the window (the positive included, and with it
+    every click of the same page) is no negative.
+    """
+    same = (pool[None, None, :] == clicked[:, :, None]) & clicked_mask[:, :, None]
+    return ~same.any(1)[window]
+
+
+def hard_negative_mask(
+    hard: Tensor, hard_mask: Tensor, clicked: Tensor, clicked_mask: Tensor
+) -> Tensor:
+    """Mask [B, T, H]: an exposed item with the content of a click in this window is dropped."""
+    same = (hard[..., None] == clicked[:, None, None, :]) & clicked_mask[:, None, None, :]
+    return hard_mask & ~same.any(-1)
+
+
+def first_occurrences(ids: Tensor) -> Tensor:
+    """Positions [P'] of the first occurrence of each distinct id in ids [P], in order.
+
+    After gathering over workers the same item may stand in the pool twice; one stays, so that
+    one worker and many see the same negatives.
+    """
+    order = ids.argsort(stable=True)
+    ordered = ids[order]
+    fresh = ordered.new_ones(len(ids)).bool()
+    fresh[1:] = ordered[1:] != ordered[:-1]
+    return order[fresh].sort().values

@@ -1,0 +1,51 @@
+"""Token cross-entropy of equations 6 and 7, with logits only at text targets, in chunks.
+
+Legend: R rows, L tokens, V vocabulary, D width.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+CHUNK = 2048
+
+
+def token_cross_entropy(
+    states: Tensor, head: Tensor, labels: Tensor, mask: Tensor, chunk: int = CHUNK
+) -> Tensor:
+    """Cross-entropy [R, L] of labels [R, L] given states [R, L, D] and head [V, D]; 0 off-mask.
+
+    Logits exist for `chunk` targets at a time and are recomputed in the backward pass.
+    """
+    picked, wanted = states[mask], labels[mask]
+    parts = []
+    for begin in range(0, len(wanted), chunk):
+        piece = slice(begin, begin + chunk)
+        if len(wanted) <= chunk:
+            parts.append(_chunk(picked[piece], head, wanted[piece]))
+        else:
+            parts.append(
+                cast(
+                    Tensor,
+                    checkpoint(_chunk, picked[piece], head, wanted[piece], use_reentrant=False),
+                )
+            )
+    result = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
+    return result.masked_scatter(mask, torch.cat(parts)) if parts else result
+
+
+def reduce_tokens(values: Tensor, mask: Tensor, reduction: str) -> Tensor:
+    """[R, L] -> [R]: `token_mean` over an example's tokens, or `sum` as written."""
+    total = (values * mask).sum(1)
+    return total / mask.sum(1).clamp(min=1) if reduction == "token_mean" else total
+
+
+def _chunk(states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    return functional.cross_entropy(
+        (states @ head.T.to(states.dtype)).float(), labels, reduction="none"
+    )

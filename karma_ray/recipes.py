@@ -1,0 +1,82 @@
+"""Named runs: one function per row of the paper's tables, plus the floors and ceilings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from karma_ray.config import Config
+from karma_ray.errors import InputError
+from karma_ray.model.config import TinyBackboneConfig
+
+
+def _with_objective(name: str, generation: float, reconstruction: float) -> Config:
+    base = Config(recipe=name)
+    objective = replace(base.objective, generation=generation, reconstruction=reconstruction)
+    return replace(base, objective=objective)
+
+
+def action_only() -> Config:
+    """L_act alone (Table 1's baseline), from the same pretrained and warmed-up weights."""
+    return _with_objective("action_only", 0.0, 0.0)
+
+
+def history_to_text() -> Config:
+    """L_act and Task 1: the target's text from the history (equation 6)."""
+    return _with_objective("history_to_text", 1.0, 0.0)
+
+
+def embedding_to_text() -> Config:
+    """L_act and Task 2: the target's text from h_t alone (equation 7)."""
+    return _with_objective("embedding_to_text", 0.0, 1.0)
+
+
+def karma_text() -> Config:
+    """L_act, Task 1 and Task 2: text-only KARMA."""
+    return _with_objective("karma_text", 1.0, 1.0)
+
+
+def toy() -> Config:
+    """`karma_text` at a size that trains in minutes on two CPU cores."""
+    base = karma_text()
+    tiny = TinyBackboneConfig(
+        hidden_size=64,
+        num_layers=2,
+        num_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=192,
+        vocab_size=2048,
+    )
+    return replace(
+        base,
+        recipe="toy",
+        model=replace(base.model, tiny=tiny),
+        pretrain=replace(base.pretrain, steps=200),
+        warmup=replace(base.warmup, steps=200),
+        training=replace(base.training, steps=300),
+    )
+
+
+TRAINED: dict[str, Callable[[], Config]] = {
+    "action_only": action_only,
+    "history_to_text": history_to_text,
+    "embedding_to_text": embedding_to_text,
+    "karma_text": karma_text,
+    "toy": toy,
+}
+FLOORS = ("popularity", "tfidf", "query_filter", "query_filter_popular", "affinity")
+CEILINGS = ("oracle", "taste_oracle")
+
+
+def names() -> list[str]:
+    """Every recipe a job accepts."""
+    return [*TRAINED, *FLOORS, *CEILINGS]
+
+
+def build(name: str) -> Config:
+    """The full configuration of a recipe; raises InputError naming the choices."""
+    if name in TRAINED:
+        return TRAINED[name]()
+    if name in FLOORS or name in CEILINGS:
+        return Config(recipe=name)
+    raise InputError("--recipe", name, choices=names())

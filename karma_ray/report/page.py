@@ -1,0 +1,137 @@
+"""A run folder -> `report/report.html` (self-contained), its PNG files and `model_card.md`."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from karma_ray.artifacts import RunFolder, join, open_filesystem
+from karma_ray.report.plots import PLOTS
+from karma_ray.report.record import RunRecord, number, read_run
+from karma_ray.report.standing import format_count, headline, sections
+
+_DATA_FACTS = {
+    "name": "name",
+    "query_source": "queries",
+    "negative_source": "negatives",
+    "counts": "counts",
+    "quarantined": "quarantined rows",
+    "valid_start": "validation starts",
+    "test_start": "test starts",
+    "notes": "notes",
+}
+
+
+def render_report(run: str) -> str:
+    """Write the report of `run` (local path or URI) and return the path of its HTML page.
+
+    Absent pieces (no training, no checks, no cases) are left out. Raises InputError when `run`
+    is not a run folder.
+    """
+    record = read_run(run)
+    report = RunFolder(record.run).report
+    pictures = {name: plot(record) for name, (_, plot) in PLOTS.items()}
+    for name, picture in pictures.items():
+        if picture is not None:
+            _write(join(report, f"{name}.png"), picture)
+    facts = _facts(record) | {
+        "plots": [
+            {"title": PLOTS[name][0], "base64": base64.b64encode(picture).decode()}
+            for name, picture in pictures.items()
+            if picture is not None
+        ]
+    }
+    page = join(report, "report.html")
+    _write(page, _environment(True).get_template("report.html.jinja").render(facts).encode())
+    card = _environment(False).get_template("model_card.md.jinja").render(facts)
+    _write(join(report, "model_card.md"), card.encode())
+    return page
+
+
+def _environment(escape: bool) -> Environment:
+    environment = Environment(
+        loader=PackageLoader("karma_ray.report", "templates"),
+        autoescape=escape,
+        undefined=StrictUndefined,
+    )
+    environment.filters["score"] = _score
+    return environment
+
+
+def _facts(record: RunRecord) -> dict[str, Any]:
+    parts = record.config.get("model", {})
+    return {
+        "record": record,
+        "num_test": format_count(record.metrics.get("num_test")),
+        "labels": record.labels(),
+        "headline": headline(record),
+        "sections": sections(record),
+        "has_ceilings": any(ranker.role == "ceiling" for ranker in record.rankers()),
+        "tags": _tags(record),
+        "checks": _checks(record),
+        "data": _data(record),
+        "config": json.dumps(record.config, indent=2, ensure_ascii=False),
+        "item_encoder": parts.get("item_encoder", {}).get("checkpoint", "not recorded"),
+        "user_decoder": parts.get("user_decoder", {}).get("checkpoint", "not recorded"),
+    }
+
+
+def _tags(record: RunRecord) -> list[str]:
+    result = []
+    if record.data.get("query_source") == "derived":
+        result.append("HR, NDCG, MRR and JS are on DERIVED queries.")
+    if record.data.get("negative_source") == "proxy":
+        result.append("gAUC is against PROXY negatives.")
+    return result
+
+
+def _checks(record: RunRecord) -> list[tuple[str, str]]:
+    """(check, result) rows: metrics with other users' histories, and perturbations of h_t."""
+    rows = []
+    shuffled: Mapping[str, Any] = record.checks.get("shuffled_history") or {}
+    for metric in ("HR@10", "HR@50", "NDCG@10", "gAUC"):
+        before, after = number(record.metrics.get(metric)), number(shuffled.get(metric))
+        if before is not None and after is not None:
+            rows.append((f"{metric} with histories shuffled", f"{before:.2f} → {after:.2f}"))
+    for key, name in {
+        "future_perturbation_max_abs": "largest change of h_t when future items change",
+        "same_step_perturbation_max_abs": "largest change of h_t when same-step items change",
+    }.items():
+        change = number(record.checks.get(key))
+        if change is not None:
+            rows.append((name, f"{change:g}" + ("" if change == 0 else " (must be 0)")))
+    return rows
+
+
+def _data(record: RunRecord) -> list[tuple[str, str]]:
+    return [
+        (title, _plain(record.data[key]))
+        for key, title in _DATA_FACTS.items()
+        if record.data.get(key) not in (None, [], {}, "")
+    ]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {_plain(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return "; ".join(_plain(part) for part in value)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    return str(value)
+
+
+def _score(value: object) -> str:
+    score = number(value)
+    return "" if score is None else f"{score:.2f}"
+
+
+def _write(uri: str, content: bytes) -> None:
+    fs, path = open_filesystem(uri)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    with fs.open(path, "wb") as sink:
+        sink.write(content)

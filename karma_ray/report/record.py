@@ -1,0 +1,120 @@
+"""What a finished run left on disk, read once; pieces that are absent are empty."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from karma_ray.artifacts import RunFolder, exists, read_json, read_lines
+from karma_ray.errors import InputError
+from karma_ray.recipes import CEILINGS, FLOORS
+
+Role = Literal["floor", "run", "ceiling"]
+Metrics = Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Ranked:
+    """One ranker's metrics and the part it plays in a comparison."""
+
+    name: str
+    role: Role
+    metrics: Metrics
+
+    def value(self, metric: str) -> float | None:
+        """The metric, or None where it was not measured or is not a number."""
+        return number(self.metrics.get(metric))
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Everything the report tells, as the run wrote it."""
+
+    run: str
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    floors: dict[str, dict[str, Any]]
+    lines: list[dict[str, Any]]
+    checks: dict[str, Any]
+    cases: list[dict[str, Any]]
+    data: dict[str, Any]
+
+    @property
+    def recipe(self) -> str:
+        """Name of the recipe, or `run` where no configuration was saved."""
+        return str(self.config.get("recipe", "run"))
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data, as its importer gave it."""
+        return str(self.data.get("name", "unnamed data"))
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the run trained a model (floors and ceilings train nothing)."""
+        return self.recipe not in (*FLOORS, *CEILINGS)
+
+    def rankers(self) -> list[Ranked]:
+        """Floors, then this run, then ceilings: the order in which they are expected to rank."""
+        others = {name: value for name, value in self.floors.items() if name != self.recipe}
+        known = [*FLOORS, *sorted(name for name in others if name not in (*FLOORS, *CEILINGS))]
+        floors = [Ranked(name, "floor", others[name]) for name in known if name in others]
+        # taste_oracle knows what no model can see, but misses what the logs tell: it goes first.
+        above = [
+            Ranked(name, "ceiling", others[name]) for name in reversed(CEILINGS) if name in others
+        ]
+        return [*floors, Ranked(self.recipe, "run", self.metrics), *above]
+
+    def stage_lines(self, stage: str) -> list[dict[str, Any]]:
+        """The reports of one stage (`pretrain`, `warmup`, `joint`, `valid`), in their order."""
+        return [line for line in self.lines if line.get("stage") == stage]
+
+    def labels(self) -> list[str]:
+        """Warnings that every number of this data carries, as plain sentences."""
+        result = []
+        if self.data.get("query_source") == "derived":
+            result.append(
+                "DERIVED queries: the log holds none; each was made from attributes of the item "
+                "that was then chosen."
+            )
+        if self.data.get("query_source") == "none":
+            result.append("No queries: every request is the history alone.")
+        if self.data.get("negative_source") == "proxy":
+            result.append(
+                "PROXY negatives: the log holds no impressions; gAUC compares with similar items "
+                "that were on sale and not chosen."
+            )
+        if self.data.get("negative_source") == "none":
+            result.append("No negatives: gAUC cannot be measured.")
+        return result
+
+
+def number(value: object) -> float | None:
+    """`value` as a finite float, else None."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        return None
+    return float(value)
+
+
+def read_run(run: str) -> RunRecord:
+    """Read a run folder (local path or URI); raises InputError when there is none."""
+    folder = RunFolder(run.rstrip("/"))
+    if not exists(folder.config) and not exists(folder.metrics):
+        raise InputError("run", run, "is not a run folder: it holds no config.json or metrics.json")
+
+    def part(*names: str, default: Any) -> Any:
+        path = folder.path(*names)
+        return read_json(path) if exists(path) else default
+
+    return RunRecord(
+        run=folder.root,
+        config=part("config.json", default={}),
+        metrics=part("metrics.json", default={}),
+        floors=part("floors.json", default={}),
+        lines=list(read_lines(folder.metrics_lines)),
+        checks=part("checks.json", default={}),
+        cases=part("report", "cases.json", default=[]),
+        data=part("data.json", default={}),
+    )

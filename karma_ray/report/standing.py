@@ -1,0 +1,174 @@
+"""Where a run stands between its floors and its ceilings, in numbers and in plain words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from karma_ray.report.record import Ranked, Role, RunRecord, number
+
+METRICS = (
+    "HR@10", "HR@50", "HR@200", "HR@1000", "NDCG@10", "MRR", "gAUC", "JS@50", "JS@50_excl_gt",
+)  # fmt: skip
+HEADLINE = ("HR@10", "HR@50", "gAUC")
+SECTIONS = {
+    "": "All test clicks",
+    "in_query/": "Inside the query's own items",
+    "warm/": "Warm items (clicked in training)",
+    "cold/": "Cold items (never clicked in training)",
+    "first/": "First-time targets",
+    "repeat/": "Repeat targets",
+}
+CEILING = "oracle"
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One metric of the run, the best floor below it and the posterior oracle above it."""
+
+    metric: str
+    value: float
+    floor: str | None
+    floor_value: float | None
+    ceiling_value: float | None
+
+    @property
+    def passes(self) -> bool:
+        """Whether the run passes its best floor."""
+        return self.floor_value is None or self.value > self.floor_value
+
+    @property
+    def share_of_the_way(self) -> float | None:
+        """(run - best floor) / (oracle - best floor) in percent; None without room between."""
+        if self.floor_value is None or self.ceiling_value is None:
+            return None
+        room = self.ceiling_value - self.floor_value
+        return 100.0 * (self.value - self.floor_value) / room if room > 0 else None
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table, ready to print, and the part its ranker plays."""
+
+    text: str
+    role: Role
+
+
+@dataclass(frozen=True)
+class Section:
+    """One table: a row per metric, a column per ranker."""
+
+    title: str
+    num_test: str
+    rankers: list[Ranked]
+    rows: list[tuple[str, list[Cell]]]
+
+
+def format_metric(value: float | None) -> str:
+    """Two decimals, or a dash where nothing was measured."""
+    return "–" if value is None else f"{value:.2f}"
+
+
+def format_count(value: object) -> str:
+    """A count with thousands separated, or a dash."""
+    count = number(value)
+    return "–" if count is None else f"{count:,.0f}"
+
+
+def standing(record: RunRecord, metric: str) -> Standing | None:
+    """The run's standing on one metric; None where the run did not measure it."""
+    value = number(record.metrics.get(metric))
+    if value is None:
+        return None
+    floors = [
+        (floor_value, ranker.name)
+        for ranker in record.rankers()
+        if ranker.role == "floor" and (floor_value := ranker.value(metric)) is not None
+    ]
+    floor_value, floor = max(floors, default=(None, None))
+    ceiling = number(record.floors.get(CEILING, {}).get(metric))
+    return Standing(metric, value, floor, floor_value, ceiling)
+
+
+def sections(record: RunRecord) -> list[Section]:
+    """The metrics tables: all, inside the query, warm, cold, first, repeat; empty ones left out."""
+    result = []
+    rankers = record.rankers()
+    for prefix, title in SECTIONS.items():
+        rows = []
+        for metric in METRICS:
+            values = [ranker.value(prefix + metric) for ranker in rankers]
+            if any(value is not None for value in values):
+                pairs = zip(values, rankers, strict=True)
+                cells = [Cell(format_metric(value), ranker.role) for value, ranker in pairs]
+                rows.append((metric, cells))
+        if rows:
+            counts = [ranker.value(prefix + "num_test") for ranker in rankers]
+            known = [count for count in counts if count is not None]
+            num_test = format_count(max(known)) if known else "–"
+            result.append(Section(title, num_test, rankers, rows))
+    return result
+
+
+def headline(record: RunRecord) -> list[str]:
+    """What the numbers say, a sentence each."""
+    result = [
+        _sentence(place)
+        for metric in HEADLINE
+        if (place := standing(record, metric)) is not None
+    ]
+    places = [place for metric in HEADLINE if (place := standing(record, metric)) is not None]
+    compared = [place for place in places if place.floor is not None]
+    failed = [place for place in compared if not place.passes]
+    if record.is_trained and compared:
+        names = ", ".join(place.metric for place in compared)
+        if failed:
+            missed = ", ".join(f"{place.floor} on {place.metric}" for place in failed)
+            result.append(f"It does NOT pass every floor: it stays at or below {missed}.")
+        else:
+            result.append(f"It passes every floor on {names}.")
+    return [*result, *_shuffle_sentence(record), *_perturbation_sentences(record)]
+
+
+def _sentence(place: Standing) -> str:
+    if place.metric.startswith("HR@"):
+        depth = place.metric.removeprefix("HR@")
+        text = (
+            f"{place.metric}: for {place.value:.1f} % of the test clicks, the clicked item is "
+            f"among the first {depth} of the whole catalogue"
+        )
+    else:
+        text = (
+            f"{place.metric}: {place.value:.1f}; 50 is guessing which of the items shown beside "
+            "each other is clicked"
+        )
+    if place.floor is not None and place.floor_value is not None:
+        text += f"; the best floor, {place.floor}, has {place.floor_value:.1f}"
+    if place.ceiling_value is not None:
+        text += f"; the posterior oracle has {place.ceiling_value:.1f}"
+    if place.share_of_the_way is not None:
+        text += f" ({place.share_of_the_way:.0f} % of the way from that floor)"
+    return text + "."
+
+
+def _shuffle_sentence(record: RunRecord) -> list[str]:
+    shuffled = record.checks.get("shuffled_history") or {}
+    for metric in ("HR@50", "HR@10", "gAUC"):
+        before, after = number(record.metrics.get(metric)), number(shuffled.get(metric))
+        if before is not None and after is not None:
+            verdict = "the history is used" if after < before else "the history is NOT used"
+            return [
+                f"With the histories of other users, {metric} goes from {before:.1f} to "
+                f"{after:.1f}: {verdict}."
+            ]
+    return []
+
+
+def _perturbation_sentences(record: RunRecord) -> list[str]:
+    keys = {"future_perturbation_max_abs": "future", "same_step_perturbation_max_abs": "same-step"}
+    result = []
+    for key, name in keys.items():
+        change = number(record.checks.get(key))
+        if change is not None:
+            verdict = "no leak" if change == 0 else "A LEAK"
+            result.append(f"Replacing {name} items changes h_t by at most {change:g}: {verdict}.")
+    return result

@@ -1,0 +1,168 @@
+"""Item embeddings: making them in this process, and the table they live in.
+
+The Ray job and the evaluation call the same `encode_catalog`; the table stands in for the
+catalogue wherever a history item only needs its row and its vector.
+
+Legend: I items, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from karma_ray.artifacts import read_manifest, read_table, write_manifest, write_table
+from karma_ray.errors import SkewError
+from karma_ray.retrieval.index import check_parent
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from karma_ray.model.interest import InterestModel
+
+MANIFEST_KIND = "item_embeddings"
+
+
+def encode_catalog(
+    interest: InterestModel,
+    tokens: NDArray[Any],  # [I, L]
+    lengths: NDArray[Any],  # [I]
+    batch_size: int = 256,
+    precision: str = "float32",
+) -> NDArray[np.float32]:  # [I, D]
+    """Encode every item, in the order given. The model's mode is left as it was found.
+
+    Batches hold items of about equal length, so little of the work is padding; the result
+    does not depend on the batch an item falls into beyond rounding.
+    """
+    device = next(interest.parameters()).device
+    was_training = interest.training
+    interest.eval()
+    order = np.argsort(lengths, kind="stable")
+    parts: list[NDArray[np.float32]] = []
+    with torch.inference_mode(), autocast(device, precision):
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = max(1, int(lengths[rows].max()))
+            batch = torch.from_numpy(tokens[rows, :width].astype(np.int64)).to(device)
+            sizes = torch.from_numpy(lengths[rows].astype(np.int64)).to(device)
+            parts.append(interest.encode_items(batch, sizes).float().cpu().numpy())
+    interest.train(was_training)
+    if not parts:
+        return np.zeros((0, 0), np.float32)
+    result = np.empty((len(order), parts[0].shape[1]), np.float32)
+    result[order] = np.concatenate(parts)
+    return result
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """bfloat16 autocast when asked for, otherwise a context that does nothing."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+
+
+@dataclass(frozen=True)
+class ItemTable:
+    """Ids, titles and embeddings of the items, row by row; an `ItemRows` for the collator."""
+
+    item_ids: list[str]
+    titles: list[str]
+    embeddings: NDArray[np.float32]  # [I, D]
+    parents: Mapping[str, str]
+
+    @cached_property
+    def _row_of(self) -> dict[str, int]:
+        return {item_id: row for row, item_id in enumerate(self.item_ids)}
+
+    @property
+    def num_items(self) -> int:
+        """Number of items I."""
+        return len(self.item_ids)
+
+    @cached_property
+    def content_ids(self) -> NDArray[np.int64]:
+        """Every item is its own content: requests have no negatives to compare."""
+        return np.arange(self.num_items, dtype=np.int64)
+
+    def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
+        """Row numbers [n] of item ids; -1 where unknown."""
+        return np.fromiter((self._row_of.get(i, -1) for i in ids), dtype=np.int64, count=len(ids))
+
+    def in_order(self, item_ids: Sequence[str]) -> ItemTable:
+        """The same table with its rows in the order of `item_ids`.
+
+        Raises SkewError unless both hold the same items.
+        """
+        rows = self.rows(item_ids)
+        missing = [i for i, row in zip(item_ids, rows, strict=True) if row < 0]
+        if missing or len(item_ids) != self.num_items:
+            raise SkewError(
+                f"the item embeddings hold {self.num_items} items, {len(item_ids)} were expected, "
+                f"{len(missing)} of them have no embedding (for example {missing[:3]}); "
+                "run jobs/embed.py and jobs/index.py again"
+            )
+        if np.array_equal(rows, np.arange(self.num_items)):
+            return self
+        return ItemTable(
+            list(item_ids), [self.titles[r] for r in rows], self.embeddings[rows], self.parents
+        )
+
+    def to_arrow(self) -> pa.Table:
+        """`item_id`, `embedding` as the tables on disk have them, and `title` beside them."""
+        return embedding_rows(self.item_ids, self.titles, self.embeddings)
+
+
+def embedding_rows(
+    item_ids: Sequence[str], titles: Sequence[str], embeddings: NDArray[np.float32]
+) -> pa.Table:
+    """One `item_embeddings` row per item.
+
+    `title` rides along, so that an index can be made, and served, without the catalogue.
+    """
+    values = pa.array(np.ascontiguousarray(embeddings).reshape(-1), pa.float32())
+    return pa.table(
+        {
+            "item_id": pa.array(list(item_ids), pa.string()),
+            "embedding": pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1]),
+            "title": pa.array(list(titles), pa.string()),
+        }
+    )
+
+
+def save_embeddings(table: ItemTable, folder: str) -> dict[str, Any]:
+    """Write `table` as one Parquet file with its manifest; returns the manifest."""
+    write_table(table.to_arrow(), folder)
+    return write_embedding_manifest(folder, table.parents, *table.embeddings.shape)
+
+
+def write_embedding_manifest(
+    folder: str, parents: Mapping[str, str], num_items: int, width: int
+) -> dict[str, Any]:
+    """Write the manifest last: a folder without it is unfinished."""
+    return write_manifest(folder, MANIFEST_KIND, parents=parents, num_items=num_items, width=width)
+
+
+def load_embeddings(folder: str, bundle_hash: str | None = None) -> ItemTable:
+    """Read item embeddings.
+
+    Raises InputError when they are missing or unfinished, SkewError when `bundle_hash` is
+    given and another bundle made them.
+    """
+    parents = read_manifest(folder, MANIFEST_KIND)["parents"]
+    if bundle_hash is not None:
+        check_parent(parents, "bundle", bundle_hash, folder)
+    table = read_table(folder, columns=["item_id", "title", "embedding"]).combine_chunks()
+    column = table.column("embedding").combine_chunks()
+    width = column.type.list_size
+    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    return ItemTable(
+        item_ids=table.column("item_id").to_pylist(),
+        titles=table.column("title").to_pylist(),
+        embeddings=values.reshape(-1, width),
+        parents=parents,
+    )

@@ -1,0 +1,172 @@
+"""The bundle: what serves, and nothing else (METHOD 1.11).
+
+A bundle is `model.interest` written out: two Hugging Face bodies, the adapters around them,
+the tokenizer and the configuration. Nothing is deleted on the way, so nothing train-only can
+be left behind.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from karma_ray import __version__
+from karma_ray.artifacts import open_filesystem, read_json, read_manifest, write_json, write_manifest
+from karma_ray.data.collate import CollateConfig
+from karma_ray.data.prompts import Tokenizer
+from karma_ray.errors import KarmaRayError
+from karma_ray.model.backbone import load_body, load_tokenizer, save_body, save_tokenizer
+from karma_ray.model.config import (
+    ItemEncoderConfig,
+    ModelConfig,
+    ScoreConfig,
+    TinyBackboneConfig,
+    UserDecoderConfig,
+)
+from karma_ray.model.interest import InterestModel
+
+ITEM_ENCODER, USER_DECODER, TOKENIZER = "item_encoder", "user_decoder", "tokenizer"
+ADAPTERS = "adapters.safetensors"
+_BODIES = (f"{ITEM_ENCODER}.body.", f"{USER_DECODER}.body.")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A loaded bundle; the model is in evaluation mode."""
+
+    interest: InterestModel
+    tokenizer: Tokenizer
+    collate_config: CollateConfig
+    content_hash: str
+    manifest: Mapping[str, Any]
+
+
+def save_bundle(
+    interest: InterestModel,
+    tokenizer: Tokenizer,
+    collate_config: CollateConfig,
+    uri: str,
+    facts: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write a bundle, replacing what stands at `uri`; returns its manifest.
+
+    `facts` (JSON-able: recipe, data, seed, ...) go into the manifest beside the content hash.
+    """
+    fs, path = open_filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+    with _written_folder(uri) as folder:
+        save_body(interest.item_encoder.body, str(folder / ITEM_ENCODER))
+        save_body(interest.user_decoder.body, str(folder / USER_DECODER))
+        save_file(_adapters(interest), str(folder / ADAPTERS))
+        save_tokenizer(tokenizer, str(folder / TOKENIZER))
+        write_json(_config(interest.config, collate_config), str(folder / "config.json"))
+    return write_manifest(uri, "bundle", width=interest.width, **dict(facts or {}))
+
+
+def load_bundle(uri: str) -> Bundle:
+    """Load a bundle; raises InputError when it is missing or no bundle, KarmaRayError when its
+    files do not fit together."""
+    manifest = read_manifest(uri, "bundle")
+    with _read_folder(uri) as folder:
+        config = read_json(str(folder / "config.json"))
+        tokenizer = load_tokenizer(str(folder / TOKENIZER))
+        interest = InterestModel(
+            _model_config(config["model"]),
+            load_body(str(folder / ITEM_ENCODER)),
+            load_body(str(folder / USER_DECODER)),
+            tokenizer,
+        )
+        adapters = load_file(str(folder / ADAPTERS))
+    missing, unexpected = interest.load_state_dict(adapters, strict=False)
+    missing = [name for name in missing if not name.startswith(_BODIES)]
+    if missing or unexpected:
+        raise KarmaRayError(
+            f"{uri}: {ADAPTERS} lacks {missing} and holds {unexpected} that the model does not have"
+        )
+    return Bundle(
+        interest=interest.eval(),
+        tokenizer=tokenizer,
+        collate_config=CollateConfig(**config["collate"]),
+        content_hash=manifest["content_hash"],
+        manifest=manifest,
+    )
+
+
+def _adapters(interest: InterestModel) -> dict[str, Tensor]:
+    """Everything of the model that is not inside the two bodies."""
+    return {
+        name: value.detach().cpu().contiguous()
+        for name, value in interest.state_dict().items()
+        if not name.startswith(_BODIES)
+    }
+
+
+def _config(model: ModelConfig, collate: CollateConfig) -> dict[str, Any]:
+    parts = {
+        name: dataclasses.asdict(part)
+        for name, part in (
+            ("item_encoder", dataclasses.replace(model.item_encoder, checkpoint=ITEM_ENCODER)),
+            ("user_decoder", dataclasses.replace(model.user_decoder, checkpoint=USER_DECODER)),
+            ("score", model.score),
+            ("tiny", model.tiny),
+        )
+    }
+    packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
+    return {
+        "model": parts,
+        "collate": dataclasses.asdict(collate),
+        "versions": {"karma_ray": __version__, **packages},
+    }
+
+
+def _model_config(parts: Mapping[str, Any]) -> ModelConfig:
+    return ModelConfig(
+        tiny=TinyBackboneConfig(**parts["tiny"]),
+        item_encoder=ItemEncoderConfig(**parts["item_encoder"]),
+        user_decoder=UserDecoderConfig(**parts["user_decoder"]),
+        score=ScoreConfig(**parts["score"]),
+    )
+
+
+@contextmanager
+def _written_folder(uri: str) -> Iterator[Path]:
+    """A local folder to write into, uploaded afterwards when `uri` is not local.
+
+    transformers and safetensors write local files only.
+    """
+    if "://" not in uri:
+        Path(uri).mkdir(parents=True, exist_ok=True)
+        yield Path(uri)
+        return
+    fs, path = open_filesystem(uri)
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+        for file in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+            target = f"{path}/{file.relative_to(folder).as_posix()}"
+            fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
+            fs.put_file(str(file), target)
+
+
+@contextmanager
+def _read_folder(uri: str) -> Iterator[Path]:
+    """The bundle as a local folder, downloaded for the time being when `uri` is not local."""
+    if "://" not in uri:
+        yield Path(uri)
+        return
+    fs, path = open_filesystem(uri)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in fs.find(path):
+            target = Path(folder, name[len(path) :].lstrip("/"))
+            target.parent.mkdir(parents=True, exist_ok=True)
+            fs.get_file(name, str(target))
+        yield Path(folder)

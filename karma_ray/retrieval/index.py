@@ -1,0 +1,236 @@
+"""The item index: faiss over the serving side of the score, with its ids and titles.
+
+What is stored is `InterestModel.index_vectors(e)`, so the inner product with
+`query_vectors(h)` is the score of training (METHOD 1.4).
+
+Legend: I items, B queries, D width, K results.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from karma_ray.artifacts import (
+    join,
+    open_filesystem,
+    read_manifest,
+    read_table,
+    write_manifest,
+    write_table,
+)
+from karma_ray.errors import InputError, SkewError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from numpy.typing import NDArray
+
+    Vectors = NDArray[np.float32]
+    Rows = NDArray[np.int64]
+
+RECALL_AT = 200
+"""Depth at which an index is compared with exact search."""
+NUM_PROBE_QUERIES = 256
+"""Item vectors used as queries when the recall of an index is measured."""
+SMALL_SEARCH = 2_000_000
+"""Inner products below which one thread beats the cost of starting several."""
+
+
+@dataclass(frozen=True)
+class Flat:
+    """Exact search by inner product."""
+
+    kind = "flat"
+
+    def build(self, vectors: Vectors) -> faiss.Index:  # [I, D]
+        """An exact index over `vectors`."""
+        index = faiss.IndexFlatIP(vectors.shape[1])
+        index.add(vectors)
+        return index
+
+
+@dataclass(frozen=True)
+class InvertedLists:
+    """Approximate search: only the `num_probes` nearest of `num_lists` cells are read."""
+
+    kind = "ivf"
+
+    num_lists: int = 0
+    """Cells; 0 takes 4 sqrt(I), at most one per 39 items (the least k-means learns from)."""
+    num_probes: int = 16
+    """Cells read per query."""
+
+    def build(self, vectors: Vectors) -> faiss.Index:  # [I, D]
+        """An inverted-list index over `vectors`; k-means runs under faiss's fixed seed."""
+        count, width = vectors.shape
+        wanted = self.num_lists or int(4 * count**0.5)
+        num_lists = max(1, min(wanted, count // 39))
+        index = faiss.IndexIVFFlat(
+            faiss.IndexFlatIP(width), width, num_lists, faiss.METRIC_INNER_PRODUCT
+        )
+        index.train(vectors)
+        index.add(vectors)
+        index.nprobe = min(self.num_probes, num_lists)
+        return index
+
+
+IndexKind = Flat | InvertedLists
+KINDS: dict[str, type[Flat] | type[InvertedLists]] = {"flat": Flat, "ivf": InvertedLists}
+
+
+def index_kind(name: str) -> IndexKind:
+    """The kind called `name` with its default parameters; raises InputError with the choices."""
+    if name not in KINDS:
+        raise InputError("--kind", name, choices=KINDS)
+    return KINDS[name]()
+
+
+@dataclass(frozen=True)
+class ItemIndex:
+    """A searchable catalogue: row r of the index is `item_ids[r]`, called `titles[r]`."""
+
+    faiss_index: faiss.Index
+    item_ids: list[str]
+    titles: list[str]
+    kind: str
+    parameters: dict[str, Any]
+    recall: float
+    """Measured recall@200 against exact search, queries being item vectors; 1.0 when exact."""
+    parents: dict[str, str]
+    """Content hashes of the bundle and the item embeddings this index was made from."""
+    content_hash: str = ""
+    """Hash of the saved files; empty until saved."""
+
+    @classmethod
+    def build(
+        cls,
+        vectors: Vectors,  # [I, D]
+        item_ids: Sequence[str],
+        titles: Sequence[str],
+        kind: IndexKind | None = None,
+        parents: Mapping[str, str] | None = None,
+    ) -> ItemIndex:
+        """Index `vectors` (= index_vectors(e)). Raises InputError on an empty catalogue."""
+        if len(item_ids) == 0:
+            raise InputError("catalogue", 0, "items; an index needs at least one")
+        assert len(vectors) == len(item_ids) == len(titles)
+        kind = kind or Flat()
+        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        index = kind.build(vectors)
+        return cls(
+            faiss_index=index,
+            item_ids=list(item_ids),
+            titles=list(titles),
+            kind=kind.kind,
+            parameters=dataclasses.asdict(kind),
+            recall=_measured_recall(index, vectors),
+            parents=dict(parents or {}),
+        )
+
+    @property
+    def num_items(self) -> int:
+        """Items in the index."""
+        return len(self.item_ids)
+
+    def search(self, queries: Vectors, k: int) -> tuple[Rows, Vectors]:  # [B, D] -> [B, K]
+        """Rows and scores of the `k` best items per query, best first.
+
+        K is min(k, I). An approximate index that finds fewer fills up with row -1, score -inf.
+        """
+        queries = np.ascontiguousarray(queries, dtype=np.float32)
+        k = min(k, self.num_items)
+        work = len(queries) * self.num_items
+        with _threads(1 if work < SMALL_SEARCH else faiss.omp_get_max_threads()):
+            scores, rows = self.faiss_index.search(queries, k)
+        return rows, np.where(rows < 0, -np.inf, scores).astype(np.float32)
+
+    def save(self, folder: str) -> ItemIndex:
+        """Write index.faiss, item_ids.parquet and manifest.json; returns self with its hash."""
+        fs, path = open_filesystem(folder)
+        fs.makedirs(path, exist_ok=True)
+        with fs.open(f"{path}/index.faiss", "wb") as sink:
+            sink.write(faiss.serialize_index(self.faiss_index).tobytes())
+        table = pa.table(
+            {
+                "item_id": pa.array(self.item_ids, pa.string()),
+                "title": pa.array(self.titles, pa.string()),
+            }
+        )
+        write_table(table, folder, part="item_ids")
+        manifest = write_manifest(
+            folder,
+            "index",
+            parents=self.parents,
+            index_kind=self.kind,
+            parameters=self.parameters,
+            num_items=self.num_items,
+            width=self.faiss_index.d,
+            **{f"recall@{RECALL_AT}": self.recall},
+        )
+        return dataclasses.replace(self, content_hash=manifest["content_hash"])
+
+    @classmethod
+    def load(cls, folder: str, bundle_hash: str | None = None) -> ItemIndex:
+        """Read a saved index.
+
+        Raises InputError when it is missing, SkewError when `bundle_hash` is given and the
+        index was made for another bundle.
+        """
+        manifest = read_manifest(folder, "index")
+        parents = dict(manifest["parents"])
+        if bundle_hash is not None:
+            check_parent(parents, "bundle", bundle_hash, folder)
+        fs, path = open_filesystem(folder)
+        with fs.open(f"{path}/index.faiss", "rb") as source:
+            index = faiss.deserialize_index(np.frombuffer(source.read(), dtype=np.uint8))
+        table = read_table(join(folder, "item_ids.parquet"), columns=["item_id", "title"])
+        return cls(
+            faiss_index=index,
+            item_ids=table.column("item_id").to_pylist(),
+            titles=table.column("title").to_pylist(),
+            kind=manifest["index_kind"],
+            parameters=manifest["parameters"],
+            recall=manifest[f"recall@{RECALL_AT}"],
+            parents=parents,
+            content_hash=manifest["content_hash"],
+        )
+
+
+def check_parent(parents: Mapping[str, str], role: str, expected: str, folder: str) -> None:
+    """Raise SkewError unless what stands in `folder` was made from this very `role`."""
+    found = parents.get(role)
+    if found != expected:
+        raise SkewError(
+            f"{folder} was made from {role} {found}, but the {role} here is {expected}; "
+            "make it again (jobs/embed.py RUN, then jobs/index.py RUN)"
+        )
+
+
+def _measured_recall(index: faiss.Index, vectors: Vectors) -> float:  # [I, D]
+    """Share of the exact top 200 that `index` finds, queries being evenly spaced items."""
+    if isinstance(index, faiss.IndexFlatIP):
+        return 1.0
+    rows = np.linspace(0, len(vectors) - 1, min(NUM_PROBE_QUERIES, len(vectors))).astype(int)
+    k = min(RECALL_AT, len(vectors))
+    exact = Flat().build(vectors).search(vectors[rows], k)[1]
+    found = index.search(vectors[rows], k)[1]
+    shares = [len(np.intersect1d(a, b)) / k for a, b in zip(exact, found, strict=True)]
+    return float(np.mean(shares))
+
+
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = faiss.omp_get_max_threads()
+    faiss.omp_set_num_threads(count)
+    try:
+        yield
+    finally:
+        faiss.omp_set_num_threads(before)

@@ -1,0 +1,280 @@
+"""(query, history) -> items: the code that serves is the code that measures HR@K.
+
+`recall` answers a request through the index; `score` gives evaluation the same scores for
+the whole catalogue. Both go through `interests`, `query_vectors` and `index_vectors`.
+
+Legend: B requests, I items, D width, K results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from karma_ray.artifacts import RunFolder, exists, read_manifest
+from karma_ray.data.catalog import Catalog
+from karma_ray.data.collate import Collator
+from karma_ray.data.schema import EXAMPLES
+from karma_ray.errors import InputError
+from karma_ray.retrieval.encode import ItemTable, load_embeddings
+from karma_ray.retrieval.export import load_bundle
+from karma_ray.retrieval.index import IndexKind, ItemIndex, check_parent
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+    from torch import Tensor
+
+    from karma_ray.model.interest import InterestModel
+
+REQUEST_SCHEMA = pa.schema(
+    [
+        EXAMPLES.field(name)
+        for name in ("query", "history_queries", "history_item_ids", "history_timestamps")
+    ]
+)
+
+
+@dataclass(frozen=True)
+class HistoryItem:
+    """One past click: the item, the query it was found with, and when."""
+
+    item_id: str
+    query: str | None = None
+    timestamp: datetime | None = None
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a user asks now and what they clicked before, oldest first."""
+
+    query: str | None = None
+    history: Sequence[HistoryItem] = ()
+
+
+@dataclass(frozen=True)
+class RecalledItem:
+    """An item with its score and title."""
+
+    item_id: str
+    score: float
+    title: str
+
+
+@dataclass(frozen=True)
+class Recall:
+    """The best items, best first, and the history ids nobody knows."""
+
+    items: list[RecalledItem]
+    ignored_item_ids: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One score per asked item, None where the item is unknown."""
+
+    scores: list[float | None]
+    ignored_item_ids: list[str] = field(default_factory=list)
+
+
+class Retriever:
+    """Model, item table and index that belong together."""
+
+    def __init__(
+        self,
+        interest: InterestModel,
+        collator: Collator,
+        table: ItemTable,
+        index: ItemIndex,
+        model_version: str = "",
+    ) -> None:
+        """`collator` must number items as `table` does; `index` may number them otherwise."""
+        self.interest = interest.eval()
+        self.collator, self.table, self.index = collator, table, index
+        self.model_version, self.index_version = model_version, index.content_hash
+        device = next(interest.parameters()).device
+        self._embeddings = torch.from_numpy(table.embeddings).to(device)  # [I, D]
+
+    @classmethod
+    def load(cls, run: str, data: str | None = None) -> Retriever:
+        """Load a finished run folder.
+
+        With `data`, rows (and so the columns of `score`) follow that catalogue; otherwise the
+        index, and the catalogue is not needed at all. Raises InputError naming the missing
+        part and the command that makes it, SkewError when the parts do not belong together.
+        """
+        check_run(run)
+        folder = RunFolder(run)
+        bundle = load_bundle(folder.bundle)
+        table = load_embeddings(folder.item_embeddings, bundle.content_hash)
+        index = ItemIndex.load(folder.index, bundle.content_hash)
+        order = index.item_ids if data is None else Catalog.load(data).item_ids
+        table = table.in_order(order)
+        collator = Collator(table, bundle.tokenizer, bundle.collate_config)
+        return cls(bundle.interest, collator, table, index, bundle.content_hash)
+
+    @classmethod
+    def from_model(
+        cls,
+        interest: InterestModel,
+        collator: Collator,
+        catalog: Catalog,
+        embeddings: NDArray[np.float32],  # [I, D]
+        kind: IndexKind | None = None,
+    ) -> Retriever:
+        """A retriever in memory, from a model in training and its catalogue's embeddings."""
+        table = ItemTable(catalog.item_ids, catalog.titles, embeddings, {})
+        return cls(interest, collator, table, build_index(interest, table, kind))
+
+    def interests(self, examples: pa.Table) -> Tensor:  # [B, D]
+        """h_t of every request."""
+        with torch.inference_mode():
+            batch = self.collator.requests(examples).to(self._embeddings.device)
+            return self.interest.last_interest(batch, self._embeddings[batch.item_rows])
+
+    def score(self, examples: pa.Table) -> NDArray[np.float32]:  # [B, I]
+        """Scores of the whole catalogue for rows of `examples`, in the table's order."""
+        with torch.inference_mode():
+            queries = self.interest.query_vectors(self.interests(examples))
+            result: NDArray[np.float32] = (queries @ self._index_vectors.T).float().cpu().numpy()
+        return result
+
+    def recall(
+        self,
+        query: str | None,
+        history: Sequence[HistoryItem],
+        k: int,
+        exclude_history: bool = False,
+    ) -> Recall:
+        """The `k` best items for one request; `exclude_history` leaves out what was clicked."""
+        return self.recall_batch([Request(query, history)], k, exclude_history)[0]
+
+    def recall_batch(
+        self, requests: Sequence[Request], k: int, exclude_history: bool = False
+    ) -> list[Recall]:
+        """`recall` for several requests in one pass of the model and one of the index."""
+        if k < 1:
+            raise InputError("k", k, "must be at least 1")
+        clicked = [{item.item_id for item in request.history} for request in requests]
+        extra = max(map(len, clicked), default=0) if exclude_history else 0
+        queries = self._query_vectors(requests)
+        rows, scores = self.index.search(queries, k + extra)
+        answers = []
+        for request, seen, found, values in zip(requests, clicked, rows, scores, strict=True):
+            items = [
+                RecalledItem(self.index.item_ids[row], float(value), self.index.titles[row])
+                for row, value in zip(found, values, strict=True)
+                if row >= 0 and not (exclude_history and self.index.item_ids[row] in seen)
+            ]
+            answers.append(Recall(items[:k], self._unknown(request)))
+        return answers
+
+    def score_items(
+        self, query: str | None, history: Sequence[HistoryItem], item_ids: Sequence[str]
+    ) -> Scores:
+        """Scores of given items (pre-ranking), in their order; None for unknown items."""
+        request = Request(query, history)
+        rows = self.table.rows(item_ids)
+        known = np.flatnonzero(rows >= 0)
+        scores: list[float | None] = [None] * len(item_ids)
+        with torch.inference_mode():
+            items = self.interest.index_vectors(self._embeddings[torch.from_numpy(rows[known])])
+            values = items.float().cpu().numpy() @ self._query_vectors([request])[0]
+        for position, value in zip(known, values, strict=True):
+            scores[position] = float(value)
+        return Scores(scores, self._unknown(request))
+
+    @cached_property
+    def _index_vectors(self) -> Tensor:  # [I, D]
+        with torch.inference_mode():
+            return self.interest.index_vectors(self._embeddings)
+
+    def _query_vectors(self, requests: Sequence[Request]) -> NDArray[np.float32]:  # [B, D]
+        with torch.inference_mode():
+            vectors = self.interest.query_vectors(self.interests(request_table(requests)))
+        result: NDArray[np.float32] = vectors.float().cpu().numpy()
+        return result
+
+    def _unknown(self, request: Request) -> list[str]:
+        ids = list(dict.fromkeys(item.item_id for item in request.history))
+        return [i for i, row in zip(ids, self.table.rows(ids), strict=True) if row < 0]
+
+
+def request_table(requests: Sequence[Request]) -> pa.Table:
+    """Requests as the columns of `examples` that a model may see.
+
+    A history with a time at every step is put in order of time; one without is taken as it
+    comes, oldest first.
+    """
+    rows = []
+    for request in requests:
+        history = list(request.history)
+        stamps = [item.timestamp for item in history]
+        if all(stamp is not None for stamp in stamps):
+            history.sort(key=lambda item: item.timestamp or datetime.min)
+        rows.append(
+            {
+                "query": request.query,
+                "history_queries": [item.query for item in history],
+                "history_item_ids": [item.item_id for item in history],
+                "history_timestamps": [item.timestamp for item in history],
+            }
+        )
+    return pa.Table.from_pylist(rows, schema=REQUEST_SCHEMA)
+
+
+def build_index(
+    interest: InterestModel, table: ItemTable, kind: IndexKind | None = None, **parents: str
+) -> ItemIndex:
+    """Index `index_vectors(e)` of a table."""
+    device = next(interest.parameters()).device
+    with torch.inference_mode():
+        vectors = interest.index_vectors(torch.from_numpy(table.embeddings).to(device))
+    return ItemIndex.build(
+        vectors.float().cpu().numpy(), table.item_ids, table.titles, kind, parents
+    )
+
+
+def index_run(run: str, kind: IndexKind | None = None) -> ItemIndex:
+    """Make and save RUN/index from RUN/bundle and RUN/item_embeddings."""
+    folder = RunFolder(run)
+    require_part(run, folder.bundle, "jobs/train.py --out RUN")
+    require_part(run, folder.item_embeddings, "jobs/embed.py RUN")
+    bundle = load_bundle(folder.bundle)
+    table = load_embeddings(folder.item_embeddings, bundle.content_hash)
+    made = read_manifest(folder.item_embeddings)["content_hash"]
+    index = build_index(
+        bundle.interest, table, kind, bundle=bundle.content_hash, item_embeddings=made
+    )
+    return index.save(folder.index)
+
+
+def check_run(run: str) -> None:
+    """Raise InputError or SkewError for a run that could not be served; reads manifests only."""
+    folder = RunFolder(run)
+    require_part(run, folder.bundle, "jobs/train.py --out RUN")
+    require_part(run, folder.item_embeddings, "jobs/embed.py RUN")
+    require_part(run, folder.index, "jobs/index.py RUN")
+    bundle = read_manifest(folder.bundle, "bundle")
+    embeddings = read_manifest(folder.item_embeddings, "item_embeddings")
+    index = read_manifest(folder.index, "index")
+    made = bundle["content_hash"]
+    check_parent(embeddings["parents"], "bundle", made, folder.item_embeddings)
+    check_parent(index["parents"], "bundle", made, folder.index)
+    made = embeddings["content_hash"]
+    check_parent(index["parents"], "item_embeddings", made, folder.index)
+
+
+def require_part(run: str, part: str, command: str) -> None:
+    """Raise InputError unless `part` of `run` is finished (its manifest is written last)."""
+    if not exists(run):
+        raise InputError("RUN", run, "does not exist; `python jobs/train.py --out RUN` makes one")
+    if not exists(f"{part}/manifest.json"):
+        name = part.rsplit("/", 1)[-1]
+        raise InputError("RUN", run, f"has no finished {name}/; `python {command}` makes it")

@@ -1,0 +1,1 @@
+"""Plain PyTorch training and evaluation; knows nothing of Ray."""

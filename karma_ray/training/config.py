@@ -1,0 +1,86 @@
+"""Configuration of pretraining, warm-up, joint training and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Causal language modelling on the catalogue's text: the stand-in for a pretrained LLM."""
+
+    steps: int = 400
+    """Optimiser steps; 0 keeps the random initialisation."""
+    batch_size: int = 64
+    """Items per step."""
+    learning_rate: float = 2e-3
+    """Peak learning rate."""
+
+
+@dataclass(frozen=True)
+class WarmupConfig:
+    """Stage 1: CE(text | P(e_i)), item data only."""
+
+    skip: bool = False
+    """Start the joint stage without the warm-up (control)."""
+    steps: int = 400
+    """Upper bound of optimiser steps; stops earlier when the shuffled gap has plateaued."""
+    batch_size: int = 64
+    """Items per step."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of the decoder; new modules take `new_module_lr` times as much."""
+    train: Literal["decoder", "adapters_only", "all"] = "decoder"
+    """What is trained: decoder and adapters, adapters only, or the item encoder too."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Stage 2."""
+
+    steps: int = 1000
+    """Optimiser steps."""
+    batch_size: int = 16
+    """User windows per step, over all workers."""
+    learning_rate: float = 1e-3
+    """Peak learning rate of the backbones."""
+    new_module_lr: float = 2.0
+    """Factor on the learning rate of new modules (projector, read-out, query embedding)."""
+    lr_warmup_share: float = 0.05
+    """Share of the steps with a linearly rising learning rate; cosine decay follows."""
+    weight_decay: float = 0.01
+    """AdamW weight decay on matrices."""
+    grad_clip: float = 1.0
+    """Global gradient norm bound."""
+    precision: Literal["bfloat16", "float32"] = "bfloat16"
+    """Compute type; master weights and losses stay float32."""
+    encoder_grad: Literal["full", "targets_only", "frozen"] = "full"
+    """Gradient into the item encoder: everywhere, targets and negatives only, or none."""
+    bank_refresh_steps: int = 100
+    """Steps between refreshes of the history bank under `targets_only`."""
+    report_every: int = 20
+    """Steps between reports of losses, collapse probes and speed."""
+    checkpoint_every: int = 200
+    """Steps between checkpoints (model, optimiser, RNG, data position)."""
+    validate_every: int = 0
+    """Steps between evaluations on valid examples (the curve of the report); 0: at the end."""
+    num_workers: int = 1
+    """Ray Train workers; 0 trains inside the driver process."""
+    threads_per_worker: int = 1
+    """CPU threads of each worker."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What METHOD leaves open about the metrics, with its defaults."""
+
+    gauc_weight: Literal["impressions", "positives", "uniform"] = "impressions"
+    """Weight of a group in gAUC."""
+    hr_unit: Literal["click", "any_hit"] = "click"
+    """Per-click mean, or one hit per request."""
+    js_mode: Literal["per_item", "pooled"] = "per_item"
+    """Mean of Jaccard per retrieved item, or Jaccard with the union of the list."""
+    block_size: int = 256
+    """Examples scored at once; bounds memory to block_size x catalogue."""
+    max_examples: int = 0
+    """Evaluate at most so many examples (a seeded sample); 0: all."""

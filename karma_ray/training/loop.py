@@ -1,0 +1,197 @@
+"""`fit`: plain PyTorch, one worker's view. A list of batches and `records.append` suffice.
+
+    for batch in batches:  loss = step(model, batch)  ->  backward  ->  sum over workers
+                           ->  clip  ->  optimiser  ->  every `report_every` steps: report
+
+* Nothing here knows Ray; `batches` may be a stream and `report` may talk to a cluster.
+* Losses are sums over a global count (training/parallel.py), so gradients are summed.
+* A NaN or infinity stops all workers in the same step, names the term and saves the batch.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from karma_ray.artifacts import join, open_filesystem, write_json
+from karma_ray.errors import NonFiniteLoss
+from karma_ray.training.meters import Meters
+from karma_ray.training.optim import learning_rate_factor, set_learning_rate
+from karma_ray.training.parallel import global_sum, rank, sum_gradients
+from karma_ray.training.step import StepOutput
+
+Step = Callable[[nn.Module, Any], StepOutput]
+Record = dict[str, float]
+Report = Callable[[Record], bool | None]
+"""Called with the means since the last report; a true answer ends the training. Every worker
+gets the same losses, so an answer made from them is the same everywhere."""
+
+
+def fit(
+    model: nn.Module,
+    step: Step,
+    optimizer: torch.optim.Optimizer,
+    batches: Iterable[Any],
+    report: Report,
+    *,
+    steps: int,
+    start_step: int = 0,
+    schedule: Callable[[int], float] | None = None,
+    grad_clip: float = 1.0,
+    precision: Literal["bfloat16", "float32"] = "bfloat16",
+    report_every: int = 20,
+    after_step: Callable[[int], None] | None = None,
+    failure_dir: str | None = None,
+    progress: bool = False,
+) -> int:
+    """Train until `steps` steps are done in all or `batches` ends; returns the steps done.
+
+    `batches` begins at `start_step`. `schedule` maps a step to a factor of the peak learning
+    rate (default: `learning_rate_factor` over `steps`). `after_step` is called with the number
+    of finished steps, on every worker (checkpoints, evaluation). Raises NonFiniteLoss, on all
+    workers alike, after saving the batch below `failure_dir`.
+    """
+    device = next(model.parameters()).device
+    factor = schedule or (lambda number: learning_rate_factor(number, steps))
+    meters, stream = Meters(), iter(batches)
+    model.train()
+    with _progress_bar(progress, steps, start_step) as bar:
+        for number in range(start_step, steps):
+            waited = time.perf_counter()
+            batch = next(stream, None)
+            if batch is None:
+                steps = number
+                break
+            batch = to_device(batch, device)
+            meters.waited(time.perf_counter() - waited)
+            rate = set_learning_rate(optimizer, factor(number))
+            with _autocast(device, precision):
+                output = step(model, batch)
+            optimizer.zero_grad(set_to_none=True)
+            _check_terms(output, batch, number + 1, failure_dir)
+            norm = _backward(model, output, grad_clip)
+            _check_norm(norm, output, batch, number + 1, failure_dir)
+            optimizer.step()
+            meters.add(output, norm)
+            stop = False
+            if (number + 1 - start_step) % report_every == 0 or number + 1 == steps:
+                record = meters.record(number + 1, rate)
+                stop = bool(report(record))
+                bar.set_postfix_str(_postfix(record), refresh=False)
+            bar.update(1)
+            if after_step is not None:
+                outside = time.perf_counter()
+                after_step(number + 1)
+                meters.pause(time.perf_counter() - outside)
+            if stop:
+                return number + 1
+    if meters.num_steps:
+        report(meters.record(steps, float(optimizer.param_groups[0]["lr"])))
+    return steps
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move a batch that knows `.to(device)`; on the CPU batches are there already."""
+    return batch.to(device) if device.type != "cpu" and hasattr(batch, "to") else batch
+
+
+def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _backward(model: nn.Module, output: StepOutput, grad_clip: float) -> Tensor:
+    """Gradients of the global loss, clipped; returns their norm before clipping."""
+    output.loss.backward()  # type: ignore[no-untyped-call]
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    sum_gradients(parameters)
+    return nn.utils.clip_grad_norm_(parameters, grad_clip)
+
+
+def _check_terms(output: StepOutput, batch: Any, number: int, folder: str | None) -> None:
+    """Raise on every worker when a loss term of any worker is not finite."""
+    terms = {name: value for name, value in output.logs.items() if name.startswith("loss/")}
+    terms["loss"] = output.loss
+    names = sorted(terms, key=lambda name: (name in ("loss", "loss/total"), name))
+    device = output.loss.device
+    values = torch.stack(
+        [torch.as_tensor(terms[name], device=device).detach().float() for name in names]
+    )
+    bad = (~torch.isfinite(values)).to(torch.int32)
+    everywhere = global_sum(bad).tolist()
+    if not any(everywhere):
+        return
+    name = next(name for name, count in zip(names, everywhere, strict=True) if count)
+    saved = _save_failure(output, batch, number, folder) if bad.any() else ""
+    where = "" if bad.any() else " on another worker"
+    raise NonFiniteLoss(f"{name} is not finite at step {number}{where}{saved}")
+
+
+def _check_norm(
+    norm: Tensor, output: StepOutput, batch: Any, number: int, folder: str | None
+) -> None:
+    # The norm is of the summed gradients, hence the same on all workers: no exchange needed.
+    if not torch.isfinite(norm):
+        saved = _save_failure(output, batch, number, folder)
+        raise NonFiniteLoss(f"the gradient norm is not finite at step {number}{saved}")
+
+
+def _save_failure(output: StepOutput, batch: Any, number: int, folder: str | None) -> str:
+    """Write the batch's tensors and the logs; returns what the message says about it."""
+    if folder is None:
+        return ""
+    from safetensors.torch import save
+
+    target = join(folder, f"step-{number:07d}-worker-{rank()}")
+    fs, path = open_filesystem(target)
+    fs.makedirs(path, exist_ok=True)
+    with fs.open(f"{path}/batch.safetensors", "wb") as sink:
+        sink.write(save(tensors_of(batch)))
+    logs = {name: float(value) for name, value in output.logs.items()}
+    write_json({"step": number, "loss": float(output.loss), **logs}, join(target, "logs.json"))
+    return f"; the batch was saved to {target}"
+
+
+def tensors_of(batch: Any) -> dict[str, Tensor]:
+    """The named tensors of a batch: a tensor, a mapping, a sequence or a record of them."""
+    if isinstance(batch, Tensor):
+        return {"batch": batch.detach().cpu().contiguous()}
+    if isinstance(batch, dict):
+        fields = {str(name): value for name, value in batch.items()}
+    elif isinstance(batch, (list, tuple)):
+        fields = {str(place): value for place, value in enumerate(batch)}
+    else:
+        fields = dict(vars(batch))
+    # Cloned: fields may share storage, which safetensors refuses.
+    return {
+        name: value.detach().cpu().clone().contiguous()
+        for name, value in fields.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def _progress_bar(shown: bool, steps: int, start_step: int) -> Any:
+    return tqdm(
+        total=steps,
+        initial=start_step,
+        unit="step",
+        file=sys.stderr,
+        disable=not shown or rank() != 0,
+        mininterval=0.5 if sys.stderr.isatty() else 10.0,
+        dynamic_ncols=True,
+    )
+
+
+def _postfix(record: Record) -> str:
+    parts = [f"loss {record['loss/total']:.3f}"] if "loss/total" in record else []
+    if "examples_per_s" in record:
+        parts.append(f"{record['examples_per_s']:.0f} examples/s")
+    return ", ".join(parts)

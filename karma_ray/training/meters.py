@@ -1,0 +1,73 @@
+"""Means of a step's logs between two reports, over the workers too, and the speed."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from torch import Tensor
+
+from karma_ray.training.parallel import global_sum, world_size
+from karma_ray.training.step import StepOutput
+
+COUNTS = ("tokens", "examples")
+
+
+def is_summed(name: str) -> bool:
+    """Whether a log is a worker's share of the whole: loss terms and counts are."""
+    return name.startswith("loss/") or name in COUNTS
+
+
+class Meters:
+    """Accumulates logs on their device, so that only a report waits for the accelerator.
+
+    A log that appears in some steps only (a costly probe) is averaged over those steps; every
+    worker must log the same names in the same steps.
+    """
+
+    def __init__(self) -> None:
+        self._reset()
+
+    def _reset(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+        self._start = time.perf_counter()
+        self._wait = 0.0
+        self.num_steps = 0
+
+    def waited(self, seconds: float) -> None:
+        """Note time spent on waiting for a batch."""
+        self._wait += seconds
+
+    def pause(self, seconds: float) -> None:
+        """Take time that was not training (a checkpoint, an evaluation) out of the speed."""
+        self._start += seconds
+
+    def add(self, output: StepOutput, grad_norm: Tensor) -> None:
+        """Take in one step."""
+        logs: dict[str, Tensor | float] = {"loss/total": output.loss, **output.logs}
+        # The norm is equal on all workers, so its mean over them is itself.
+        logs["grad_norm"] = grad_norm
+        for name, value in logs.items():
+            tensor = torch.as_tensor(value, device=output.loss.device).detach().double()
+            self._sums[name] = self._sums[name] + tensor if name in self._sums else tensor
+            self._counts[name] = self._counts.get(name, 0) + 1
+        self.num_steps += 1
+
+    def record(self, step: int, rate: float) -> dict[str, float]:
+        """Means since the last call, and start anew."""
+        names = sorted(self._sums)
+        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
+        totals = global_sum(means).tolist()
+        elapsed = max(time.perf_counter() - self._start, 1e-9)
+        record: dict[str, float] = {"step": step, "seconds": elapsed}
+        for name, total in zip(names, totals, strict=True):
+            record[name] = total if is_summed(name) else total / world_size()
+        record["lr"] = rate
+        record["steps_per_s"] = self.num_steps / elapsed
+        for name in COUNTS:
+            if name in record:
+                record[f"{name}_per_s"] = record[name] * self._counts[name] / elapsed
+        record["data_wait_share"] = self._wait / elapsed
+        self._reset()
+        return record

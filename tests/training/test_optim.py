@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from karma_ray.errors import InputError
+from karma_ray.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
+
+
+class _Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Linear(3, 3)
+        self.projector = nn.Linear(3, 3)
+
+
+def _by_name(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, float]]:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: {"rate": group["peak_lr"], "decay": group["weight_decay"]}
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+
+
+def test_only_matrices_decay_and_new_modules_learn_faster() -> None:
+    model = _Model()
+    optimizer = build_optimizer(
+        model,
+        learning_rate=1e-3,
+        weight_decay=0.1,
+        new_module_lr=5.0,
+        is_backbone=lambda name: name.startswith("backbone"),
+    )
+    assert _by_name(model, optimizer) == {
+        "backbone.weight": {"rate": 1e-3, "decay": 0.1},
+        "backbone.bias": {"rate": 1e-3, "decay": 0.0},
+        "projector.weight": {"rate": 5e-3, "decay": 0.1},
+        "projector.bias": {"rate": 5e-3, "decay": 0.0},
+    }
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = _Model()
+    model.backbone.requires_grad_(False)
+    assert set(_by_name(model, build_optimizer(model, learning_rate=1.0))) == {
+        "projector.weight",
+        "projector.bias",
+    }
+
+
+def test_nothing_to_train_is_an_input_error() -> None:
+    with pytest.raises(InputError, match="no parameter to train"):
+        build_optimizer(_Model().requires_grad_(False), learning_rate=1.0)
+
+
+def test_the_rate_rises_linearly_then_falls_to_a_tenth() -> None:
+    factors = [learning_rate_factor(step, 100, warmup_share=0.1) for step in range(101)]
+    assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
+    assert factors[10] == 1.0
+    assert all(later <= earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert factors[55] == pytest.approx(0.1 + 0.9 / 2)
+    assert factors[100] == pytest.approx(0.1)
+
+
+def test_every_group_keeps_its_ratio_under_the_schedule() -> None:
+    optimizer = build_optimizer(
+        _Model(), learning_rate=1.0, new_module_lr=3.0, is_backbone=lambda n: n[0] == "b"
+    )
+    set_learning_rate(optimizer, 0.5)
+    assert sorted({group["lr"] for group in optimizer.param_groups}) == [0.5, 1.5]
