@@ -59,9 +59,13 @@ def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:
     fs, path = open_filesystem(folder)
     if not fs.exists(path):
         raise InputError("table", folder, "does not exist")
-    if fs.isdir(path) and not fs.glob(f"{path}/**/*.parquet"):
+    # Named one by one: a manifest or an index beside the table is not Parquet.
+    files = sorted(name for name in fs.find(path) if name.endswith(".parquet"))
+    if not files:
         raise InputError("table", folder, "holds no .parquet file")
-    dataset = ds.dataset(path, filesystem=fs, format="parquet", partitioning="hive")
+    dataset = ds.dataset(
+        files, filesystem=fs, format="parquet", partitioning="hive", partition_base_dir=path
+    )
     return dataset.to_table(columns=columns)
 
 

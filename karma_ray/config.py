@@ -13,7 +13,7 @@ import itertools
 import textwrap
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, get_type_hints
+from typing import Any, cast, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -132,7 +132,7 @@ def _describe(kind: type, prefix: str, lines: list[str]) -> None:
     for item in dataclasses.fields(kind):
         hint = get_type_hints(kind)[item.name]
         if dataclasses.is_dataclass(hint):
-            _describe(hint, f"{prefix}{item.name}.", lines)
+            _describe(cast(type, hint), f"{prefix}{item.name}.", lines)
             continue
         default = item.default
         if default is dataclasses.MISSING and item.default_factory is not dataclasses.MISSING:

@@ -84,9 +84,7 @@ def imported_modules(text: str, known: set[str]) -> Iterator[str]:
 
 def edges(sources: Sources) -> dict[str, set[str]]:
     known = {module_name(path) for path in sources}
-    return {
-        module_name(path): set(imported_modules(text, known)) for path, text in sources.items()
-    }
+    return {module_name(path): set(imported_modules(text, known)) for path, text in sources.items()}
 
 
 def room_complaints(sources: Sources) -> list[str]:
@@ -152,7 +150,9 @@ def name_complaints(sources: Sources) -> list[str]:
     for path in sources:
         stem = Path(path).stem
         if VAGUE & set(stem.split("_")):
-            complaints.append(f"{path} has a vague name; a module is a noun that says what it holds")
+            complaints.append(
+                f"{path} has a vague name; a module is a noun that says what it holds"
+            )
         script = path.split("/")[0] in ("jobs", "benchmarks", "tune_spaces")
         if script and stem in sys.stdlib_module_names:
             complaints.append(f"{path} hides the standard library's {stem}")

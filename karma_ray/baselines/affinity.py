@@ -69,7 +69,7 @@ class AffinityRanker:
         return scores
 
     def _affinity(self, history: NDArray[np.int64]) -> NDArray[np.float64]:  # [T] -> [I]
-        total = self._popularity.copy()
+        total: NDArray[np.float64] = self._popularity.copy()
         known = history[history >= 0]
         for onehot, base in zip(self._attributes, self._base, strict=True):
             counts = np.asarray(onehot[known].sum(axis=0), dtype=np.float64).ravel()

@@ -37,24 +37,24 @@ def build_floor(name: str, data: PreparedData, seed: int = 0) -> Ranker:
     if name == "tfidf":
         return TfidfRanker(catalog)
     if name == "query_filter":
-        return QueryFilterRanker(catalog, data.query_matches(), seed)
+        return QueryFilterRanker(catalog, data.query_matches(catalog), seed)
     if name not in NAMES:
         raise InputError("--recipe", name, choices=NAMES)
     clicks = training_clicks(data.sequences(), catalog)
     if name == "popularity":
         return PopularityRanker(clicks)
     if name == "query_filter_popular":
-        return PopularQueryFilterRanker(clicks, data.query_matches())
-    return AffinityRanker(catalog, data.query_matches(), clicks)
+        return PopularQueryFilterRanker(clicks, data.query_matches(catalog))
+    return AffinityRanker(catalog, data.query_matches(catalog), clicks)
 
 
 def _ceiling(name: str, data: PreparedData) -> Ranker:
-    if not exists(join(data.uri, "truth")):
+    if not exists(join(data.items_uri, "truth")):
         raise InputError(
-            "--recipe", name, f"needs the toy shop's truth table, absent in {data.uri}"
+            "--recipe", name, f"needs the toy shop's truth table, absent in {data.items_uri}"
         )
     from karma_ray.baselines.oracle import PosteriorOracle, TasteOracle
 
     kind = PosteriorOracle if name == "oracle" else TasteOracle
-    ranker: Ranker = kind.load(data.uri, data.catalog())
+    ranker: Ranker = kind.load(data.items_uri, data.catalog())
     return ranker

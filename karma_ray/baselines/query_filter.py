@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def behind_match(
-    values: NDArray[np.floating], rows: NDArray[np.int64]
+    values: NDArray[np.floating] | NDArray[np.int64], rows: NDArray[np.int64]
 ) -> NDArray[np.float32]:  # [I], [M] -> [I]
     """Scores that put `rows` first and keep the order, and the ties, of `values` in both parts.
 
     Dense ranks are whole numbers, so float32 keeps them apart (up to 8 million items).
     """
-    ranks = np.unique(values, return_inverse=True)[1].astype(np.float32)
+    ranks: NDArray[np.float32] = np.unique(values, return_inverse=True)[1].astype(np.float32)
     ranks[rows] += len(values)
     return ranks
 

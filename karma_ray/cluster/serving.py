@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -172,6 +173,7 @@ def serve_run(
     num_replicas: int = 1,
     *,
     blocking: bool = False,
+    max_queued_requests: int = MAX_QUEUED,
     on_ready: Callable[[str], None] | None = None,
 ) -> str:
     """Serve a finished run; returns its base URL, or stays until Ctrl-C when `blocking`.
@@ -194,7 +196,7 @@ def serve_run(
         logging_config={"log_level": "WARNING", "enable_access_log": False},
     )
     serve.run(
-        _application(run, num_replicas),
+        _application(run, num_replicas, max_queued_requests),
         name=APPLICATION,
         route_prefix="/",
         logging_config={"log_level": "WARNING", "enable_access_log": False},
@@ -212,11 +214,11 @@ def curl_example(url: str, item_ids: list[str]) -> str:
     body = {"query": "", "history": [{"item_id": i} for i in item_ids], "k": 10}
     return (
         f"curl -s -X POST {url}/v1/recall -H 'Content-Type: application/json' "
-        f"-d '{json.dumps(body)}'"
+        f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
     )
 
 
-def _application(run: str, num_replicas: int) -> serve.Application:
+def _application(run: str, num_replicas: int, max_queued_requests: int) -> serve.Application:
     def build() -> FastAPI:
         # Runs in the replica: replicas are the unit of parallelism, one thread each.
         torch.set_num_threads(1)
@@ -227,7 +229,7 @@ def _application(run: str, num_replicas: int) -> serve.Application:
         name="retriever",
         num_replicas=num_replicas,
         max_ongoing_requests=MAX_ONGOING,
-        max_queued_requests=MAX_QUEUED,
+        max_queued_requests=max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
         ray_actor_options={"num_cpus": 0.1},
     )

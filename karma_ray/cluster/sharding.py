@@ -4,10 +4,9 @@
               --shuffle by hash(user) into num_partitions--> whole partitions
               --vectorised code--> sequences/, examples/split=.../ (one file per partition)
 
-The catalogue's ids are broadcast once. The shuffle's fixed cost is 5-15 seconds, whatever the
-size (docs: nothing here maps over single users). Tasks write files named by fragment or
-partition, so a task that Ray runs again replaces its own file; the caller sees the new tables
-only after the last one is written.
+The catalogue's ids are broadcast once, and nothing is mapped over single users. A shuffle costs
+5-15 seconds on a small machine whatever the size. Tasks write files named after their fragment
+or partition, so a task that Ray runs twice replaces its own file.
 """
 
 from __future__ import annotations
@@ -15,29 +14,19 @@ from __future__ import annotations
 import json
 import logging
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from karma_ray.artifacts import (
-    exists,
-    join,
-    open_filesystem,
-    read_table,
-    write_json,
-    write_table,
-)
+from karma_ray.artifacts import exists, join, read_table, write_table
 from karma_ray.cluster.session import connect
-from karma_ray.data.fragments import Fragment, list_fragments, read_fragment
+from karma_ray.data.fragments import Fragment, read_fragment
 from karma_ray.data.preparation import (
-    CLICK_TIMES,
     add_up,
     build_partition,
-    catalogue_ids,
     click_times,
     cutoffs_of,
     make_facts,
@@ -49,42 +38,40 @@ from karma_ray.data.prepared import (
     read_data_manifest,
     require_data,
 )
-from karma_ray.data.schema import EVENTS, EXAMPLES, ITEMS, QUARANTINE, SEQUENCES, check_columns
 from karma_ray.data.sessions import PrepareConfig
-from karma_ray.data.splits import Cutoffs, check_shares
-from karma_ray.data.validation import (
-    check_events,
-    check_items,
-    check_share,
-    count_reasons,
-    event_columns,
+from karma_ray.data.splits import Cutoffs
+from karma_ray.data.staging import (
+    WORK,
+    absolute,
+    count_quarantined,
+    event_fragments,
+    publish,
+    read_catalogue,
+    remove,
 )
+from karma_ray.data.validation import check_events
 from karma_ray.errors import InputError, KarmaRayError
 
 LOG = logging.getLogger(__name__)
 
-WORK = ".prepare"
-"""Folder inside the target where new tables grow before they replace the old ones."""
-
 
 def ensure_prepared(data_uri: str, config: PrepareConfig) -> PreparedData:
-    """Prepared data of `data_uri`: what stands there when it was made with `config` from these
-    files, else prepared now.
+    """What stands at `data_uri` if it was prepared with `config` from these files, else prepare.
 
-    A source that came pre-split (prepared.json says so) is taken as it is. Raises InputError
-    when the data would have to be prepared anew and have no events.
+    A source that came pre-split (its prepared.json says `"presplit": true`) is taken as it is.
+    Raises InputError when the data would have to be prepared anew and have no events.
     """
     require_data(data_uri)
     has_events = exists(join(data_uri, "events"))
     if exists(join(data_uri, "prepared.json")):
         data = PreparedData.load(data_uri)
-        if data.facts.get("presplit"):
+        changed = {} if data.facts.get("presplit") else differences(data.facts, config)
+        if data.facts.get("presplit") or (not changed and not has_events):
             return data
-        changed = differences(data.facts, config)
-        if not has_events and changed:
+        if not has_events:
             listed = ", ".join(f"prepare.{k} {a!r} -> {b!r}" for k, (a, b) in changed.items())
             raise InputError("--data", data_uri, f"has no events to prepare anew with {listed}")
-        if not changed and (not has_events or data.facts.get("input") == fingerprint(data_uri)):
+        if not changed and data.facts.get("input") == fingerprint(data_uri):
             return data
     elif not has_events:
         raise InputError("--data", data_uri, "has neither prepared.json nor events/")
@@ -96,119 +83,133 @@ def prepare(
     data_uri: str, config: PrepareConfig, out: str | None = None, progress: bool = True
 ) -> dict[str, Any]:
     """Write sequences/, examples/, quarantine/ and prepared.json to `out` (default: the data
-    folder) and return the content of the latter.
+    folder) and return the content of the latter. `progress` shows Ray Data's bars.
 
-    Raises InputError, TooManyBadRows (the quarantine is written first) and LeakError.
+    Raises InputError, TooManyBadRows (the quarantine is kept to look at) and LeakError.
     """
     config.check()
-    check_shares(config.valid_share, config.test_share)
     require_data(data_uri)
-    target = out or data_uri
-    work = join(target, WORK)
-    fragments = _event_fragments(data_uri)
-    _remove(work)
+    source, target = absolute(data_uri), absolute(out or data_uri)
+    remove(join(target, WORK))
     try:
-        return _prepare(data_uri, target, work, fragments, config, progress)
+        return _prepare(source, target, config, progress)
     except Exception as error:
         cause = _own_error(error)
         if cause is None or cause is error:
             raise
         raise cause from None
     finally:
-        _remove(work)
-
-
-def _prepare(
-    data_uri: str,
-    target: str,
-    work: str,
-    fragments: list[Fragment],
-    config: PrepareConfig,
-    progress: bool,
-) -> dict[str, Any]:
-    manifest = read_data_manifest(data_uri)
-    item_ids, item_counts = _check_catalogue(data_uri, work, config, target)
-    connect()
-    _quiet(progress)
-    if progress:
-        rows = sum(fragment.num_rows for fragment in fragments)
-        LOG.info("prepare: checking %d event rows against %d items", rows, len(item_ids))
-    reader = _EventReader(join(data_uri, "events"), work, ray.put(item_ids), config.num_partitions)
-    source = ray.data.from_items(
-        [vars(fragment) for fragment in fragments], override_num_blocks=len(fragments)
-    )
-    clean = source.map_batches(reader, batch_size=1, batch_format="pyarrow").materialize()
-    counts, reasons = _collect(work, fragments, config, target, item_counts)
-    times = read_table(join(work, "click_times")).select(CLICK_TIMES.names)
-    cutoffs = cutoffs_of([times], config, manifest)
-    if progress:
-        LOG.info("prepare: shuffling into %d partitions by user", config.num_partitions)
-    writer = _PartitionWriter(work, cutoffs, config)
-    grouped = clean.groupby("partition", num_partitions=config.num_partitions)
-    results = grouped.map_groups(writer, batch_format="pyarrow").take_all()
-    counts = add_up([counts, *(json.loads(row["counts"]) for row in results)])
-    facts = make_facts(config, cutoffs, counts, reasons, manifest)
-    facts["input"] = fingerprint(data_uri)
-    if target != data_uri:
-        facts["data"] = data_uri
-    _publish(work, target, facts)
-    return facts
-
-
-@dataclass(frozen=True)
-class _EventReader:
-    """Task: one fragment of events -> its clean rows; the rest is written beside."""
-
-    folder: str
-    work: str
-    item_ids: Any
-    num_partitions: int
-
-    @property
-    def __name__(self) -> str:
-        return "check_events"
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        (row,) = batch.to_pylist()
-        fragment = Fragment(**row)
-        table = read_fragment(self.folder, fragment.path, fragment.row_group)
-        checked = check_events(
-            table, ray.get(self.item_ids), fragment.path, fragment.first_row, fragment.order
-        )
-        part = _part(fragment.order)
-        write_table(checked.quarantine, join(self.work, "quarantine"), f"events-{part}")
-        write_table(click_times(checked.table), join(self.work, "click_times"), part)
-        counts = {"fragment": [json.dumps(checked.counts)]}
-        write_table(pa.table(counts), join(self.work, "counts"), part)
-        return checked.table.append_column(
-            "partition", partition_of(checked.table["user_id"], self.num_partitions)
-        )
-
-
-@dataclass(frozen=True)
-class _PartitionWriter:
-    """Task: the clean events of one partition of users -> its files."""
-
-    work: str
-    cutoffs: Cutoffs
-    config: PrepareConfig
-
-    @property
-    def __name__(self) -> str:
-        return "build_partition"
-
-    def __call__(self, group: pa.Table) -> pa.Table:
-        part = _part(group["partition"][0].as_py())
-        built = build_partition(group.drop_columns(["partition"]), self.cutoffs, self.config)
-        write_table(built.sequences, join(self.work, "sequences"), part)
-        for split, table in built.examples.items():
-            write_table(table, join(self.work, "examples", f"split={split}"), part)
-        return pa.table({"counts": [json.dumps(built.counts)]})
+        remove(join(target, WORK))
 
 
 def partition_of(user_ids: pa.ChunkedArray, num_partitions: int) -> pa.ChunkedArray:
     """Partition [rows] int32 of each user, by a hash that is the same in every process."""
-    coded = pc.dictionary_encode(user_ids).combine_chunks()
+    coded = pc.dictionary_encode(pa.concat_arrays([pa.array([], pa.string()), *user_ids.chunks]))
     users = coded.dictionary.to_pylist()
     of_user = pa.array([zlib.crc32(user.encode()) % num_partitions for user in users], pa.int32())
     return pa.chunked_array([of_user.take(coded.indices)])
+
+
+def _prepare(source: str, target: str, config: PrepareConfig, progress: bool) -> dict[str, Any]:
+    manifest = read_data_manifest(source)
+    fragments = event_fragments(source)
+    num_rows = sum(fragment.num_rows for fragment in fragments)
+    item_ids, item_counts = read_catalogue(source, target, config.max_bad_share)
+    work = join(target, WORK)
+    connect()
+    _show_progress(progress)
+    LOG.info("prepare: checking %d event rows against %d items", num_rows, len(item_ids))
+    clean = _checked_events(source, work, fragments, item_ids, config)
+    quarantined = count_quarantined(target, num_rows, config.max_bad_share)
+    cutoffs = cutoffs_of([read_table(join(work, "click_times"))], config, manifest)
+    LOG.info("prepare: shuffling by user into %d partitions", config.num_partitions)
+    built = clean.groupby("partition", num_partitions=config.num_partitions).map_groups(
+        _write_partition,
+        batch_format="pyarrow",
+        fn_kwargs={"work": work, "cutoffs": cutoffs, "config": config},
+    )
+    rows = [*read_table(join(work, "counts")).to_pylist(), *built.take_all()]
+    counts = add_up([item_counts, *(json.loads(row["counts"]) for row in rows)])
+    facts = make_facts(config, cutoffs, counts, quarantined, manifest)
+    facts["input"] = fingerprint(source)
+    if target != source:
+        facts["data"] = source
+    publish(target, facts)
+    return facts
+
+
+def _checked_events(
+    source: str, work: str, fragments: list[Fragment], item_ids: pa.Array, config: PrepareConfig
+) -> ray.data.Dataset:
+    """Clean events of all fragments, held in the object store: both later steps need them."""
+    described = [asdict(fragment) for fragment in fragments]
+    return (
+        ray.data.from_items(described, override_num_blocks=len(described))
+        .map_batches(
+            _check_fragment,
+            batch_size=1,
+            batch_format="pyarrow",
+            fn_kwargs={
+                "folder": join(source, "events"),
+                "work": work,
+                "item_ids": ray.put(item_ids),
+                "num_partitions": config.num_partitions,
+            },
+        )
+        .materialize()
+    )
+
+
+def _check_fragment(
+    batch: pa.Table, folder: str, work: str, item_ids: ray.ObjectRef, num_partitions: int
+) -> pa.Table:
+    """Task: one fragment of events -> its clean rows; what else it finds is written beside."""
+    (described,) = batch.to_pylist()
+    fragment = Fragment(**described)
+    table = read_fragment(folder, fragment.path, fragment.row_group)
+    known = ray.get(item_ids)
+    checked = check_events(table, known, fragment.path, fragment.first_row, fragment.order)
+    part = f"part-{fragment.order:012d}"
+    write_table(checked.quarantine, join(work, "quarantine"), f"events-{part}")
+    write_table(click_times(checked.table), join(work, "click_times"), part)
+    write_table(_counts_row(checked.counts), join(work, "counts"), part)
+    partition = partition_of(checked.table["user_id"], num_partitions)
+    return checked.table.append_column("partition", partition)
+
+
+def _write_partition(
+    group: pa.Table, work: str, cutoffs: Cutoffs, config: PrepareConfig
+) -> pa.Table:
+    """Task: the clean events of one partition of users -> its files; returns its counts."""
+    part = f"part-{group['partition'][0].as_py():05d}"
+    built = build_partition(group.drop_columns(["partition"]), cutoffs, config)
+    write_table(built.sequences, join(work, "sequences"), part)
+    for split, table in built.examples.items():
+        write_table(table, join(work, "examples", f"split={split}"), part)
+    return _counts_row(built.counts)
+
+
+def _counts_row(counts: dict[str, int]) -> pa.Table:
+    return pa.table({"counts": [json.dumps(counts)]})
+
+
+def _show_progress(progress: bool) -> None:
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = progress
+    context.print_on_execution_start = False
+
+
+def _own_error(error: BaseException) -> KarmaRayError | None:
+    """The KarmaRayError that a task raised, out of the layers Ray wraps around it."""
+    waiting: list[Any] = [error]
+    seen: set[int] = set()
+    while waiting:
+        layer = waiting.pop()
+        if not isinstance(layer, BaseException) or id(layer) in seen:
+            continue
+        seen.add(id(layer))
+        # Ray also makes a class that inherits from both; only a plain one reads well.
+        if isinstance(layer, KarmaRayError) and not isinstance(layer, ray.exceptions.RayError):
+            return layer
+        waiting += [layer.__context__, layer.__cause__, getattr(layer, "cause", None)]
+    return None

@@ -39,6 +39,8 @@ NO_ITEM_ID = "empty item_id"
 NO_TITLE = "empty title"
 DUPLICATE_ITEM = "duplicate item_id"
 
+ITEM_REASONS = (NO_ITEM_ID, NO_TITLE, DUPLICATE_ITEM)
+
 _TIME_FORMATS = ("%FT%T%.f%#z", "%FT%T%.f", "%FT%H:%M", "%F")
 
 

@@ -55,7 +55,7 @@ class TermMatrix:
         shape = (len(ends) - 1, max(len(vocabulary), 1))
         ones = np.ones(len(columns), dtype=np.int32)
         matrix = sp.csr_matrix((ones, np.asarray(columns, np.int64), np.asarray(ends)), shape=shape)
-        return cls(matrix, np.diff(np.asarray(ends, dtype=np.int64)))
+        return cls(matrix, np.asarray(np.diff(ends), dtype=np.int64))
 
     def jaccard(
         self, truths: NDArray[np.int64], retrieved: NDArray[np.int64], mode: JsMode = "per_item"

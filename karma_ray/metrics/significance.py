@@ -46,8 +46,8 @@ def paired_bootstrap(
     weight = np.ones(len(left)) if weights is None else weights
     _, user = np.unique(np.asarray(user_ids, dtype=str), return_inverse=True)
     num_users = int(user.max()) + 1
-    gains = np.bincount(user, weight * (left - right), num_users)
-    mass = np.bincount(user, weight, num_users)
+    gains = np.bincount(user, weight * (left - right), num_users).astype(np.float64)
+    mass = np.bincount(user, weight, num_users).astype(np.float64)
     draws = _resampled_means(gains, mass, np.random.default_rng(seed), num_resamples)
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(draws, [tail, 1.0 - tail])

@@ -8,13 +8,14 @@ Legend: B windows, M decoded positions, R rows to decode, U items, L tokens, D w
 from __future__ import annotations
 
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
 from karma_ray.data.collate import Batch
 from karma_ray.data.prompts import SpecialIds, Tokenizer
-from karma_ray.model.backbone import load_lm_head, token_embeddings
-from karma_ray.model.config import DecodabilityConfig, ModelConfig
+from karma_ray.model.backbone import token_embeddings
+from karma_ray.model.config import DecodabilityConfig
 from karma_ray.model.decodability import (
     Decodability,
     TextTargets,
@@ -49,6 +50,7 @@ class KarmaModel(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.interest = interest
+        self.bank: Tensor | None = None  # [I, D] cached item embeddings, not part of the weights
         self.special = SpecialIds.of(tokenizer)
         self.tokenizer = tokenizer
         config = interest.config.decodability
@@ -59,15 +61,6 @@ class KarmaModel(nn.Module):
             config = DecodabilityConfig(max_target_tokens=config.max_target_tokens)
         user = interest.user_decoder
         self.decodability = Decodability(config, user.body, user.projector, prompt)
-
-    @classmethod
-    def build(
-        cls, config: ModelConfig, tokenizer: Tokenizer, *, decodes: bool = True, seed: int = 0
-    ) -> KarmaModel:
-        """Load from the checkpoints that the configuration names."""
-        interest = InterestModel.build(config, tokenizer, seed)
-        head = load_lm_head(config.user_decoder.checkpoint)
-        return cls(interest, tokenizer, lm_head=head, decodes=decodes)
 
     def head_of(self, body: nn.Module) -> Tensor:
         """Output embeddings [V, D] of a decoder: its own input rows when tied."""

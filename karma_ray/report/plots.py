@@ -64,12 +64,7 @@ def validation(record: RunRecord) -> bytes | None:
     figure, panels = _panels(len(curves), width=5.2)
     for axes, (metric, points) in zip(panels, curves.items(), strict=True):
         _draw(axes, {record.recipe: points}, f"valid {metric}", "percent", marker="o")
-        for ranker in record.rankers():
-            value = ranker.value(f"valid/{metric}")
-            value = ranker.value(metric) if value is None else value
-            if ranker.role != "run" and value is not None:
-                _level(axes, ranker, value)
-        axes.margins(x=0.02, y=0.08)
+        _levels(axes, record, metric)
     return _png(figure)
 
 
@@ -163,14 +158,29 @@ def _draw(
         axes.legend(fontsize=8, frameon=False)
 
 
-def _level(axes: Axes, ranker: Ranked, value: float) -> None:
-    colour = ROLE_COLOURS[ranker.role]
-    style = "--" if ranker.role == "ceiling" else ":"
-    axes.axhline(value, color=colour, linewidth=1.1, linestyle=style)
-    axes.annotate(
-        ranker.name, (1.0, value), xycoords=("axes fraction", "data"), xytext=(3, 0),
-        textcoords="offset points", fontsize=7, color=colour, va="center",
-    )  # fmt: skip
+def _levels(axes: Axes, record: RunRecord, metric: str) -> None:
+    """Floors and ceilings as lines across the panel, named beside it without overlap."""
+    levels: list[tuple[float, str, str]] = []
+    for ranker in record.rankers():
+        if ranker.role == "run":
+            continue
+        valid, test = ranker.value(f"valid/{metric}"), ranker.value(metric)
+        value = test if valid is None else valid
+        if value is not None:
+            name = f"{ranker.name} (test)" if valid is None else ranker.name
+            levels.append((value, name, ranker.role))
+            style = "--" if ranker.role == "ceiling" else ":"
+            axes.axhline(value, color=ROLE_COLOURS[ranker.role], linewidth=1.1, linestyle=style)
+    axes.margins(x=0.02, y=0.08)
+    low, high = axes.get_ylim()
+    position, gap = low, 0.06 * (high - low)
+    for value, name, role in sorted(levels):
+        position = max(value, position + gap)
+        axes.annotate(
+            name, (1.0, position), xycoords=("axes fraction", "data"), xytext=(3, 0),
+            textcoords="offset points", fontsize=7, color=ROLE_COLOURS[role], va="center",
+            annotation_clip=False,
+        )  # fmt: skip
 
 
 def _bars(axes: Axes, rankers: list[Ranked], metric: str) -> None:
@@ -182,7 +192,7 @@ def _bars(axes: Axes, rankers: list[Ranked], metric: str) -> None:
     axes.bar_label(bars, labels=[f"{value:.1f}" for value in values], fontsize=8, padding=2)
     axes.set_yticks(range(len(shown)), [r.name for r, _ in shown], fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlim(0, max(*values, 1e-9) * 1.18 if len(values) > 1 else max(values[0], 1e-9) * 1.18)
+    axes.set_xlim(0, max([*values, 1e-9]) * 1.18)
     if metric == "gAUC":
         axes.axvline(50.0, color="#57606a", linewidth=0.8, linestyle=":")
     _dress(axes, f"{metric} (%)")

@@ -112,9 +112,7 @@ def sections(record: RunRecord) -> list[Section]:
 def headline(record: RunRecord) -> list[str]:
     """What the numbers say, a sentence each."""
     result = [
-        _sentence(place)
-        for metric in HEADLINE
-        if (place := standing(record, metric)) is not None
+        _sentence(place) for metric in HEADLINE if (place := standing(record, metric)) is not None
     ]
     places = [place for metric in HEADLINE if (place := standing(record, metric)) is not None]
     compared = [place for place in places if place.floor is not None]

@@ -159,7 +159,8 @@ def load_embeddings(folder: str, bundle_hash: str | None = None) -> ItemTable:
     table = read_table(folder, columns=["item_id", "title", "embedding"]).combine_chunks()
     column = table.column("embedding").combine_chunks()
     width = column.type.list_size
-    values = column.flatten().to_numpy(zero_copy_only=False).astype(np.float32, copy=False)
+    # A copy, since Arrow's memory is read-only and torch wants to own what it wraps.
+    values = np.array(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
     return ItemTable(
         item_ids=table.column("item_id").to_pylist(),
         titles=table.column("title").to_pylist(),

@@ -20,7 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from karma_ray import __version__
-from karma_ray.artifacts import open_filesystem, read_json, read_manifest, write_json, write_manifest
+from karma_ray.artifacts import (
+    open_filesystem,
+    read_json,
+    read_manifest,
+    write_json,
+    write_manifest,
+)
 from karma_ray.data.collate import CollateConfig
 from karma_ray.data.prompts import Tokenizer
 from karma_ray.errors import KarmaRayError

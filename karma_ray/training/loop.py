@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,10 @@ from karma_ray.errors import NonFiniteLoss
 from karma_ray.training.meters import Meters
 from karma_ray.training.optim import learning_rate_factor, set_learning_rate
 from karma_ray.training.parallel import global_sum, rank, sum_gradients
-from karma_ray.training.step import StepOutput
 
-Step = Callable[[nn.Module, Any], StepOutput]
+if TYPE_CHECKING:  # the loop needs the shape of a step's output, not the model behind it
+    from karma_ray.training.step import Step, StepOutput
+
 Record = dict[str, float]
 Report = Callable[[Record], bool | None]
 """Called with the means since the last report; a true answer ends the training. Every worker
@@ -130,9 +131,11 @@ def _check_terms(output: StepOutput, batch: Any, number: int, folder: str | None
     if not any(everywhere):
         return
     name = next(name for name, count in zip(names, everywhere, strict=True) if count)
-    saved = _save_failure(output, batch, number, folder) if bad.any() else ""
-    where = "" if bad.any() else " on another worker"
-    raise NonFiniteLoss(f"{name} is not finite at step {number}{where}{saved}")
+    # Logged terms are global, a worker's own loss tells whose batch it was.
+    own = names.index("loss")
+    guilty = bool(bad[own]) or not everywhere[own]
+    saved = _save_failure(output, batch, number, folder) if guilty else " on another worker"
+    raise NonFiniteLoss(f"{name} is not finite at step {number}{saved}")
 
 
 def _check_norm(
@@ -155,8 +158,9 @@ def _save_failure(output: StepOutput, batch: Any, number: int, folder: str | Non
     fs.makedirs(path, exist_ok=True)
     with fs.open(f"{path}/batch.safetensors", "wb") as sink:
         sink.write(save(tensors_of(batch)))
-    logs = {name: float(value) for name, value in output.logs.items()}
-    write_json({"step": number, "loss": float(output.loss), **logs}, join(target, "logs.json"))
+    values = {"loss": output.loss, **output.logs}
+    logs = {name: torch.as_tensor(value).item() for name, value in values.items()}
+    write_json({"step": number, **logs}, join(target, "logs.json"))
     return f"; the batch was saved to {target}"
 
 

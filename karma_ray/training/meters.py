@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import time
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from karma_ray.training.parallel import global_sum, world_size
-from karma_ray.training.step import StepOutput
+
+if TYPE_CHECKING:
+    from karma_ray.training.step import StepOutput
 
 COUNTS = ("tokens", "examples")
-
-
-def is_summed(name: str) -> bool:
-    """Whether a log is a worker's share of the whole: loss terms and counts are."""
-    return name.startswith("loss/") or name in COUNTS
+"""Logs that count this worker's part and add up over workers; all others are global values
+already, or are averaged."""
 
 
 class Meters:
@@ -45,12 +45,15 @@ class Meters:
 
     def add(self, output: StepOutput, grad_norm: Tensor) -> None:
         """Take in one step."""
-        logs: dict[str, Tensor | float] = {"loss/total": output.loss, **output.logs}
+        logs = dict(output.logs)
+        if "loss/total" not in logs:
+            # A worker's loss is its share of the global one.
+            logs["loss/total"] = output.loss.detach() * world_size()
         # The norm is equal on all workers, so its mean over them is itself.
         logs["grad_norm"] = grad_norm
         for name, value in logs.items():
             tensor = torch.as_tensor(value, device=output.loss.device).detach().double()
-            self._sums[name] = self._sums[name] + tensor if name in self._sums else tensor
+            self._sums[name] = self._sums.get(name, 0.0) + tensor
             self._counts[name] = self._counts.get(name, 0) + 1
         self.num_steps += 1
 
@@ -62,7 +65,7 @@ class Meters:
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         record: dict[str, float] = {"step": step, "seconds": elapsed}
         for name, total in zip(names, totals, strict=True):
-            record[name] = total if is_summed(name) else total / world_size()
+            record[name] = total if name in COUNTS else total / world_size()
         record["lr"] = rate
         record["steps_per_s"] = self.num_steps / elapsed
         for name in COUNTS:

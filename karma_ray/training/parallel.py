@@ -113,7 +113,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     for bucket in _buckets(reduced):
         flat = torch.cat([_gradient(parameter).reshape(-1) for parameter in bucket])
         dist.all_reduce(flat)
-        for parameter, piece in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+        pieces = torch.split(flat, [parameter.numel() for parameter in bucket])
+        for parameter, piece in zip(bucket, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)
 
 

@@ -36,7 +36,7 @@ class StepOutput:
     """What the loop needs of a step."""
 
     loss: Tensor  # scalar: this worker's share of the global loss
-    logs: dict[str, Tensor | float]  # raw values, already global
+    logs: dict[str, Tensor | float]  # `loss/*` and counts: this worker's share; others global
 
 
 Step = Callable[[nn.Module, Any], StepOutput]
@@ -68,7 +68,7 @@ class PretrainStep:
             values = token_cross_entropy(states.float(), embed, labels, mask)
         loss = values.sum() / global_sum(mask.sum()).clamp(min=1)
         return StepOutput(
-            loss, {"loss/pretrain": global_sum(loss.detach()), "tokens": float(batch.lengths.sum())}
+            loss, {"loss/pretrain": loss.detach(), "tokens": float(batch.lengths.sum())}
         )
 
 
@@ -87,7 +87,7 @@ class WarmupStep:
         )
         loss = values.sum() / global_sum(values.new_tensor(float(len(values))))
         return StepOutput(
-            loss, {"loss/warmup": global_sum(loss.detach()), "tokens": float(batch.lengths.sum())}
+            loss, {"loss/warmup": loss.detach(), "tokens": float(batch.lengths.sum())}
         )
 
     @torch.no_grad()
@@ -134,18 +134,15 @@ class JointStep:
             reconstruction = mean(model.decode_interest(batch, decoded_interest(batch, interest)))
         terms = LossTerms(action, None if text is None else mean(text), reconstruction)
         total = terms.total(objective)
-        named = {**terms.named(), "loss/total": total}
-        shared = global_sum(torch.stack([value.detach().float() for value in named.values()]))
-        logs.update(zip(named, shared, strict=True))
-        logs["tokens"] = float(batch.num_tokens)
+        logs.update((name, term.detach()) for name, term in terms.named().items())
+        logs["tokens"], logs["examples"] = float(batch.num_tokens), float(batch.num_windows)
         return StepOutput(total, logs)
 
     def encode(self, model: KarmaModel, batch: Batch) -> Tensor:
         """e [U, D] of the batch's unique items; without gradient when the encoder is frozen."""
-        bank = getattr(model, "bank", None)
         if self.encoder_grad == "frozen":
-            if bank is not None:
-                return bank[batch.item_rows].to(batch.item_tokens.device)  # type: ignore[no-any-return]
+            if model.bank is not None:
+                return model.bank[batch.item_rows]
             with torch.no_grad():
                 return model.interest.encode_items(batch.item_tokens, batch.item_lengths)
         return model.interest.encode_items(batch.item_tokens, batch.item_lengths)
@@ -154,10 +151,9 @@ class JointStep:
         """What the history is read through: live embeddings, or the cached bank."""
         if self.encoder_grad != "targets_only":
             return items
-        bank = getattr(model, "bank", None)
-        if bank is None:
+        if model.bank is None:
             return items.detach()
-        return bank[batch.item_rows].to(items.device)  # type: ignore[no-any-return]
+        return model.bank[batch.item_rows]
 
     @torch.no_grad()
     def probe(self, model: KarmaModel, batch: Batch) -> dict[str, float]:

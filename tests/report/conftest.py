@@ -39,7 +39,9 @@ def training_lines() -> list[dict[str, Any]]:
             lines.append(line)
     for step in (50, 100, 150, 200):
         valid = metrics_around(20 + step / 10)
-        lines.append({"stage": "valid", "step": step, "HR@50": valid["HR@50"], "gAUC": 50 + step / 10})
+        lines.append(
+            {"stage": "valid", "step": step, "HR@50": valid["HR@50"], "gAUC": 50 + step / 10}
+        )
     return lines
 
 

@@ -39,7 +39,7 @@ class _Tied(nn.Module):
 
 
 def _step(model: nn.Module, ids: Tensor) -> StepOutput:
-    return StepOutput(nn.functional.cross_entropy(model(ids).float(), ids.roll(1)))
+    return StepOutput(nn.functional.cross_entropy(model(ids).float(), ids.roll(1)), {})
 
 
 def _start(width: int = 6) -> tuple[_Tied, torch.optim.Optimizer]:

@@ -73,7 +73,7 @@ def test_the_reported_loss_is_the_mean_over_the_steps_since_the_last_report() ->
 
     def recording(model: nn.Module, batch: Batch) -> StepOutput:
         output = _step(model, batch)
-        losses.append(float(output.loss))
+        losses.append(output.loss.item())
         return output
 
     model, optimizer = _start()
@@ -159,7 +159,7 @@ def test_a_term_that_is_not_finite_is_named_and_its_batch_saved(tmp_path: Path) 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone() -> None:
     def step(model: nn.Module, batch: Batch) -> StepOutput:
         # sqrt has a finite value and an infinite slope at 0.
-        return StepOutput(model(torch.zeros_like(batch[0])).sub(model.bias).sum().abs().sqrt())
+        return StepOutput(model(torch.zeros_like(batch[0])).sub(model.bias).sum().abs().sqrt(), {})
 
     model, optimizer = _start()
     before = model.weight.detach().clone()

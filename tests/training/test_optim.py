@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -59,7 +61,7 @@ def test_the_rate_rises_linearly_then_falls_to_a_tenth() -> None:
     factors = [learning_rate_factor(step, 100, warmup_share=0.1) for step in range(101)]
     assert factors[:10] == pytest.approx([(step + 1) / 10 for step in range(10)])
     assert factors[10] == 1.0
-    assert all(later <= earlier for earlier, later in zip(factors[10:], factors[11:], strict=False))
+    assert all(later <= earlier for earlier, later in itertools.pairwise(factors[10:]))
     assert factors[55] == pytest.approx(0.1 + 0.9 / 2)
     assert factors[100] == pytest.approx(0.1)
 

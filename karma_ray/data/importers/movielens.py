@@ -70,7 +70,7 @@ def movie_items(movies: pl.DataFrame, posters: pl.DataFrame) -> pl.DataFrame:
         pl.concat_str(pl.col("movie_title"), year.fill_null("")).alias("title"),
         pl.lit(None, pl.String).alias("text"),
         pl.lit(None, pl.String).alias("brand"),
-        genres.list.join(" > ").alias("category"),
+        genres.list.join(", ").alias("category"),
         pl.col("jpeg").alias("image"),
         pl.when(first != "unknown").then(first).alias("query"),
     )

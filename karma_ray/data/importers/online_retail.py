@@ -96,5 +96,8 @@ def _keep_sales(data: DataFolder, rows: pl.DataFrame, file: str) -> pl.DataFrame
         pl.col("CustomerID").cast(pl.String).alias("user_id"),
         # 85123a and 85123A are one product
         pl.col("StockCode").str.to_uppercase().alias("item_id"),
-        pl.col("InvoiceDate").cast(pl.Datetime("us")).dt.replace_time_zone("UTC").alias("timestamp"),
+        pl.col("InvoiceDate")
+        .cast(pl.Datetime("us"))
+        .dt.replace_time_zone("UTC")
+        .alias("timestamp"),
     )

@@ -37,7 +37,7 @@ class ToyShopConfig:
     """Items of a result page, fewer where fewer match."""
     click_shares: tuple[float, float, float, float] = (0.35, 0.35, 0.20, 0.10)
     """Shares of pages with 0, 1, 2 and 3 clicks; how many says nothing about the person."""
-    num_personas: int = 14
+    num_personas: int = 12
     """Latent personas; a user is one of them at any time."""
     switch_per_day: float = 0.008
     """Chance per day that the user's persona is drawn anew: interests drift."""

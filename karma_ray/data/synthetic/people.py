@@ -41,13 +41,18 @@ def make_tastes(config: ToyShopConfig) -> dict[str, np.ndarray]:
     mixes departments, while who the person is shows in all of them.
     """
     random = random_stream(config.seed, "tastes")
+    people, departments = config.num_personas, len(DEPARTMENTS)
     tastes = {}
     for name, (liked, disliked) in TASTE_COUNTS.items():
-        shape = (config.num_personas, len(DEPARTMENTS), len(ATTRIBUTES[name]))
-        rank = np.argsort(np.argsort(random.random(shape), axis=2, kind="stable"), axis=2)
-        factors = np.ones(shape)
+        count = len(ATTRIBUTES[name])
+        # A random Latin square per department: every value has about as many friends as foes,
+        # so that popularity alone says little.
+        shift = np.argsort(random.random((people, departments)), axis=0, kind="stable")
+        place = np.argsort(random.random((departments, count)), axis=1, kind="stable")
+        rank = (shift[:, :, None] + place) % count  # [Z, D, values]
+        factors = np.ones(rank.shape)
         factors[rank < liked] = config.liked_factor
-        factors[rank >= shape[2] - disliked] = config.disliked_factor
+        factors[rank >= count - disliked] = config.disliked_factor
         tastes[name] = factors
     return tastes
 

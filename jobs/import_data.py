@@ -1,0 +1,82 @@
+"""A public dataset, or any row-per-exposure log, -> a data folder.
+
+python jobs/import_data.py hm ../shared/data/hm DATA
+python jobs/import_data.py long log.csv DATA --columns user_id=uid,item_id=sku,timestamp=ts \
+    --items items.csv --item-columns item_id=sku,title=name
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from karma_ray import cli
+from karma_ray.data.importers.long import import_long, parse_mapping
+from karma_ray.data.importers.registry import FORMATS, importer
+from karma_ray.errors import InputError
+
+
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Import and print a one-screen summary; returns the manifest."""
+    parser = cli.parser(__doc__ or "")
+    parser.add_argument("format", metavar="FORMAT", help="one of: " + ", ".join(FORMATS))
+    parser.add_argument("src", metavar="SRC", help="folder (long: file or folder) to read")
+    parser.add_argument("out", metavar="OUT", help="data folder to write, path or URI")
+    parser.add_argument("--seed", type=int, default=0, help="seed of drawn negatives (default 0)")
+    parser.add_argument(
+        "--columns", default="", metavar="OURS=THEIRS,...",
+        help="long: user_id, item_id, timestamp and optionally query, clicked, purchased, "
+        "position, impression_id, session_id",
+    )  # fmt: skip
+    parser.add_argument("--items", metavar="FILE", help="long: the table of items")
+    parser.add_argument(
+        "--item-columns", default="", metavar="OURS=THEIRS,...",
+        help="long: item_id, title and optionally text, brand, category, image",
+    )  # fmt: skip
+    arguments = parser.parse_args(argv)
+    started = time.perf_counter()
+    if arguments.format == "long":
+        manifest = import_long(
+            arguments.src,
+            arguments.out,
+            items=arguments.items,
+            columns=parse_mapping(arguments.columns, "--columns"),
+            item_columns=parse_mapping(arguments.item_columns, "--item-columns"),
+            seed=arguments.seed,
+        )
+    else:
+        run = importer(arguments.format)
+        for flag in ("columns", "items", "item_columns"):
+            if value := getattr(arguments, flag):
+                name = "--" + flag.replace("_", "-")
+                raise InputError(name, value, "is only for the format long")
+        manifest = run(arguments.src, arguments.out, seed=arguments.seed)
+    print(summary(manifest, arguments.out, time.perf_counter() - started))
+    return manifest
+
+
+def summary(manifest: dict[str, Any], out: str, seconds: float) -> str:
+    """What was imported, what was left out, and the next command."""
+    lines = [f"imported {manifest['name']} into {out} in {seconds:.1f} s"]
+    counts = manifest["counts"]
+    lines += [f"  {name.replace('_', ' '):<22}{count:>12,}" for name, count in counts.items()]
+    quarantined = manifest["quarantined"]
+    lines.append(f"  {'quarantined rows':<22}{sum(quarantined.values()):>12,}")
+    lines += [f"    {reason}: {count:,}" for reason, count in quarantined.items()]
+    lines.append(f"  queries: {manifest['query_source'].upper()}")
+    lines.append(f"  negatives: {manifest['negative_source'].upper()}")
+    lines += [f"  - {note}" for note in manifest["notes"]]
+    lines.append(f"  licence: {manifest['licence']}")
+    if counts.get("clicks", counts.get("training_clicks", 0)) == 0:
+        lines.append("no click names a known item: nothing can be trained on this folder")
+    else:
+        lines.append(f"next: python jobs/train.py --data {out} --recipe karma_text")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,178 @@
+"""The stages of a run as picklable recipes: what a worker needs to build its model and batches.
+
+    language model  ->  warm-up (stage 1)  ->  joint training (stage 2)
+
+A `Stage` travels to the workers as a few strings and a configuration; models, catalogue and
+tokens are opened there. Pretraining and warm-up do not depend on the objective, so recipes that
+are compared start from the very same weights, and both are cached under what they depend on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from karma_ray.config import Config
+from karma_ray.data.catalog import Catalog
+from karma_ray.data.collate import Batch, Collator
+from karma_ray.data.prompts import encode_texts
+from karma_ray.errors import InputError
+from karma_ray.model.backbone import load_lm_head, load_tokenizer
+from karma_ray.model.interest import InterestModel
+from karma_ray.model.karma import KarmaModel
+from karma_ray.objectives.losses import builds_reconstruction
+from karma_ray.retrieval.encode import encode_catalog
+from karma_ray.training.checkpoint import load_weights
+from karma_ray.training.step import TokenBatch
+
+
+def is_tiny(config: Config) -> bool:
+    """Whether the backbones are built here; raises InputError on a mixture.
+
+    Item encoder and user decoder share one tokenizer, so either both are `tiny` or none.
+    """
+    item, user = config.model.item_encoder.checkpoint, config.model.user_decoder.checkpoint
+    if (item == "tiny") != (user == "tiny"):
+        raise InputError(
+            "model.item_encoder.checkpoint", item,
+            f"does not go with model.user_decoder.checkpoint {user!r}: they share a tokenizer",
+        )  # fmt: skip
+    return item == "tiny"
+
+
+def with_checkpoint(config: Config, folder: str) -> Config:
+    """The configuration with `tiny` resolved to the pretrained folder."""
+    model = config.model
+    return replace(
+        config,
+        model=replace(
+            model,
+            item_encoder=replace(model.item_encoder, checkpoint=folder),
+            user_decoder=replace(model.user_decoder, checkpoint=folder),
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every worker of a stage opens: a resolved configuration and where things lie."""
+
+    config: Config
+    items_uri: str
+    warm: str | None = None  # weights to start from
+
+    @cached_property
+    def catalog(self) -> Catalog:
+        """The memory-mapped catalogue."""
+        return Catalog.load(self.items_uri)
+
+    def collator(self) -> Collator:
+        """Collator with item tokens."""
+        tokenizer = load_tokenizer(self.config.model.user_decoder.checkpoint)
+        tokens, lengths = encode_texts(
+            tokenizer, self.catalog.texts(), self.config.collate.max_item_tokens
+        )
+        return Collator(self.catalog, tokenizer, self.config.collate, tokens, lengths)
+
+    def make_training_collate(self) -> TrainingCollate:
+        """Collate of stage 2, made on the worker."""
+        return TrainingCollate(self.collator())
+
+    def build_warmup(self) -> KarmaModel:
+        """Stage 1's model, with gradients only where `warmup.train` says."""
+        model = self._whole()
+        interest, train = model.interest, self.config.warmup.train
+        interest.item_encoder.body.requires_grad_(train == "all")
+        interest.user_decoder.body.requires_grad_(train != "adapters_only")
+        return model
+
+    def build_joint(self) -> KarmaModel:
+        """Stage 2's model; Task 2's private decoders copy the warmed-up one."""
+        model = self._whole()
+        if self.warm is not None:
+            load_weights(self.warm, model)
+        if builds_reconstruction(self.config.objective):
+            head = model.lm_head if hasattr(model, "lm_head") else None
+            model = KarmaModel(model.interest, model.tokenizer, lm_head=head)
+        if self.config.training.encoder_grad == "frozen":
+            model.interest.item_encoder.requires_grad_(False)
+        return model
+
+    def _whole(self) -> KarmaModel:
+        """From the checkpoints, without private decoders."""
+        config = self.config.model
+        checkpoint = config.user_decoder.checkpoint
+        tokenizer = load_tokenizer(checkpoint)
+        interest = InterestModel.build(config, tokenizer, self.config.seed)
+        head = load_lm_head(checkpoint)
+        return KarmaModel(interest, tokenizer, lm_head=head, decodes=False)
+
+
+@dataclass(frozen=True)
+class TrainingCollate:
+    """rows, generator -> Batch; keeps the collator within reach of evaluation."""
+
+    collator: Collator
+
+    def __call__(self, rows: pa.Table, generator: np.random.Generator) -> Batch:
+        """Collate `sequences` rows."""
+        return self.collator.training(rows, generator)
+
+
+def collate_tokens(rows: pa.Table, generator: np.random.Generator) -> TokenBatch:
+    """Collate `item_tokens` rows for stage 1."""
+    lists = rows.column("token_ids").to_pylist()
+    lengths = np.array([len(ids) for ids in lists], np.int64)
+    tokens = np.zeros((len(lists), int(lengths.max())), np.int64)
+    for row, ids in enumerate(lists):
+        tokens[row, : len(ids)] = ids
+    return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(lengths))
+
+
+def token_table(catalog: Catalog, tokens: np.ndarray, lengths: np.ndarray) -> pa.Table:
+    """The `item_tokens` table."""
+    lists = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    ids = pa.array(lists, pa.list_(pa.int32()))
+    return pa.table({"item_id": pa.array(catalog.item_ids), "token_ids": ids})
+
+
+def refresh_bank(model: KarmaModel, collator: Collator, precision: str) -> None:
+    """Encode the whole catalogue into `model.bank` [I, D], what histories are read through."""
+    assert collator.item_tokens is not None and collator.item_lengths is not None
+    vectors = encode_catalog(
+        model.interest, collator.item_tokens, collator.item_lengths, precision=precision
+    )
+    device = next(model.parameters()).device
+    model.bank = torch.from_numpy(vectors).to(device)
+
+
+def pretrain_key(config: Config, items_hash: str) -> dict[str, object]:
+    """What a pretrained tiny language model depends on."""
+    return {
+        "items": items_hash,
+        "tiny": dataclasses.asdict(config.model.tiny),
+        "pretrain": dataclasses.asdict(config.pretrain),
+        "max_item_tokens": config.collate.max_item_tokens,
+        "seed": config.seed,
+    }
+
+
+def warmup_key(config: Config, items_hash: str, backbone: object) -> dict[str, object]:
+    """What warmed-up weights depend on: not the objective, so recipes share them."""
+    return {
+        "items": items_hash,
+        "backbone": backbone,
+        "item_encoder": dataclasses.asdict(replace(config.model.item_encoder, checkpoint="")),
+        "user_decoder": dataclasses.asdict(replace(config.model.user_decoder, checkpoint="")),
+        "score": dataclasses.asdict(config.model.score),
+        "max_target_tokens": config.model.decodability.max_target_tokens,
+        "warmup": dataclasses.asdict(config.warmup),
+        "precision": config.training.precision,
+        "collate": dataclasses.asdict(config.collate),
+        "seed": config.seed,
+    }

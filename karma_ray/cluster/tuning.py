@@ -1,0 +1,298 @@
+"""A search over configuration fields with Ray Tune: Optuna proposes, ASHA stops early.
+
+Each trial is a whole run inside its own worker process (`training.num_workers=0`) that reports
+every validation. What is compared, and so what is chosen, is a metric of the validation examples;
+the test examples play no part.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler
+from ray.tune.search.optuna import OptunaSearch
+from ray.tune.search.sample import Domain
+
+from karma_ray import recipes
+from karma_ray.artifacts import join, write_json, write_manifest
+from karma_ray.config import Config, override, to_dict
+from karma_ray.errors import InputError, KarmaRayError
+
+LOG = logging.getLogger(__name__)
+
+
+class OnValidate(Protocol):
+    """Called at every validation of a run."""
+
+    def __call__(self, step: int, metrics: Mapping[str, float]) -> None: ...
+
+
+class Train(Protocol):
+    """A whole run: `karma_ray.cluster.pipeline.train_run`, or a smaller objective."""
+
+    def __call__(
+        self, config: Config, data: str | None, out: str, *, on_validate: OnValidate
+    ) -> object: ...
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a file of `tune_spaces/` says."""
+
+    path: str
+    domains: Mapping[str, Domain]
+    metric: str
+    base_recipe: str
+    fixed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial as it ended."""
+
+    name: str
+    values: dict[str, Any]
+    value: float | None
+    step: int
+    stopped_early: bool
+    error: str | None
+
+
+@dataclass(frozen=True)
+class Search:
+    """A finished search; `best` reached the last step unless no trial did."""
+
+    metric: str
+    trials: list[Trial]
+    best: Trial
+
+    def flags(self) -> str:
+        """The best configuration as flags of `jobs/train.py`."""
+        return " ".join(f"--set {assignment}" for assignment in assignments(self.best.values))
+
+
+def load_space(path: str) -> Space:
+    """Read a space file; raises InputError when it, or what it names, does not exist."""
+    if not Path(path).is_file():
+        choices = sorted(str(file) for file in Path(path).parent.glob("*.py"))
+        raise InputError("SPACE", path, "is not a file", choices=choices or None)
+    spec = importlib.util.spec_from_file_location("karma_ray_tune_space", path)
+    if spec is None or spec.loader is None:
+        raise InputError("SPACE", path, "is not a Python file")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError("SPACE", path, f"cannot be run ({error})") from error
+    space = Space(
+        path=path,
+        domains=getattr(module, "SPACE", {}),
+        metric=getattr(module, "METRIC", ""),
+        base_recipe=getattr(module, "BASE_RECIPE", "toy"),
+        fixed=tuple(getattr(module, "FIXED", ())),
+    )
+    _check(space)
+    return space
+
+
+def search(
+    space: Space,
+    base: Config,
+    *,
+    data: str | None,
+    trials: int,
+    out: str,
+    max_concurrent: int = 2,
+    train: Train | None = None,
+) -> Search:
+    """Run `trials` trials of `base` with values drawn from `space`; write `out/trials.json`.
+
+    `base` already carries the space's fixed fields. A started Ray is expected. `train` replaces
+    the whole run (for a smaller objective). Raises InputError on a count below 1 and
+    KarmaRayError when every trial failed.
+    """
+    for flag, count in (("--trials", trials), ("--concurrent", max_concurrent)):
+        if count < 1:
+            raise InputError(flag, count, "must be at least 1")
+    if base.recipe not in recipes.TRAINED:
+        raise InputError("--recipe", base.recipe, "trains nothing", choices=list(recipes.TRAINED))
+    base, out, data = _in_process(base), _absolute(out), data and _absolute(data)
+    tuner = tune.Tuner(
+        tune.with_resources(
+            _trainable(space, base, data, out, train), {"cpu": base.training.threads_per_worker}
+        ),
+        param_space=dict(space.domains),
+        tune_config=tune.TuneConfig(
+            metric=space.metric,
+            mode="max",
+            num_samples=trials,
+            max_concurrent_trials=max_concurrent,
+            search_alg=OptunaSearch(seed=base.seed),
+            scheduler=_scheduler(base),
+        ),
+        run_config=tune.RunConfig(
+            name="ray", storage_path=_local(out), verbose=0, callbacks=[_Progress(space.metric)]
+        ),
+    )
+    result = _collect(space, base, tuner.fit())
+    _write(result, space, base, out)
+    return result
+
+
+def describe(result: Search) -> str:
+    """The table of trials, best first, and the flags that repeat the best one."""
+    names = list(result.best.values)
+    rows = [["trial", *names, result.metric, "step", "ended"]]
+    for trial in sorted(result.trials, key=_rank, reverse=True):
+        ended = trial.error or ("stopped early" if trial.stopped_early else "ran to its end")
+        value = "–" if trial.value is None else f"{trial.value:.2f}"
+        drawn = [_show(trial.values.get(name)) for name in names]
+        rows.append([trial.name, *drawn, value, str(trial.step), ended])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+    return "\n".join([*lines, "", f"best  {result.flags()}"])
+
+
+def assignments(values: Mapping[str, Any]) -> list[str]:
+    """Drawn values as `dotted.path=value` strings, which `--set` reads back exactly."""
+    return [f"{path}={value}" for path, value in values.items()]
+
+
+def _check(space: Space) -> None:
+    if not isinstance(space.domains, dict) or not space.domains:
+        raise InputError("SPACE", space.path, "holds no SPACE: {dotted path: Ray Tune domain}")
+    if not space.metric.startswith("valid/"):
+        raise InputError(
+            "METRIC", space.metric, "must be a validation metric, such as valid/HR@50: a search "
+            "that looks at the test examples overstates its result",
+        )  # fmt: skip
+    base = override(recipes.build(space.base_recipe), space.fixed)
+    for path, domain in space.domains.items():
+        if not isinstance(domain, Domain):
+            raise InputError(f"SPACE {path}", domain, "is not a Ray Tune domain")
+        override(base, assignments({path: domain.sample()}))
+
+
+def _in_process(base: Config) -> Config:
+    """Trials train inside their own process, and validate often enough to be stopped early."""
+    changes = ["training.num_workers=0"]
+    if base.training.validate_every < 1:
+        changes.append(f"training.validate_every={max(1, base.training.steps // 5)}")
+    return override(base, changes)
+
+
+def _trainable(space: Space, base: Config, data: str | None, out: str, train: Train | None) -> Any:
+    def trial(values: dict[str, Any]) -> None:
+        run = join(out, "trials", tune.get_context().get_trial_id())
+
+        def on_validate(step: int, metrics: Mapping[str, float]) -> None:
+            name = space.metric if space.metric in metrics else space.metric.removeprefix("valid/")
+            if name not in metrics:
+                raise InputError("METRIC", space.metric, choices=sorted(metrics))
+            tune.report({space.metric: float(metrics[name]), "step": step})
+
+        whole_run = train or _whole_run()
+        whole_run(override(base, assignments(values)), data, run, on_validate=on_validate)
+
+    return trial
+
+
+def _whole_run() -> Train:
+    # Imported inside the trial's process: it brings PyTorch, which the driver does not need.
+    from karma_ray.cluster.pipeline import train_run
+
+    return train_run
+
+
+def _scheduler(base: Config) -> ASHAScheduler:
+    # max_t lies past the last step, so that a trial which gets there ends by itself, exported.
+    return ASHAScheduler(
+        time_attr="step",
+        max_t=base.training.steps + 1,
+        grace_period=min(base.training.validate_every, base.training.steps),
+        reduction_factor=2,
+    )
+
+
+class _Progress(tune.Callback):
+    """One line per validation and per ended trial."""
+
+    def __init__(self, metric: str) -> None:
+        self.metric = metric
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        LOG.info(
+            "trial %s  step %d  %s %.2f",
+            trial.trial_id, result["step"], self.metric, result[self.metric],
+        )  # fmt: skip
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        LOG.info("trial %s  failed", trial.trial_id)
+
+
+def _collect(space: Space, base: Config, grid: tune.ResultGrid) -> Search:
+    trials = []
+    for result in grid:
+        metrics = result.metrics or {}
+        step = int(metrics.get("step", 0))
+        error = None if result.error is None else str(result.error).strip().splitlines()[-1]
+        trials.append(
+            Trial(
+                name=str(metrics.get("trial_id", Path(result.path).name)),
+                values=dict(result.config or {}),
+                value=metrics.get(space.metric),
+                step=step,
+                stopped_early=error is None and step < base.training.steps,
+                error=error,
+            )
+        )
+    done = [trial for trial in trials if trial.error is None and trial.value is not None]
+    if not done:
+        raise KarmaRayError(f"every trial failed; the first one with: {trials[0].error}")
+    return Search(space.metric, trials, max(done, key=_rank))
+
+
+def _rank(trial: Trial) -> tuple[bool, bool, float]:
+    """Failed last; a trial that ran to its end before one that was stopped; then the metric."""
+    value = float("-inf") if trial.value is None else trial.value
+    return trial.error is None, not trial.stopped_early, value
+
+
+def _write(result: Search, space: Space, base: Config, out: str) -> None:
+    write_json(to_dict(base), join(out, "config.json"))
+    write_json(
+        {
+            "metric": result.metric,
+            "best": result.best.name,
+            "flags": result.flags(),
+            "trials": [vars(trial) for trial in result.trials],
+        },
+        join(out, "trials.json"),
+    )
+    write_manifest(join(out), "search", space=space.path, metric=result.metric)
+
+
+def _show(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _absolute(uri: str) -> str:
+    """Trials run in a folder of their own, so relative paths would not mean the same there."""
+    return uri if "://" in uri else os.path.abspath(uri)
+
+
+def _local(out: str) -> str:
+    """Ray Tune's own state: in the output folder, or in Ray's default when that is remote."""
+    return str(Path.home() / "ray_results") if "://" in out else out

@@ -1,0 +1,146 @@
+"""Amazon Reviews 2018, Industrial and Scientific 5-core: split upstream, without times."""
+
+from __future__ import annotations
+
+import html
+import re
+from typing import Any
+
+import polars as pl
+
+from karma_ray.data.importers.output import DataFolder
+from karma_ray.data.importers.presplit import (
+    Step,
+    example_table,
+    page_examples,
+    sequence_table,
+    windows,
+)
+from karma_ray.data.importers.source import find_file, read_parquet
+
+_NAME = "Industrial_and_Scientific"
+_ITEM_COLUMNS = ("item_id", "title", "description", "brand")
+_ROW_COLUMNS = ("user_id", "history_item_id", "item_id")
+_Row = tuple[list[str], str]  # history, next item
+_TAG = re.compile(r"</?[a-zA-Z][^>]*>")
+_SCRIPT = re.compile(r"<(script|style)\b.*?</\1\s*>", re.IGNORECASE | re.DOTALL)
+_BETWEEN = re.compile(r"""['"]\s*,\s*['"]""")
+_SPACED_ENTITY = re.compile(r"&\s+(amp|quot|lt|gt|nbsp);")
+
+
+def import_amazon_industrial(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
+    """Write sequences and examples of the pre-split files in `src`; returns the manifest.
+
+    Nothing is drawn at random: `seed` is accepted like everywhere and changes nothing.
+    """
+    items_file = find_file(src, f"{_NAME}.items.parquet")
+    valid_file = find_file(src, f"{_NAME}.valid.parquet")
+    test_file = find_file(src, f"{_NAME}.test.parquet")
+    products = read_parquet(items_file, _ITEM_COLUMNS).with_row_index("row")
+    valid, test = (read_parquet(file, _ROW_COLUMNS) for file in (valid_file, test_file))
+    data = DataFolder(out)
+    items = _items(products)
+    untitled = items["title"].str.len_chars() == 0
+    data.reject(products.filter(untitled), items_file, "title empty")
+    data.add("items", items.filter(~untitled))
+
+    known = set(items.filter(~untitled)["item_id"])
+    valid_rows = _rows_by_user(data, valid, valid_file, known)
+    test_rows = _rows_by_user(data, test, test_file, known)
+    for split, rows in (("valid", valid_rows), ("test", test_rows)):
+        data.add(f"examples/split={split}", example_table(_examples(rows, split)))
+    sequences = []
+    limit = max((len(past) for rows in valid_rows.values() for past, _ in rows), default=1)
+    for user, rows in valid_rows.items():
+        history = training_history(rows, limit)
+        steps = [Step(item, f"{user}:train:{n}") for n, item in enumerate(history)]
+        sequences += list(windows(user, steps))
+    data.add("sequences", sequence_table(sequences))
+    return data.finish(
+        name="amazon_industrial",
+        query_source="none",
+        negative_source="none",
+        licence="Amazon review data: research use",
+        presplit=True,
+        notes=[
+            "split upstream by global time 8:1:1, without times: timestamps are null",
+            "the upstream train rows are absent. Training uses the clicks in front of each user's "
+            "first valid target, at most 10; users without a valid row train nothing, and test "
+            "histories are never trained on, because they hold valid targets",
+            "a user's very first click has no upstream row, so a few training clicks may be "
+            "younger than the start of validation",
+            "no queries and no negatives: gAUC has no groups and is not reported",
+        ],
+    )
+
+
+def training_history(rows: list[_Row], max_history: int) -> list[str]:
+    """The history of the row that continues no other row of the user.
+
+    A user's rows overlap: each history is the one before plus its target, cut upstream to the
+    newest `max_history` clicks. All but the first therefore hold valid targets.
+    """
+    continued = {tuple([*history, item][-max_history:]) for history, item in rows}
+    starts = [history for history, _ in rows if tuple(history) not in continued]
+    if len(starts) == 1:
+        return starts[0]
+    # Without a unique start the order of the rows is unclear: keep what is no target for sure.
+    targets = {item for _, item in rows}
+    return [item for item in rows[0][0] if item not in targets]
+
+
+def clean_text(text: str | None) -> str:
+    """Text without tags, entities, list brackets and runs of spaces."""
+    text = (text or "").strip()
+    if text.startswith(("['", '["')):
+        text = _BETWEEN.sub(" ", text[2:].removesuffix("]").rstrip("'\""))
+    text = _SPACED_ENTITY.sub(r"&\1;", text)
+    text = html.unescape(html.unescape(text))
+    text = _TAG.sub(" ", _SCRIPT.sub(" ", text))
+    return " ".join(text.split())
+
+
+def _items(products: pl.DataFrame) -> pl.DataFrame:
+    def cleaned(name: str) -> pl.Series:
+        return pl.Series(name, [clean_text(value) for value in products[name]], pl.String)
+
+    def or_null(values: pl.Series) -> pl.Series:
+        return values.replace("", None)
+
+    return pl.DataFrame(
+        {
+            "item_id": products["item_id"].cast(pl.String),
+            "title": cleaned("title"),
+            "text": or_null(cleaned("description")),
+            "brand": or_null(cleaned("brand")),
+        }
+    )
+
+
+def _rows_by_user(
+    data: DataFolder, frame: pl.DataFrame, file: str, known: set[str]
+) -> dict[str, list[_Row]]:
+    """(history, next item) of every user in file order; rows with unknown items rejected."""
+    frame = frame.with_row_index("row").with_columns(
+        pl.col("history_item_id").cast(pl.List(pl.String)), pl.col("item_id").cast(pl.String)
+    )
+    null = pl.any_horizontal(pl.col(_ROW_COLUMNS).is_null())
+    data.reject(frame.filter(null), file, "null user, history or item")
+    frame = frame.filter(~null)
+    unknown = ~pl.col("item_id").is_in(known)
+    data.reject(frame.filter(unknown), file, "item not in the catalogue")
+    grouped: dict[str, list[_Row]] = {}
+    columns = ("user_id", "history_item_id", "item_id")
+    for user, history, item in frame.filter(~unknown).select(columns).iter_rows():
+        grouped.setdefault(user, []).append(([i for i in history if i in known], item))
+    return grouped
+
+
+def _examples(rows: dict[str, list[_Row]], split: str) -> list[dict[str, Any]]:
+    examples: list[dict[str, Any]] = []
+    for user, user_rows in rows.items():
+        for number, (history, item) in enumerate(user_rows):
+            past = [Step(i, f"{user}:past:{n}") for n, i in enumerate(history)]
+            target = Step(item, f"{user}:{split}:{number}")
+            examples += page_examples(user, past, [target])
+    return examples

@@ -1,0 +1,235 @@
+"""Any row-per-exposure log and any item table -> events and items.
+
+`columns` and `item_columns` map our names to the columns of the files; a column that already
+has our name needs no mapping.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import polars as pl
+
+from karma_ray.artifacts import exists, open_filesystem
+from karma_ray.data.importers.long_parsing import flag, identifier, timestamp
+from karma_ray.data.importers.output import DataFolder
+from karma_ray.errors import InputError
+
+_ENDINGS = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
+_REQUIRED = ("user_id", "item_id", "timestamp")
+_OPTIONAL = ("query", "clicked", "purchased", "position", "impression_id", "session_id")
+_ITEM_REQUIRED = ("item_id", "title")
+_ITEM_OPTIONAL = ("text", "brand", "category", "image")
+_ROWS_PER_PART = 1_000_000
+
+
+def parse_mapping(text: str, field: str) -> dict[str, str]:
+    """`user_id=uid,item_id=sku` -> {"user_id": "uid", ...}; raises InputError."""
+    mapping: dict[str, str] = {}
+    for part in filter(None, (piece.strip() for piece in text.split(","))):
+        name, separator, column = part.partition("=")
+        if not separator or not name.strip() or not column.strip():
+            raise InputError(field, part, "is not of the form name=column")
+        mapping[name.strip()] = column.strip()
+    return mapping
+
+
+def import_long(
+    src: str,
+    out: str,
+    *,
+    items: str | None,
+    columns: Mapping[str, str] | None = None,
+    item_columns: Mapping[str, str] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Fold the log `src` into events of `out`; returns the manifest.
+
+    `src` and `items` are CSV, TSV, Parquet or JSON-lines files, or folders of one such kind. A
+    page is an `impression_id` when there is one, else (user, timestamp, query). Rows that cannot
+    be read are quarantined with their reason. Nothing is drawn at random: `seed` changes nothing.
+    Raises InputError on files and columns that do not exist, and when no row can be read.
+    """
+    if not items:
+        raise InputError("--items", items, "is needed: the table of item ids and titles")
+    log = read_log(src, "SRC")
+    log = map_columns(log, columns or {}, "--columns", _REQUIRED, _OPTIONAL)
+    table = read_log(items, "--items")
+    table = map_columns(table, item_columns or {}, "--item-columns", _ITEM_REQUIRED, _ITEM_OPTIONAL)
+    if "image" in table.columns and table.schema["image"] != pl.Binary:
+        raise InputError(
+            "--item-columns image", table.schema["image"], "must be bytes of a picture"
+        )
+    data = DataFolder(out)
+    known = _write_items(data, table)
+    exposures = _readable(data, log)
+    if exposures.is_empty():
+        raise InputError("SRC", src, f"has no row that can be read: {dict(data.quarantined)}")
+    for part in fold_exposures(exposures).iter_slices(_ROWS_PER_PART):
+        data.add("events", part)
+    return _finish(data, log.columns, exposures, known)
+
+
+def _finish(
+    data: DataFolder, names: list[str], exposures: pl.DataFrame, known: set[str]
+) -> dict[str, Any]:
+    clicks = exposures.filter("clicked")
+    unknown = clicks.height - int(clicks["item_id"].is_in(known).sum())
+    page = "impression_id" if "impression_id" in names else "(user, timestamp, query)"
+    notes = [f"one page per {page}"]
+    if "clicked" not in names:
+        notes.append("the log has no clicked column: every row is a click, negatives are unknown")
+    if unknown:
+        notes.append(f"{unknown} clicks name items without a row in the item table")
+    return data.finish(
+        name="long",
+        query_source="real" if "query" in names else "none",
+        negative_source="exposed" if "clicked" in names else "none",
+        licence="yours",
+        notes=notes,
+    )
+
+
+def read_log(uri: str, field: str) -> pl.DataFrame:
+    """A file or folder of one kind, with `row` and `source_file`; CSV cells stay strings."""
+    if not exists(uri):
+        raise InputError(field, uri, "does not exist")
+    fs, path = open_filesystem(uri)
+    names = sorted(fs.find(path)) if fs.isdir(path) else [path]
+    files = [name for name in names if name.lower().endswith(_ENDINGS)]
+    if not files:
+        raise InputError(field, uri, "is no such file nor a folder of them", choices=_ENDINGS)
+    frames = []
+    for name in files:
+        with fs.open(name, "rb") as source:
+            try:
+                frame = _read(name.lower(), source)
+            except pl.exceptions.PolarsError as error:
+                raise InputError(field, name, f"cannot be read ({error})") from None
+        row = pl.int_range(pl.len(), dtype=pl.Int64)
+        frames.append(frame.with_columns(row.alias("row"), pl.lit(name).alias("source_file")))
+    try:
+        return pl.concat(frames, how="vertical_relaxed")
+    except pl.exceptions.PolarsError as error:
+        raise InputError(field, uri, f"holds files of different columns ({error})") from None
+
+
+def _read(name: str, source: Any) -> pl.DataFrame:
+    if name.endswith(".parquet"):
+        return pl.read_parquet(source)
+    if name.endswith((".jsonl", ".ndjson")):
+        return pl.read_ndjson(source, infer_schema_length=None)
+    # Strings, so that an id such as 0042 keeps its zeros.
+    return pl.read_csv(source, separator="\t" if name.endswith(".tsv") else ",", infer_schema=False)
+
+
+def map_columns(
+    frame: pl.DataFrame,
+    mapping: Mapping[str, str],
+    field: str,
+    required: Iterable[str],
+    optional: Iterable[str],
+) -> pl.DataFrame:
+    """Rename the mapped columns to our names; raises InputError naming what does not exist."""
+    ours = [*required, *optional]
+    have = [c for c in frame.columns if c not in ("row", "source_file")]
+    for name, column in mapping.items():
+        if name not in ours:
+            raise InputError(field, name, "is not a field of ours", choices=ours)
+        if column not in have:
+            raise InputError(f"{field} {name}", column, "is not a column of the file", have)
+    for name in required:
+        if name not in mapping and name not in have:
+            raise InputError(f"{field} {name}", None, "is needed; columns of the file", have)
+    # A mapped column may hide another one that happens to have our name.
+    hidden = [name for name, column in mapping.items() if name in have and column != name]
+    taken = [pl.col(column).alias(name) for name, column in mapping.items()]
+    rest = [c for c in frame.columns if c not in mapping.values() and c not in hidden]
+    return frame.select(*taken, *rest)
+
+
+def _write_items(data: DataFolder, table: pl.DataFrame) -> set[str]:
+    table = table.with_columns(identifier("item_id"), identifier("title"))
+    reasons = {
+        "item without id": pl.col("item_id").is_null(),
+        "item without title": pl.col("title").is_null(),
+        "repeated item id": ~pl.col("item_id").is_first_distinct(),
+    }
+    kept = _filter(data, table, reasons)
+    if kept.is_empty():
+        raise InputError("--items", 0, "items with an id and a title: the catalogue is empty")
+    data.add("items", kept.drop("row", "source_file"))
+    return set(kept["item_id"])
+
+
+def _readable(data: DataFolder, log: pl.DataFrame) -> pl.DataFrame:
+    """Parsed exposures; what cannot be parsed goes to quarantine as it was."""
+    schema = log.schema
+    ids = [name for name in ("user_id", "item_id", "query", "impression_id", "session_id")]
+    parsed = [identifier(name).alias(f"_{name}") for name in ids if name in schema]
+    parsed += [timestamp("timestamp", schema["timestamp"]).alias("_timestamp")]
+    for name in ("clicked", "purchased"):
+        if name in schema:
+            parsed.append(flag(name, schema[name]).alias(f"_{name}"))
+    if "position" in schema:
+        parsed.append(pl.col("position").cast(pl.Float64, strict=False).alias("_position"))
+    reasons = {
+        "null user": pl.col("_user_id").is_null(),
+        "null item": pl.col("_item_id").is_null(),
+        "unparsable timestamp": pl.col("_timestamp").is_null(),
+    }
+    for name in ("clicked", "purchased"):
+        if name in schema:
+            reasons[f"unparsable {name}"] = pl.col(f"_{name}").is_null()
+    kept = _filter(data, log.with_columns(parsed), reasons)
+    names = [name for name in kept.columns if name.startswith("_")]
+    frame = kept.select(pl.col(name).alias(name[1:]) for name in names if name[1:] in schema)
+    if "clicked" not in frame.columns:
+        frame = frame.with_columns(pl.lit(True).alias("clicked"))
+    return frame
+
+
+def _filter(data: DataFolder, frame: pl.DataFrame, reasons: dict[str, pl.Expr]) -> pl.DataFrame:
+    for reason, bad in reasons.items():
+        rejected = frame.filter(bad)
+        shown = [c for c in frame.columns if c != "image" and not c.startswith("_")]
+        for (file,), rows in rejected.group_by(["source_file"], maintain_order=True):
+            data.reject(rows.select(shown).drop("source_file"), str(file), reason)
+        frame = frame.filter(~bad)
+    return frame
+
+
+def fold_exposures(exposures: pl.DataFrame) -> pl.DataFrame:
+    """EVENTS: one row per page in time order; its items by position, else in row order.
+
+    An item shown twice on a page counts once, as clicked when any of its rows was.
+    """
+    names = exposures.columns
+    keys = [c for c in ("timestamp", "query") if c in names]
+    page: list[str | pl.Expr] = ["user_id", *keys]
+    if "impression_id" in names:
+        # Rows without an impression fall back on their time and query.
+        own = pl.col("impression_id").is_not_null()
+        page = ["user_id", "impression_id"]
+        page += [pl.when(~own).then(pl.col(c)).alias(f"page_{c}") for c in keys]
+    order = ["position"] if "position" in names else []
+    ordered = exposures.sort(["timestamp", *order], maintain_order=True, nulls_last=True)
+    item = pl.col("item_id")
+    aggregates = [
+        item.unique(maintain_order=True).alias("exposed_item_ids"),
+        item.filter(pl.col("clicked")).unique(maintain_order=True).alias("clicked_item_ids"),
+    ]
+    if "purchased" in names:
+        bought = item.filter(pl.col("purchased")).unique(maintain_order=True)
+        aggregates.append(bought.alias("purchased_item_ids"))
+    aggregates += [
+        pl.col(c).drop_nulls().first()
+        for c in ("timestamp", "query", "session_id")
+        if c in names and c not in page
+    ]
+    pages = ordered.group_by(page, maintain_order=True).agg(aggregates)
+    pages = pages.drop(c for c in pages.columns if c.startswith("page_") or c == "impression_id")
+    if "session_id" not in pages.columns:
+        pages = pages.with_columns(pl.lit(None, pl.String).alias("session_id"))
+    return pages.sort("timestamp", maintain_order=True)

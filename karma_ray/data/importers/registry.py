@@ -1,0 +1,33 @@
+"""The formats `jobs/import_data.py` knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from karma_ray.data.importers.amazon_industrial import import_amazon_industrial
+from karma_ray.data.importers.hm import import_hm
+from karma_ray.data.importers.jdsearch import import_jdsearch
+from karma_ray.data.importers.kuaisearch import import_kuaisearch
+from karma_ray.data.importers.movielens import import_movielens
+from karma_ray.data.importers.online_retail import import_online_retail
+from karma_ray.errors import InputError
+
+IMPORTERS: dict[str, Callable[..., dict[str, Any]]] = {
+    "hm": import_hm,
+    "online_retail": import_online_retail,
+    "amazon_industrial": import_amazon_industrial,
+    "movielens": import_movielens,
+    "kuaisearch": import_kuaisearch,
+    "jdsearch": import_jdsearch,
+}
+"""Public datasets: (src, out, seed=) -> manifest. `long` takes column mappings besides."""
+
+FORMATS = (*IMPORTERS, "long")
+
+
+def importer(name: str) -> Callable[..., dict[str, Any]]:
+    """The importer of a public dataset; raises InputError naming all formats."""
+    if name not in IMPORTERS:
+        raise InputError("FORMAT", name, choices=FORMATS)
+    return IMPORTERS[name]

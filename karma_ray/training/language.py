@@ -1,0 +1,89 @@
+"""The stand-in for a pretrained LLM: a tiny Qwen3 trained on the catalogue's own text.
+
+Writes a Hugging Face folder (config, weights, tokenizer); every later stage loads it exactly
+as it would load a real checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from karma_ray.artifacts import write_manifest
+from karma_ray.data.prompts import encode_texts
+from karma_ray.model.backbone import build_tiny, save_body, save_tokenizer, train_tokenizer
+from karma_ray.model.config import TinyBackboneConfig
+from karma_ray.training.config import PretrainConfig
+from karma_ray.training.loop import fit
+from karma_ray.training.optim import build_optimizer
+from karma_ray.training.step import PretrainStep, TokenBatch
+
+Record = dict[str, float]
+
+
+def pretrain(
+    texts: list[str],
+    folder: str,
+    *,
+    tiny: TinyBackboneConfig,
+    config: PretrainConfig,
+    max_tokens: int,
+    seed: int,
+    report: Callable[[Record], None],
+    progress: bool = False,
+) -> None:
+    """Train tokenizer and body on `texts`, write them to the local `folder`.
+
+    The folder appears whole or not at all. `report` receives the loss in nats per token.
+    """
+    tokenizer = train_tokenizer(iter(texts), tiny.vocab_size)
+    body = build_tiny(tiny, len(tokenizer), seed)
+    tokens, lengths = encode_texts(tokenizer, texts, max_tokens)
+    last: Record = {}
+
+    def keep(record: Record) -> None:
+        last.update(record)
+        report(record)
+
+    if config.steps:
+        fit(
+            body,
+            PretrainStep(),
+            build_optimizer(body, learning_rate=config.learning_rate),
+            token_batches(tokens, lengths, config.batch_size, seed),
+            keep,
+            steps=config.steps,
+            progress=progress,
+        )
+    draft = Path(f"{folder}.tmp")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir(parents=True)
+    save_body(body, str(draft))
+    save_tokenizer(tokenizer, str(draft))
+    facts: dict[str, Any] = {
+        name: value for name, value in last.items() if name.startswith("loss/")
+    }
+    parameters = sum(parameter.numel() for parameter in body.parameters())
+    write_manifest(str(draft), "language_model", num_parameters=parameters, **facts)
+    draft.rename(folder)
+
+
+def token_batches(
+    tokens: np.ndarray, lengths: np.ndarray, batch_size: int, seed: int
+) -> Iterator[TokenBatch]:
+    """Endless shuffled epochs of `TokenBatch`es, each cut to its longest row."""
+    generator = np.random.default_rng(seed)
+    while True:
+        order = generator.permutation(len(tokens))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            width = max(2, int(lengths[rows].max()))
+            yield TokenBatch(
+                torch.from_numpy(tokens[rows, :width].astype(np.int64)),
+                torch.from_numpy(lengths[rows]),
+            )

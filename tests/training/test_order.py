@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from karma_ray.errors import InputError
+from karma_ray.training.order import Order, Source
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    """50 rows in two files with row groups of 8."""
+    folder = tmp_path_factory.mktemp("rows")
+    for part, (start, stop) in enumerate([(0, 30), (30, 50)]):
+        table = pa.table({"row": list(range(start, stop))})
+        pq.write_table(table, folder / f"part-{part}.parquet", row_group_size=8)
+    return Source.scan(str(folder))
+
+
+def _batches(order: Order, start: int, steps: int) -> list[list[int]]:
+    found = []
+    for window in order.windows(start, steps):
+        rows = order.source.read(window).column("row").to_pylist()
+        for low, high in window.slices():
+            found.append(rows[: high - low])
+            rows = rows[high - low :]
+        assert not rows
+    return found
+
+
+def _global(source: Source, workers: int, steps: int, window_rows: int) -> list[list[int]]:
+    """Batches of all workers, side by side."""
+    orders = [Order(source, 7, 8, rank, workers, window_rows) for rank in range(workers)]
+    per_worker = [_batches(order, 0, steps) for order in orders]
+    return [sum(parts, []) for parts in zip(*per_worker, strict=True)]
+
+
+@pytest.mark.parametrize("window_rows", [1000, 16])
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_an_epoch_holds_every_row_at_most_once(
+    source: Source, workers: int, window_rows: int
+) -> None:
+    epoch = Order(source, 7, 8, 0, workers, window_rows).batches_per_epoch
+    rows = sum(_global(source, workers, epoch, window_rows), [])
+    assert len(set(rows)) == len(rows)
+    assert len(rows) == (50 if workers < 4 else 48)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+def test_the_batches_of_a_small_table_do_not_depend_on_the_workers(
+    source: Source, workers: int
+) -> None:
+    assert _global(source, workers, 6, 1000) == _global(source, 1, 6, 1000)
+
+
+@pytest.mark.parametrize("window_rows", [1000, 16])
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_resumed_order_equals_an_uninterrupted_one(
+    source: Source, workers: int, window_rows: int
+) -> None:
+    order = Order(source, 7, 8, workers - 1, workers, window_rows)
+    whole = _batches(order, 0, 17)
+    assert len(whole) == 17
+    for step in (1, 3, 6, 7, 11, 16):
+        assert _batches(order, step, 17) == whole[step:]
+
+
+def test_epochs_and_seeds_differ_and_repeat(source: Source) -> None:
+    first = _batches(Order(source, 7, 8), 0, 14)
+    assert first == _batches(Order(source, 7, 8), 0, 14)
+    assert first[:7] != first[7:]
+    assert first != _batches(Order(source, 8, 8), 0, 14)
+
+
+def test_the_position_counts_epochs_and_batches(source: Source) -> None:
+    order = Order(source, 7, 8)
+    assert order.batches_per_epoch == 7
+    assert [order.position(step) for step in (0, 6, 7, 15)] == [(0, 0), (0, 6), (1, 0), (2, 1)]
+
+
+def test_a_window_bounds_what_is_read_at_once(source: Source) -> None:
+    order = Order(source, 7, 8, 0, 2, 16)
+    for window in order.windows(0, 14):
+        assert sum(piece.stop - piece.start for piece in window.pieces) <= 16
+
+
+def test_a_batch_that_cannot_be_shared_is_an_input_error(source: Source) -> None:
+    with pytest.raises(InputError, match="multiple of num_workers = 3"):
+        Order(source, 7, 8, 0, 3)
+
+
+def test_an_empty_table_is_an_input_error(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"row": pa.array([], pa.int64())}), tmp_path / "part.parquet")
+    with pytest.raises(InputError, match="holds no rows"):
+        Source.scan(str(tmp_path))
