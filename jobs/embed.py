@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.artifacts import RunFolder, exists, read_manifest
 from karma_ray.cli import parser, run

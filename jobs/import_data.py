@@ -1,4 +1,4 @@
-"""A public dataset, or any row-per-exposure log, -> a data folder.
+r"""A public dataset, or any row-per-exposure log, -> a data folder.
 
 python jobs/import_data.py hm ../shared/data/hm DATA
 python jobs/import_data.py long log.csv DATA --columns user_id=uid,item_id=sku,timestamp=ts \

@@ -1,6 +1,6 @@
 """Events -> training sequences and evaluation examples, on Ray Data.
 
-    python jobs/prepare.py --data DATA --set prepare.max_history=50
+python jobs/prepare.py --data DATA --set prepare.max_history=50
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--out", metavar="URI", help="write here instead of into the data folder")
     arguments = flags.parse_args(argv)
     config = load_config(arguments, "karma_text").prepare
-    facts = prepare(arguments.data, config, arguments.out, progress=sys.stderr.isatty())
+    facts = prepare(arguments.data, config, arguments.out)
     print(f"prepared {arguments.out or arguments.data}")
     for name, count in facts["counts"].items():
         print(f"  {name.replace('_', ' '):<28} {count:>12,}")
     print(f"  training ends before         {facts['valid_start']}")
     print(f"  test starts at               {facts['test_start']}")
-    print(f"  queries {facts['query_source'].upper()}, negatives {facts['negative_source'].upper()}")
+    query, negative = facts["query_source"].upper(), facts["negative_source"].upper()
+    print(f"  queries {query}, negatives {negative}")
     rejected = sum(facts["quarantined"].values())
     print(f"  quarantined rows             {rejected:>12,}")
     for reason, count in facts["quarantined"].items():

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from karma_ray.artifacts import RunFolder, read_table
 from karma_ray.cli import parser, run
 from karma_ray.cluster.serving import curl_example, serve_run

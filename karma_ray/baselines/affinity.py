@@ -13,6 +13,7 @@ import pyarrow.compute as pc
 import scipy.sparse as sp
 from numpy.typing import NDArray
 
+from karma_ray.baselines.histories import history_counts
 from karma_ray.baselines.query_filter import behind_match
 from karma_ray.data.catalog import Catalog
 
@@ -25,19 +26,23 @@ _POPULARITY_EPSILON = 1e-6
 
 
 def attribute_columns(table: pa.Table) -> list[str]:
-    """`attr_*` if the catalogue has them, else brand, category and small string columns."""
-    named = [name for name in table.column_names if name.startswith("attr_")]
-    if named:
-        return named
+    """`attr_*` if the catalogue has them, else brand, category and small string columns.
+
+    Columns with fewer than two values tell nobody's taste and are left out.
+    """
+    values = {n: pc.count_distinct(table.column(n)).as_py() for n in _candidates(table)}
+    return [
+        name
+        for name, count in values.items()
+        if count > 1 and (count < _MAX_VALUES or name in ("brand", "category"))
+    ]
+
+
+def _candidates(table: pa.Table) -> list[str]:
+    declared = [name for name in table.column_names if name.startswith("attr_")]
     is_text = (pa.types.is_string, pa.types.is_large_string)
     strings = [f.name for f in table.schema if any(kind(f.type) for kind in is_text)]
-    small = [
-        name
-        for name in strings
-        if name not in ("item_id", "title", "text", "brand", "category")
-        and 1 < pc.count_distinct(table.column(name)).as_py() < _MAX_VALUES
-    ]
-    return [name for name in ("brand", "category") if name in strings] + small
+    return declared or [name for name in strings if name not in ("item_id", "title", "text")]
 
 
 class AffinityRanker:
@@ -61,20 +66,21 @@ class AffinityRanker:
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
         """Dense ranks of the affinity, the matching items' lifted above all others."""
-        scores = np.empty((examples.num_rows, self._catalog.num_items), dtype=np.float32)
-        histories = examples.column("history_item_ids").to_pylist()
-        for row, query in enumerate(examples.column("query").to_pylist()):
-            values = self._affinity(self._catalog.rows(histories[row] or []))
-            scores[row] = behind_match(values, self._matches.rows(query))
-        return scores
+        values = self._affinity(history_counts(examples, self._catalog))
+        queries = examples.column("query").to_pylist()
+        rows = [
+            behind_match(value, self._matches.rows(query))
+            for value, query in zip(values, queries, strict=True)
+        ]
+        return np.stack(rows) if rows else values.astype(np.float32)
 
-    def _affinity(self, history: NDArray[np.int64]) -> NDArray[np.float64]:  # [T] -> [I]
-        total: NDArray[np.float64] = self._popularity.copy()
-        known = history[history >= 0]
+    def _affinity(self, history: sp.csr_matrix) -> NDArray[np.float64]:  # [b, I] -> [b, I]
+        total = np.repeat(self._popularity[None, :], history.shape[0], axis=0)
         for onehot, base in zip(self._attributes, self._base, strict=True):
-            counts = np.asarray(onehot[known].sum(axis=0), dtype=np.float64).ravel()
-            share = (counts + _PRIOR_STEPS * base) / (counts.sum() + _PRIOR_STEPS)
-            total += onehot @ np.log(share / base)
+            counts = (history @ onehot).toarray()  # [b, V]
+            steps = counts.sum(axis=1, keepdims=True)
+            share = (counts + _PRIOR_STEPS * base) / (steps + _PRIOR_STEPS)
+            total += (onehot @ np.log(share / base).T).T
         return total
 
 

@@ -4,12 +4,13 @@
 the history, with the rules of the shop as a perfectly trained model would have learned them.
 Neither knows positions or exposures, and neither looks at anything later than the request.
 
-Legend: Z personas, I items, M items of a query, C clicks of one page.
+Legend: Z personas, I items, M items of a query, C clicks of one page, R example pages.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import permutations
 
 import numpy as np
@@ -17,39 +18,64 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from karma_ray.data.catalog import Catalog
+from karma_ray.data.synthetic.config import POSITION_FACTORS, random_stream
 from karma_ray.data.synthetic.truth import PersonaStates, ToyTruth
 from karma_ray.errors import InputError
 
 Floats = NDArray[np.float64]
 _MEMO_LIMIT = 200_000
+NUM_PAGES = 64
+"""Example pages R a query's unknown pages are averaged over."""
+MAX_CLICKS = 3
+"""Most clicks of a page."""
+
+
+@dataclass(frozen=True)
+class ExamplePages:
+    """Seeded pages of a query: what may stand beside an item on its result page."""
+
+    rows: NDArray[np.int64]  # [R, K] catalogue rows, each line without repeats
+    odds: Floats  # [Z, R, K]: taste and promotion
+    size: int  # items of a page
 
 
 class ClickRules:
-    """P(clicks | persona) of the shop's pages, the page's other items averaged out.
+    """P(clicks | persona) of the shop's pages.
 
-    A page shows n of the N matching items on sale. Given that it shows the clicked ones C, the
-    others have mean weight m = (sum of the weights not in C) / (N - |C|), and one click after
-    the other is drawn in proportion to the weights: exact where a page shows all matches.
+    Which other items stood on a page, and where, is not in a history: both are averaged out
+    over R seeded example pages of the same query. On a page one click after the other is drawn
+    in proportion to the odds taste x promotion x familiarity x position.
     """
 
     def __init__(self, truth: ToyTruth) -> None:
         self.truth = truth
         self._all = np.arange(truth.weights.shape[1])
-        self._sums: dict[tuple[str, int], tuple[NDArray[np.bool_], Floats, int]] = {}
-        self._times = np.unique([*truth.on_sale_from.tolist(), truth.valid_start])
+        self._pages: dict[tuple[int, int, bool], ExamplePages] = {}
+        numbers: dict[bytes, int] = {}  # wordings of one need share their example pages
+        self._need = {
+            query: numbers.setdefault(rows.tobytes(), len(numbers))
+            for query, rows in truth.matches.items()
+        }
+        self._eras = np.unique([*truth.on_sale_from.tolist(), truth.valid_start])
+        random = random_stream(truth.config.seed, "example positions")
+        keys = random.random((NUM_PAGES, len(POSITION_FACTORS)))
+        self._positions = POSITION_FACTORS[np.argsort(keys, axis=1, kind="stable")]  # [R, S]
 
     def rows(self, query: str | None) -> NDArray[np.int64]:
         """Catalogue rows of a query [M]; of an unknown or empty one all."""
         return self.truth.matches.get(query or "", self._all)
 
-    def first_click(self, query: str | None, known: NDArray[np.int64]) -> Floats:
-        """P(item is clicked first | it is shown, persona) without promotion, [Z, M]."""
-        rows = self.rows(query)
-        weights = self.truth.weights[:, rows].copy()
-        weights[:, np.isin(rows, known)] *= self.truth.config.familiar_factor
-        total, count = weights.sum(axis=1, keepdims=True), len(rows)
-        others = min(self.truth.config.page_size, count) - 1
-        chance: Floats = weights / (weights + others * (total - weights) / max(count - 1, 1))
+    def first_click(self, query: str | None, time: int, known: NDArray[np.int64]) -> Floats:
+        """P(item is clicked first | it is shown, persona) without promotion, [Z, M].
+
+        `known` are the rows clicked before.
+        """
+        rows, pages = self.rows(query), self._example_pages(query, time, promotion=False)
+        familiar = np.where(np.isin(rows, known), self.truth.config.familiar_factor, 1.0)
+        odds = (self.truth.weights[:, rows] * familiar)[:, None, :]  # [Z, 1, M]
+        others = pages.odds[:, :, : pages.size - 1] * self._positions[:, : pages.size - 1]
+        odds = odds * self._positions[:, [pages.size - 1]]  # [Z, R, M]
+        chance: Floats = (odds / (odds + others.sum(axis=2)[:, :, None])).mean(axis=1)
         return chance
 
     def page_likelihood(
@@ -64,51 +90,63 @@ class ClickRules:
         `known` are the rows clicked on earlier pages; the order of the clicks is unknown, so
         all orders are summed.
         """
-        on_sale, total, count = self._on_sale(query, time)
+        pages = self._example_pages(query, time, promotion=time < self.truth.valid_start)
         familiar = self.truth.config.familiar_factor
-        again = known[on_sale[known]]
-        total = total + (familiar - 1.0) * self._weights(again, time).sum(axis=1)
-        odds = self._weights(clicked, time)  # [Z, C]
+        num_others = max(pages.size - len(clicked), 0)
+        other = ~np.isin(pages.rows, clicked)
+        other &= np.cumsum(other, axis=1) <= num_others  # [R, K]: the rest of the page
+        slot = np.minimum(np.cumsum(other, axis=1) - 1, len(POSITION_FACTORS) - 1)
+        place = np.take_along_axis(self._positions, np.maximum(slot, 0), axis=1)
+        factor = other * place * np.where(np.isin(pages.rows, known), familiar, 1.0)
+        rest = (pages.odds * factor).sum(axis=2)  # [Z, R]
+        places = self._positions[:, num_others : num_others + len(clicked)]  # [R, C]
+        odds = self._odds(clicked, time < self.truth.valid_start)
         odds = odds * np.where(np.isin(clicked, known), familiar, 1.0)
-        shown = min(self.truth.config.page_size, count)
-        own = odds.sum(axis=1)
-        mean_other = np.maximum(total - own, 0.0) / max(count - len(clicked), 1)
-        page = own + max(shown - len(clicked), 0) * mean_other  # [Z]
-        likelihood = np.zeros_like(page)
-        for order in permutations(range(len(clicked))):
-            left, chance = page, np.ones_like(page)
-            for click in order:
-                chance = chance * odds[:, click] / left
-                left = left - odds[:, click]
-            likelihood += chance
+        likelihood: Floats = _unordered_chance(odds[:, None, :] * places, rest).mean(axis=1)
         return likelihood
 
-    def _weights(self, rows: NDArray[np.int64], time: int) -> Floats:  # [C] -> [Z, C]
-        weights: Floats = self.truth.weights[:, rows]
-        if time < self.truth.valid_start:
-            promotion = np.where(self.truth.promoted[rows], self.truth.config.promo_factor, 1.0)
-            weights = weights * promotion
-        return weights
+    def _odds(self, rows: NDArray[np.int64], promotion: bool) -> Floats:  # [...] -> [Z, ...]
+        odds: Floats = self.truth.weights[:, rows]
+        if promotion:
+            odds = odds * np.where(self.truth.promoted[rows], self.truth.config.promo_factor, 1.0)
+        return odds
 
-    def _on_sale(self, query: str | None, time: int) -> tuple[NDArray[np.bool_], Floats, int]:
-        """Of the items of the query on sale at `time`: mask [I], summed weights [Z], count."""
-        key = (query or "", int(np.searchsorted(self._times, time, side="right")))
-        if key not in self._sums:
+    def _example_pages(self, query: str | None, time: int, promotion: bool) -> ExamplePages:
+        """Of the items of the query on sale at `time`; the same for all times between changes."""
+        era = int(np.searchsorted(self._eras, time, side="right"))
+        need = self._need.get(query or "", -1)
+        key = (need, era, promotion)
+        if key not in self._pages:
             rows = self.rows(query)
             rows = rows[self.truth.on_sale_from[rows] <= time]
-            mask = np.zeros(len(self._all), dtype=bool)
-            mask[rows] = True
-            self._sums[key] = (mask, self._weights(rows, time).sum(axis=1), len(rows))
-        return self._sums[key]
+            size = max(min(self.truth.config.page_size, len(rows)), 1)
+            random = random_stream(self.truth.config.seed, f"example pages {era} {need}")
+            drawn = np.argsort(random.random((NUM_PAGES, len(rows))), axis=1, kind="stable")
+            drawn = rows[drawn[:, : size + MAX_CLICKS]]
+            self._pages[key] = ExamplePages(drawn, self._odds(drawn, promotion), size)
+        return self._pages[key]
+
+
+def _unordered_chance(odds: Floats, rest: Floats) -> Floats:
+    """P(the C items are drawn first, in any order), [Z, R, C], [Z, R] -> [Z, R]."""
+    total = rest + odds.sum(axis=2)
+    likelihood = np.zeros_like(rest)
+    for order in permutations(range(odds.shape[2])):
+        left, chance = total, np.ones_like(rest)
+        for click in order:
+            chance = chance * odds[:, :, click] / left
+            left = left - odds[:, :, click]
+        likelihood += chance
+    return likelihood
 
 
 class PosteriorOracle:
     """The best ranking from (query, history): sum over z of P(z | history) P(click i | z, query).
 
-    P(z | history) is the exact forward filter of the persona chain: uniform at the start, drawn
-    anew with `switch_per_day` at midnight, updated by `ClickRules` at each page with clicks.
-    Pages without clicks are not in a history and, as the number of clicks does not depend on
-    the persona, would say nothing.
+    P(z | history) is the forward filter of the persona chain: uniform at the start, drawn anew
+    with `switch_per_day` at midnight, updated by `ClickRules` at each page with clicks. Pages
+    without clicks are not in a history and, as the number of clicks does not depend on the
+    persona, would say nothing. It looks at `query`, `timestamp` and `history_*` alone.
     """
 
     def __init__(self, truth: ToyTruth, item_ids: Sequence[str]) -> None:
@@ -129,7 +167,7 @@ class PosteriorOracle:
         for row, (queries, items, moments) in enumerate(histories(examples, self._rows)):
             query = examples.column("query")[row].as_py()
             posterior = self.posterior(queries, items, moments, times[row])
-            chance = self.rules.first_click(query, items)
+            chance = self.rules.first_click(query, times[row], items)
             scores[row, self.rules.rows(query)] = posterior @ chance
         return scores
 
@@ -182,6 +220,9 @@ class TasteOracle:
     def __init__(self, truth: ToyTruth, states: PersonaStates, item_ids: Sequence[str]) -> None:
         self.rules, self._states = ClickRules(truth), states
         self._rows = {item_id: row for row, item_id in enumerate(item_ids)}
+        # Items of the same odds tie, and ties count against a ranker: a hair decides them.
+        random = random_stream(truth.config.seed, "ties")
+        self._ties = 1.0 + 1e-5 * random.random(len(item_ids))  # [I]
 
     @classmethod
     def load(cls, data_uri: str, catalog: Catalog) -> TasteOracle:
@@ -199,7 +240,9 @@ class TasteOracle:
             persona = self._states.at(user, times[row])
             if persona is None:
                 raise InputError("user_id", user, "is not in the toy shop's truth")
-            scores[row, self.rules.rows(query)] = self.rules.first_click(query, items)[persona]
+            rows = self.rules.rows(query)
+            chance = self.rules.first_click(query, times[row], items)[persona]
+            scores[row, rows] = chance * self._ties[rows]
         return scores
 
 

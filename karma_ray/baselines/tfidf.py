@@ -8,6 +8,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
+from karma_ray.baselines.histories import history_counts
 from karma_ray.data.catalog import Catalog
 from karma_ray.metrics.semantic import terms
 
@@ -36,15 +37,7 @@ class TfidfRanker:
 
     def _requests(self, examples: pa.Table) -> sp.csr_matrix:
         queries = self._vectorizer.transform(q or "" for q in examples.column("query").to_pylist())
-        lengths, rows = [], []
-        for history in examples.column("history_item_ids").to_pylist():
-            known = self._catalog.rows(history or [])
-            known = known[known >= 0]
-            lengths.append(len(known))
-            rows.append(known)
-        counts = np.asarray(lengths, dtype=np.int64)
-        weights = np.repeat(1.0 / np.maximum(counts, 1), counts).astype(np.float32)
-        columns = np.concatenate([*rows, np.zeros(0, dtype=np.int64)])
-        ends = np.concatenate([[0], np.cumsum(counts)])
-        mean = sp.csr_matrix((weights, columns, ends), shape=(len(counts), self._items.shape[0]))
-        return (queries + mean @ self._items).tocsr()
+        counts = history_counts(examples, self._catalog)  # [b, I]
+        steps = np.asarray(counts.sum(axis=1)).ravel()
+        mean = sp.diags(1.0 / np.maximum(steps, 1.0)) @ counts
+        return (queries + mean @ self._items).tocsr().astype(np.float32)

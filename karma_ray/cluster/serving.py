@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import logging
 import shlex
-import time
+import signal
+import threading
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
+import ray
 import torch
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,6 +24,7 @@ from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from karma_ray import __version__
 from karma_ray.cluster.session import connect
@@ -111,6 +114,19 @@ class ScoreResponse(Version):
     ignored_item_ids: list[str]
 
 
+class _JsonBodies:
+    """Read every body as JSON: `curl -d` without a header says it sends a form."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            headers = [pair for pair in scope["headers"] if pair[0] != b"content-type"]
+            scope = {**scope, "headers": [*headers, (b"content-type", b"application/json")]}
+        await self.app(scope, receive, send)
+
+
 class Health(BaseModel):
     """Answered once model and index are loaded."""
 
@@ -133,6 +149,7 @@ def build_app(retriever: Retriever) -> FastAPI:
     """
     app = FastAPI(title="karma_ray", version=__version__, description="Personalized recall.")
     app.add_exception_handler(RequestValidationError, _name_the_field)
+    app.add_middleware(_JsonBodies)
     version = {
         "model_version": retriever.model_version,
         "index_version": retriever.index_version,
@@ -205,17 +222,14 @@ def serve_run(
     if on_ready is not None:
         on_ready(url)
     if blocking:
-        _wait_for_interrupt()
+        _wait_for_signal()
     return url
 
 
 def curl_example(url: str, item_ids: list[str]) -> str:
     """A command that can be pasted, asking with a history of `item_ids`."""
     body = {"query": "", "history": [{"item_id": i} for i in item_ids], "k": 10}
-    return (
-        f"curl -s -X POST {url}/v1/recall -H 'Content-Type: application/json' "
-        f"-d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
-    )
+    return f"curl -s -X POST {url}/v1/recall -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
 
 
 def _application(run: str, num_replicas: int, max_queued_requests: int) -> serve.Application:
@@ -236,14 +250,16 @@ def _application(run: str, num_replicas: int, max_queued_requests: int) -> serve
     return deployment.bind()
 
 
-def _wait_for_interrupt() -> None:
-    try:
-        while True:
-            time.sleep(1)
-    except KeyboardInterrupt:
-        LOG.info("stopping")
-    finally:
-        serve.shutdown()
+def _wait_for_signal() -> None:
+    """Until Ctrl-C or SIGTERM; only this application is taken down, not what else runs there."""
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    while not stop.wait(1.0):
+        pass
+    LOG.info("stopping")
+    serve.delete(APPLICATION)
+    ray.shutdown()
 
 
 def _utc(moment: datetime | None) -> datetime | None:

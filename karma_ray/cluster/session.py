@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 import ray
+import ray.data
 
 LOG = logging.getLogger(__name__)
 
@@ -24,6 +26,7 @@ def connect(num_cpus: int | None = None) -> None:
     Inside `ray job submit`, or with RAY_ADDRESS set, the existing cluster is joined.
     `num_cpus` counts logical CPUs of a local cluster (default: the machine's, at least 4).
     """
+    _quiet_data()
     if ray.is_initialized():
         return
     for name, value in _QUIET.items():
@@ -42,3 +45,11 @@ def connect(num_cpus: int | None = None) -> None:
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
+
+
+def _quiet_data() -> None:
+    """Ray Data's progress: bars for a person at a terminal, not a page of log lines a second."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.enable_progress_bars and sys.stderr.isatty()
+    for name in ("ray.data", "ray.train"):
+        logging.getLogger(name).setLevel(logging.WARNING)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import zlib
 from dataclasses import asdict
 from typing import Any
@@ -50,7 +51,7 @@ from karma_ray.data.staging import (
     remove,
 )
 from karma_ray.data.validation import check_events
-from karma_ray.errors import InputError, KarmaRayError
+from karma_ray.errors import InputError, LeakError
 
 LOG = logging.getLogger(__name__)
 
@@ -83,7 +84,8 @@ def prepare(
     data_uri: str, config: PrepareConfig, out: str | None = None, progress: bool = True
 ) -> dict[str, Any]:
     """Write sequences/, examples/, quarantine/ and prepared.json to `out` (default: the data
-    folder) and return the content of the latter. `progress` shows Ray Data's bars.
+    folder) and return the content of the latter. `progress` shows Ray Data's bars
+    on a terminal.
 
     Raises InputError, TooManyBadRows (the quarantine is kept to look at) and LeakError.
     """
@@ -93,11 +95,6 @@ def prepare(
     remove(join(target, WORK))
     try:
         return _prepare(source, target, config, progress)
-    except Exception as error:
-        cause = _own_error(error)
-        if cause is None or cause is error:
-            raise
-        raise cause from None
     finally:
         remove(join(target, WORK))
 
@@ -124,11 +121,13 @@ def _prepare(source: str, target: str, config: PrepareConfig, progress: bool) ->
     cutoffs = cutoffs_of([read_table(join(work, "click_times"))], config, manifest)
     LOG.info("prepare: shuffling by user into %d partitions", config.num_partitions)
     built = clean.groupby("partition", num_partitions=config.num_partitions).map_groups(
-        _write_partition,
+        write_partition,
         batch_format="pyarrow",
         fn_kwargs={"work": work, "cutoffs": cutoffs, "config": config},
     )
     rows = [*read_table(join(work, "counts")).to_pylist(), *built.take_all()]
+    for leak in filter(None, (row["leak"] for row in rows)):
+        raise LeakError(leak)
     counts = add_up([item_counts, *(json.loads(row["counts"]) for row in rows)])
     facts = make_facts(config, cutoffs, counts, quarantined, manifest)
     facts["input"] = fingerprint(source)
@@ -172,44 +171,38 @@ def _check_fragment(
     part = f"part-{fragment.order:012d}"
     write_table(checked.quarantine, join(work, "quarantine"), f"events-{part}")
     write_table(click_times(checked.table), join(work, "click_times"), part)
-    write_table(_counts_row(checked.counts), join(work, "counts"), part)
+    write_table(_report(checked.counts), join(work, "counts"), part)
     partition = partition_of(checked.table["user_id"], num_partitions)
     return checked.table.append_column("partition", partition)
 
 
-def _write_partition(
+def write_partition(
     group: pa.Table, work: str, cutoffs: Cutoffs, config: PrepareConfig
 ) -> pa.Table:
-    """Task: the clean events of one partition of users -> its files; returns its counts."""
+    """Task: the clean events of one partition of users -> its files; returns its counts.
+
+    A leak is returned, not raised: Ray Data hands on the text of a task's exception and not
+    its type, and nothing is published while there is one.
+    """
     part = f"part-{group['partition'][0].as_py():05d}"
-    built = build_partition(group.drop_columns(["partition"]), cutoffs, config)
+    try:
+        built = build_partition(group.drop_columns(["partition"]), cutoffs, config)
+    except LeakError as leak:
+        return _report({}, str(leak))
     write_table(built.sequences, join(work, "sequences"), part)
     for split, table in built.examples.items():
         write_table(table, join(work, "examples", f"split={split}"), part)
-    return _counts_row(built.counts)
+    return _report(built.counts)
 
 
-def _counts_row(counts: dict[str, int]) -> pa.Table:
-    return pa.table({"counts": [json.dumps(counts)]})
+def _report(counts: dict[str, int], leak: str | None = None) -> pa.Table:
+    return pa.table({"counts": [json.dumps(counts)], "leak": pa.array([leak], pa.string())})
 
 
 def _show_progress(progress: bool) -> None:
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = progress
+    context.enable_progress_bars = progress and sys.stderr.isatty()
     context.print_on_execution_start = False
-
-
-def _own_error(error: BaseException) -> KarmaRayError | None:
-    """The KarmaRayError that a task raised, out of the layers Ray wraps around it."""
-    waiting: list[Any] = [error]
-    seen: set[int] = set()
-    while waiting:
-        layer = waiting.pop()
-        if not isinstance(layer, BaseException) or id(layer) in seen:
-            continue
-        seen.add(id(layer))
-        # Ray also makes a class that inherits from both; only a plain one reads well.
-        if isinstance(layer, KarmaRayError) and not isinstance(layer, ray.exceptions.RayError):
-            return layer
-        waiting += [layer.__context__, layer.__cause__, getattr(layer, "cause", None)]
-    return None
+    # Otherwise every execution says that it ended, and that it shows no bar.
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

@@ -11,16 +11,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from karma_ray.config import Config
+from karma_ray.artifacts import RunFolder, join, read_json
+from karma_ray.config import Config, from_dict
+from karma_ray.data.batch import Batch
 from karma_ray.data.catalog import Catalog
-from karma_ray.data.collate import Batch, Collator
-from karma_ray.data.prompts import encode_texts
+from karma_ray.data.collate import Collator
+from karma_ray.data.prompts import Tokenizer, encode_texts
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import load_lm_head, load_tokenizer
 from karma_ray.model.interest import InterestModel
@@ -45,16 +46,29 @@ def is_tiny(config: Config) -> bool:
     return item == "tiny"
 
 
-def with_checkpoint(config: Config, folder: str) -> Config:
-    """The configuration with `tiny` resolved to the pretrained folder."""
+def with_checkpoints(config: Config, item: str, user: str) -> Config:
+    """The configuration with other checkpoints (`tiny` resolved to its pretrained folder)."""
     model = config.model
     return replace(
         config,
         model=replace(
             model,
-            item_encoder=replace(model.item_encoder, checkpoint=folder),
-            user_decoder=replace(model.user_decoder, checkpoint=folder),
+            item_encoder=replace(model.item_encoder, checkpoint=item),
+            user_decoder=replace(model.user_decoder, checkpoint=user),
         ),
+    )
+
+
+def finished_stage(run: str, items_uri: str) -> Stage:
+    """The trained model of a run, from the run folder alone."""
+    folder = RunFolder(run)
+    config = from_dict(read_json(folder.config))
+    item, user = join(folder.bundle, "item_encoder"), join(folder.bundle, "user_decoder")
+    return Stage(
+        with_checkpoints(config, item, user),
+        items_uri,
+        trained=join(folder.checkpoints, "joint", "final"),
+        tokenizer_folder=join(folder.bundle, "tokenizer"),
     )
 
 
@@ -64,20 +78,24 @@ class Stage:
 
     config: Config
     items_uri: str
-    warm: str | None = None  # weights to start from
+    warm: str | None = None  # weights that stage 2 starts from
+    trained: str | None = None  # weights that stage 2 ended with
+    tokenizer_folder: str | None = None  # default: the user decoder's checkpoint
 
-    @cached_property
     def catalog(self) -> Catalog:
         """The memory-mapped catalogue."""
         return Catalog.load(self.items_uri)
 
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that both LLMs share."""
+        return load_tokenizer(self.tokenizer_folder or self.config.model.user_decoder.checkpoint)
+
     def collator(self) -> Collator:
         """Collator with item tokens."""
-        tokenizer = load_tokenizer(self.config.model.user_decoder.checkpoint)
-        tokens, lengths = encode_texts(
-            tokenizer, self.catalog.texts(), self.config.collate.max_item_tokens
-        )
-        return Collator(self.catalog, tokenizer, self.config.collate, tokens, lengths)
+        tokenizer = self.tokenizer()
+        catalog, config = self.catalog(), self.config.collate
+        tokens, lengths = encode_texts(tokenizer, catalog.texts(), config.max_item_tokens)
+        return Collator(catalog, tokenizer, config, tokens, lengths)
 
     def make_training_collate(self) -> TrainingCollate:
         """Collate of stage 2, made on the worker."""
@@ -103,13 +121,19 @@ class Stage:
             model.interest.item_encoder.requires_grad_(False)
         return model
 
+    def build_trained(self) -> KarmaModel:
+        """Stage 2's model with its final weights, in evaluation mode."""
+        assert self.trained is not None
+        model = self.build_joint()
+        load_weights(self.trained, model)
+        return model.eval()
+
     def _whole(self) -> KarmaModel:
         """From the checkpoints, without private decoders."""
         config = self.config.model
-        checkpoint = config.user_decoder.checkpoint
-        tokenizer = load_tokenizer(checkpoint)
+        tokenizer = self.tokenizer()
         interest = InterestModel.build(config, tokenizer, self.config.seed)
-        head = load_lm_head(checkpoint)
+        head = load_lm_head(config.user_decoder.checkpoint)
         return KarmaModel(interest, tokenizer, lm_head=head, decodes=False)
 
 

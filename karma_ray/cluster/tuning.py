@@ -7,50 +7,36 @@ the test examples play no part.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
-from ray.tune.search.sample import Domain
 
 from karma_ray import recipes
 from karma_ray.artifacts import join, write_json, write_manifest
+from karma_ray.cluster.search_space import Space, assignments
 from karma_ray.config import Config, override, to_dict
 from karma_ray.errors import InputError, KarmaRayError
 
+if TYPE_CHECKING:
+    # An injected objective's worker needs neither PyTorch nor the stages.
+    from karma_ray.cluster.stage_jobs import OnValidate
+
 LOG = logging.getLogger(__name__)
-
-
-class OnValidate(Protocol):
-    """Called at every validation of a run."""
-
-    def __call__(self, step: int, metrics: Mapping[str, float]) -> None: ...
 
 
 class Train(Protocol):
     """A whole run: `karma_ray.cluster.pipeline.train_run`, or a smaller objective."""
 
     def __call__(
-        self, config: Config, data: str | None, out: str, *, on_validate: OnValidate
+        self, config: Config, data: str | None, out: str, /, *, on_validate: OnValidate
     ) -> object: ...
-
-
-@dataclass(frozen=True)
-class Space:
-    """What a file of `tune_spaces/` says."""
-
-    path: str
-    domains: Mapping[str, Domain]
-    metric: str
-    base_recipe: str
-    fixed: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -78,30 +64,6 @@ class Search:
         return " ".join(f"--set {assignment}" for assignment in assignments(self.best.values))
 
 
-def load_space(path: str) -> Space:
-    """Read a space file; raises InputError when it, or what it names, does not exist."""
-    if not Path(path).is_file():
-        choices = sorted(str(file) for file in Path(path).parent.glob("*.py"))
-        raise InputError("SPACE", path, "is not a file", choices=choices or None)
-    spec = importlib.util.spec_from_file_location("karma_ray_tune_space", path)
-    if spec is None or spec.loader is None:
-        raise InputError("SPACE", path, "is not a Python file")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise InputError("SPACE", path, f"cannot be run ({error})") from error
-    space = Space(
-        path=path,
-        domains=getattr(module, "SPACE", {}),
-        metric=getattr(module, "METRIC", ""),
-        base_recipe=getattr(module, "BASE_RECIPE", "toy"),
-        fixed=tuple(getattr(module, "FIXED", ())),
-    )
-    _check(space)
-    return space
-
-
 def search(
     space: Space,
     base: Config,
@@ -124,6 +86,8 @@ def search(
     if base.recipe not in recipes.TRAINED:
         raise InputError("--recipe", base.recipe, "trains nothing", choices=list(recipes.TRAINED))
     base, out, data = _in_process(base), _absolute(out), data and _absolute(data)
+    if train is None:
+        _share_first_stages(base, data, out)
     tuner = tune.Tuner(
         tune.with_resources(
             _trainable(space, base, data, out, train), {"cpu": base.training.threads_per_worker}
@@ -163,24 +127,12 @@ def describe(result: Search) -> str:
     return "\n".join([*lines, "", f"best  {result.flags()}"])
 
 
-def assignments(values: Mapping[str, Any]) -> list[str]:
-    """Drawn values as `dotted.path=value` strings, which `--set` reads back exactly."""
-    return [f"{path}={value}" for path, value in values.items()]
-
-
-def _check(space: Space) -> None:
-    if not isinstance(space.domains, dict) or not space.domains:
-        raise InputError("SPACE", space.path, "holds no SPACE: {dotted path: Ray Tune domain}")
-    if not space.metric.startswith("valid/"):
-        raise InputError(
-            "METRIC", space.metric, "must be a validation metric, such as valid/HR@50: a search "
-            "that looks at the test examples overstates its result",
-        )  # fmt: skip
-    base = override(recipes.build(space.base_recipe), space.fixed)
-    for path, domain in space.domains.items():
-        if not isinstance(domain, Domain):
-            raise InputError(f"SPACE {path}", domain, "is not a Ray Tune domain")
-        override(base, assignments({path: domain.sample()}))
+def reported_value(metric: str, metrics: Mapping[str, float]) -> float:
+    """The value of `valid/NAME` in a validation's metrics, with or without the prefix."""
+    for name in (metric, metric.removeprefix("valid/")):
+        if name in metrics:
+            return float(metrics[name])
+    raise InputError("METRIC", metric, choices=sorted(metrics))
 
 
 def _in_process(base: Config) -> Config:
@@ -192,14 +144,17 @@ def _in_process(base: Config) -> Config:
 
 
 def _trainable(space: Space, base: Config, data: str | None, out: str, train: Train | None) -> Any:
+    start = os.getcwd()
+
     def trial(values: dict[str, Any]) -> None:
+        # Ray Tune moves each trial into a folder of its own; relative paths (a checkpoint's, the
+        # cache's) mean the place where the search was started.
+        if os.path.isdir(start):
+            os.chdir(start)
         run = join(out, "trials", tune.get_context().get_trial_id())
 
         def on_validate(step: int, metrics: Mapping[str, float]) -> None:
-            name = space.metric if space.metric in metrics else space.metric.removeprefix("valid/")
-            if name not in metrics:
-                raise InputError("METRIC", space.metric, choices=sorted(metrics))
-            tune.report({space.metric: float(metrics[name]), "step": step})
+            tune.report({space.metric: reported_value(space.metric, metrics), "step": step})
 
         whole_run = train or _whole_run()
         whole_run(override(base, assignments(values)), data, run, on_validate=on_validate)
@@ -208,10 +163,19 @@ def _trainable(space: Space, base: Config, data: str | None, out: str, train: Tr
 
 
 def _whole_run() -> Train:
-    # Imported inside the trial's process: it brings PyTorch, which the driver does not need.
+    # Imported here: an injected objective needs nothing of the pipeline.
     from karma_ray.cluster.pipeline import train_run
 
     return train_run
+
+
+def _share_first_stages(base: Config, data: str | None, out: str) -> None:
+    """Data, pretraining and warm-up once, into the cache: trials would race for them."""
+    from karma_ray.cluster.pipeline import CACHE, start_stage, toy_shop
+    from karma_ray.cluster.sharding import ensure_prepared
+
+    source = ensure_prepared(data or toy_shop(), base.prepare)
+    start_stage(base, source, join(out, "shared"), CACHE)
 
 
 def _scheduler(base: Config) -> ASHAScheduler:
@@ -289,7 +253,7 @@ def _show(value: object) -> str:
 
 
 def _absolute(uri: str) -> str:
-    """Trials run in a folder of their own, so relative paths would not mean the same there."""
+    """The same place for every process; URIs stay as they are."""
     return uri if "://" in uri else os.path.abspath(uri)
 
 

@@ -7,7 +7,7 @@ M decoded positions per window. Everything but the tables of tokens is an index 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -15,6 +15,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from karma_ray.data.batch import Batch as Batch
 from karma_ray.data.prompts import Tokenizer, encode_texts
 
 
@@ -34,43 +35,6 @@ class CollateConfig:
     """Share of the training queries replaced by the learned `no_query` vector."""
     num_decoded: int = 2
     """Positions per window decoded into text: the last and random others; 0: all of them."""
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Tensors of one step; see the legend of this module."""
-
-    item_rows: Tensor  # [U] catalogue rows
-    item_tokens: Tensor  # [U, L]
-    item_lengths: Tensor  # [U]
-    item_content: Tensor  # [U] equal for items of equal text
-    query_tokens: Tensor  # [V, Lq]
-    query_lengths: Tensor  # [V] 0: no query
-    query_index: Tensor  # [B, T] into V
-    item_index: Tensor  # [B, T] into U
-    item_mask: Tensor  # [B, T] the step's item is an input (false at a request's current step)
-    step_mask: Tensor  # [B, T] the step exists
-    group: Tensor  # [B, T] steps of one page or one instant share a number
-    loss_mask: Tensor  # [B, T] the step's click enters the losses
-    hard_index: Tensor  # [B, T, H] into U
-    hard_mask: Tensor  # [B, T, H]
-    decode_step: Tensor  # [B, M] steps decoded into text
-    decode_mask: Tensor  # [B, M]
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The same batch on another device."""
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)}
-        return Batch(**moved)
-
-    @property
-    def num_windows(self) -> int:
-        """B."""
-        return int(self.step_mask.shape[0])
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens that enter the two LLMs: item text, queries and items of the windows."""
-        return int(self.item_lengths.sum() + 2 * self.step_mask.sum())
 
 
 class ItemRows(Protocol):
@@ -138,7 +102,8 @@ class Collator:
         current = _pad_axis(steps, extra=1)
         rows = np.arange(len(length))
         current.step_mask[rows, length] = True
-        current.group[rows, length] = current.step_mask.shape[1]
+        # group numbers have gaps (steps left out) and may pass the number of steps
+        current.group[rows, length] = current.group.max(initial=-1) + 1
         for queries, query in zip(
             current.queries, examples.column("query").to_pylist(), strict=True
         ):

@@ -12,9 +12,7 @@ from karma_ray.data.splits import Cutoffs
 from karma_ray.errors import LeakError
 
 
-def check_no_leak(
-    sequences: pa.Table, examples: Mapping[str, pa.Table], cutoffs: Cutoffs
-) -> None:
+def check_no_leak(sequences: pa.Table, examples: Mapping[str, pa.Table], cutoffs: Cutoffs) -> None:
     """Raise LeakError when something of a later time reaches an earlier example.
 
     sequences: every step lies before `valid_start`; no step is older than the one before it;
@@ -85,5 +83,7 @@ def _check_history(frame: pl.DataFrame, split: str) -> None:
 def _none(rows: pl.DataFrame, problem: str) -> None:
     if rows.height:
         who = rows.row(0, named=True)
-        raise LeakError(f"{problem} ({rows.height} times; first: user {who['user_id']!r}, "
-                        f"page {who.get('page_id', who.get('page_ids'))!r})")
+        raise LeakError(
+            f"{problem} ({rows.height} times; first: user {who['user_id']!r}, "
+            f"page {who.get('page_id', who.get('page_ids'))!r})"
+        )

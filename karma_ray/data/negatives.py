@@ -25,7 +25,9 @@ def page_negatives(pages: pl.DataFrame, scope: str, cap: int | None, seed: int) 
         .sort("shown")
     )
     if cap is not None:
-        negatives = negatives.with_columns(_hash(negatives, place["page_id"], seed).alias("hash"))
+        negatives = negatives.with_columns(
+            pl.Series("hash", _hash(negatives, place["page_id"], seed))
+        )
         rank = pl.int_range(pl.len()).over("place", order_by=["hash", "shown"])
         negatives = negatives.filter(rank < cap)
     counts = np.bincount(negatives["place"].to_numpy(), minlength=pages.height)
@@ -39,8 +41,9 @@ def _hash(negatives: pl.DataFrame, page_ids: pl.Series, seed: int) -> np.ndarray
     items = negatives["item"].to_arrow().cast(pa.string()).dictionary_encode()
     item = _crc(items.dictionary.to_pylist())[items.indices.to_numpy(zero_copy_only=False)]
     page = _crc(page_ids.to_list())[negatives["place"].to_numpy()]
+    salt = np.uint64((seed * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF)
     with np.errstate(over="ignore"):
-        return _mix(item ^ _mix(page + np.uint64(seed & 0xFFFFFFFFFFFFFFFF) * np.uint64(0x9E3779B97F4A7C15)))
+        return _mix(item ^ _mix(page + salt))
 
 
 def _crc(values: list[str]) -> np.ndarray:

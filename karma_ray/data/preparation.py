@@ -1,7 +1,7 @@
 """One partition of users, and whole tables in memory: what `prepare` does, without Ray.
 
-    items  -> check_items  -> ids --+
-    events -> check_events ---------+-> choose_cutoffs -> build_partition -> check_no_leak
+items  -> check_items  -> ids --+
+events -> check_events ---------+-> choose_cutoffs -> build_partition -> check_no_leak
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ import pyarrow as pa
 
 from karma_ray.data.negatives import page_negatives
 from karma_ray.data.schema import EXAMPLES, SEQUENCES
-from karma_ray.data.splits import Cutoffs
+from karma_ray.data.splits import Cutoffs, check_shares
 from karma_ray.errors import InputError
 
 
@@ -42,10 +42,11 @@ class PrepareConfig:
     """Seed of which exposed-unclicked items stay when a page has more than are kept."""
 
     def check(self) -> None:
-        """Raise InputError on a size that cannot be."""
+        """Raise InputError on a size or share that cannot be."""
         for name, low in (("max_history", 1), ("num_hard_negatives", 0), ("num_partitions", 1)):
             if getattr(self, name) < low:
                 raise InputError(f"prepare.{name}", getattr(self, name), f"is below {low}")
+        check_shares(self.valid_share, self.test_share)
 
 
 def build_pages(events: pa.Table) -> pl.DataFrame:
@@ -70,9 +71,9 @@ def build_pages(events: pa.Table) -> pl.DataFrame:
     at_once = ["user_id", "time"]
     frame = frame.sort([*at_once, "query", "session_id"], nulls_last=False)
     frame = frame.with_columns(
-        pl.format(
-            "{}-{}-{}", "user_id", "time", pl.int_range(pl.len()).over(at_once)
-        ).alias("page_id")
+        pl.format("{}-{}-{}", "user_id", "time", pl.int_range(pl.len()).over(at_once)).alias(
+            "page_id"
+        )
     )
     frame = frame.sort([*at_once, "order"]).with_row_index("page")
     first = pl.col("page").min().over("user_id", "session_id")
@@ -87,18 +88,17 @@ def build_sequences(pages: pl.DataFrame, cutoffs: Cutoffs, config: PrepareConfig
     max_history and further ones moved by max_history // 2: the part of a window that an earlier
     one holds is context, so every click has `loss_mask` true in exactly one window.
     """
-    pages = pages.filter(pl.col("time") < cutoffs.valid_start)
+    pages = pages.filter(pl.col("time") < cutoffs.valid_start).drop("page").with_row_index("page")
     clicks = _Clicks.of(pages)
     start, end, loss_from = _windows(clicks.user_start, config.max_history)
     negatives = page_negatives(pages, "session", config.num_hard_negatives, config.seed)
-    page_of = clicks.page - (pages["page"][0] if pages.height else 0)
     columns = {
         "user_id": clicks.users.take(pa.array(start)),
         "queries": _slices(clicks.queries, start, end),
         "item_ids": _slices(clicks.items, start, end),
         "timestamps": _slices(clicks.times, start, end),
         "page_ids": _slices(clicks.page_ids, start, end),
-        "hard_negative_ids": _slices(negatives.take(pa.array(page_of)), start, end),
+        "hard_negative_ids": _slices(negatives.take(pa.array(clicks.page)), start, end),
     }
     steps = columns["item_ids"].values
     place = _gather(start, end)
@@ -126,8 +126,10 @@ def build_examples(
     history_end = clicks.moment_start[rows]
     history_start = np.maximum(clicks.user_start[rows], history_end - config.max_history)
     page = clicks.page[rows]
-    span = (pl.col("time") >= start) if end is None else pl.col("time").is_between(
-        start, end, closed="left"
+    span = (
+        (pl.col("time") >= start)
+        if end is None
+        else pl.col("time").is_between(start, end, closed="left")
     )
     asked = pages.filter(span)
     # Pages without a row in `asked` are outside the span and never looked up.
@@ -196,7 +198,8 @@ class _Clicks:
 
 def _start_of_run(is_first: np.ndarray) -> np.ndarray:
     # [C] bool -> [C]: index of the last True at or before each position
-    return np.maximum.accumulate(np.where(is_first, np.arange(len(is_first)), 0))
+    first: np.ndarray = np.maximum.accumulate(np.where(is_first, np.arange(len(is_first)), 0))
+    return first
 
 
 def _windows(user_start: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -219,7 +222,8 @@ def _gather(start: np.ndarray, end: np.ndarray) -> np.ndarray:
     # [W], [W] -> the concatenated ranges start..end
     lengths = end - start
     before = np.cumsum(lengths) - lengths
-    return np.arange(int(lengths.sum())) + np.repeat(start - before, lengths)
+    places: np.ndarray = np.arange(int(lengths.sum())) + np.repeat(start - before, lengths)
+    return places
 
 
 def _slices(values: pa.Array, start: np.ndarray, end: np.ndarray) -> pa.ListArray:

@@ -59,7 +59,7 @@ def read_catalogue(
     for path, schema in schemas:
         check_columns(schema.empty_table(), ITEMS, path)
     names = [name for name in ITEMS.names if name != "image"]
-    tables = [ITEMS.empty_table().select(names)]
+    tables = [check_columns(ITEMS.empty_table(), ITEMS, folder).select(names)]
     for fragment in fragments:
         rows = read_fragment(folder, fragment.path, fragment.row_group, names)
         tables.append(check_columns(rows, ITEMS, fragment.path).select(names))

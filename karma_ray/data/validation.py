@@ -72,8 +72,7 @@ def parse_times(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
     text = pl.Series("text", column.to_pylist(), dtype=pl.String).str.strip_chars()
     text = text.str.replace(r"^(\d{4}-\d\d-\d\d) ", "${1}T")
     parsed = [
-        pl.col("text").str.to_datetime(form, time_unit="us", strict=False)
-        for form in _TIME_FORMATS
+        pl.col("text").str.to_datetime(form, time_unit="us", strict=False) for form in _TIME_FORMATS
     ]
     zoned = [parsed[0], *(naive.dt.replace_time_zone("UTC") for naive in parsed[1:])]
     times = pl.DataFrame([text]).select(pl.coalesce(zoned)).to_series()

@@ -71,9 +71,16 @@ def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> Qwen3M
 def load_body(checkpoint: str, field: str = "checkpoint") -> Qwen3Model:
     """Load a Qwen3 body from a folder or hub name; raises InputError when it is not a Qwen3."""
     _check_architecture(checkpoint, field)
-    body = Qwen3Model.from_pretrained(
-        checkpoint, attn_implementation=_attention(), dtype=torch.float32
-    )
+    try:
+        body, info = Qwen3Model.from_pretrained(
+            checkpoint, attn_implementation=_attention(), dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
+    except (OSError, ValueError) as error:
+        raise InputError(field, checkpoint, f"cannot be loaded ({error})") from None
+    if info["missing_keys"]:  # transformers would leave random numbers there
+        example = sorted(info["missing_keys"])[0]
+        raise InputError(field, checkpoint, f"lacks weights of a Qwen3 body, such as {example}")
     body.config.use_cache = False
     return cast(Qwen3Model, body)
 
@@ -83,11 +90,13 @@ def load_lm_head(checkpoint: str) -> Tensor | None:
     if AutoConfig.from_pretrained(checkpoint).tie_word_embeddings:
         return None
     try:
-        whole = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+        whole, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, output_loading_info=True
+        )
     except (OSError, ValueError) as error:
-        raise InputError(
-            "checkpoint", checkpoint, f"has no language-model head ({error})"
-        ) from None
+        raise InputError("checkpoint", checkpoint, f"cannot be loaded ({error})") from None
+    if "lm_head.weight" in info["missing_keys"]:  # transformers would make up a random one
+        raise InputError("checkpoint", checkpoint, "has no language-model head, tied or its own")
     return cast(Tensor, whole.get_output_embeddings().weight.detach().clone())
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karma_ray.data.collate import Batch
+from karma_ray.data.batch import Batch
 from karma_ray.data.prompts import SpecialIds
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import run_body, token_embeddings, truncated

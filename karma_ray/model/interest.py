@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from karma_ray.data.collate import Batch
+from karma_ray.data.batch import Batch
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.model.adapters import Score
 from karma_ray.model.backbone import hidden_size, load_body

@@ -8,11 +8,12 @@ Legend: B windows, M decoded positions, R rows to decode, U items, L tokens, D w
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from karma_ray.data.collate import Batch
+from karma_ray.data.batch import Batch
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.model.backbone import token_embeddings
 from karma_ray.model.config import DecodabilityConfig
@@ -58,12 +59,21 @@ class KarmaModel(nn.Module):
             self.lm_head = nn.Parameter(lm_head)
         prompt = tokenizer([DECODE_PROMPT], add_special_tokens=False)["input_ids"][0]
         if not decodes:  # no private decoder; probes go through the shared one
-            config = DecodabilityConfig(max_target_tokens=config.max_target_tokens)
+            config = DecodabilityConfig(
+                max_target_tokens=config.max_target_tokens,
+                task1_see_readout=config.task1_see_readout,
+            )
         user = interest.user_decoder
         self.decodability = Decodability(config, user.body, user.projector, prompt)
+        if lm_head is not None and hasattr(self.decodability, "body"):
+            # An untied head is part of its decoder: a private one copies it, frozen if it is.
+            trained = config.recon_decoder != "frozen"
+            self.decodability.lm_head = nn.Parameter(lm_head.detach().clone(), trained)
 
     def head_of(self, body: nn.Module) -> Tensor:
         """Output embeddings [V, D] of a decoder: its own input rows when tied."""
+        if body is getattr(self.decodability, "body", None) and hasattr(self, "lm_head"):
+            return cast(Tensor, self.decodability.lm_head)
         return self.lm_head if hasattr(self, "lm_head") else token_embeddings(body)
 
     def forward_with_text(self, batch: Batch, items: Tensor) -> tuple[Tensor, Decoded]:
@@ -78,14 +88,18 @@ class KarmaModel(nn.Module):
         return user.interest(states, prefix.layout), Decoded(text, targets, self.head_of(user.body))
 
     def decode_interest(
-        self, batch: Batch, interest: Tensor, *, generator: torch.Generator | None = None
-    ) -> Decoded:
-        """Task 2, equation 7: text of the target from h_t alone; interest [R, D]."""
+        self, batch: Batch, interest: Tensor, *, generator: torch.Generator | None = None,
+        dropout: bool = True,
+    ) -> Decoded:  # fmt: skip
+        """Task 2, equation 7: text of the target from h_t alone; interest [R, D].
+
+        Measurements ask without `dropout` of tokens, so that runs with and without it compare.
+        """
         config = self.decodability.config
         if config.recon_detach_h:
             interest = interest.detach()
         targets = self.targets(batch)
-        inputs = self._drop_tokens(targets, generator)
+        inputs = self._drop_tokens(targets, generator) if dropout else targets.inputs
         condition = condition_mask = None
         if config.recon_cond == "fig1":
             index = batch.query_index.gather(1, batch.decode_step).flatten()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karma_ray.data.collate import Batch
+from karma_ray.data.batch import Batch
 from karma_ray.errors import InputError
 from karma_ray.model.adapters import SoftToken, rms_normalize
 from karma_ray.model.backbone import hidden_size, run_body, token_embeddings

@@ -93,8 +93,9 @@ def _checks(record: RunRecord) -> list[tuple[str, str]]:
     """(check, result) rows: metrics with other users' histories, and perturbations of h_t."""
     rows = []
     shuffled: Mapping[str, Any] = record.checks.get("shuffled_history") or {}
+    own: Mapping[str, Any] = record.checks.get("own_history") or record.metrics
     for metric in ("HR@10", "HR@50", "NDCG@10", "gAUC"):
-        before, after = number(record.metrics.get(metric)), number(shuffled.get(metric))
+        before, after = number(own.get(metric)), number(shuffled.get(metric))
         if before is not None and after is not None:
             rows.append((f"{metric} with histories shuffled", f"{before:.2f} → {after:.2f}"))
     for key, name in {

@@ -106,7 +106,7 @@ def negatives(record: RunRecord) -> bytes | None:
     if not curves:
         return None
     figure, panels = _panels(1)
-    _draw(panels[0], curves, "negatives per positive", "count")
+    _draw(panels[0], curves, "negatives that enter the loss", "count")
     return _png(figure)
 
 

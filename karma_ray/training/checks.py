@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
-from karma_ray.data.collate import Batch
+from karma_ray.data.batch import Batch
 from karma_ray.model.interest import InterestModel
 
 

@@ -34,7 +34,7 @@ def pretrain(
     config: PretrainConfig,
     max_tokens: int,
     seed: int,
-    report: Callable[[Record], None],
+    report: Callable[[Record], object],
     progress: bool = False,
 ) -> None:
     """Train tokenizer and body on `texts`, write them to the local `folder`.

@@ -48,6 +48,7 @@ def fit(
     grad_clip: float = 1.0,
     precision: Literal["bfloat16", "float32"] = "bfloat16",
     report_every: int = 20,
+    probe: Callable[[nn.Module, Any], Record] | None = None,
     after_step: Callable[[int], None] | None = None,
     failure_dir: str | None = None,
     progress: bool = False,
@@ -83,6 +84,7 @@ def fit(
             meters.add(output, norm)
             stop = False
             if (number + 1 - start_step) % report_every == 0 or number + 1 == steps:
+                meters.note(_probed(probe, model, batch, precision))
                 record = meters.record(number + 1, rate)
                 stop = bool(report(record))
                 bar.set_postfix_str(_postfix(record), refresh=False)
@@ -107,6 +109,15 @@ def _autocast(device: torch.device, precision: str) -> AbstractContextManager[An
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)
+
+
+def _probed(
+    probe: Callable[[nn.Module, Any], Record] | None, model: nn.Module, batch: Any, precision: str
+) -> Record:
+    if probe is None:
+        return {}
+    with torch.no_grad(), _autocast(next(model.parameters()).device, precision):
+        return probe(model, batch)
 
 
 def _backward(model: nn.Module, output: StepOutput, grad_clip: float) -> Tensor:
@@ -134,7 +145,8 @@ def _check_terms(output: StepOutput, batch: Any, number: int, folder: str | None
     # Logged terms are global, a worker's own loss tells whose batch it was.
     own = names.index("loss")
     guilty = bool(bad[own]) or not everywhere[own]
-    saved = _save_failure(output, batch, number, folder) if guilty else " on another worker"
+    elsewhere = f" on another worker; its batch was saved below {folder}"
+    saved = _save_failure(output, batch, number, folder) if guilty else elsewhere
     raise NonFiniteLoss(f"{name} is not finite at step {number}{saved}")
 
 

@@ -34,6 +34,7 @@ class Meters:
         self._start = time.perf_counter()
         self._wait = 0.0
         self.num_steps = 0
+        self._device = torch.device("cpu")
 
     def waited(self, seconds: float) -> None:
         """Note time spent on waiting for a batch."""
@@ -52,10 +53,18 @@ class Meters:
         # The norm is equal on all workers, so its mean over them is itself.
         logs["grad_norm"] = grad_norm
         for name, value in logs.items():
-            tensor = torch.as_tensor(value, device=output.loss.device).detach().double()
-            self._sums[name] = self._sums.get(name, 0.0) + tensor
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._take(name, torch.as_tensor(value, device=output.loss.device))
         self.num_steps += 1
+        self._device = output.loss.device
+
+    def note(self, probes: dict[str, float]) -> None:
+        """Take in what was measured on the batch of a reporting step."""
+        for name, value in probes.items():
+            self._take(name, torch.as_tensor(value, device=self._device))
+
+    def _take(self, name: str, value: Tensor) -> None:
+        self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
+        self._counts[name] = self._counts.get(name, 0) + 1
 
     def record(self, step: int, rate: float) -> dict[str, float]:
         """Means since the last call, and start anew."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -140,7 +141,7 @@ class Order:
         lanes = self.num_workers if self._dealt else 1
         size, total = self.batch_size // lanes, self.source.num_rows
         bounds = [total * lane // lanes for lane in range(lanes + 1)]
-        lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        lengths = [stop - start for start, stop in pairwise(bounds)]
         count = -(-max(lengths) // size)
         # The last batch stands only when every worker has a row in it.
         needed = 1 if self._dealt else self.num_workers

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from karma_ray.data.collate import Batch
+from karma_ray.data.batch import Batch
 from karma_ray.metrics.collapse import effective_rank, mean_cosine
 from karma_ray.model.backbone import run_body, token_embeddings
 from karma_ray.model.karma import Decoded, KarmaModel
@@ -64,8 +64,7 @@ class PretrainStep:
         states = run_body(body, embed[batch.tokens[:, :-1]])
         labels = batch.tokens[:, 1:]
         mask = torch.arange(labels.shape[1], device=labels.device) < batch.lengths[:, None] - 1
-        with torch.autocast(labels.device.type, enabled=False):
-            values = token_cross_entropy(states.float(), embed, labels, mask)
+        values = token_cross_entropy(states, embed, labels, mask)
         loss = values.sum() / global_sum(mask.sum()).clamp(min=1)
         return StepOutput(
             loss, {"loss/pretrain": loss.detach(), "tokens": float(batch.lengths.sum())}
@@ -168,8 +167,12 @@ class JointStep:
         rows = decoded_interest(batch, interest)
         other = rows.clone()
         other[decoded] = rows[decoded].roll(1, 0)
-        own = decoded_losses(model.decode_interest(batch, rows), "token_mean")[decoded]
-        shuffled = decoded_losses(model.decode_interest(batch, other), "token_mean")[decoded]
+
+        def losses(interest: Tensor) -> Tensor:
+            task = model.decode_interest(batch, interest, dropout=False)
+            return decoded_losses(task, "token_mean")[decoded]
+
+        own, shuffled = losses(rows), losses(other)
         trained = interest[batch.loss_mask].float()
         return {
             "decode_gap": float((shuffled - own).mean()),
@@ -231,9 +234,7 @@ def decoded_interest(batch: Batch, interest: Tensor) -> Tensor:
 
 
 def decoded_losses(task: Decoded, reduction: str) -> Tensor:
-    """Cross-entropy [R] of a decoding task, in float32."""
-    with torch.autocast(task.states.device.type, enabled=False):
-        values = token_cross_entropy(
-            task.states.float(), task.head.float(), task.targets.labels, task.targets.mask
-        )
-        return reduce_tokens(values, task.targets.mask, reduction)
+    """Cross-entropy [R] of a decoding task; logits in the compute type, the loss in float32."""
+    targets = task.targets
+    values = token_cross_entropy(task.states, task.head, targets.labels, targets.mask)
+    return reduce_tokens(values, targets.mask, reduction)

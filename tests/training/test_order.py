@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -35,7 +36,7 @@ def _global(source: Source, workers: int, steps: int, window_rows: int) -> list[
     """Batches of all workers, side by side."""
     orders = [Order(source, 7, 8, rank, workers, window_rows) for rank in range(workers)]
     per_worker = [_batches(order, 0, steps) for order in orders]
-    return [sum(parts, []) for parts in zip(*per_worker, strict=True)]
+    return [list(chain.from_iterable(parts)) for parts in zip(*per_worker, strict=True)]
 
 
 @pytest.mark.parametrize("window_rows", [1000, 16])
@@ -44,7 +45,7 @@ def test_an_epoch_holds_every_row_at_most_once(
     source: Source, workers: int, window_rows: int
 ) -> None:
     epoch = Order(source, 7, 8, 0, workers, window_rows).batches_per_epoch
-    rows = sum(_global(source, workers, epoch, window_rows), [])
+    rows = list(chain.from_iterable(_global(source, workers, epoch, window_rows)))
     assert len(set(rows)) == len(rows)
     assert len(rows) == (50 if workers < 4 else 48)
 

@@ -51,8 +51,8 @@ def import_amazon_industrial(src: str, out: str, *, seed: int = 0) -> dict[str, 
         data.add(f"examples/split={split}", example_table(_examples(rows, split)))
     sequences = []
     limit = max((len(past) for rows in valid_rows.values() for past, _ in rows), default=1)
-    for user, rows in valid_rows.items():
-        history = training_history(rows, limit)
+    for user, user_rows in valid_rows.items():
+        history = training_history(user_rows, limit)
         steps = [Step(item, f"{user}:train:{n}") for n, item in enumerate(history)]
         sequences += list(windows(user, steps))
     data.add("sequences", sequence_table(sequences))

@@ -144,7 +144,7 @@ def _problem(record: dict[str, Any] | None) -> str | None:
 
 def _events(rows: list[dict[str, Any]]) -> pl.DataFrame:
     strings = pl.List(pl.String)
-    schema = {
+    schema: dict[str, pl.DataType | type[pl.DataType]] = {
         "user_id": pl.String, "timestamp": pl.Int64, "query": pl.String,
         "exposed_item_ids": strings, "clicked_item_ids": strings, "purchased_item_ids": strings,
         "session_id": pl.String,

@@ -206,13 +206,15 @@ def fold_exposures(exposures: pl.DataFrame) -> pl.DataFrame:
     An item shown twice on a page counts once, as clicked when any of its rows was.
     """
     names = exposures.columns
-    keys = [c for c in ("timestamp", "query") if c in names]
-    page: list[str | pl.Expr] = ["user_id", *keys]
+    page = ["user_id", *(c for c in ("timestamp", "query") if c in names)]
     if "impression_id" in names:
         # Rows without an impression fall back on their time and query.
-        own = pl.col("impression_id").is_not_null()
-        page = ["user_id", "impression_id"]
-        page += [pl.when(~own).then(pl.col(c)).alias(f"page_{c}") for c in keys]
+        fallback = [pl.when(pl.col("impression_id").is_null()).then(pl.col(c)) for c in page[1:]]
+        keys = [f"page_{c}" for c in page[1:]]
+        exposures = exposures.with_columns(
+            key.alias(name) for key, name in zip(fallback, keys, strict=True)
+        )
+        page = ["user_id", "impression_id", *keys]
     order = ["position"] if "position" in names else []
     ordered = exposures.sort(["timestamp", *order], maintain_order=True, nulls_last=True)
     item = pl.col("item_id")
@@ -229,7 +231,7 @@ def fold_exposures(exposures: pl.DataFrame) -> pl.DataFrame:
         if c in names and c not in page
     ]
     pages = ordered.group_by(page, maintain_order=True).agg(aggregates)
-    pages = pages.drop(c for c in pages.columns if c.startswith("page_") or c == "impression_id")
+    pages = pages.drop(c for c in page if c.startswith("page_") or c == "impression_id")
     if "session_id" not in pages.columns:
         pages = pages.with_columns(pl.lit(None, pl.String).alias("session_id"))
     return pages.sort("timestamp", maintain_order=True)

@@ -26,7 +26,8 @@ def timestamp(name: str, dtype: pl.DataType) -> pl.Expr:
     if dtype == pl.Date:
         return column.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
     if dtype.is_numeric():
-        return _epoch(column)
+        # A 32-bit column of seconds would overflow as microseconds.
+        return _epoch(column.cast(pl.Int64 if dtype.is_integer() else pl.Float64, strict=False))
     text = column.cast(pl.String).str.strip_chars()
     number = text.str.contains(r"^-?\d+(\.\d+)?$")
     # Whole numbers stay integers: a double cannot hold nanoseconds.

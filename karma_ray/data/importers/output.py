@@ -117,7 +117,7 @@ class DataFolder:
             if self._parts[f"examples/split={split}"]:
                 counts[f"{split}_examples"] = self.rows[f"examples/split={split}"]
         counts |= dict(self._counts)
-        facts = {
+        facts: dict[str, Any] = {
             "query_source": query_source,
             "negative_source": negative_source,
             "counts": counts,

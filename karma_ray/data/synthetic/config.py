@@ -37,13 +37,13 @@ class ToyShopConfig:
     """Items of a result page, fewer where fewer match."""
     click_shares: tuple[float, float, float, float] = (0.35, 0.35, 0.20, 0.10)
     """Shares of pages with 0, 1, 2 and 3 clicks; how many says nothing about the person."""
-    num_personas: int = 12
+    num_personas: int = 8
     """Latent personas; a user is one of them at any time."""
     switch_per_day: float = 0.008
     """Chance per day that the user's persona is drawn anew: interests drift."""
-    liked_factor: float = 4.0
-    """Factor on the odds of a click for each liked attribute value."""
-    disliked_factor: float = 0.25
+    liked_factor: float = 6.0
+    """Factor on the odds of a click for each liked attribute value, times its strength."""
+    disliked_factor: float = 0.125
     """Factor for each disliked value; the others count 1."""
     promo_share: float = 0.2
     """Share of the items whose title carries the promotion code."""

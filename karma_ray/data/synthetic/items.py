@@ -95,7 +95,9 @@ def make_needs(items: ShopItems) -> Needs:
         for column, name in enumerate(names)
         for value in range(len(names[name]))
     ]
-    named, matches, rows = [], [], {}
+    named: list[dict[str, str]] = []
+    matches: list[np.ndarray] = []
+    rows: dict[tuple[str, int, str, int], int] = {}
     for level, number, of_place in places:
         place = departments[number] if level == "department" else categories[number]
         for name, value, of_detail in details:

@@ -24,14 +24,16 @@ from karma_ray.data.synthetic.people import Visits
 from karma_ray.data.synthetic.words import ATTRIBUTES, department_of_category, word_query
 
 _DETAIL_SHARES = (
-    ("", 0.66),
-    ("price", 0.14),
-    ("colour", 0.05),
-    ("material", 0.05),
-    ("style", 0.05),
-    ("brand", 0.05),
+    ("", 0.76),
+    ("price", 0.12),
+    ("colour", 0.03),
+    ("material", 0.03),
+    ("style", 0.03),
+    ("brand", 0.03),
 )
+"""How often a query names a further attribute, and which."""
 _DEPARTMENT_SHARE = 0.15
+"""How often a query names a department instead of a category."""
 
 
 @dataclass(frozen=True)
@@ -102,11 +104,11 @@ def click_pages(
     user clicked before is familiar later. `weights` are taste factors, [Z, I].
     """
     random = random_stream(config.seed, "clicks")
-    num_pages, size = shown.shape
+    num_pages = len(shown)
     shown, clicked = shown.copy(), np.zeros(shown.shape, dtype=bool)
     lengths = (shown >= 0).sum(axis=1)
     bounds = np.cumsum(config.click_shares)[:-1]
-    quota = np.searchsorted(bounds, random.random(num_pages), side="right")
+    quota: np.ndarray = np.searchsorted(bounds, random.random(num_pages), side="right")
     quota = np.where(visits.number == 0, np.maximum(quota, 1), quota)  # nobody stays unknown
     quota = np.minimum(quota, lengths - 1)  # every page keeps a non-click
     uniforms = random.random((num_pages, 6))

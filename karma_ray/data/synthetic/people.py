@@ -13,14 +13,15 @@ from karma_ray.data.synthetic.config import DAY, START, ToyShopConfig, below, ra
 from karma_ray.data.synthetic.items import ShopItems
 from karma_ray.data.synthetic.words import ATTRIBUTES, DEPARTMENTS
 
-TASTE_COUNTS: dict[str, tuple[int, int]] = {
-    "colour": (2, 3),
-    "material": (2, 2),
-    "style": (2, 2),
-    "brand": (2, 3),
-    "price": (1, 1),
+TASTES: dict[str, tuple[tuple[float, ...], int]] = {
+    "colour": ((1.25, 1.0), 3),
+    "material": ((1.25, 0.75), 2),
+    "style": ((1.5, 1.0), 2),
+    "brand": ((1.0, 0.75), 3),
+    "price": ((1.0,), 1),
 }
-"""Attribute -> how many of its values a persona likes and dislikes in one department."""
+"""Attribute -> strengths of its liked values (times `liked_factor`) and how many values are
+disliked, in one department. Strengths differ, so that few items tie."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def make_tastes(config: ToyShopConfig) -> dict[str, np.ndarray]:
     random = random_stream(config.seed, "tastes")
     people, departments = config.num_personas, len(DEPARTMENTS)
     tastes = {}
-    for name, (liked, disliked) in TASTE_COUNTS.items():
+    for name, (strengths, disliked) in TASTES.items():
         count = len(ATTRIBUTES[name])
         # A random Latin square per department: every value has about as many friends as foes,
         # so that popularity alone says little.
@@ -51,7 +52,8 @@ def make_tastes(config: ToyShopConfig) -> dict[str, np.ndarray]:
         place = np.argsort(random.random((departments, count)), axis=1, kind="stable")
         rank = (shift[:, :, None] + place) % count  # [Z, D, values]
         factors = np.ones(rank.shape)
-        factors[rank < liked] = config.liked_factor
+        for liked, strength in enumerate(strengths):
+            factors[rank == liked] = strength * config.liked_factor
         factors[rank >= count - disliked] = config.disliked_factor
         tastes[name] = factors
     return tastes

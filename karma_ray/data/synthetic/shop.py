@@ -119,7 +119,8 @@ def _iso(day: int) -> str:
 
 def _user_ids(shop: ToyShop) -> np.ndarray:
     names = np.array([f"user{number:05d}" for number in range(shop.config.num_users)])
-    return names[shop.visits.user]
+    users: np.ndarray = names[shop.visits.user]
+    return users
 
 
 def _items_table(shop: ToyShop, ids: np.ndarray) -> pa.Table:
@@ -186,7 +187,9 @@ def _queries_table(shop: ToyShop) -> pa.Table:
     wordings = _wordings(shop)
     named = [shop.needs.named[need] for need in wordings.values()]
     names = ["department", "category", *value_names()]
-    columns = {f"attr_{name}": pa.array([n.get(name) for n in named], pa.string()) for name in names}
+    columns = {
+        f"attr_{name}": pa.array([n.get(name) for n in named], pa.string()) for name in names
+    }
     return pa.table({"query": list(wordings), **columns})
 
 

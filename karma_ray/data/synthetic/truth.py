@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,8 +31,11 @@ class ToyTruth:
     @classmethod
     def load(cls, data_uri: str, item_ids: Sequence[str]) -> ToyTruth:
         """Read DATA/truth; `item_ids` are the catalogue's rows."""
-        config = read_json(join(data_uri, "truth", "config.json"))
-        config = ToyShopConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in config.items()})
+        facts = read_json(join(data_uri, "truth", "config.json"))
+        values: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()
+        }
+        config = ToyShopConfig(**values)
         launch = _in_order(read_table(join(data_uri, "truth", "items")), item_ids)
         rows = {item_id: row for row, item_id in enumerate(item_ids)}
         matches = read_table(join(data_uri, "query_matches")).to_pydict()

@@ -1,0 +1,192 @@
+"""What Ray costs a training step: the Ray path against the same `fit` on a list of batches.
+
+    python benchmarks/train_step.py [--data URI] [--recipe NAME] [--rounds N] [--steps N] [--quick]
+
+Three ways over the very same batches, interleaved round by round so that a noisy machine hits
+all alike: `list` (collated beforehand), `stream` (read and collated ahead by a thread, in this
+process), `ray` (Ray Train worker fed from Ray Data). One point is the time per step between two
+reports; the first report of each run, with the first batch in it, is left out. `stream` minus
+`list` is collation, `ray` minus `stream` is Ray. JSON lines; the last one holds the headline.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from karma_ray import cli
+from karma_ray.artifacts import join, read_lines
+from karma_ray.cluster.pipeline import CACHE, absolute, start_stage, toy_shop
+from karma_ray.cluster.session import connect
+from karma_ray.cluster.sharding import ensure_prepared
+from karma_ray.cluster.stage_jobs import joint_job
+from karma_ray.cluster.training import run_training
+from karma_ray.cluster.worker import TrainJob, WorkerContext
+from karma_ray.config import Config
+from karma_ray.training.loop import Record, fit
+from karma_ray.training.optim import build_optimizer
+
+REPORT_EVERY = 10
+WAYS = ("list", "stream", "ray")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure and print."""
+    flags = cli.parser(__doc__ or "", config=True)
+    flags.add_argument("--data", metavar="URI", help="data folder (default: the toy shop)")
+    flags.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
+    flags.add_argument("--steps", type=int, default=60, help="steps a round (default 60)")
+    flags.add_argument("--quick", action="store_true", help="2 rounds of 40 steps")
+    arguments = flags.parse_args(argv)
+    rounds, steps = (2, 40) if arguments.quick else (arguments.rounds, arguments.steps)
+    config = _config(cli.load_config(arguments, "karma_text"), steps)
+    torch.set_num_threads(config.training.threads_per_worker)
+    connect()
+    source = ensure_prepared(
+        absolute(arguments.data) if arguments.data else toy_shop(), config.prepare
+    )
+    stage = start_stage(config, source, absolute(CACHE))
+    with tempfile.TemporaryDirectory() as folder:
+        job = replace(joint_job(stage, source, folder), probe=None, validate=_peak_memory)
+        measure(job, folder, rounds)
+
+
+def measure(job: TrainJob, folder: str, rounds: int) -> None:
+    """Interleave the ways, print each one's figures and the headline."""
+    context = WorkerContext(0, 1, 0, job.training.steps, use_ray=False)
+    batches = list(job.make_batches(context))
+    points: dict[str, list[Record]] = {way: [] for way in WAYS}
+    fits: list[float] = []
+    peak = 0.0
+    for number in range(rounds):
+        points["list"] += _plain(job, batches)
+        points["stream"] += _plain(job, job.make_batches(context))
+        run = join(folder, f"round-{number}")
+        started = time.perf_counter()
+        summary = run_training(replace(job, run=run), progress=False)
+        fits.append(time.perf_counter() - started - summary["seconds"])
+        peak = max(peak, summary["valid"]["peak_gib"])
+        lines = [line for line in read_lines(join(run, "metrics.jsonl")) if "lr" in line]
+        points["ray"] += lines[1:]
+    flops = _step_flops(job, batches[:5])
+    limit = matmul_peak(torch.bfloat16 if job.training.precision == "bfloat16" else torch.float32)
+    medians = {}
+    for way, records in points.items():
+        times = [1e3 / record["steps_per_s"] for record in records]
+        medians[way] = statistics.median(times)
+        point = {
+            "way": way,
+            "points": len(times),
+            "ms_per_step": round(medians[way], 2),
+            "spread_ms": [round(value, 2) for value in (min(times), max(times))],
+            "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in records)),
+            "data_wait_share": round(statistics.median(r["data_wait_share"] for r in records), 4),
+            "batch_size": job.training.batch_size,
+            "threads": job.training.threads_per_worker,
+            "precision": job.training.precision,
+        }
+        print(json.dumps(point), flush=True)
+    ray = points["ray"]
+    headline = {
+        "ray_over_plain": round(medians["ray"] / medians["list"], 3),
+        "tokens_per_s": round(statistics.median(record["tokens_per_s"] for record in ray)),
+        "share_of_matmul_peak": round(flops / (medians["ray"] / 1e3) / limit, 4),
+        "peak_gib": round(peak, 3),
+        "data_wait_share": round(statistics.median(record["data_wait_share"] for record in ray), 4),
+        "stream_over_plain": round(medians["stream"] / medians["list"], 3),
+        "ray_over_stream": round(medians["ray"] / medians["stream"], 3),
+        "fixed_seconds": round(statistics.median(fits), 1),
+        "gflop_per_step": round(flops / 1e9, 3),
+        "matmul_peak_gflops": round(limit / 1e9, 1),
+    }
+    print(json.dumps(headline), flush=True)
+
+
+def matmul_peak(dtype: torch.dtype, size: int = 1024, repeats: int = 8) -> float:
+    """Floating-point operations per second of the best of some large matrix products."""
+    left, right = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
+    best = float("inf")
+    for _ in range(repeats):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
+
+
+def _config(config: Config, steps: int) -> Config:
+    """One worker, no evaluation; untrained weights, which cost the same to train."""
+    training = replace(
+        config.training,
+        steps=steps,
+        num_workers=1,
+        report_every=REPORT_EVERY,
+        checkpoint_every=0,
+        validate_every=0,
+    )
+    return replace(
+        config,
+        pretrain=replace(config.pretrain, steps=0),
+        warmup=replace(config.warmup, skip=True),
+        training=training,
+    )
+
+
+def _plain(job: TrainJob, batches: Iterable[Any]) -> list[Record]:
+    """The records of `fit` in this process, but the first."""
+    model = job.build()
+    optimizer = _optimizer(job, model)
+    records: list[Record] = []
+    fit(
+        model,
+        job.step,
+        optimizer,
+        batches,
+        records.append,
+        steps=job.training.steps,
+        grad_clip=job.training.grad_clip,
+        precision=job.training.precision,
+        report_every=job.training.report_every,
+    )
+    return records[1:]
+
+
+def _optimizer(job: TrainJob, model: nn.Module) -> torch.optim.Optimizer:
+    return build_optimizer(
+        model,
+        learning_rate=job.training.learning_rate,
+        weight_decay=job.training.weight_decay,
+        new_module_lr=job.training.new_module_lr,
+        is_backbone=job.is_backbone,
+    )
+
+
+def _step_flops(job: TrainJob, batches: list[Any]) -> float:
+    """Matrix-product operations of a step, forward and backward: mean over some batches."""
+    model = job.build()
+    with FlopCounterMode(display=False) as counter:
+        for batch in batches:
+            torch.autograd.backward(job.step(model, batch).loss)
+    return float(counter.get_total_flops()) / len(batches)
+
+
+def _peak_memory(model: nn.Module, step: int) -> Mapping[str, float]:
+    """Peak resident memory of the worker, asked for at its end."""
+    return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+
+
+if __name__ == "__main__":
+    cli.run(main)

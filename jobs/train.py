@@ -1,0 +1,28 @@
+"""Train a recipe: tables (or the built-in toy shop) -> warm-up -> joint training -> metrics.
+
+python jobs/train.py                                     the toy shop, in minutes
+python jobs/train.py --data DATA --recipe karma_text     your own logs
+ray job submit --working-dir . -- python jobs/train.py --data s3://... --recipe karma_text
+"""
+
+from __future__ import annotations
+
+from karma_ray.cli import default_out, load_config, parser, run
+from karma_ray.cluster.pipeline import train_run
+from karma_ray.report.terminal import summary
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parser(__doc__, config=True)
+    flags.add_argument("--data", help="data folder or URI (default: the built-in toy shop)")
+    flags.add_argument("--out", help="run folder or URI (default: runs/<recipe>-<time>)")
+    flags.add_argument("--resume", action="store_true", help="continue the unfinished run in --out")
+    arguments = flags.parse_args(argv)
+    config = load_config(arguments, "karma_text" if arguments.data else "toy")
+    out = arguments.out or default_out(config.recipe)
+    train_run(config, arguments.data, out, resume=arguments.resume)
+    print(summary(out))
+
+
+if __name__ == "__main__":
+    run(main)

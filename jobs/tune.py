@@ -1,0 +1,46 @@
+"""Search configuration fields with Ray Tune; early stopping on a validation metric.
+
+A space file names dotted paths with Ray Tune domains, the metric and the recipe: see
+tune_spaces/lambdas.py. Without --data the built-in toy shop is used. The result is a table of
+trials and the best one as --set flags for jobs/train.py.
+"""
+
+from __future__ import annotations
+
+from karma_ray.cli import default_out, parser, run
+from karma_ray.cluster.search_space import load_space
+from karma_ray.cluster.session import connect
+from karma_ray.cluster.tuning import describe, search
+from karma_ray.config import from_dict, override, to_dict
+
+
+def main(argv: list[str] | None = None) -> None:
+    flags = parser(__doc__)
+    flags.add_argument("space", metavar="SPACE", help="for example tune_spaces/lambdas.py")
+    flags.add_argument("--trials", type=int, default=8, help="settings to try (default 8)")
+    flags.add_argument("--concurrent", type=int, default=2, help="trials at a time (default 2)")
+    flags.add_argument("--data", help="data folder or URI (default: the toy shop)")
+    flags.add_argument("--out", help="folder of the search (default: runs/tune-<time>)")
+    flags.add_argument("--seed", type=int, default=0, help="seed of the draws and of every trial")
+    flags.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
+        help="hold a further field fixed, for example training.steps=500 (repeatable)",
+    )  # fmt: skip
+    arguments = flags.parse_args(argv)
+    space = load_space(arguments.space)
+    base = from_dict({**to_dict(space.base()), "seed": arguments.seed})
+    base = override(base, arguments.assignments)
+    out = arguments.out or default_out("tune")
+    connect()
+    result = search(
+        space, base, data=arguments.data, trials=arguments.trials, out=out,
+        max_concurrent=arguments.concurrent,
+    )  # fmt: skip
+    print(describe(result))
+    print(f"folder  {out}")
+    data = f" --data {arguments.data}" if arguments.data else ""
+    print(f"next  python jobs/train.py --recipe {base.recipe}{data} {result.flags()}")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,131 @@
+"""What a finished run is worth: its metrics between its floors and ceilings, checks, cases."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from karma_ray import recipes
+from karma_ray.artifacts import RunFolder, exists, join, read_json, value_hash, write_json
+from karma_ray.baselines.floors import build_floor
+from karma_ray.baselines.popularity import warm_mask
+from karma_ray.baselines.ranker import Ranker
+from karma_ray.cluster.stages import Stage
+from karma_ray.config import Config
+from karma_ray.data.prepared import PreparedData
+from karma_ray.metrics.collapse import effective_rank, mean_cosine
+from karma_ray.retrieval.retriever import Retriever
+from karma_ray.training.cases import collect_cases
+from karma_ray.training.checks import hidden_item_effect, with_strangers_history
+from karma_ray.training.evaluate import evaluate
+from karma_ray.training.order import Source
+
+LOG = logging.getLogger(__name__)
+NUM_CASES = 12
+NUM_CHECKED = 1000
+HEADLINE = ("HR@10", "HR@50", "NDCG@10", "MRR", "gAUC", "JS@50", "num_test")
+
+
+class Judge:
+    """One data set's evaluation: the same examples, catalogue and cold items for everybody."""
+
+    def __init__(self, config: Config, source: PreparedData) -> None:
+        self.config, self.source = config, source
+        self.catalog = source.catalog()
+        self.warm = warm_mask(source.sequences(), self.catalog)
+        self.matches = source.query_matches(self.catalog)
+
+    def __call__(self, ranker: Ranker, examples: pa.Table) -> dict[str, float]:
+        """Flat metrics of a ranker."""
+        return evaluate(
+            ranker, examples, self.catalog, config=self.config.evaluation,
+            train_item_ids=self.warm, query_matches=self.matches, seed=self.config.seed,
+        )  # fmt: skip
+
+    def both_splits(self, ranker: Ranker) -> dict[str, float]:
+        """Test metrics, and those of the valid examples under `valid/`."""
+        metrics = self(ranker, self.source.examples("test"))
+        valid = self(ranker, self.source.examples("valid"))
+        return metrics | {f"valid/{name}": value for name, value in valid.items()}
+
+
+def assess(
+    config: Config, source: PreparedData, run: str, stage: Stage | None, cache: str
+) -> dict[str, Any]:
+    """Evaluate a run; writes floors.json and, for a trained run, checks.json and cases.json.
+
+    `stage` is None for a floor or ceiling. Returns the content of metrics.json.
+    """
+    folder, judge = RunFolder(run), Judge(config, source)
+    LOG.info("evaluating %d test clicks", source.examples("test").num_rows)
+    floors = floor_metrics(judge, cache)
+    if stage is None:
+        floors = {name: value for name, value in floors.items() if name != config.recipe}
+    write_json(floors, folder.path("floors.json"))
+    if stage is None:
+        return judge.both_splits(build_floor(config.recipe, source, config.seed))
+    retriever = Retriever.load(run, source.items_uri)
+    metrics: dict[str, Any] = judge.both_splits(retriever)
+    examples = source.examples("test")
+    metrics |= collapse_metrics(retriever, examples)
+    write_json(run_checks(judge, retriever, stage, examples), folder.path("checks.json"))
+    cases = collect_cases(
+        retriever, stage.build_trained(), examples, judge.catalog,
+        count=NUM_CASES, seed=config.seed,
+    )  # fmt: skip
+    write_json(cases, folder.path("report", "cases.json"))
+    return metrics
+
+
+def floor_metrics(judge: Judge, cache: str) -> dict[str, dict[str, float]]:
+    """Metrics of every floor, and of the ceilings where the truth is known; cached per data."""
+    source = judge.source
+    key = [source.facts, asdict(judge.config.evaluation), judge.config.seed]
+    path = join(cache, f"floors-{value_hash(key)}.json")
+    if exists(path):
+        return cast(dict[str, dict[str, float]], read_json(path))
+    names = [*recipes.FLOORS]
+    if exists(join(source.items_uri, "truth")):
+        names += recipes.CEILINGS
+    floors = {}
+    for name in names:
+        LOG.info("floor %s", name)
+        floors[name] = judge.both_splits(build_floor(name, source, judge.config.seed))
+    write_json(floors, path)
+    return floors
+
+
+def collapse_metrics(retriever: Retriever, examples: pa.Table) -> dict[str, float]:
+    """Effective rank and mean cosine of e (whole catalogue) and of h (test requests)."""
+    sample = examples.slice(0, NUM_CHECKED)
+    items = torch.from_numpy(retriever.table.embeddings)
+    interests = retriever.interests(sample).float()
+    return {
+        "collapse/effective_rank_e": float(effective_rank(items)),
+        "collapse/effective_rank_h": float(effective_rank(interests)),
+        "collapse/mean_cosine_e": float(mean_cosine(items)),
+        "collapse/mean_cosine_h": float(mean_cosine(interests)),
+    }
+
+
+def run_checks(
+    judge: Judge, retriever: Retriever, stage: Stage, examples: pa.Table
+) -> dict[str, Any]:
+    """Strangers' histories beside the true ones, and the effect of items h must not see."""
+    picked = np.random.default_rng(judge.config.seed).permutation(examples.num_rows)[:NUM_CHECKED]
+    sample = examples.take(pa.array(np.sort(picked)))
+    strangers = with_strangers_history(sample, judge.config.seed)
+    own, other = judge(retriever, sample), judge(retriever, strangers)
+    source = Source.scan(join(judge.source.uri, "sequences"))
+    rows = judge.source.sequences().slice(0, min(32, source.num_rows))
+    batch = stage.collator().training(rows, np.random.default_rng(judge.config.seed))
+    return {
+        "own_history": {name: own[name] for name in HEADLINE if name in own},
+        "shuffled_history": {name: other[name] for name in HEADLINE if name in other},
+        **hidden_item_effect(retriever.interest, batch),
+    }

@@ -1,0 +1,234 @@
+"""The main job: raw logs -> examples -> warm-up -> joint training -> bundle -> index -> metrics.
+
+Every arrow writes a folder and is skipped when its folder is there: preparation in the data
+folder, pretraining and warm-up in a cache shared by all recipes, the rest in the run folder. A
+run that was cut off continues with `resume=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from dataclasses import replace
+from typing import Any
+
+from karma_ray import __version__, recipes
+from karma_ray.artifacts import (
+    RunFolder,
+    content_hash,
+    exists,
+    join,
+    open_filesystem,
+    read_json,
+    read_lines,
+    read_manifest,
+    value_hash,
+    write_json,
+    write_manifest,
+    write_table,
+)
+from karma_ray.cluster.assessment import assess
+from karma_ray.cluster.embedding import embed_items
+from karma_ray.cluster.run_log import RunLog
+from karma_ray.cluster.sharding import ensure_prepared
+from karma_ray.cluster.stage_jobs import OnValidate, joint_job, warmup_job
+from karma_ray.cluster.stages import (
+    Stage,
+    finished_stage,
+    is_tiny,
+    pretrain_key,
+    token_table,
+    warmup_key,
+    with_checkpoints,
+)
+from karma_ray.cluster.training import run_training
+from karma_ray.config import Config, from_dict, to_dict
+from karma_ray.data.prepared import PreparedData, read_data_manifest
+from karma_ray.data.synthetic.config import ToyShopConfig
+from karma_ray.data.synthetic.shop import write_toy_shop
+from karma_ray.errors import InputError
+from karma_ray.report.page import render_report
+from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
+from karma_ray.retrieval.export import save_bundle
+from karma_ray.retrieval.retriever import check_run, index_run
+from karma_ray.training.language import pretrain
+
+LOG = logging.getLogger(__name__)
+CACHE = "runs/cache"
+
+
+def train_run(
+    config: Config,
+    data: str | None,
+    out: str,
+    *,
+    on_validate: OnValidate | None = None,
+    resume: bool = False,
+    cache: str = CACHE,
+) -> dict[str, Any]:
+    """Run a recipe from tables to a complete run folder; returns the content of metrics.json.
+
+    Without `data` the toy shop is generated. A floor or ceiling is evaluated, nothing is
+    trained. `on_validate(step, metrics)` is called at every validation inside this process
+    (needs `training.num_workers=0`) and may raise to stop. Raises InputError on bad input.
+    """
+    run, cache = absolute(out), absolute(cache)
+    folder, started = RunFolder(run), time.time()
+    if exists(folder.metrics) and not resume:
+        raise InputError("--out", out, "already holds a finished run; choose another folder")
+    source = ensure_prepared(absolute(data) if data else toy_shop(cache), config.prepare)
+    write_json(to_dict(config), folder.config)
+    write_json(_data_facts(source), folder.path("data.json"))
+    stage = None
+    if config.recipe in recipes.TRAINED:
+        stage = start_stage(config, source, cache, run)
+        stage = _train(stage, source, run, on_validate, resume)
+        _serve_side(stage, folder)
+    write_manifest(
+        run, "run", recipe=config.recipe, seed=config.seed, data=source.items_uri,
+        version=__version__, parents={"data": str(source.facts.get("input", ""))},
+    )  # fmt: skip
+    metrics = assess(config, source, run, stage, cache)
+    metrics["seconds"] = round(time.time() - started, 1)
+    write_json(metrics, folder.metrics)
+    render_report(run)
+    folder.link_latest()
+    return metrics
+
+
+def evaluate_run(run: str, data: str | None = None, cache: str = CACHE) -> dict[str, Any]:
+    """Measure a finished run again: metrics.json, floors, checks, cases and report are replaced.
+
+    `data` defaults to the data the run was trained on. Raises InputError on an unfinished run.
+    """
+    run, cache = absolute(run), absolute(cache)
+    folder = RunFolder(run)
+    config = from_dict(read_json(folder.config))
+    trained = config.recipe in recipes.TRAINED
+    if trained:
+        check_run(run)
+    source = PreparedData.load(absolute(data) if data else read_manifest(run, "run")["data"])
+    stage = finished_stage(run, source.items_uri) if trained else None
+    seconds = read_json(folder.metrics).get("seconds") if exists(folder.metrics) else None
+    metrics = assess(config, source, run, stage, cache) | {"seconds": seconds}
+    write_json(metrics, folder.metrics)
+    render_report(run)
+    return metrics
+
+
+def absolute(uri: str) -> str:
+    """Workers start in folders of their own: relative paths would not mean the same there."""
+    return uri if "://" in uri else os.path.abspath(uri)
+
+
+def toy_shop(cache: str = CACHE) -> str:
+    """The built-in data: generated once, kept in the cache."""
+    shop = ToyShopConfig()
+    folder = absolute(join(cache, f"toy_shop-{value_hash(vars(shop))}"))
+    if not exists(join(folder, "manifest.json")):
+        LOG.info("toy shop: drawing items, people and their clicks")
+        write_toy_shop(folder, shop)
+    return folder
+
+
+def start_stage(config: Config, source: PreparedData, cache: str, run: str | None = None) -> Stage:
+    """Pretrained (when tiny) and warmed-up weights, from the cache where they are there.
+
+    Their log lines are copied into `run`, so that its report shows every stage.
+    """
+    items_hash = content_hash(join(source.items_uri, "items"))
+    backbone: object = config.model.user_decoder.checkpoint
+    if is_tiny(config):
+        backbone = pretrain_key(config, items_hash)
+        folder = join(cache, f"language-model-{value_hash(backbone)}")
+        _pretrained(config, source, folder)
+        _copy_lines(f"{folder}-log", run)
+        config = with_checkpoints(config, folder, folder)
+    stage = Stage(config, source.items_uri)
+    if config.warmup.skip:
+        return stage
+    warm = join(cache, f"warmup-{value_hash(warmup_key(config, items_hash, backbone))}")
+    tokens = join(warm, "item_tokens")
+    if not exists(tokens):
+        collator = stage.collator()
+        assert collator.item_tokens is not None and collator.item_lengths is not None
+        table = token_table(stage.catalog(), collator.item_tokens, collator.item_lengths)
+        write_table(table, tokens)
+    job = warmup_job(stage, tokens, warm)
+    if not exists(join(job.final, "summary.json")):
+        LOG.info("warm-up: at most %d steps", config.warmup.steps)
+    run_training(job, resume=True)
+    _copy_lines(warm, run)
+    return replace(stage, warm=job.final)
+
+
+def _train(
+    stage: Stage, source: PreparedData, run: str, on_validate: OnValidate | None, resume: bool
+) -> Stage:
+    training = stage.config.training
+    LOG.info("joint training: %d steps, %d worker(s)", training.steps, max(1, training.num_workers))
+    job = joint_job(stage, source, run, on_validate)
+    summary = run_training(job, resume=resume, max_failures=2)
+    return replace(stage, trained=summary["weights"])
+
+
+def _serve_side(stage: Stage, folder: RunFolder) -> None:
+    """Bundle, item embeddings and index: everything that serves."""
+    config, model = stage.config, stage.build_trained()
+    facts = {"recipe": config.recipe, "seed": config.seed}
+    save_bundle(model.interest, model.tokenizer, config.collate, folder.bundle, facts)
+    if config.training.num_workers:
+        embed_items(folder.bundle, stage.items_uri, folder.item_embeddings)
+    else:
+        collator, catalog = stage.collator(), stage.catalog()
+        assert collator.item_tokens is not None and collator.item_lengths is not None
+        vectors = encode_catalog(model.interest, collator.item_tokens, collator.item_lengths)
+        parents = {
+            "bundle": read_manifest(folder.bundle)["content_hash"],
+            "items": content_hash(join(stage.items_uri, "items")),
+        }
+        table = ItemTable(catalog.item_ids, catalog.titles, vectors, parents)
+        save_embeddings(table, folder.item_embeddings)
+    index_run(folder.root)
+
+
+def _pretrained(config: Config, source: PreparedData, folder: str) -> None:
+    """Pretrain the tiny language model unless it is there."""
+    if exists(join(folder, "manifest.json")):
+        return
+    LOG.info("pretraining a tiny language model: %d steps", config.pretrain.steps)
+    shutil.rmtree(f"{folder}-log", ignore_errors=True)
+    log = RunLog(f"{folder}-log", "pretrain")
+    pretrain(
+        source.catalog().texts(), folder, tiny=config.model.tiny, config=config.pretrain,
+        max_tokens=config.collate.max_item_tokens, seed=config.seed, report=log.add, progress=True,
+    )  # fmt: skip
+    log.close()
+
+
+def _copy_lines(source: str, run: str | None) -> None:
+    """Put a cached stage's log lines into a run, once."""
+    if run is None:
+        return
+    target = RunFolder(run).metrics_lines
+    lines = list(read_lines(RunFolder(source).metrics_lines))
+    present = {line["stage"] for line in read_lines(target)}
+    fresh = [json.dumps(line) + "\n" for line in lines if line["stage"] not in present]
+    fs, path = open_filesystem(target)
+    with fs.open(path, "ab") as sink:
+        sink.write("".join(fresh).encode())
+
+
+def _data_facts(source: PreparedData) -> dict[str, Any]:
+    """What the report says of the data: name, counts, labels, quarantine."""
+    manifest = read_data_manifest(source.items_uri)
+    kept = ("name", "query_source", "negative_source", "notes", "licence")
+    return {k: manifest[k] for k in kept if k in manifest} | {
+        k: source.facts[k]
+        for k in ("counts", "quarantined", "valid_start", "test_start", "query_source",
+                  "negative_source")
+        if k in source.facts
+    } | {"uri": source.items_uri}  # fmt: skip

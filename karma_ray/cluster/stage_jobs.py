@@ -1,0 +1,185 @@
+"""Stage 1 and stage 2 as jobs for `run_training`: what they build, read, report and validate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from karma_ray.artifacts import join
+from karma_ray.baselines.popularity import warm_mask
+from karma_ray.cluster.batches import stream_batches
+from karma_ray.cluster.stages import Stage, collate_tokens, refresh_bank
+from karma_ray.cluster.worker import TrainJob, WorkerContext
+from karma_ray.data.collate import Collator
+from karma_ray.data.prepared import PreparedData
+from karma_ray.model.karma import KarmaModel
+from karma_ray.retrieval.encode import encode_catalog
+from karma_ray.retrieval.retriever import Retriever
+from karma_ray.training.evaluate import evaluate
+from karma_ray.training.loop import Record
+from karma_ray.training.order import Order, Source
+from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
+
+CURVE_EXAMPLES = 1000
+"""Valid examples behind each point of the curve over steps; the final metrics use them all."""
+
+
+OnValidate = Callable[[int, Mapping[str, float]], None]
+"""Called with (step, metrics) at every validation, inside the process that trains."""
+
+
+def is_backbone(name: str) -> bool:
+    """Parameters that came with a Hugging Face body; all others are new modules."""
+    return ".body." in name
+
+
+def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
+    """Stage 1 on the `item_tokens` table at `tokens`."""
+    config = stage.config
+    training = replace(
+        config.training,
+        steps=config.warmup.steps,
+        batch_size=config.warmup.batch_size,
+        learning_rate=config.warmup.learning_rate,
+        encoder_grad="full",
+        validate_every=0,
+        checkpoint_every=0,
+    )
+    return TrainJob(
+        run=folder,
+        stage="warmup",
+        build=stage.build_warmup,
+        step=WarmupStep(),
+        make_batches=partial(_batches, tokens, config.seed, training.batch_size, _token_collate),
+        training=training,
+        seed=config.seed,
+        is_backbone=is_backbone,
+        probe=_warmup_probe,
+        should_stop=Plateau(),
+    )
+
+
+def joint_job(
+    stage: Stage, source: PreparedData, run: str, on_validate: OnValidate | None = None
+) -> TrainJob:
+    """Stage 2 on the prepared sequences."""
+    config, training = stage.config, stage.config.training
+    step = JointStep(config.objective, training.encoder_grad)
+    sequences = join(source.uri, "sequences")
+    return TrainJob(
+        run=run,
+        stage="joint",
+        build=stage.build_joint,
+        step=step,
+        make_batches=partial(
+            _batches, sequences, config.seed, training.batch_size, stage.make_training_collate
+        ),
+        training=training,
+        seed=config.seed,
+        is_backbone=is_backbone,
+        probe=cast(Any, step.probe),
+        validate=Validation(stage, source, on_validate),
+        on_step=None if training.encoder_grad == "full" else BankRefresh(stage),
+    )
+
+
+@dataclass
+class Plateau:
+    """Stop the warm-up when the shuffled gap has not grown by 2 % in five reports.
+
+    The gap, CE(shuffled e) - CE(e), says how much the decoder listens to the item (METHOD 1.10).
+    """
+
+    patience: int = 5
+    growth: float = 1.02
+    _best: float = 0.0
+    _waited: int = 0
+
+    def __call__(self, record: Record) -> bool:
+        """Whether this report ends the stage."""
+        gap = record["decode_gap"]
+        if gap > self._best * self.growth:
+            self._best, self._waited = gap, 0
+        else:
+            self._waited += 1
+        return self._waited >= self.patience
+
+
+@dataclass
+class BankRefresh:
+    """Keep the history bank fresh: once when the encoder is frozen, else every R steps."""
+
+    stage: Stage
+    _collator: Collator | None = field(default=None, repr=False)
+
+    def __call__(self, model: nn.Module, step: int) -> None:
+        """Called before the first step and after each."""
+        assert isinstance(model, KarmaModel)
+        training = self.stage.config.training
+        due = training.encoder_grad == "targets_only" and step % training.bank_refresh_steps == 0
+        if model.bank is None or due:
+            self._collator = self._collator or self.stage.collator()
+            refresh_bank(model, self._collator, training.precision)
+
+
+@dataclass
+class Validation:
+    """Metrics on a fixed sample of valid examples; everything is opened where it runs."""
+
+    stage: Stage
+    source: PreparedData
+    on_validate: OnValidate | None = None
+    _collator: Collator | None = field(default=None, repr=False)
+
+    def __call__(self, model: nn.Module, step: int) -> Mapping[str, float]:
+        """Encode the catalogue with the model as it is, and evaluate."""
+        assert isinstance(model, KarmaModel)
+        config = self.stage.config
+        self._collator = collator = self._collator or self.stage.collator()
+        assert collator.item_tokens is not None and collator.item_lengths is not None
+        catalog = self.stage.catalog()
+        examples = self.source.examples("valid")
+        if examples.num_rows == 0:
+            return {}
+        embeddings = encode_catalog(
+            model.interest, collator.item_tokens, collator.item_lengths,
+            precision=config.training.precision,
+        )  # fmt: skip
+        retriever = Retriever.from_model(model.interest, collator, catalog, embeddings)
+        metrics = evaluate(
+            retriever,
+            examples,
+            catalog,
+            config=replace(config.evaluation, max_examples=CURVE_EXAMPLES),
+            train_item_ids=warm_mask(self.source.sequences(), catalog),
+            query_matches=self.source.query_matches(catalog),
+            seed=config.seed,
+        )
+        if self.on_validate is not None:
+            self.on_validate(step, {f"valid/{name}": value for name, value in metrics.items()})
+        return metrics
+
+
+def _batches(
+    table: str, seed: int, batch_size: int, make_collate: Any, context: WorkerContext
+) -> Iterator[Any]:
+    order = Order(Source.scan(table), seed, batch_size, context.rank, context.num_workers)
+    return stream_batches(
+        order, make_collate, start_step=context.start_step, steps=context.steps,
+        use_ray=context.use_ray,
+    )  # fmt: skip
+
+
+def _token_collate() -> Any:
+    return collate_tokens
+
+
+def _warmup_probe(model: nn.Module, batch: TokenBatch) -> Record:
+    assert isinstance(model, KarmaModel)
+    with torch.no_grad():
+        return {"decode_gap": WarmupStep().gap(model, batch)}

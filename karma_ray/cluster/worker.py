@@ -1,0 +1,208 @@
+"""One training worker: build, restore, `fit`, checkpoint, evaluate, save the weights.
+
+The same function runs in the driver's process (`num_workers = 0`, no Ray at all) and inside Ray
+Train; what differs is the `Channel` it reports through.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import nn
+
+from karma_ray.artifacts import join, write_json
+from karma_ray.cluster.run_log import RunLog
+from karma_ray.training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
+from karma_ray.training.config import TrainingConfig
+from karma_ray.training.loop import Record, fit
+from karma_ray.training.optim import build_optimizer, learning_rate_factor
+from karma_ray.training.parallel import barrier, broadcast_parameters, rank, world_size
+
+if TYPE_CHECKING:
+    from karma_ray.training.step import Step
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What `TrainJob.make_batches` needs to know: which worker, from which step to which."""
+
+    rank: int
+    num_workers: int
+    start_step: int
+    steps: int
+    use_ray: bool
+
+
+def _everything(name: str) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """One stage of training. Everything in it travels to the workers (cloudpickle)."""
+
+    run: str
+    """Run folder, a path or URI."""
+    stage: str
+    """`pretrain`, `warmup` or `joint`: names checkpoints and log lines."""
+    build: Callable[[], nn.Module]
+    """The model with its initial weights, on the CPU."""
+    step: Step
+    """A batch to a loss (training/step.py)."""
+    make_batches: Callable[[WorkerContext], Iterable[Any]]
+    """This worker's batches of steps `start_step` to `steps`."""
+    training: TrainingConfig
+    """Steps, learning rate, precision, reports, checkpoints, workers."""
+    seed: int = 0
+    """Seed of the workers' torch random state (dropout)."""
+    is_backbone: Callable[[str], bool] = _everything
+    """Parameter names that learn at the backbone's rate; all others are new modules."""
+    probe: Callable[[nn.Module, Any], Record] | None = None
+    """Measured on the batch of every report (collapse probes)."""
+    validate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
+    """Metrics on valid examples; called on rank 0 every `validate_every` steps and at the end."""
+    should_stop: Callable[[Record], bool] | None = None
+    """Ends the stage early; must decide from losses alone, which are equal on all workers."""
+    on_step: Callable[[nn.Module, int], None] | None = None
+    """Called on every worker before the first step and after each (history bank)."""
+
+    @property
+    def checkpoints(self) -> str:
+        """Where Ray Train keeps this stage's checkpoints."""
+        return join(self.run, "checkpoints", self.stage)
+
+    @property
+    def final(self) -> str:
+        """Where the finished weights and the summary stand."""
+        return join(self.checkpoints, "final")
+
+
+class Channel(Protocol):
+    """How a worker talks to whoever started it."""
+
+    use_ray: bool
+    device: torch.device
+
+    def report(self, record: Record) -> None:
+        """Tell the record; a barrier under Ray."""
+
+    def save(self, step: int, record: Record, write: Callable[[str], None]) -> None:
+        """Keep a checkpoint whose files `write(folder)` produces."""
+
+    def restored(self, read: Callable[[str], Progress]) -> Progress | None:
+        """Call `read(folder)` on the newest checkpoint, if there is one."""
+
+
+def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[str, Any]:
+    """Train one stage to its end; returns the summary that rank 0 writes."""
+    training, started = job.training, time.perf_counter()
+    torch.set_num_threads(training.threads_per_worker)
+    torch.manual_seed(job.seed)
+    model = job.build().to(channel.device)
+    optimizer = build_optimizer(
+        model,
+        learning_rate=training.learning_rate,
+        weight_decay=training.weight_decay,
+        new_module_lr=training.new_module_lr,
+        is_backbone=job.is_backbone,
+    )
+    # Before the restore, which brings the random state of a checkpoint along.
+    torch.manual_seed(job.seed + 1_000_003 * (rank() + 1))
+    found = channel.restored(lambda folder: load_checkpoint(folder, model, optimizer, rank=rank()))
+    start = found.step if found else 0
+    broadcast_parameters(model)
+    log = RunLog(job.run, job.stage, start) if rank() == 0 else None
+    hooks = _Hooks(job, channel, model, optimizer, log)
+    context = WorkerContext(rank(), world_size(), start, training.steps, channel.use_ray)
+    if job.on_step is not None:
+        job.on_step(model, start)
+    done = fit(
+        model,
+        job.step,
+        optimizer,
+        job.make_batches(context),
+        hooks.report,
+        steps=training.steps,
+        start_step=start,
+        schedule=lambda n: learning_rate_factor(n, training.steps, training.lr_warmup_share),
+        grad_clip=training.grad_clip,
+        precision=training.precision,
+        report_every=training.report_every,
+        probe=job.probe,
+        after_step=hooks.after_step,
+        failure_dir=join(job.run, "failures", job.stage),
+        progress=progress,
+    )
+    hooks.validate(done)
+    summary = {
+        "stage": job.stage,
+        "weights": job.final,
+        "steps": done,
+        "seconds": time.perf_counter() - started,
+        "last": hooks.last,
+        "valid": hooks.valid,
+    }
+    if rank() == 0:
+        save_weights(job.final, model)
+        write_json(summary, join(job.final, "summary.json"))
+    if log is not None:
+        log.close()
+    barrier()
+    return summary
+
+
+class _Hooks:
+    """What happens between steps."""
+
+    def __init__(
+        self,
+        job: TrainJob,
+        channel: Channel,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        log: RunLog | None,
+    ) -> None:
+        self._job, self._channel, self._log = job, channel, log
+        self._model, self._optimizer = model, optimizer
+        self.last: Record = {}
+        self.valid: Record = {}
+        self._validated = -1
+
+    def report(self, record: Record) -> bool:
+        self.last = record
+        if self._log is not None:
+            self._log.add(record)
+        self._channel.report(record)
+        return self._job.should_stop is not None and self._job.should_stop(record)
+
+    def after_step(self, step: int) -> None:
+        job = self._job
+        if job.on_step is not None:
+            job.on_step(self._model, step)
+        training = job.training
+        if training.validate_every and step % training.validate_every == 0:
+            self.validate(step)
+        if training.checkpoint_every and step % training.checkpoint_every == 0:
+            self._channel.save(step, self.last | {"step": step}, lambda to: self._write(to, step))
+
+    def validate(self, step: int) -> None:
+        """Evaluate on rank 0 while the others wait; training's random state is left alone."""
+        if self._job.validate is None or step == self._validated:
+            return
+        self._validated = step
+        if rank() == 0 and self._log is not None:
+            self._model.eval()
+            with torch.random.fork_rng(), torch.no_grad():
+                self.valid = {**self._job.validate(self._model, step)}
+            self._model.train()
+            self._log.add({"step": step, **self.valid}, stage="valid")
+        barrier()
+        # Every worker reports equally often; rank 0's record is the one that is looked at.
+        self._channel.report({"step": step, **{f"valid/{k}": v for k, v in self.valid.items()}})
+
+    def _write(self, folder: str, step: int) -> None:
+        save_checkpoint(folder, self._model, self._optimizer, Progress(step), rank=rank())

@@ -1,0 +1,57 @@
+"""Equations 4 and 9: a weighted sum of the terms that were built."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from karma_ray.objectives.losses import (
+    LossTerms,
+    ObjectiveConfig,
+    builds_generation,
+    builds_reconstruction,
+)
+
+ACTION, GENERATION, RECONSTRUCTION = (torch.tensor(value) for value in (1.0, 10.0, 100.0))
+
+
+def test_the_total_is_the_papers_weighted_sum() -> None:
+    config = ObjectiveConfig(lambda_dec=0.5, generation=2.0, reconstruction=0.1)
+    total = LossTerms(ACTION, GENERATION, RECONSTRUCTION).total(config)
+    assert total.item() == pytest.approx(1 + 0.5 * (2.0 * 10 + 0.1 * 100))
+
+
+def test_the_defaults_are_equation_nine_with_lambda_one() -> None:
+    terms = LossTerms(ACTION, GENERATION, RECONSTRUCTION)
+    assert terms.total(ObjectiveConfig()).item() == 111.0
+
+
+def test_a_term_that_was_not_built_is_neither_summed_nor_named() -> None:
+    terms = LossTerms(ACTION, reconstruction=RECONSTRUCTION)
+    assert terms.total(ObjectiveConfig()).item() == 101.0
+    assert set(terms.named()) == {"loss/action", "loss/reconstruction"}
+
+
+def test_logged_terms_are_raw_not_weighted() -> None:
+    named = LossTerms(ACTION, GENERATION, RECONSTRUCTION).named()
+    assert {name: value.item() for name, value in named.items()} == {
+        "loss/action": 1.0,
+        "loss/generation": 10.0,
+        "loss/reconstruction": 100.0,
+    }
+
+
+@pytest.mark.parametrize(
+    ("weights", "built"),
+    [
+        ({}, (True, True)),
+        ({"lambda_dec": 0.0}, (False, False)),
+        ({"generation": 0.0}, (False, True)),
+        ({"reconstruction": 0.0}, (True, False)),
+    ],
+)
+def test_a_weight_of_zero_means_not_built(
+    weights: dict[str, float], built: tuple[bool, bool]
+) -> None:
+    config = ObjectiveConfig(**weights)  # type: ignore[arg-type]
+    assert (builds_generation(config), builds_reconstruction(config)) == built

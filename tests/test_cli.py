@@ -1,0 +1,104 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from karma_ray import cli, recipes
+from karma_ray.config import Config, to_dict
+from karma_ray.errors import InputError, KarmaRayError
+
+
+def load(*argv: str, default: str = "toy") -> Config:
+    return cli.load_config(cli.parser("a job", config=True).parse_args(argv), default)
+
+
+def exit_code(main, argv: list[str] | None = None) -> int:
+    with pytest.raises(SystemExit) as exit_:
+        cli.run(main, argv)
+    return exit_.value.code
+
+
+def test_without_flags_the_job_runs_its_default_recipe() -> None:
+    assert load() == recipes.toy()
+
+
+def test_flags_choose_recipe_seed_and_fields() -> None:
+    config = load("--recipe", "karma_text", "--seed", "5", "--set", "training.steps=9")
+    assert (config.recipe, config.seed, config.training.steps) == ("karma_text", 5, 9)
+
+
+def test_a_saved_configuration_gives_the_same_run(tmp_path) -> None:
+    config = load("--recipe", "action_only", "--seed", "3", "--set", "collate.max_history=7")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(config)))
+    assert load("--config", str(path)) == config
+
+
+def test_set_goes_over_a_saved_configuration(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(recipes.toy())))
+    assert load("--config", str(path), "--set", "seed=8").seed == 8
+
+
+def test_a_recipe_and_a_saved_configuration_exclude_each_other(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text("{}")
+    with pytest.raises(InputError, match="--recipe: 'toy' cannot be combined with --config"):
+        load("--recipe", "toy", "--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "does not exist"), ("{", "is not JSON"), ('{"a": 1}', "known")]
+)
+def test_a_configuration_file_that_cannot_be_read_is_refused(tmp_path, content, message) -> None:
+    path = tmp_path / "config.json"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        load("--config", str(path))
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (InputError("--data", "nowhere", "does not exist"), 2),
+        (KarmaRayError("the disk is full"), 1),
+        (KeyboardInterrupt(), 1),
+    ],
+)
+def test_a_job_fails_with_its_code_and_its_message(capsys, error, code: int) -> None:
+    def main(argv: list[str] | None) -> None:
+        raise error
+
+    assert exit_code(main) == code
+    printed = capsys.readouterr().err
+    assert (str(error) or "interrupted") in printed
+    assert "Traceback" not in printed
+
+
+def test_a_job_that_ends_exits_with_0() -> None:
+    assert exit_code(lambda argv: None) == 0
+
+
+@pytest.mark.parametrize("argv", [["--unknown"], ["--seed", "x"], ["stray"]])
+def test_a_wrong_flag_exits_with_2_and_is_named(capsys, argv: list[str]) -> None:
+    def main(given: list[str] | None) -> None:
+        cli.parser("a job", config=True).parse_args(given)
+
+    assert exit_code(main, argv) == 2
+    assert argv[-1] in capsys.readouterr().err
+
+
+def test_help_explains_every_recipe_and_field(capsys) -> None:
+    def main(given: list[str] | None) -> None:
+        cli.parser("a job", config=True).parse_args(given)
+
+    assert exit_code(main, ["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in recipes.names())
+    assert "objective.lambda_dec = 1.0" in printed
+
+
+def test_the_default_run_folder_is_named_for_its_recipe() -> None:
+    assert cli.default_out("toy").startswith("runs/toy-")
