@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from karma_ray.errors import InputError
 
 SCHEMA_VERSION = 1
+ROW_GROUP_ROWS = 16_384
 
 
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -48,7 +49,8 @@ def write_table(table: pa.Table, folder: str, part: str = "part-00000") -> None:
     fs, path = open_filesystem(folder)
     fs.makedirs(path, exist_ok=True)
     with fs.open(f"{path}/{part}.parquet", "wb") as sink:
-        pq.write_table(table, sink, compression="zstd")
+        # Training shuffles and bounds its memory by row groups (training/order.py).
+        pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
 
 
 def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +31,9 @@ from karma_ray.objectives.losses import builds_reconstruction
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.training.checkpoint import load_weights
 from karma_ray.training.step import TokenBatch
+
+NUM_CENTERED = 1024
+"""Items whose mean embedding is taken out before the warm-up."""
 
 
 def is_tiny(config: Config) -> bool:
@@ -88,7 +92,8 @@ class Stage:
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that both LLMs share."""
-        return load_tokenizer(self.tokenizer_folder or self.config.model.user_decoder.checkpoint)
+        folder = self.tokenizer_folder or self.config.model.user_decoder.checkpoint
+        return cast(Tokenizer, load_tokenizer(folder))
 
     def collator(self) -> Collator:
         """Collator with item tokens."""
@@ -104,6 +109,7 @@ class Stage:
     def build_warmup(self) -> KarmaModel:
         """Stage 1's model, with gradients only where `warmup.train` says."""
         model = self._whole()
+        self._center(model.interest)
         interest, train = model.interest, self.config.warmup.train
         interest.item_encoder.body.requires_grad_(train == "all")
         interest.user_decoder.body.requires_grad_(train != "adapters_only")
@@ -114,6 +120,8 @@ class Stage:
         model = self._whole()
         if self.warm is not None:
             load_weights(self.warm, model)
+        elif self.trained is None:
+            self._center(model.interest)
         if builds_reconstruction(self.config.objective):
             head = model.lm_head if hasattr(model, "lm_head") else None
             model = KarmaModel(model.interest, model.tokenizer, lm_head=head)
@@ -127,6 +135,14 @@ class Stage:
         model = self.build_joint()
         load_weights(self.trained, model)
         return model.eval()
+
+    def _center(self, interest: InterestModel) -> None:
+        collator = self.collator()
+        assert collator.item_tokens is not None and collator.item_lengths is not None
+        rows = np.random.default_rng(self.config.seed).permutation(len(collator.item_tokens))
+        tokens = torch.from_numpy(collator.item_tokens[rows[:NUM_CENTERED]].astype(np.int64))
+        lengths = torch.from_numpy(collator.item_lengths[rows[:NUM_CENTERED]])
+        interest.item_encoder.center(tokens, lengths)
 
     def _whole(self) -> KarmaModel:
         """From the checkpoints, without private decoders."""

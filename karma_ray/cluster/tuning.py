@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ray import tune
+from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from karma_ray import recipes
-from karma_ray.artifacts import join, write_json, write_manifest
+from karma_ray.artifacts import SCHEMA_VERSION, content_hash, join, write_json
 from karma_ray.cluster.search_space import Space, assignments
 from karma_ray.config import Config, override, to_dict
 from karma_ray.errors import InputError, KarmaRayError
@@ -85,9 +86,11 @@ def search(
             raise InputError(flag, count, "must be at least 1")
     if base.recipe not in recipes.TRAINED:
         raise InputError("--recipe", base.recipe, "trains nothing", choices=list(recipes.TRAINED))
+    # Of Ray's own loggers only the JSON lines: TensorBoard refuses a metric's @.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     base, out, data = _in_process(base), _absolute(out), data and _absolute(data)
     if train is None:
-        _share_first_stages(base, data, out)
+        _share_first_stages(base, data)
     tuner = tune.Tuner(
         tune.with_resources(
             _trainable(space, base, data, out, train), {"cpu": base.training.threads_per_worker}
@@ -102,7 +105,10 @@ def search(
             scheduler=_scheduler(base),
         ),
         run_config=tune.RunConfig(
-            name="ray", storage_path=_local(out), verbose=0, callbacks=[_Progress(space.metric)]
+            name="ray",
+            storage_path=_local(out),
+            verbose=0,
+            callbacks=[_Progress(space.metric), JsonLoggerCallback()],
         ),
     )
     result = _collect(space, base, tuner.fit())
@@ -169,13 +175,14 @@ def _whole_run() -> Train:
     return train_run
 
 
-def _share_first_stages(base: Config, data: str | None, out: str) -> None:
+def _share_first_stages(base: Config, data: str | None) -> None:
     """Data, pretraining and warm-up once, into the cache: trials would race for them."""
     from karma_ray.cluster.pipeline import CACHE, start_stage, toy_shop
     from karma_ray.cluster.sharding import ensure_prepared
 
-    source = ensure_prepared(data or toy_shop(), base.prepare)
-    start_stage(base, source, join(out, "shared"), CACHE)
+    cache = _absolute(CACHE)
+    source = ensure_prepared(data or toy_shop(cache), base.prepare)
+    start_stage(base, source, cache=cache)
 
 
 def _scheduler(base: Config) -> ASHAScheduler:
@@ -245,7 +252,16 @@ def _write(result: Search, space: Space, base: Config, out: str) -> None:
         },
         join(out, "trials.json"),
     )
-    write_manifest(join(out), "search", space=space.path, metric=result.metric)
+    # The trials are whole runs with manifests of their own; the search's content is its table.
+    manifest = {
+        "schema_version": SCHEMA_VERSION,
+        "kind": "search",
+        "content_hash": content_hash(join(out, "trials.json")),
+        "parents": {},
+        "space": space.path,
+        "metric": result.metric,
+    }
+    write_json(manifest, join(out, "manifest.json"))
 
 
 def _show(value: object) -> str:

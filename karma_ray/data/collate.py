@@ -259,12 +259,12 @@ def _decoded(
     loss_mask: np.ndarray, count: int, stream: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
     """The last loss step and random others [B, M]; M = `count`, or all steps when it is 0."""
-    width = count or int(loss_mask.sum(1).max(initial=0))
+    width = count or max(1, int(loss_mask.sum(1).max(initial=0)))
     steps = np.zeros((len(loss_mask), width), np.int64)
     mask = np.zeros(steps.shape, bool)
     for row, valid in enumerate(loss_mask):
         candidates = np.flatnonzero(valid)
-        if len(candidates) == 0 or width == 0:
+        if len(candidates) == 0:
             continue
         others = stream.permutation(candidates[:-1])[: width - 1]
         chosen = np.sort(np.append(others, candidates[-1]))

@@ -14,7 +14,7 @@ from karma_ray.model.config import ItemEncoderConfig
 
 
 class ItemEncoder(nn.Module):
-    """Backbone, pooling and W_e: e = RMSNorm(W_e e_raw), METHOD 1.2."""
+    """Backbone, pooling and W_e: e = RMSNorm(W_e e_raw + b), METHOD 1.2; b centres, see `center`."""
 
     instruction: Tensor
 
@@ -30,14 +30,30 @@ class ItemEncoder(nn.Module):
         self.config, self.body = config, body
         generator = torch.Generator().manual_seed(seed)
         raw = hidden_size(body)
-        self.output = nn.Linear(raw, width, bias=False)
+        self.output = nn.Linear(raw, width)
         nn.init.orthogonal_(self.output.weight, generator=generator)
+        nn.init.zeros_(self.output.bias)
         if config.pool == "emb_token":
             self.item_token = nn.Parameter(0.02 * torch.randn(raw, generator=generator))
         self.register_buffer("instruction", torch.tensor(instruction, dtype=torch.long))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Right-padded tokens [U, L] ending in `<|endoftext|>`, lengths [U] -> e [U, D]."""
+        return rms_normalize(self.output(self.pooled(tokens, lengths)))
+
+    @torch.no_grad()
+    def center(self, tokens: Tensor, lengths: Tensor) -> None:
+        """Set W_e's bias so that these items' mean embedding is zero before the norm.
+
+        Pooled states of a language model share one large common direction (cosine .9 and more
+        between any two texts). Left in, it fills e, decoders and dot products see every item as
+        nearly the same, and training starts collapsed.
+        """
+        self.output.bias.zero_()
+        self.output.bias.sub_(self.output(self.pooled(tokens, lengths)).float().mean(0))
+
+    def pooled(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """e_raw [U, d_item]."""
         prefix = self.instruction.expand(len(tokens), -1)
         embeddings = token_embeddings(self.body)[torch.cat([prefix, tokens], 1)]
         last = lengths + prefix.shape[1] - 1
@@ -50,7 +66,5 @@ class ItemEncoder(nn.Module):
         states = run_body(self.body, embeddings)
         if self.config.pool == "mean":
             real = torch.arange(states.shape[1], device=tokens.device) <= last[:, None]
-            pooled = (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
-        else:
-            pooled = states[rows, last]
-        return rms_normalize(self.output(pooled))
+            return (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
+        return states[rows, last]

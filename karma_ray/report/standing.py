@@ -143,7 +143,7 @@ def _sentence(place: Standing) -> str:
         text += f"; the best floor, {place.floor}, has {place.floor_value:.1f}"
     if place.ceiling_value is not None:
         text += f"; the posterior oracle has {place.ceiling_value:.1f}"
-    if place.share_of_the_way is not None:
+    if place.passes and place.share_of_the_way is not None:
         text += f" ({place.share_of_the_way:.0f} % of the way from that floor)"
     return text + "."
 

@@ -67,8 +67,7 @@ def fit(
     with _progress_bar(progress, steps, start_step) as bar:
         for number in range(start_step, steps):
             waited = time.perf_counter()
-            batch = next(stream, None)
-            if batch is None:
+            if (batch := next(stream, None)) is None:
                 steps = number
                 break
             batch = to_device(batch, device)
@@ -76,17 +75,15 @@ def fit(
             rate = set_learning_rate(optimizer, factor(number))
             with _autocast(device, precision):
                 output = step(model, batch)
-            optimizer.zero_grad(set_to_none=True)
             _check_terms(output, batch, number + 1, failure_dir)
-            norm = _backward(model, output, grad_clip)
+            norm = _backward(model, optimizer, output, grad_clip)
             _check_norm(norm, output, batch, number + 1, failure_dir)
             optimizer.step()
             meters.add(output, norm)
             stop = False
-            if (number + 1 - start_step) % report_every == 0 or number + 1 == steps:
+            if (number + 1) % report_every == 0 or number + 1 == steps:
                 meters.note(_probed(probe, model, batch, precision))
-                record = meters.record(number + 1, rate)
-                stop = bool(report(record))
+                stop = bool(report(record := meters.record(number + 1, rate)))
                 bar.set_postfix_str(_postfix(record), refresh=False)
             bar.update(1)
             if after_step is not None:
@@ -120,8 +117,11 @@ def _probed(
         return probe(model, batch)
 
 
-def _backward(model: nn.Module, output: StepOutput, grad_clip: float) -> Tensor:
+def _backward(
+    model: nn.Module, optimizer: torch.optim.Optimizer, output: StepOutput, grad_clip: float
+) -> Tensor:
     """Gradients of the global loss, clipped; returns their norm before clipping."""
+    optimizer.zero_grad(set_to_none=True)
     output.loss.backward()  # type: ignore[no-untyped-call]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sum_gradients(parameters)

@@ -102,7 +102,9 @@ def test_an_item_clicked_in_the_window_is_never_a_hard_negative() -> None:
 
 
 def test_hard_negatives_are_drawn_anew_with_every_seed() -> None:
-    drawn = {tuple(_ids(b, b.hard_index[b.hard_mask])) for b in (tiny.batch(seed=s) for s in (0, 1))}
+    drawn = {
+        tuple(_ids(b, b.hard_index[b.hard_mask])) for b in (tiny.batch(seed=s) for s in (0, 1))
+    }
     assert len(drawn) == 2
 
 

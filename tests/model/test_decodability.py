@@ -14,7 +14,8 @@ from karma_ray.errors import InputError
 from karma_ray.model.backbone import run_body, token_embeddings
 from karma_ray.model.decodability import TextTargets, history_to_text, text_targets
 from karma_ray.model.karma import Decoded, KarmaModel
-from karma_ray.training.step import decoded_interest, decoded_losses
+from karma_ray.objectives.losses import ObjectiveConfig
+from karma_ray.training.step import JointStep, decoded_interest, decoded_losses
 from tests import tiny
 from tests.model.conftest import Build
 
@@ -124,9 +125,7 @@ def test_without_the_readout_text_loses_that_slot_and_no_other(
         with_own, without = reached[b, m, True], reached[b, m, False]
         assert own in with_own and own not in without
         lost = with_own - without - {own}
-        # nothing that text still sees stands behind p_k; under query_last earlier tokens of the
-        # same query stay visible themselves, so nothing else is lost
-        assert not lost
+        assert not lost  # what text still sees stands before p_k and never saw it
 
 
 @layouts
@@ -142,8 +141,9 @@ def test_branches_do_not_see_each_other(build: Build, layout: str, query_mode: s
         with torch.no_grad():
             return history_to_text(body, prefix, batch, targets, see_readout=True)
 
-    (prefix_before, before), (prefix_after, after) = states(targets), states(
-        replace(targets, inputs=inputs)
+    (prefix_before, before), (prefix_after, after) = (
+        states(targets),
+        states(replace(targets, inputs=inputs)),
     )
     assert torch.equal(prefix_before, prefix_after)
     for other in (0, 2):
@@ -327,9 +327,8 @@ def test_a_projector_of_its_own_is_a_copy_that_task_2_trains_instead() -> None:
     h = _some_h(batch)
     torch.testing.assert_close(_task2(karma, batch, h), _task2(tiny.model(), batch, h))
     for shared in (True, False):
-        found = tiny.gradients(
-            karma := tiny.model(share_projector=shared), _task2(karma, batch, h).sum()
-        )
+        karma = tiny.model(share_projector=shared)
+        found = tiny.gradients(karma, _task2(karma, batch, h).sum())
         assert _moves(found, "interest.user_decoder.projector") == shared
         assert _moves(found, "decodability.projector") == (not shared)
 
@@ -349,6 +348,16 @@ def test_token_dropout_changes_inputs_and_never_labels() -> None:
     assert torch.equal(first.targets.mask, plain.targets.mask)
     # `<s>` is never dropped, so the first word is predicted as without dropout
     torch.testing.assert_close(first.states[:, 0], plain.states[:, 0])
+
+
+def test_measurements_are_without_token_dropout() -> None:
+    batch = tiny.batch()
+    h = _some_h(batch)
+    karma = tiny.model(recon_token_dropout=0.5)
+    found = karma.decode_interest(batch, h, dropout=False).states
+    assert torch.equal(found, tiny.model().decode_interest(batch, h).states)
+    step = JointStep(ObjectiveConfig())
+    assert step.probe(karma, batch) == step.probe(karma, batch)
 
 
 def test_full_token_dropout_leaves_only_h() -> None:

@@ -60,9 +60,7 @@ def test_a_request_gives_the_h_of_its_step_in_training(
 
 
 @every_variant
-def test_padding_and_batch_order_change_nothing(
-    build: Build, layout: str, query_mode: str
-) -> None:
+def test_padding_and_batch_order_change_nothing(build: Build, layout: str, query_mode: str) -> None:
     model, shop = build(layout, query_mode).interest, tiny.shop()
     table = _table(model)
     whole = _h(model, tiny.batch(shop), table)

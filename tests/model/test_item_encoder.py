@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from karma_ray.metrics.collapse import mean_cosine
 from karma_ray.model.backbone import build_tiny, run_body, token_embeddings
 from karma_ray.model.config import ItemEncoderConfig, TinyBackboneConfig
 from karma_ray.model.item_encoder import ItemEncoder
@@ -47,7 +48,7 @@ def test_each_pool_is_its_reference_on_the_bare_text(pool: str, instruction: str
         last = encoder.item_token if pool == "emb_token" else None
         states = _states(encoder, ids, last)
         raw = states.mean(0) if pool == "mean" else states[-1]
-        expected = functional.rms_norm(encoder.output.weight @ raw, (32,), eps=1e-6)
+        expected = functional.rms_norm(encoder.output(raw), (32,), eps=1e-6)
         torch.testing.assert_close(e[row], expected.detach(), atol=1e-5, rtol=1e-5)
 
 
@@ -122,6 +123,23 @@ def test_under_emb_token_the_learned_vector_stands_in_for_the_end() -> None:
     assert torch.equal(_encode(encoder, other, lengths), _encode(encoder, tokens, lengths))
     encoder(tokens, lengths).pow(3).sum().backward()
     assert encoder.item_token.grad is not None and encoder.item_token.grad.abs().sum() > 0
+
+
+@every_pool
+def test_centring_takes_out_the_direction_that_all_items_share(pool: str) -> None:
+    encoder = tiny.model(pool=pool).interest.item_encoder
+    texts = _texts()
+    with torch.no_grad():
+        encoder.output.bias.fill_(3.0)
+    before = mean_cosine(_encode(encoder, *texts))
+    encoder.center(*texts)
+    with torch.no_grad():
+        mean = encoder.output(encoder.pooled(*texts)).mean(0)
+    torch.testing.assert_close(mean, torch.zeros(32), atol=1e-5, rtol=0)
+    after = mean_cosine(_encode(encoder, *texts))
+    assert before > 0.5 and abs(after) < 0.1
+    encoder.center(*texts)
+    assert mean_cosine(_encode(encoder, *texts)) == pytest.approx(after, abs=1e-4)
 
 
 def test_an_item_body_of_another_width_maps_orthogonally_to_the_users() -> None:

@@ -53,7 +53,10 @@ def test_without_any_query_h_is_finite_and_so_are_its_gradients(layout: str) -> 
 
 
 def test_with_every_query_missing_embed_pool_is_no_query_mode() -> None:
-    pooled, none = tiny.model(query_mode="embed_pool").interest, tiny.model(query_mode="none").interest
+    pooled, none = (
+        tiny.model(query_mode="embed_pool").interest,
+        tiny.model(query_mode="none").interest,
+    )
     none.load_state_dict(pooled.state_dict(), strict=False)
     torch.testing.assert_close(_h(pooled, drop_query=1.0)[0], _h(none, drop_query=0.0)[0])
 

@@ -30,8 +30,12 @@ def _some(rows: int, negatives: int, seed: int = 1) -> torch.Tensor:
     return torch.rand(rows, negatives, generator=torch.Generator().manual_seed(seed)) < 0.5
 
 
-@pytest.mark.parametrize(("reduction", "value"), [("paper_sum", 0.440190), ("mean_by_type", 0.220095)])
-def test_the_pairwise_loss_has_the_golden_values_of_the_method(reduction: str, value: float) -> None:
+@pytest.mark.parametrize(
+    ("reduction", "value"), [("paper_sum", 0.440190), ("mean_by_type", 0.220095)]
+)
+def test_the_pairwise_loss_has_the_golden_values_of_the_method(
+    reduction: str, value: float
+) -> None:
     mask = torch.ones(1, 2, dtype=torch.bool)
     weights = pair_weights(mask, mask[:, :0], reduction, 1.0, 1.0)
     assert Pairwise()(POSITIVE, NEGATIVES, weights).item() == pytest.approx(value, abs=1e-6)

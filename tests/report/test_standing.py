@@ -67,3 +67,9 @@ def test_a_change_of_h_by_a_future_item_is_called_a_leak(write_run) -> None:
     leak = {"future_perturbation_max_abs": 0.25}
     sentences = headline(read_run(write_run(**{"checks.json": leak})))
     assert any("future items" in s and "A LEAK" in s for s in sentences)
+
+
+def test_below_its_floor_a_run_is_not_said_to_be_on_the_way(write_run) -> None:
+    floors = {"affinity": {"gAUC": 60.0}, "oracle": {"gAUC": 90.0}}
+    run = write_run(**{"metrics.json": {"gAUC": 55.0}, "floors.json": floors})
+    assert not any("of the way" in sentence for sentence in headline(read_run(run)))
