@@ -84,7 +84,7 @@ def joint_job(
         is_backbone=is_backbone,
         probe=cast(Any, step.probe),
         validate=Validation(stage, source, on_validate),
-        on_step=None if training.encoder_grad == "full" else BankRefresh(stage),
+        on_step=BeforeStep(stage),
     )
 
 
@@ -111,8 +111,11 @@ class Plateau:
 
 
 @dataclass
-class BankRefresh:
-    """Keep the history bank fresh: once when the encoder is frozen, else every R steps."""
+class BeforeStep:
+    """What depends on the step: the objective's schedules, and the history bank.
+
+    The bank is filled once when the encoder is frozen, every R steps under `targets_only`.
+    """
 
     stage: Stage
     _collator: Collator | None = field(default=None, repr=False)
@@ -121,6 +124,9 @@ class BankRefresh:
         """Called before the first step and after each."""
         assert isinstance(model, KarmaModel)
         training = self.stage.config.training
+        model.progress = step / training.steps
+        if training.encoder_grad == "full":
+            return
         due = training.encoder_grad == "targets_only" and step % training.bank_refresh_steps == 0
         if model.bank is None or due:
             self._collator = self._collator or self.stage.collator()

@@ -32,8 +32,8 @@ from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.training.checkpoint import load_weights
 from karma_ray.training.step import TokenBatch
 
-NUM_CENTERED = 1024
-"""Items whose mean embedding is taken out before the warm-up."""
+NUM_WHITENED = 2048
+"""Items that the initial whitening of the item embeddings is fitted on."""
 
 
 def is_tiny(config: Config) -> bool:
@@ -109,7 +109,7 @@ class Stage:
     def build_warmup(self) -> KarmaModel:
         """Stage 1's model, with gradients only where `warmup.train` says."""
         model = self._whole()
-        self._center(model.interest)
+        self._whiten(model.interest)
         interest, train = model.interest, self.config.warmup.train
         interest.item_encoder.body.requires_grad_(train == "all")
         interest.user_decoder.body.requires_grad_(train != "adapters_only")
@@ -121,7 +121,7 @@ class Stage:
         if self.warm is not None:
             load_weights(self.warm, model)
         elif self.trained is None:
-            self._center(model.interest)
+            self._whiten(model.interest)
         if builds_reconstruction(self.config.objective):
             head = model.lm_head if hasattr(model, "lm_head") else None
             model = KarmaModel(model.interest, model.tokenizer, lm_head=head)
@@ -136,13 +136,13 @@ class Stage:
         load_weights(self.trained, model)
         return model.eval()
 
-    def _center(self, interest: InterestModel) -> None:
+    def _whiten(self, interest: InterestModel) -> None:
         collator = self.collator()
         assert collator.item_tokens is not None and collator.item_lengths is not None
         rows = np.random.default_rng(self.config.seed).permutation(len(collator.item_tokens))
-        tokens = torch.from_numpy(collator.item_tokens[rows[:NUM_CENTERED]].astype(np.int64))
-        lengths = torch.from_numpy(collator.item_lengths[rows[:NUM_CENTERED]])
-        interest.item_encoder.center(tokens, lengths)
+        tokens = torch.from_numpy(collator.item_tokens[rows[:NUM_WHITENED]].astype(np.int64))
+        lengths = torch.from_numpy(collator.item_lengths[rows[:NUM_WHITENED]])
+        interest.item_encoder.whiten(tokens, lengths)
 
     def _whole(self) -> KarmaModel:
         """From the checkpoints, without private decoders."""

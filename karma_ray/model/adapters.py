@@ -39,7 +39,9 @@ class SoftToken(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, D] -> [N, D]."""
-        hidden = rms_normalize(x) if self.normalize else x
+        # Without a norm the input is brought to unit scale by a constant: at an embedding row's
+        # own scale (0.02 to 0.05) the first layer's bias would drown it.
+        hidden = rms_normalize(x) if self.normalize else x / self.scale
         return rms_normalize(self.outer(functional.gelu(self.inner(hidden)))) * self.scale
 
 

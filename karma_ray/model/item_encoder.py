@@ -14,9 +14,10 @@ from karma_ray.model.config import ItemEncoderConfig
 
 
 class ItemEncoder(nn.Module):
-    """Backbone, pooling and W_e: e = RMSNorm(W_e e_raw + b), METHOD 1.2; b centres, see `center`."""
+    """Backbone, pooling and W_e: e = RMSNorm(W_e (e_raw - mean)), METHOD 1.2; see `whiten`."""
 
     instruction: Tensor
+    mean: Tensor
 
     def __init__(
         self,
@@ -30,27 +31,34 @@ class ItemEncoder(nn.Module):
         self.config, self.body = config, body
         generator = torch.Generator().manual_seed(seed)
         raw = hidden_size(body)
-        self.output = nn.Linear(raw, width)
+        self.output = nn.Linear(raw, width, bias=False)
         nn.init.orthogonal_(self.output.weight, generator=generator)
-        nn.init.zeros_(self.output.bias)
+        self.register_buffer("mean", torch.zeros(raw))
         if config.pool == "emb_token":
             self.item_token = nn.Parameter(0.02 * torch.randn(raw, generator=generator))
         self.register_buffer("instruction", torch.tensor(instruction, dtype=torch.long))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """Right-padded tokens [U, L] ending in `<|endoftext|>`, lengths [U] -> e [U, D]."""
-        return rms_normalize(self.output(self.pooled(tokens, lengths)))
+        return rms_normalize(self.output(self.pooled(tokens, lengths) - self.mean))
 
     @torch.no_grad()
-    def center(self, tokens: Tensor, lengths: Tensor) -> None:
-        """Set W_e's bias so that these items' mean embedding is zero before the norm.
+    def whiten(self, tokens: Tensor, lengths: Tensor, ridge: float = 0.01) -> None:
+        """Fit the mean and W_e on a sample of items, so that e starts with all its directions.
 
         Pooled states of a language model share one large common direction (cosine .9 and more
-        between any two texts). Left in, it fills e, decoders and dot products see every item as
-        nearly the same, and training starts collapsed.
+        between any two texts) and little variance elsewhere. Left so, decoders and dot products
+        see every item as nearly the same and training starts collapsed. Whitening (BERT-flow,
+        2011.05864; 2103.15316) keeps W_e a rotation, of the whitened states; `ridge`, a share
+        of the largest variance, keeps rounding noise from being blown up.
         """
-        self.output.bias.zero_()
-        self.output.bias.sub_(self.output(self.pooled(tokens, lengths)).float().mean(0))
+        states = self.pooled(tokens, lengths).double()
+        self.mean.copy_(states.mean(0))
+        centred = states - states.mean(0)
+        variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
+        scales = (variances.clamp(min=0) + ridge * variances.max()).rsqrt()
+        rotation = self.output.weight.double()
+        self.output.weight.copy_(rotation @ (axes * scales) @ axes.T)
 
     def pooled(self, tokens: Tensor, lengths: Tensor) -> Tensor:
         """e_raw [U, d_item]."""

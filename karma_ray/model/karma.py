@@ -51,6 +51,7 @@ class KarmaModel(nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         self.interest = interest
+        self.progress = 1.0  # share of the training done, for schedules of the objective
         self.bank: Tensor | None = None  # [I, D] cached item embeddings, not part of the weights
         self.special = SpecialIds.of(tokenizer)
         self.tokenizer = tokenizer

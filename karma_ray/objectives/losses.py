@@ -20,6 +20,8 @@ class ObjectiveConfig:
     """Steps that enter L_act."""
     hard_weight: float = 1.0
     """Weight of exposed-unclicked negatives."""
+    hard_ramp: float = 0.1
+    """Share of the steps before hard negatives count; their weight then rises over as many."""
     batch_weight: float = 1.0
     """Weight of in-batch negatives."""
     lambda_dec: float = 1.0
@@ -59,6 +61,18 @@ class LossTerms:
             "loss/reconstruction": self.reconstruction,
         }
         return {name: term for name, term in terms.items() if term is not None}
+
+
+def hard_weight_at(config: ObjectiveConfig, progress: float) -> float:
+    """Weight of hard negatives at a share `progress` of the training: 0, then rising, then full.
+
+    Before h knows what the query asks for, a hard negative is noise that only punishes any
+    difference between items of one query: the fastest way down is to make them all the same
+    (METHOD 1.5; docs/log.md has the curves).
+    """
+    if config.hard_ramp <= 0:
+        return config.hard_weight
+    return config.hard_weight * min(1.0, max(0.0, progress / config.hard_ramp - 1.0))
 
 
 def builds_generation(config: ObjectiveConfig) -> bool:

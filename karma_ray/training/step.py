@@ -25,6 +25,7 @@ from karma_ray.objectives.losses import (
     ObjectiveConfig,
     builds_generation,
     builds_reconstruction,
+    hard_weight_at,
 )
 from karma_ray.objectives.negatives import first_occurrences, hard_negative_mask, in_batch_mask
 from karma_ray.objectives.text import reduce_tokens, token_cross_entropy
@@ -36,7 +37,7 @@ class StepOutput:
     """What the loop needs of a step."""
 
     loss: Tensor  # scalar: this worker's share of the global loss
-    logs: dict[str, Tensor | float]  # `loss/*` and counts: this worker's share; others global
+    logs: dict[str, Tensor | float]  # global values; `tokens` and `examples` are this worker's
 
 
 Step = Callable[[nn.Module, Any], StepOutput]
@@ -67,7 +68,7 @@ class PretrainStep:
         values = token_cross_entropy(states, embed, labels, mask)
         loss = values.sum() / global_sum(mask.sum()).clamp(min=1)
         return StepOutput(
-            loss, {"loss/pretrain": loss.detach(), "tokens": float(batch.lengths.sum())}
+            loss, {"loss/pretrain": global_sum(loss.detach()), "tokens": float(batch.lengths.sum())}
         )
 
 
@@ -86,7 +87,7 @@ class WarmupStep:
         )
         loss = values.sum() / global_sum(values.new_tensor(float(len(values))))
         return StepOutput(
-            loss, {"loss/warmup": loss.detach(), "tokens": float(batch.lengths.sum())}
+            loss, {"loss/warmup": global_sum(loss.detach()), "tokens": float(batch.lengths.sum())}
         )
 
     @torch.no_grad()
@@ -133,7 +134,9 @@ class JointStep:
             reconstruction = mean(model.decode_interest(batch, decoded_interest(batch, interest)))
         terms = LossTerms(action, None if text is None else mean(text), reconstruction)
         total = terms.total(objective)
-        logs.update((name, term.detach()) for name, term in terms.named().items())
+        named = {**terms.named(), "loss/total": total}
+        shared = global_sum(torch.stack([term.detach().float() for term in named.values()]))
+        logs.update(zip(named, shared, strict=True))
         logs["tokens"], logs["examples"] = float(batch.num_tokens), float(batch.num_windows)
         return StepOutput(total, logs)
 
@@ -214,7 +217,11 @@ def action_loss(
     hard_scores = torch.einsum("nd,nhd->nh", queries, vectors[batch.hard_index[window, step]])
     negatives = torch.cat([hard_scores, queries @ pool.T], 1)
     weights = pair_weights(
-        hard, in_batch, objective.act_reduction, objective.hard_weight, objective.batch_weight
+        hard,
+        in_batch,
+        objective.act_reduction,
+        hard_weight_at(objective, model.progress),
+        objective.batch_weight,
     )
     values = ACTION_LOSSES[objective.action_loss](positive, negatives, weights)
     count = global_sum(values.new_tensor(float(len(values)))).clamp(min=1)

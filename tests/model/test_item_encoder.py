@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from karma_ray.metrics.collapse import mean_cosine
+from karma_ray.metrics.collapse import effective_rank, mean_cosine
 from karma_ray.model.backbone import build_tiny, run_body, token_embeddings
 from karma_ray.model.config import ItemEncoderConfig, TinyBackboneConfig
 from karma_ray.model.item_encoder import ItemEncoder
@@ -126,20 +126,28 @@ def test_under_emb_token_the_learned_vector_stands_in_for_the_end() -> None:
 
 
 @every_pool
-def test_centring_takes_out_the_direction_that_all_items_share(pool: str) -> None:
+def test_whitening_gives_item_embeddings_all_their_directions(pool: str) -> None:
     encoder = tiny.model(pool=pool).interest.item_encoder
     texts = _texts()
+    before = _encode(encoder, *texts)
+    encoder.whiten(*texts, ridge=1e-4)
     with torch.no_grad():
-        encoder.output.bias.fill_(3.0)
-    before = mean_cosine(_encode(encoder, *texts))
-    encoder.center(*texts)
-    with torch.no_grad():
-        mean = encoder.output(encoder.pooled(*texts)).mean(0)
-    torch.testing.assert_close(mean, torch.zeros(32), atol=1e-5, rtol=0)
-    after = mean_cosine(_encode(encoder, *texts))
-    assert before > 0.5 and abs(after) < 0.1
-    encoder.center(*texts)
-    assert mean_cosine(_encode(encoder, *texts)) == pytest.approx(after, abs=1e-4)
+        centred = encoder.output(encoder.pooled(*texts) - encoder.mean)
+    torch.testing.assert_close(centred.mean(0), torch.zeros(32), atol=1e-4, rtol=0)
+    after = _encode(encoder, *texts)
+    assert abs(mean_cosine(after)) < 0.1
+    assert effective_rank(after) > effective_rank(before)
+
+
+@every_pool
+def test_whitening_again_changes_nothing_but_the_rotation(pool: str) -> None:
+    encoder = tiny.model(pool=pool).interest.item_encoder
+    encoder.whiten(*_texts())
+    mean = encoder.mean.clone()
+    once = mean_cosine(_encode(encoder, *_texts()))
+    encoder.whiten(*_texts())
+    torch.testing.assert_close(encoder.mean, mean)
+    assert mean_cosine(_encode(encoder, *_texts())) == pytest.approx(once, abs=0.05)
 
 
 def test_an_item_body_of_another_width_maps_orthogonally_to_the_users() -> None:

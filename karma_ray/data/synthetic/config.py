@@ -21,7 +21,7 @@ class ToyShopConfig:
     """Seed of everything random."""
     num_items: int = 1200
     """Items of the catalogue, the same number in each of the 12 categories."""
-    num_users: int = 1500
+    num_users: int = 6000
     """Users."""
     num_days: int = 70
     """Days of logs."""
@@ -37,7 +37,7 @@ class ToyShopConfig:
     """Items of a result page, fewer where fewer match."""
     click_shares: tuple[float, float, float, float] = (0.35, 0.35, 0.20, 0.10)
     """Shares of pages with 0, 1, 2 and 3 clicks; how many says nothing about the person."""
-    num_personas: int = 8
+    num_personas: int = 4
     """Latent personas; a user is one of them at any time."""
     switch_per_day: float = 0.008
     """Chance per day that the user's persona is drawn anew: interests drift."""

@@ -46,9 +46,10 @@ def make_tastes(config: ToyShopConfig) -> dict[str, np.ndarray]:
     tastes = {}
     for name, (strengths, disliked) in TASTES.items():
         count = len(ATTRIBUTES[name])
-        # A random Latin square per department: every value has about as many friends as foes,
-        # so that popularity alone says little.
-        shift = np.argsort(random.random((people, departments)), axis=0, kind="stable")
+        # Evenly spaced rotations of a random order per department: every value has about as
+        # many friends as foes, so that popularity alone says little.
+        turn = np.argsort(random.random((people, departments)), axis=0, kind="stable")
+        shift = turn * count // people
         place = np.argsort(random.random((departments, count)), axis=1, kind="stable")
         rank = (shift[:, :, None] + place) % count  # [Z, D, values]
         factors = np.ones(rank.shape)

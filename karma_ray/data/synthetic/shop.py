@@ -148,7 +148,8 @@ def _items_table(shop: ToyShop, ids: np.ndarray) -> pa.Table:
 def _id_lists(ids: np.ndarray, grid: np.ndarray, keep: np.ndarray) -> pa.Array:
     """ids [I], grid [P, S] of item numbers, keep bool [P, S] -> list<string> [P]."""
     offsets = np.concatenate([[0], np.cumsum(keep.sum(axis=1))]).astype(np.int32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(ids[grid[keep]]))
+    shown = pa.array(ids.tolist(), pa.string()).take(pa.array(grid[keep]))
+    return pa.ListArray.from_arrays(pa.array(offsets), shown)
 
 
 def _events_table(shop: ToyShop, ids: np.ndarray) -> pa.Table:
