@@ -43,6 +43,21 @@ HEADLINE = ("HR@10", "HR@50", "HR@200", "gAUC", "in_query/HR@10")
 QUICK = (
     "pretrain.steps=40", "warmup.steps=40", "training.steps=40", "evaluation.max_examples=400",
 )  # fmt: skip
+STUDY: dict[str, tuple[str, ...]] = {
+    # The shape of the `toy` recipe, for longer: every recipe of the toy shop with the same one.
+    "toy_shop": (
+        "model.tiny.hidden_size=64", "model.tiny.intermediate_size=192",
+        "model.tiny.vocab_size=2048", "model.score.scale=10", "objective.hard_weight=2",
+        "pretrain.steps=200", "warmup.steps=200", "training.learning_rate=0.002",
+        "training.batch_size=64", "training.steps=1500", "training.validate_every=150",
+        "training.num_workers=0", "training.threads_per_worker=1",
+    ),
+    "*": (
+        "training.steps=1000", "training.validate_every=200", "training.num_workers=0",
+        "training.threads_per_worker=1",
+    ),
+}  # fmt: skip
+"""What a study sets for a data set by name (`*`: any other); --set comes after it."""
 Record = dict[str, Any]
 
 
@@ -70,7 +85,8 @@ def main(argv: list[str] | None = None) -> None:
     if data and name and not arguments.summary:
         default = (*recipes.FLOORS, "toy") if quick else DEFAULT_RECIPES
         chosen = arguments.recipes.split(",") if arguments.recipes else list(default)
-        assignments = [*(QUICK if quick else ()), *arguments.assignments]
+        study = QUICK if quick else STUDY.get(name, STUDY["*"])
+        assignments = [*study, *arguments.assignments]
         for config in configurations(chosen, [0] if quick else seeds(arguments.seeds), assignments):
             finish(config, data, name, results)
     summarise([record for record in read_results(results) if name in (None, record["data"])])

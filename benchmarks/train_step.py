@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     arguments = flags.parse_args(argv)
     rounds, steps = (2, 40) if arguments.quick else (arguments.rounds, arguments.steps)
     config = _config(cli.load_config(arguments, "karma_text"), steps)
-    torch.set_num_threads(config.training.threads_per_worker)
+    torch.set_num_threads(config.training.num_threads())
     connect()
     source = ensure_prepared(
         absolute(arguments.data) if arguments.data else toy_shop(), config.prepare
@@ -96,7 +96,7 @@ def measure(job: TrainJob, folder: str, rounds: int) -> None:
             "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in records)),
             "data_wait_share": round(statistics.median(r["data_wait_share"] for r in records), 4),
             "batch_size": job.training.batch_size,
-            "threads": job.training.threads_per_worker,
+            "threads": job.training.num_threads(),
             "precision": job.training.precision,
         }
         print(json.dumps(point), flush=True)

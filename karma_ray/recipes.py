@@ -50,10 +50,12 @@ def toy() -> Config:
     return replace(
         base,
         recipe="toy",
-        model=replace(base.model, tiny=tiny),
+        model=replace(base.model, tiny=tiny, score=replace(base.model.score, scale=10.0)),
         pretrain=replace(base.pretrain, steps=200),
         warmup=replace(base.warmup, steps=200),
-        training=replace(base.training, steps=300),
+        objective=replace(base.objective, hard_weight=2.0),
+        training=replace(base.training, steps=400, batch_size=32, learning_rate=2e-3),
+        evaluation=replace(base.evaluation, max_examples=3000),
     )
 
 

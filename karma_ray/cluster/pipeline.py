@@ -80,6 +80,7 @@ def train_run(
     if exists(folder.metrics) and not resume:
         raise InputError("--out", out, "already holds a finished run; choose another folder")
     source = ensure_prepared(absolute(data) if data else toy_shop(cache), config.prepare)
+    _check_window(config, source)
     write_json(to_dict(config), folder.config)
     write_json(_data_facts(source), folder.path("data.json"))
     stage = None
@@ -117,6 +118,17 @@ def evaluate_run(run: str, data: str | None = None, cache: str = CACHE) -> dict[
     write_json(metrics, folder.metrics)
     render_report(run)
     return metrics
+
+
+def _check_window(config: Config, source: PreparedData) -> None:
+    """A shorter window in the collator would silently drop training clicks."""
+    prepared = (source.facts.get("prepare") or {}).get("max_history", 0)
+    if config.collate.max_history < prepared:
+        raise InputError(
+            "collate.max_history",
+            config.collate.max_history,
+            f"is shorter than the prepared windows (prepare.max_history={prepared}); set both",
+        )
 
 
 def absolute(uri: str) -> str:

@@ -149,7 +149,8 @@ class Stage:
         config = self.config.model
         tokenizer = self.tokenizer()
         interest = InterestModel.build(config, tokenizer, self.config.seed)
-        head = load_lm_head(config.user_decoder.checkpoint)
+        bundled = self.tokenizer_folder is not None
+        head = load_lm_head(config.user_decoder.checkpoint, empty=bundled)
         return KarmaModel(interest, tokenizer, lm_head=head, decodes=False)
 
 

@@ -93,7 +93,7 @@ def search(
         _share_first_stages(base, data)
     tuner = tune.Tuner(
         tune.with_resources(
-            _trainable(space, base, data, out, train), {"cpu": base.training.threads_per_worker}
+            _trainable(space, base, data, out, train), {"cpu": base.training.num_threads()}
         ),
         param_space=dict(space.domains),
         tune_config=tune.TuneConfig(
@@ -143,7 +143,7 @@ def reported_value(metric: str, metrics: Mapping[str, float]) -> float:
 
 def _in_process(base: Config) -> Config:
     """Trials train inside their own process, and validate often enough to be stopped early."""
-    changes = ["training.num_workers=0"]
+    changes = ["training.num_workers=0", "training.threads_per_worker=1"]
     if base.training.validate_every < 1:
         changes.append(f"training.validate_every={max(1, base.training.steps // 5)}")
     return override(base, changes)

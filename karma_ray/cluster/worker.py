@@ -100,7 +100,7 @@ class Channel(Protocol):
 def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[str, Any]:
     """Train one stage to its end; returns the summary that rank 0 writes."""
     training, started = job.training, time.perf_counter()
-    torch.set_num_threads(training.threads_per_worker)
+    torch.set_num_threads(training.num_threads())
     torch.manual_seed(job.seed)
     model = job.build().to(channel.device)
     optimizer = build_optimizer(

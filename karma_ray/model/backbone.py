@@ -85,10 +85,17 @@ def load_body(checkpoint: str, field: str = "checkpoint") -> Qwen3Model:
     return cast(Qwen3Model, body)
 
 
-def load_lm_head(checkpoint: str) -> Tensor | None:
-    """Output embeddings [V, D] of a checkpoint whose head is not tied to its input, else None."""
-    if AutoConfig.from_pretrained(checkpoint).tie_word_embeddings:
+def load_lm_head(checkpoint: str, *, empty: bool = False) -> Tensor | None:
+    """Output embeddings [V, D] of a checkpoint whose head is not tied to its input, else None.
+
+    `empty` gives zeros of that shape, to be filled from a run's own weights: a bundle's body
+    has no head.
+    """
+    config = AutoConfig.from_pretrained(checkpoint)
+    if config.tie_word_embeddings:
         return None
+    if empty:
+        return torch.zeros(config.vocab_size, config.hidden_size)
     try:
         whole, info = AutoModelForCausalLM.from_pretrained(
             checkpoint, dtype=torch.float32, output_loading_info=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -66,8 +67,12 @@ class TrainingConfig:
     """Steps between evaluations on valid examples (the curve of the report); 0: at the end."""
     num_workers: int = 1
     """Ray Train workers; 0 trains inside the driver process."""
-    threads_per_worker: int = 1
-    """CPU threads of each worker."""
+    threads_per_worker: int = 0
+    """CPU threads of each worker; 0 divides the machine's cores among them."""
+
+    def num_threads(self) -> int:
+        """Threads of one worker on this machine."""
+        return self.threads_per_worker or max(1, (os.cpu_count() or 1) // max(1, self.num_workers))
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from karma_ray.data.synthetic.words import (
 from karma_ray.errors import InputError
 
 SMALL = ToyShopConfig(num_items=240, num_users=200)
-SMALL_HASH = "06470c5983da6125"
-DEFAULT_HASH = "18a60cd7db83e9a1"
+SMALL_HASH = "ce5e44d28392f60c"
+DEFAULT_HASH = "5eebbb9df819b93f"
 
 
 @pytest.fixture(scope="module")

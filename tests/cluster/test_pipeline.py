@@ -1,0 +1,137 @@
+"""One path through everything: raw logs -> run folder -> measured again -> served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from karma_ray import recipes
+from karma_ray.artifacts import read_json, read_lines, read_manifest
+from karma_ray.config import Config, override
+from karma_ray.data.synthetic.config import ToyShopConfig
+from karma_ray.data.synthetic.shop import write_toy_shop
+from karma_ray.errors import InputError
+
+pytestmark = pytest.mark.ray
+
+SMALL = [
+    "pretrain.steps=8", "warmup.steps=8", "training.steps=6", "training.batch_size=8",
+    "training.report_every=3", "training.checkpoint_every=3", "training.validate_every=3",
+    "training.num_workers=0", "training.threads_per_worker=1", "evaluation.max_examples=60",
+]  # fmt: skip
+
+
+def _config(recipe: str = "toy", *more: str) -> Config:
+    return override(recipes.build(recipe), [*SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("shop"))
+    write_toy_shop(folder, ToyShopConfig(num_items=240, num_users=120))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(
+    ray_cluster: None, shop: str, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[str, str, dict[str, Any]]:
+    from karma_ray.cluster.pipeline import train_run
+
+    out, cache = (str(tmp_path_factory.mktemp(name)) for name in ("runs", "cache"))
+    return f"{out}/first", cache, train_run(_config(), shop, f"{out}/first", cache=cache)
+
+
+def test_a_run_folder_is_complete(finished: tuple[str, str, dict[str, Any]]) -> None:
+    run, _, metrics = finished
+    for part in (
+        "config.json", "manifest.json", "metrics.json", "metrics.jsonl", "floors.json",
+        "checks.json", "data.json", "bundle/manifest.json", "item_embeddings/manifest.json",
+        "index/index.faiss", "report/report.html", "report/model_card.md", "report/cases.json",
+    ):  # fmt: skip
+        assert Path(run, part).exists(), part
+    assert list(Path(run).glob("events.out.tfevents.*"))
+    assert read_json(f"{run}/metrics.json") == metrics
+    for key in ("HR@10", "HR@1000", "gAUC", "JS@50", "JS@50_excl_gt", "NDCG@10", "MRR"):
+        assert 0 <= metrics[key] <= 100
+    for prefix in ("warm/", "cold/", "first/", "repeat/", "in_query/", "valid/"):
+        assert f"{prefix}num_test" in metrics
+    assert "collapse/effective_rank_e" in metrics
+    index = read_manifest(f"{run}/index", "index")["parents"]
+    assert index["bundle"] == read_manifest(f"{run}/bundle", "bundle")["content_hash"]
+
+
+def test_every_stage_and_term_is_in_the_log(finished: tuple[str, str, dict[str, Any]]) -> None:
+    lines = list(read_lines(f"{finished[0]}/metrics.jsonl"))
+    assert {line["stage"] for line in lines} == {"pretrain", "warmup", "joint", "valid"}
+    joint = next(line for line in lines if line["stage"] == "joint")
+    for name in (
+        "loss/action", "loss/generation", "loss/reconstruction", "loss/total",
+        "negatives/surviving", "decode_gap", "collapse/effective_rank_e",
+        "collapse/effective_rank_h", "collapse/mean_cosine_e", "collapse/mean_cosine_h",
+    ):  # fmt: skip
+        assert name in joint, name
+
+
+def test_the_checks_find_no_leak(finished: tuple[str, str, dict[str, Any]]) -> None:
+    checks = read_json(f"{finished[0]}/checks.json")
+    assert checks["future_perturbation_max_abs"] == 0
+    assert checks["same_step_perturbation_max_abs"] == 0
+    assert checks["shuffled_history"].keys() == checks["own_history"].keys()
+
+
+def test_measuring_again_gives_the_same_numbers(
+    finished: tuple[str, str, dict[str, Any]],
+) -> None:
+    from karma_ray.cluster.pipeline import evaluate_run
+
+    run, cache, metrics = finished
+    assert evaluate_run(run, cache=cache) == pytest.approx(metrics, rel=1e-6)
+
+
+def test_recipes_that_are_compared_start_from_the_same_weights(
+    finished: tuple[str, str, dict[str, Any]], shop: str
+) -> None:
+    from karma_ray.cluster.pipeline import start_stage
+    from karma_ray.data.prepared import PreparedData
+
+    _, cache, _ = finished
+    source = PreparedData.load(shop)
+    same_shape = ("model.tiny.hidden_size=64", "model.tiny.intermediate_size=192")
+    more = (*same_shape, "model.tiny.vocab_size=2048", "model.score.scale=10")
+    karma = start_stage(_config("karma_text", *more), source, cache)
+    action = start_stage(_config("action_only", *more), source, cache)
+    assert action.warm == karma.warm
+
+
+def test_a_floor_is_a_recipe_like_any_other(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
+) -> None:
+    from karma_ray.cluster.pipeline import train_run
+
+    out, cache = str(tmp_path / "floor"), finished[1]
+    metrics = train_run(_config("popularity"), shop, out, cache=cache)
+    assert metrics["num_test"] == 60
+    assert Path(out, "report", "report.html").exists()
+
+
+def test_a_finished_run_is_not_overwritten(
+    finished: tuple[str, str, dict[str, Any]], shop: str
+) -> None:
+    from karma_ray.cluster.pipeline import train_run
+
+    with pytest.raises(InputError, match="already holds a finished run"):
+        train_run(_config(), shop, finished[0], cache=finished[1])
+
+
+def test_a_window_shorter_than_the_prepared_one_is_refused(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
+) -> None:
+    from karma_ray.cluster.pipeline import train_run
+
+    with pytest.raises(InputError, match=r"collate\.max_history"):
+        train_run(
+            _config("toy", "collate.max_history=5"), shop, str(tmp_path / "x"), cache=finished[1]
+        )
