@@ -18,7 +18,8 @@ from karma_ray.retrieval.retriever import require_part
 def data_of(run_uri: str) -> str:
     """The data folder that the run's manifest names."""
     manifest = RunFolder(run_uri).path("manifest.json")
-    data = read_manifest(run_uri).get("data") if exists(manifest) else None
+    facts = read_manifest(run_uri) if exists(manifest) else {}
+    data = facts.get("items") or facts.get("data")
     if not data:
         raise InputError("--data", data, f"is needed: {run_uri} does not say where its data lies")
     return str(data)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,16 +186,15 @@ class RunFolder:
         return self.path("report")
 
     def link_latest(self) -> None:
-        """Point `latest` beside a local run folder at it."""
+        """Point `latest` beside a local run folder at it; what is no link is left alone."""
         if "://" in self.root:
             return
         root = Path(self.root).resolve()
         link = root.parent / "latest"
-        if link.is_symlink() or link.is_file():
+        if link.is_symlink():
             link.unlink()
-        elif link.is_dir():
-            shutil.rmtree(link)
-        link.symlink_to(root.name)
+        if not link.exists():
+            link.symlink_to(root.name)
 
 
 def read_lines(uri: str) -> Iterator[dict[str, Any]]:

@@ -54,7 +54,7 @@ def toy() -> Config:
         pretrain=replace(base.pretrain, steps=200),
         warmup=replace(base.warmup, steps=200),
         objective=replace(base.objective, hard_weight=2.0),
-        training=replace(base.training, steps=350, batch_size=64, learning_rate=2e-3),
+        training=replace(base.training, steps=400, batch_size=48, learning_rate=2e-3),
         evaluation=replace(base.evaluation, max_examples=3000),
     )
 

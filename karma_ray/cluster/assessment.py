@@ -11,11 +11,19 @@ import pyarrow as pa
 import torch
 
 from karma_ray import recipes
-from karma_ray.artifacts import RunFolder, exists, join, read_json, value_hash, write_json
+from karma_ray.artifacts import (
+    RunFolder,
+    content_hash,
+    exists,
+    join,
+    read_json,
+    value_hash,
+    write_json,
+)
 from karma_ray.baselines.floors import build_floor
 from karma_ray.baselines.popularity import warm_mask
 from karma_ray.baselines.ranker import Ranker
-from karma_ray.cluster.stages import Stage
+from karma_ray.cluster.stages import STAGE_VERSION, Stage
 from karma_ray.config import Config
 from karma_ray.data.prepared import PreparedData
 from karma_ray.metrics.collapse import effective_rank, mean_cosine
@@ -85,7 +93,8 @@ def assess(
 def floor_metrics(judge: Judge, cache: str) -> dict[str, dict[str, float]]:
     """Metrics of every floor, and of the ceilings where the truth is known; cached per data."""
     source = judge.source
-    key = [source.facts, asdict(judge.config.evaluation), judge.config.seed]
+    examples = content_hash(join(source.uri, "examples"))
+    key = [STAGE_VERSION, examples, asdict(judge.config.evaluation), judge.config.seed]
     path = join(cache, f"floors-{value_hash(key)}.json")
     if exists(path):
         return cast(dict[str, dict[str, float]], read_json(path))

@@ -77,10 +77,14 @@ def train_run(
     """
     run, cache = absolute(out), absolute(cache)
     folder, started = RunFolder(run), time.time()
-    if exists(folder.metrics) and not resume:
-        raise InputError("--out", out, "already holds a finished run; choose another folder")
+    if run.rsplit("/", 1)[-1] == "latest":
+        raise InputError("--out", out, "is the name of the link to the newest run")
+    if not resume and (exists(folder.metrics) or exists(folder.checkpoints)):
+        raise InputError("--out", out, "already holds a run; --resume it or choose another folder")
     source = ensure_prepared(absolute(data) if data else toy_shop(cache), config.prepare)
     _check_window(config, source)
+    if resume:
+        _check_resumed(config, source, folder)
     write_json(to_dict(config), folder.config)
     write_json(_data_facts(source), folder.path("data.json"))
     stage = None
@@ -89,7 +93,8 @@ def train_run(
         stage = _train(stage, source, run, on_validate, resume)
         _serve_side(stage, folder)
     write_manifest(
-        run, "run", recipe=config.recipe, seed=config.seed, data=source.items_uri,
+        run, "run", recipe=config.recipe, seed=config.seed, data=source.uri,
+        items=source.items_uri,
         version=__version__, parents={"data": str(source.facts.get("input", ""))},
     )  # fmt: skip
     metrics = assess(config, source, run, stage, cache)
@@ -118,6 +123,23 @@ def evaluate_run(run: str, data: str | None = None, cache: str = CACHE) -> dict[
     write_json(metrics, folder.metrics)
     render_report(run)
     return metrics
+
+
+def _check_resumed(config: Config, source: PreparedData, folder: RunFolder) -> None:
+    """Weights of one configuration must not be continued, or reported, under another."""
+    if not exists(folder.config):
+        return
+    saved, wanted = to_dict(from_dict(read_json(folder.config))), to_dict(config)
+    changed = [name for name in wanted if saved[name] != wanted[name]]
+    if changed:
+        raise InputError(
+            "--resume", folder.root,
+            f"was started with other values of {', '.join(changed)}; "
+            f"repeat its flags or pass --config {folder.config}",
+        )  # fmt: skip
+    there = read_json(folder.path("data.json")).get("prepared")
+    if there != source.uri:
+        raise InputError("--data", source.uri, f"is not what the run was started on: {there}")
 
 
 def _check_window(config: Config, source: PreparedData) -> None:
@@ -152,17 +174,15 @@ def start_stage(config: Config, source: PreparedData, cache: str, run: str | Non
     Their log lines are copied into `run`, so that its report shows every stage.
     """
     items_hash = content_hash(join(source.items_uri, "items"))
-    backbone: object = config.model.user_decoder.checkpoint
     if is_tiny(config):
-        backbone = pretrain_key(config, items_hash)
-        folder = join(cache, f"language-model-{value_hash(backbone)}")
+        folder = join(cache, f"language-model-{value_hash(pretrain_key(config, items_hash))}")
         _pretrained(config, source, folder)
         _copy_lines(f"{folder}-log", run)
         config = with_checkpoints(config, folder, folder)
     stage = Stage(config, source.items_uri)
     if config.warmup.skip:
         return stage
-    warm = join(cache, f"warmup-{value_hash(warmup_key(config, items_hash, backbone))}")
+    warm = join(cache, f"warmup-{value_hash(warmup_key(config, items_hash))}")
     tokens = join(warm, "item_tokens")
     if not exists(tokens):
         collator = stage.collator()
@@ -243,4 +263,4 @@ def _data_facts(source: PreparedData) -> dict[str, Any]:
         for k in ("counts", "quarantined", "valid_start", "test_start", "query_source",
                   "negative_source")
         if k in source.facts
-    } | {"uri": source.items_uri}  # fmt: skip
+    } | {"uri": source.items_uri, "prepared": source.uri}  # fmt: skip

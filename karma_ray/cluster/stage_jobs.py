@@ -34,8 +34,8 @@ OnValidate = Callable[[int, Mapping[str, float]], None]
 
 
 def is_backbone(name: str) -> bool:
-    """Parameters that came with a Hugging Face body; all others are new modules."""
-    return ".body." in name
+    """Parameters that came with a Hugging Face checkpoint; all others are new modules."""
+    return ".body." in name or name.endswith("lm_head")
 
 
 def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:

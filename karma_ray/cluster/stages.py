@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from karma_ray.artifacts import RunFolder, join, read_json
+from karma_ray.artifacts import RunFolder, content_hash, join, read_json
 from karma_ray.config import Config, from_dict
 from karma_ray.data.batch import Batch
 from karma_ray.data.catalog import Catalog
@@ -31,6 +32,9 @@ from karma_ray.objectives.losses import builds_reconstruction
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.training.checkpoint import load_weights
 from karma_ray.training.step import TokenBatch
+
+STAGE_VERSION = 2
+"""Raised when code changes what a cached stage holds: old caches are then not found."""
 
 NUM_WHITENED = 2048
 """Items that the initial whitening of the item embeddings is fitted on."""
@@ -195,6 +199,7 @@ def refresh_bank(model: KarmaModel, collator: Collator, precision: str) -> None:
 def pretrain_key(config: Config, items_hash: str) -> dict[str, object]:
     """What a pretrained tiny language model depends on."""
     return {
+        "version": STAGE_VERSION,
         "items": items_hash,
         "tiny": dataclasses.asdict(config.model.tiny),
         "pretrain": dataclasses.asdict(config.pretrain),
@@ -203,17 +208,26 @@ def pretrain_key(config: Config, items_hash: str) -> dict[str, object]:
     }
 
 
-def warmup_key(config: Config, items_hash: str, backbone: object) -> dict[str, object]:
-    """What warmed-up weights depend on: not the objective, so recipes share them."""
+def warmup_key(config: Config, items_hash: str) -> dict[str, object]:
+    """What warmed-up weights depend on: not the objective, so recipes share them.
+
+    The checkpoints are named (local folders by content); `config` has `tiny` resolved.
+    """
+    training = dataclasses.asdict(config.training)
+    shared = ("new_module_lr", "weight_decay", "grad_clip", "lr_warmup_share", "report_every",
+              "precision", "num_workers")  # fmt: skip
+    model = config.model
+    checkpoints = [model.item_encoder.checkpoint, model.user_decoder.checkpoint]
     return {
+        "version": STAGE_VERSION,
         "items": items_hash,
-        "backbone": backbone,
-        "item_encoder": dataclasses.asdict(replace(config.model.item_encoder, checkpoint="")),
-        "user_decoder": dataclasses.asdict(replace(config.model.user_decoder, checkpoint="")),
-        "score": dataclasses.asdict(config.model.score),
-        "max_target_tokens": config.model.decodability.max_target_tokens,
+        "checkpoints": [content_hash(c) if Path(c).is_dir() else c for c in checkpoints],
+        "item_encoder": dataclasses.asdict(replace(model.item_encoder, checkpoint="")),
+        "user_decoder": dataclasses.asdict(replace(model.user_decoder, checkpoint="")),
+        "score": dataclasses.asdict(model.score),
+        "max_target_tokens": model.decodability.max_target_tokens,
         "warmup": dataclasses.asdict(config.warmup),
-        "precision": config.training.precision,
+        "training": {name: training[name] for name in shared},
         "collate": dataclasses.asdict(config.collate),
         "seed": config.seed,
     }

@@ -122,7 +122,7 @@ def test_a_finished_run_is_not_overwritten(
 ) -> None:
     from karma_ray.cluster.pipeline import train_run
 
-    with pytest.raises(InputError, match="already holds a finished run"):
+    with pytest.raises(InputError, match="already holds a run"):
         train_run(_config(), shop, finished[0], cache=finished[1])
 
 
@@ -135,3 +135,49 @@ def test_a_window_shorter_than_the_prepared_one_is_refused(
         train_run(
             _config("toy", "collate.max_history=5"), shop, str(tmp_path / "x"), cache=finished[1]
         )
+
+
+def test_a_run_is_not_resumed_under_another_configuration(
+    finished: tuple[str, str, dict[str, Any]], shop: str
+) -> None:
+    from karma_ray.cluster.pipeline import train_run
+
+    run, cache, _ = finished
+    before = read_json(f"{run}/config.json")
+    with pytest.raises(InputError, match="other values of training"):
+        train_run(_config("toy", "training.steps=9"), shop, run, resume=True, cache=cache)
+    assert read_json(f"{run}/config.json") == before
+
+
+def test_a_run_may_not_take_the_place_of_the_link_to_the_newest(shop: str, tmp_path: Path) -> None:
+    from karma_ray.cluster.pipeline import train_run
+
+    with pytest.raises(InputError, match="link to the newest run"):
+        train_run(_config(), shop, str(tmp_path / "latest"))
+
+
+def test_what_is_no_link_is_never_replaced(tmp_path: Path) -> None:
+    from karma_ray.artifacts import RunFolder
+
+    for name in ("first", "second", "latest"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "latest" / "precious").touch()
+    RunFolder(str(tmp_path / "first")).link_latest()
+    assert (tmp_path / "latest" / "precious").exists()
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["training.new_module_lr=9", "warmup.steps=9", "model.item_encoder.pool=mean", "seed=3"],
+)
+def test_another_warm_up_is_not_taken_from_the_cache(change: str) -> None:
+    from karma_ray.cluster.stages import warmup_key
+
+    assert warmup_key(_config(), "h") != warmup_key(_config("toy", change), "h")
+
+
+@pytest.mark.parametrize("change", ["objective.lambda_dec=0", "training.steps=9"])
+def test_the_warm_up_does_not_depend_on_the_objective(change: str) -> None:
+    from karma_ray.cluster.stages import warmup_key
+
+    assert warmup_key(_config(), "h") == warmup_key(_config("toy", change), "h")
