@@ -102,7 +102,7 @@ def content_hash(uri: str) -> str:
     digest = hashlib.sha256()
     files = sorted(fs.find(path)) if fs.isdir(path) else [path]
     for name in files:
-        if name.endswith("manifest.json"):
+        if name.endswith("manifest.json") or fs.isdir(name):  # a link to a folder is listed too
             continue
         digest.update(name[len(path) :].encode())
         with fs.open(name, "rb") as source:

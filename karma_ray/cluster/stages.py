@@ -25,7 +25,7 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.collate import Collator
 from karma_ray.data.prompts import Tokenizer, encode_texts
 from karma_ray.errors import InputError
-from karma_ray.model.backbone import load_lm_head, load_tokenizer
+from karma_ray.model.backbone import check_architecture, load_lm_head, load_tokenizer
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
 from karma_ray.objectives.losses import builds_reconstruction
@@ -41,7 +41,7 @@ NUM_WHITENED = 2048
 
 
 def is_tiny(config: Config) -> bool:
-    """Whether the backbones are built here; raises InputError on a mixture.
+    """Whether the backbones are built here; raises InputError on a mixture or no Qwen3.
 
     Item encoder and user decoder share one tokenizer, so either both are `tiny` or none.
     """
@@ -51,7 +51,11 @@ def is_tiny(config: Config) -> bool:
             "model.item_encoder.checkpoint", item,
             f"does not go with model.user_decoder.checkpoint {user!r}: they share a tokenizer",
         )  # fmt: skip
-    return item == "tiny"
+    if item == "tiny":
+        return True
+    check_architecture(item, "model.item_encoder.checkpoint")
+    check_architecture(user, "model.user_decoder.checkpoint")
+    return False
 
 
 def with_checkpoints(config: Config, item: str, user: str) -> Config:

@@ -70,7 +70,7 @@ def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> Qwen3M
 
 def load_body(checkpoint: str, field: str = "checkpoint") -> Qwen3Model:
     """Load a Qwen3 body from a folder or hub name; raises InputError when it is not a Qwen3."""
-    _check_architecture(checkpoint, field)
+    check_architecture(checkpoint, field)
     try:
         body, info = Qwen3Model.from_pretrained(
             checkpoint, attn_implementation=_attention(), dtype=torch.float32,
@@ -198,7 +198,8 @@ def _attention() -> str:
     return "sdpa" if torch.cuda.is_available() else "eager"
 
 
-def _check_architecture(checkpoint: str, field: str) -> None:
+def check_architecture(checkpoint: str, field: str) -> None:
+    """Raise InputError unless `checkpoint` is a Qwen3 folder or hub name."""
     if checkpoint == "tiny":
         raise InputError(field, checkpoint, "must be resolved to a pretrained folder first")
     looks_local = checkpoint.startswith((".", "/", "~")) or Path(checkpoint).exists()

@@ -181,3 +181,17 @@ def test_the_warm_up_does_not_depend_on_the_objective(change: str) -> None:
     from karma_ray.cluster.stages import warmup_key
 
     assert warmup_key(_config(), "h") == warmup_key(_config("toy", change), "h")
+
+
+def test_a_checkpoint_of_another_architecture_is_refused_before_anything_is_trained(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
+) -> None:
+    from karma_ray.cluster.pipeline import train_run
+
+    (tmp_path / "bert").mkdir()
+    (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
+    both = [f"model.{part}.checkpoint={tmp_path}/bert" for part in ("item_encoder", "user_decoder")]
+    with pytest.raises(InputError, match="'bert' is the architecture of .*choices: qwen3"):
+        train_run(_config("toy", *both), shop, str(tmp_path / "run"), cache=finished[1])
+    with pytest.raises(InputError, match="share a tokenizer"):
+        train_run(_config("toy", both[0]), shop, str(tmp_path / "run"), cache=finished[1])
