@@ -191,7 +191,7 @@ def test_a_checkpoint_of_another_architecture_is_refused_before_anything_is_trai
     (tmp_path / "bert").mkdir()
     (tmp_path / "bert" / "config.json").write_text('{"model_type": "bert"}')
     both = [f"model.{part}.checkpoint={tmp_path}/bert" for part in ("item_encoder", "user_decoder")]
-    with pytest.raises(InputError, match="'bert' is the architecture of .*choices: qwen3"):
+    with pytest.raises(InputError, match=r"'bert' is the architecture of .*choices: qwen3"):
         train_run(_config("toy", *both), shop, str(tmp_path / "run"), cache=finished[1])
     with pytest.raises(InputError, match="share a tokenizer"):
         train_run(_config("toy", both[0]), shop, str(tmp_path / "run"), cache=finished[1])
