@@ -11,6 +11,7 @@ one JSON line per recipe; the last line is a flat object `<data>/<recipe>/<metri
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import statistics
@@ -63,6 +64,7 @@ Record = dict[str, Any]
 
 def main(argv: list[str] | None = None) -> None:
     """Run what is missing, then print all results of the data."""
+    commit()  # what is loaded now, whatever is committed while this runs
     flags = cli.parser(__doc__ or "")
     flags.add_argument("--data", metavar="URI", help="data folder (default: the toy shop)")
     flags.add_argument(
@@ -154,6 +156,7 @@ def same_config(saved: Record, config: Config) -> bool:
         return False
 
 
+@functools.cache
 def commit() -> str | None:
     """HEAD, or None outside a repository."""
     command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
