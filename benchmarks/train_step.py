@@ -29,8 +29,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from karma_ray import cli
-from karma_ray.artifacts import join, read_lines
-from karma_ray.cluster.pipeline import CACHE, absolute, start_stage, toy_shop
+from karma_ray.artifacts import absolute, join, read_lines
+from karma_ray.cluster.pipeline import CACHE, start_stage, toy_shop
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.sharding import ensure_prepared
 from karma_ray.cluster.stage_jobs import joint_job

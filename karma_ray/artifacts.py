@@ -37,6 +37,12 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([str(uri).rstrip("/"), *parts])
 
 
+def absolute(uri: str) -> str:
+    """`uri`, with a local path made absolute: workers start in folders of their own."""
+    fs, path = open_filesystem(uri)
+    return path if "file" in fs.protocol else uri
+
+
 def exists(uri: str) -> bool:
     """Whether a file or folder stands at `uri`."""
     fs, path = open_filesystem(uri)

@@ -6,7 +6,6 @@ Workers read the text from the node's memory-mapped catalogue, so only row numbe
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,7 @@ import ray.data
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from karma_ray.artifacts import content_hash, exists, join, open_filesystem, read_manifest
+from karma_ray.artifacts import absolute, content_hash, exists, join, open_filesystem, read_manifest
 from karma_ray.cluster.session import connect
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import encode_texts
@@ -69,7 +68,7 @@ def embed_items(
         raise InputError("--data", data, "holds no items/")
     manifest = read_manifest(bundle, "bundle")
     catalog = Catalog.load(data)
-    bundle, data = _absolute(bundle), _absolute(data)
+    bundle, data = absolute(bundle), absolute(data)
     connect()
     block = batch_size * BLOCK_BATCHES
     num_blocks = max(num_actors, -(-catalog.num_items // block))
@@ -79,7 +78,7 @@ def embed_items(
         compute=ray.data.ActorPoolStrategy(size=num_actors),
         batch_size=block,
     )
-    fs, path = open_filesystem(_absolute(out))
+    fs, path = open_filesystem(absolute(out))
     if fs.exists(path):
         fs.rm(path, recursive=True)
     fs.makedirs(path, exist_ok=True)
@@ -87,8 +86,3 @@ def embed_items(
     embedded.write_parquet(path, filesystem=PyFileSystem(FSSpecHandler(fs)), compression="zstd")
     parents = {"bundle": manifest["content_hash"], "items": content_hash(join(data, "items"))}
     return write_embedding_manifest(out, parents, catalog.num_items, manifest["width"])
-
-
-def _absolute(uri: str) -> str:
-    """Actors start in a folder of their own, so a relative path would not be found there."""
-    return uri if "://" in uri else str(Path(uri).resolve())

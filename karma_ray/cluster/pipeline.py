@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import shutil
 import time
 from dataclasses import replace
@@ -18,6 +17,7 @@ from typing import Any
 from karma_ray import __version__, recipes
 from karma_ray.artifacts import (
     RunFolder,
+    absolute,
     content_hash,
     exists,
     join,
@@ -153,11 +153,6 @@ def _check_window(config: Config, source: PreparedData) -> None:
         )
 
 
-def absolute(uri: str) -> str:
-    """Workers start in folders of their own: relative paths would not mean the same there."""
-    return uri if "://" in uri else os.path.abspath(uri)
-
-
 def toy_shop(cache: str = CACHE) -> str:
     """The built-in data: generated once, kept in the cache."""
     shop = ToyShopConfig()
@@ -186,8 +181,7 @@ def start_stage(config: Config, source: PreparedData, cache: str, run: str | Non
     tokens = join(warm, "item_tokens")
     if not exists(tokens):
         collator = stage.collator()
-        assert collator.item_tokens is not None and collator.item_lengths is not None
-        table = token_table(stage.catalog(), collator.item_tokens, collator.item_lengths)
+        table = token_table(stage.catalog(), *collator.catalog_tokens())
         write_table(table, tokens)
     job = warmup_job(stage, tokens, warm)
     if not exists(join(job.final, "summary.json")):
@@ -216,8 +210,7 @@ def _serve_side(stage: Stage, folder: RunFolder) -> None:
         embed_items(folder.bundle, stage.items_uri, folder.item_embeddings)
     else:
         collator, catalog = stage.collator(), stage.catalog()
-        assert collator.item_tokens is not None and collator.item_lengths is not None
-        vectors = encode_catalog(model.interest, collator.item_tokens, collator.item_lengths)
+        vectors = encode_catalog(model.interest, *collator.catalog_tokens())
         parents = {
             "bundle": read_manifest(folder.bundle)["content_hash"],
             "items": content_hash(join(stage.items_uri, "items")),

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from karma_ray.artifacts import exists, join, read_table, write_table
+from karma_ray.artifacts import absolute, exists, join, read_table, write_table
 from karma_ray.cluster.session import connect
 from karma_ray.data.fragments import Fragment, read_fragment
 from karma_ray.data.preparation import (
@@ -43,7 +43,6 @@ from karma_ray.data.sessions import PrepareConfig
 from karma_ray.data.splits import Cutoffs
 from karma_ray.data.staging import (
     WORK,
-    absolute,
     count_quarantined,
     event_fragments,
     publish,

@@ -147,15 +147,13 @@ class Validation:
         assert isinstance(model, KarmaModel)
         config = self.stage.config
         self._collator = collator = self._collator or self.stage.collator()
-        assert collator.item_tokens is not None and collator.item_lengths is not None
         catalog = self.stage.catalog()
         examples = self.source.examples("valid")
         if examples.num_rows == 0:
             return {}
         embeddings = encode_catalog(
-            model.interest, collator.item_tokens, collator.item_lengths,
-            precision=config.training.precision,
-        )  # fmt: skip
+            model.interest, *collator.catalog_tokens(), precision=config.training.precision
+        )
         retriever = Retriever.from_model(model.interest, collator, catalog, embeddings)
         metrics = evaluate(
             retriever,

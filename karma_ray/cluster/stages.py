@@ -146,11 +146,10 @@ class Stage:
 
     def _whiten(self, interest: InterestModel) -> None:
         collator = self.collator()
-        assert collator.item_tokens is not None and collator.item_lengths is not None
-        rows = np.random.default_rng(self.config.seed).permutation(len(collator.item_tokens))
-        tokens = torch.from_numpy(collator.item_tokens[rows[:NUM_WHITENED]].astype(np.int64))
-        lengths = torch.from_numpy(collator.item_lengths[rows[:NUM_WHITENED]])
-        interest.item_encoder.whiten(tokens, lengths)
+        tokens, lengths = collator.catalog_tokens()
+        rows = np.random.default_rng(self.config.seed).permutation(len(tokens))[:NUM_WHITENED]
+        sample = torch.from_numpy(tokens[rows].astype(np.int64))
+        interest.item_encoder.whiten(sample, torch.from_numpy(lengths[rows]))
 
     def _whole(self) -> KarmaModel:
         """From the checkpoints, without private decoders."""
@@ -192,10 +191,7 @@ def token_table(catalog: Catalog, tokens: np.ndarray, lengths: np.ndarray) -> pa
 
 def refresh_bank(model: KarmaModel, collator: Collator, precision: str) -> None:
     """Encode the whole catalogue into `model.bank` [I, D], what histories are read through."""
-    assert collator.item_tokens is not None and collator.item_lengths is not None
-    vectors = encode_catalog(
-        model.interest, collator.item_tokens, collator.item_lengths, precision=precision
-    )
+    vectors = encode_catalog(model.interest, *collator.catalog_tokens(), precision=precision)
     device = next(model.parameters()).device
     model.bank = torch.from_numpy(vectors).to(device)
 

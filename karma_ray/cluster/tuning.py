@@ -20,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from karma_ray import recipes
-from karma_ray.artifacts import SCHEMA_VERSION, content_hash, join, write_json
+from karma_ray.artifacts import SCHEMA_VERSION, absolute, content_hash, join, write_json
 from karma_ray.cluster.search_space import Space, assignments
 from karma_ray.config import Config, override, to_dict
 from karma_ray.errors import InputError, KarmaRayError
@@ -88,7 +88,7 @@ def search(
         raise InputError("--recipe", base.recipe, "trains nothing", choices=list(recipes.TRAINED))
     # Of Ray's own loggers only the JSON lines: TensorBoard refuses a metric's @.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    base, out, data = _in_process(base), _absolute(out), data and _absolute(data)
+    base, out, data = _in_process(base), absolute(out), data and absolute(data)
     if train is None:
         _share_first_stages(base, data)
     tuner = tune.Tuner(
@@ -180,7 +180,7 @@ def _share_first_stages(base: Config, data: str | None) -> None:
     from karma_ray.cluster.pipeline import CACHE, start_stage, toy_shop
     from karma_ray.cluster.sharding import ensure_prepared
 
-    cache = _absolute(CACHE)
+    cache = absolute(CACHE)
     source = ensure_prepared(data or toy_shop(cache), base.prepare)
     start_stage(base, source, cache=cache)
 
@@ -266,11 +266,6 @@ def _write(result: Search, space: Space, base: Config, out: str) -> None:
 
 def _show(value: object) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _absolute(uri: str) -> str:
-    """The same place for every process; URIs stay as they are."""
-    return uri if "://" in uri else os.path.abspath(uri)
 
 
 def _local(out: str) -> str:

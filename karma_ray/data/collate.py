@@ -73,6 +73,11 @@ class Collator:
         self.catalog, self.tokenizer, self.config = catalog, tokenizer, config
         self.item_tokens, self.item_lengths = item_tokens, item_lengths
 
+    def catalog_tokens(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [I, L] and lengths [I] of the whole catalogue; not there at serving."""
+        assert self.item_tokens is not None and self.item_lengths is not None
+        return self.item_tokens, self.item_lengths
+
     def training(self, rows: pa.Table, generator: np.random.Generator) -> Batch:
         """A batch from `sequences` rows.
 

@@ -29,12 +29,6 @@ WORK = "prepare-work"
 """Folder inside the target where new tables grow."""
 
 
-def absolute(uri: str) -> str:
-    """`uri`, with a local path made absolute: a task's working folder is not the caller's."""
-    fs, path = open_filesystem(uri)
-    return path if "file" in fs.protocol else uri
-
-
 def event_fragments(data_uri: str) -> list[Fragment]:
     """The row groups of events/; raises InputError on wrong columns before anything starts."""
     folder = join(data_uri, "events")
