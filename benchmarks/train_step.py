@@ -169,8 +169,7 @@ def _optimizer(job: TrainJob, model: nn.Module) -> torch.optim.Optimizer:
         model,
         learning_rate=job.training.learning_rate,
         weight_decay=job.training.weight_decay,
-        new_module_lr=job.training.new_module_lr,
-        is_backbone=job.is_backbone,
+        pace_of=job.pace_of,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -22,6 +23,7 @@ from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.training.evaluate import evaluate
 from karma_ray.training.loop import Record
+from karma_ray.training.optim import Pace
 from karma_ray.training.order import Order, Source
 from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
 
@@ -33,9 +35,20 @@ OnValidate = Callable[[int, Mapping[str, float]], None]
 """Called with (step, metrics) at every validation, inside the process that trains."""
 
 
-def is_backbone(name: str) -> bool:
-    """Parameters that came with a Hugging Face checkpoint; all others are new modules."""
-    return ".body." in name or name.endswith("lm_head")
+@dataclass(frozen=True)
+class Paces:
+    """Pace of a parameter, from its name."""
+
+    new_module: float
+    encoder: Pace
+
+    def __call__(self, name: str) -> Pace:
+        """What came with a Hugging Face checkpoint is a backbone; all else is new."""
+        backbone = ".body." in name or name.endswith("lm_head")
+        factor = 1.0 if backbone else self.new_module
+        if ".item_encoder." not in name:
+            return Pace(factor)
+        return replace(self.encoder, factor=factor * self.encoder.factor)
 
 
 def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
@@ -58,7 +71,7 @@ def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
         make_batches=partial(_batches, tokens, config.seed, training.batch_size, _token_collate),
         training=training,
         seed=config.seed,
-        is_backbone=is_backbone,
+        pace_of=Paces(training.new_module_lr, Pace()),
         probe=_warmup_probe,
         should_stop=Plateau(),
     )
@@ -69,7 +82,10 @@ def joint_job(
 ) -> TrainJob:
     """Stage 2 on the prepared sequences."""
     config, training = stage.config, stage.config.training
-    step = JointStep(config.objective, training.encoder_grad)
+    step = JointStep(config.objective, training.encoder_grad, training.encoder_delay)
+    start = math.ceil(training.encoder_delay * training.steps)
+    rise = round(training.lr_warmup_share * training.steps) if start else 0
+    encoder = Pace(training.encoder_lr, start, rise)
     sequences = join(source.uri, "sequences")
     return TrainJob(
         run=run,
@@ -81,10 +97,10 @@ def joint_job(
         ),
         training=training,
         seed=config.seed,
-        is_backbone=is_backbone,
+        pace_of=Paces(training.new_module_lr, encoder),
         probe=cast(Any, step.probe),
         validate=Validation(stage, source, on_validate),
-        on_step=BeforeStep(stage),
+        on_step=BeforeStep(stage, step),
     )
 
 
@@ -114,10 +130,11 @@ class Plateau:
 class BeforeStep:
     """What depends on the step: the objective's schedules, and the history bank.
 
-    The bank is filled once when the encoder is frozen, every R steps under `targets_only`.
+    The bank is filled once while the encoder is frozen, every R steps under `targets_only`.
     """
 
     stage: Stage
+    step: JointStep
     _collator: Collator | None = field(default=None, repr=False)
 
     def __call__(self, model: nn.Module, step: int) -> None:
@@ -125,9 +142,11 @@ class BeforeStep:
         assert isinstance(model, KarmaModel)
         training = self.stage.config.training
         model.progress = step / training.steps
-        if training.encoder_grad == "full":
+        frozen = self.step.is_frozen(model.progress)
+        if training.encoder_grad == "full" and not frozen:
+            model.bank = None
             return
-        due = training.encoder_grad == "targets_only" and step % training.bank_refresh_steps == 0
+        due = not frozen and step % training.bank_refresh_steps == 0
         if model.bank is None or due:
             self._collator = self._collator or self.stage.collator()
             refresh_bank(model, self._collator, training.precision)

@@ -19,7 +19,7 @@ from karma_ray.cluster.run_log import RunLog
 from karma_ray.training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.loop import Record, fit
-from karma_ray.training.optim import build_optimizer, learning_rate_factor
+from karma_ray.training.optim import Pace, build_optimizer, learning_rate_factor
 from karma_ray.training.parallel import barrier, broadcast_parameters, rank, world_size
 
 if TYPE_CHECKING:
@@ -37,8 +37,8 @@ class WorkerContext:
     use_ray: bool
 
 
-def _everything(name: str) -> bool:
-    return True
+def _same_pace(name: str) -> Pace:
+    return Pace()
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,8 @@ class TrainJob:
     """Steps, learning rate, precision, reports, checkpoints, workers."""
     seed: int = 0
     """Seed of the workers' torch random state (dropout)."""
-    is_backbone: Callable[[str], bool] = _everything
-    """Parameter names that learn at the backbone's rate; all others are new modules."""
+    pace_of: Callable[[str], Pace] = _same_pace
+    """How a parameter learns, from its name: rate, start, rise."""
     probe: Callable[[nn.Module, Any], Record] | None = None
     """Measured on the batch of every report (collapse probes)."""
     validate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
@@ -107,8 +107,7 @@ def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[
         model,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
-        new_module_lr=training.new_module_lr,
-        is_backbone=job.is_backbone,
+        pace_of=job.pace_of,
     )
     # Before the restore, which brings the random state of a checkpoint along.
     torch.manual_seed(job.seed + 1_000_003 * (rank() + 1))

@@ -121,7 +121,8 @@ class Collator:
         )
 
     def _steps(self, rows: pa.Table, items: str, queries: str, times: str, pages: bool) -> _Steps:
-        limit = self.config.max_history
+        # The newest step of a training window has a full history behind it, as a request has.
+        limit = self.config.max_history + int(pages)
         table: list[tuple[list[Any], list[Any], list[Any]]] = []
         kept: list[np.ndarray] = []
         page_lists = rows.column("page_ids").to_pylist() if pages else [None] * rows.num_rows

@@ -25,6 +25,8 @@ from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
 
 SPLITS = ("valid", "test")
+PREPARE_VERSION = 2
+"""Raised when code changes what `prepare` makes of the same input: it is then made anew."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def require_data(uri: str) -> None:
 
 def fingerprint(uri: str) -> str:
     """A cheap hash of the input: the data manifest's content hash, names and sizes of the files
-    below events/ and items/."""
+    below events/ and items/, and the version of what is made of them."""
     fs, root = open_filesystem(uri)
     sizes = []
     for table in ("events", "items"):
@@ -88,7 +90,7 @@ def fingerprint(uri: str) -> str:
         if fs.exists(folder):
             found = fs.find(folder, detail=True)
             sizes += [(name[len(root) :], found[name]["size"]) for name in sorted(found)]
-    return value_hash([read_data_manifest(uri).get("content_hash"), sizes])
+    return value_hash([PREPARE_VERSION, read_data_manifest(uri).get("content_hash"), sizes])
 
 
 def read_data_manifest(uri: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ class PrepareConfig:
     """How raw events become sequences and examples."""
 
     max_history: int = 20
-    """History steps a window holds."""
+    """History steps behind the newest step of a window."""
     num_hard_negatives: int = 8
     """Exposed-unclicked items kept per training click; examples keep them all."""
     valid_share: float = 0.1
@@ -84,13 +84,14 @@ def build_pages(events: pa.Table) -> pl.DataFrame:
 def build_sequences(pages: pl.DataFrame, cutoffs: Cutoffs, config: PrepareConfig) -> pa.Table:
     """Training windows (SEQUENCES) over the clicks before `valid_start`; sees nothing later.
 
-    A user of n <= max_history clicks is one window. A longer one is cut into a first window of
-    max_history and further ones moved by max_history // 2: the part of a window that an earlier
-    one holds is context, so every click has `loss_mask` true in exactly one window.
+    A window holds size = max_history + 1 clicks: its last step has as long a history as a request
+    may have. A user of n <= size clicks is one window. A longer one is cut into a first window of
+    that size and further ones moved by size // 2: the part of a window that an earlier one holds
+    is context, so every click has `loss_mask` true in exactly one window.
     """
     pages = pages.filter(pl.col("time") < cutoffs.valid_start).drop("page").with_row_index("page")
     clicks = _Clicks.of(pages)
-    start, end, loss_from = _windows(clicks.user_start, config.max_history)
+    start, end, loss_from = _windows(clicks.user_start, config.max_history + 1)
     negatives = page_negatives(pages, "session", config.num_hard_negatives, config.seed)
     columns = {
         "user_id": clicks.users.take(pa.array(start)),

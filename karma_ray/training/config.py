@@ -57,6 +57,11 @@ class TrainingConfig:
     """Compute type; master weights and losses stay float32."""
     encoder_grad: Literal["full", "targets_only", "frozen"] = "full"
     """Gradient into the item encoder: everywhere, targets and negatives only, or none."""
+    encoder_delay: float = 0.0
+    """Share of the steps in which the item encoder stands still while the user decoder learns to
+    read it (gradual unfreezing, 1801.06146)."""
+    encoder_lr: float = 1.0
+    """Factor on the learning rate of the item encoder's backbone."""
     bank_refresh_steps: int = 100
     """Steps between refreshes of the history bank under `targets_only`."""
     report_every: int = 20

@@ -62,7 +62,7 @@ def fit(
     """
     device = next(model.parameters()).device
     factor = schedule or (lambda number: learning_rate_factor(number, steps))
-    meters, stream = Meters(), iter(batches)
+    meters, stream, rate = Meters(), iter(batches), 0.0
     model.train()
     with _progress_bar(progress, steps, start_step) as bar:
         for number in range(start_step, steps):
@@ -72,7 +72,7 @@ def fit(
                 break
             batch = to_device(batch, device)
             meters.waited(time.perf_counter() - waited)
-            rate = set_learning_rate(optimizer, factor(number))
+            rate = set_learning_rate(optimizer, factor(number), number)
             with _autocast(device, precision):
                 output = step(model, batch)
             _check_terms(output, batch, number + 1, failure_dir)
@@ -93,7 +93,7 @@ def fit(
             if stop:
                 return number + 1
     if meters.num_steps:
-        report(meters.record(steps, float(optimizer.param_groups[0]["lr"])))
+        report(meters.record(steps, rate))
     return steps
 
 

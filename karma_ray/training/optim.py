@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,32 +13,49 @@ from torch import nn
 from karma_ray.errors import InputError
 
 
+@dataclass(frozen=True, order=True)
+class Pace:
+    """How a parameter learns beside the common schedule."""
+
+    factor: float = 1.0
+    """Of the learning rate."""
+    start: int = 0
+    """Step before which it stands still."""
+    rise: int = 0
+    """Steps from `start` over which its rate rises: Adam's first steps have full length."""
+
+
+def _same(name: str) -> Pace:
+    return Pace()
+
+
 def build_optimizer(
     model: nn.Module,
     *,
     learning_rate: float,
     weight_decay: float = 0.01,
-    new_module_lr: float = 1.0,
-    is_backbone: Callable[[str], bool] = lambda name: True,
+    pace_of: Callable[[str], Pace] = _same,
 ) -> torch.optim.AdamW:
-    """AdamW in up to four groups: decay on matrices only, another rate for new modules.
+    """AdamW in groups: weight decay on matrices only, and one group per pace.
 
-    `is_backbone` tells from a parameter's name whether it came with the Hugging Face backbone;
-    all others are new modules and learn `new_module_lr` times as fast (METHOD 1.10). Frozen
-    parameters are left out. Each group keeps its peak rate as `peak_lr`.
+    `pace_of` maps a parameter's name to its pace: new modules may learn faster than a pretrained
+    backbone (METHOD 1.10), the item encoder later and slower. Frozen parameters are left out.
+    Each group keeps its peak rate as `peak_lr`, and `start` and `rise`.
     """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[Pace, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            key = (is_backbone(name), parameter.ndim >= 2)
-            groups.setdefault(key, []).append(parameter)
+            groups.setdefault((pace_of(name), parameter.ndim >= 2), []).append(parameter)
     if not groups:
         raise InputError("model", type(model).__name__, "has no parameter to train")
     described: list[dict[str, Any]] = []
-    for (backbone, matrix), parameters in sorted(groups.items()):
-        rate = learning_rate * (1.0 if backbone else new_module_lr)
+    for (pace, matrix), parameters in sorted(groups.items(), key=lambda item: item[0]):
+        rate = learning_rate * pace.factor
         decay = weight_decay if matrix else 0.0
-        described.append({"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay})
+        described.append(
+            {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay,
+             "start": pace.start, "rise": pace.rise}
+        )  # fmt: skip
     # The fused kernel spares a small model several milliseconds of Python per step.
     return torch.optim.AdamW(described, lr=learning_rate, fused=True)
 
@@ -53,8 +71,10 @@ def learning_rate_factor(
     return floor + (1.0 - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> float:
-    """Give every group `factor` of its peak rate; returns the first group's rate."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float, step: int = 0) -> float:
+    """Give every group `factor` of its peak rate, at its own pace; returns the largest rate."""
     for group in optimizer.param_groups:
-        group["lr"] = group["peak_lr"] * factor
-    return float(optimizer.param_groups[0]["lr"])
+        begun = step - group["start"] + 1
+        pace = min(1.0, max(0.0, begun / max(1, group["rise"])))
+        group["lr"] = group["peak_lr"] * factor * pace
+    return max(float(group["lr"]) for group in optimizer.param_groups)

@@ -108,6 +108,7 @@ class JointStep:
 
     objective: ObjectiveConfig
     encoder_grad: str = "full"
+    encoder_delay: float = 0.0
 
     def __call__(self, model: nn.Module, batch: Batch) -> StepOutput:
         """Equations 5 to 7 on one batch."""
@@ -140,9 +141,13 @@ class JointStep:
         logs["tokens"], logs["examples"] = float(batch.num_tokens), float(batch.num_windows)
         return StepOutput(total, logs)
 
+    def is_frozen(self, progress: float) -> bool:
+        """Whether the item encoder stands still at this share of the training."""
+        return self.encoder_grad == "frozen" or progress < self.encoder_delay
+
     def encode(self, model: KarmaModel, batch: Batch) -> Tensor:
-        """e [U, D] of the batch's unique items; without gradient when the encoder is frozen."""
-        if self.encoder_grad == "frozen":
+        """e [U, D] of the batch's unique items; without gradient while the encoder is frozen."""
+        if self.is_frozen(model.progress):
             if model.bank is not None:
                 return model.bank[batch.item_rows]
             with torch.no_grad():
@@ -151,7 +156,7 @@ class JointStep:
 
     def _history(self, model: KarmaModel, batch: Batch, items: Tensor) -> Tensor:
         """What the history is read through: live embeddings, or the cached bank."""
-        if self.encoder_grad != "targets_only":
+        if self.encoder_grad != "targets_only" or self.is_frozen(model.progress):
             return items
         if model.bank is None:
             return items.detach()

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
 from karma_ray import recipes
 from karma_ray.artifacts import read_json, read_lines, read_manifest
+from karma_ray.cluster.worker import TrainJob
 from karma_ray.config import Config, override
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
@@ -104,6 +108,45 @@ def test_recipes_that_are_compared_start_from_the_same_weights(
     karma = start_stage(_config("karma_text", *more), source, cache)
     action = start_stage(_config("action_only", *more), source, cache)
     assert action.warm == karma.warm
+
+
+def test_a_delayed_encoder_stands_still_then_learns_also_when_the_run_is_cut(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
+) -> None:
+    from karma_ray.cluster.pipeline import start_stage
+    from karma_ray.cluster.stage_jobs import joint_job
+    from karma_ray.cluster.training import run_training
+    from karma_ray.data.prepared import PreparedData
+
+    source = PreparedData.load(shop)
+    config = _config("toy", "training.encoder_delay=0.5", "training.checkpoint_every=2")
+    stage = start_stage(config, source, finished[1])
+    start = stage.build_joint().interest.item_encoder.state_dict()
+    seen: dict[int, bool] = {}
+
+    def job(run: str, cut: bool) -> TrainJob:
+        whole = joint_job(stage, source, run)
+
+        def watch(model: nn.Module, step: int) -> None:
+            assert whole.on_step is not None
+            whole.on_step(model, step)
+            state = model.interest.item_encoder.state_dict()
+            seen[step] = all(torch.equal(start[name], state[name]) for name in start)
+            if cut and step == 3:
+                raise KeyboardInterrupt
+
+        return replace(whole, on_step=watch, validate=None)
+
+    def losses(run: Path) -> list[float]:
+        lines = read_lines(str(run / "metrics.jsonl"))
+        return [line["loss/total"] for line in lines if line["stage"] == "joint"]
+
+    run_training(job(str(tmp_path / "whole"), False), progress=False)
+    assert seen == {step: step <= 3 for step in range(7)}
+    with pytest.raises(KeyboardInterrupt):
+        run_training(job(str(tmp_path / "cut"), True), progress=False)
+    run_training(job(str(tmp_path / "cut"), False), resume=True, progress=False)
+    assert losses(tmp_path / "cut")[-1] == losses(tmp_path / "whole")[-1]
 
 
 def test_a_floor_is_a_recipe_like_any_other(

@@ -186,7 +186,7 @@ def test_a_long_window_keeps_its_latest_steps_whole() -> None:
     loss = [n % 2 == 0 for n in range(8)]
     hard = [[f"i{20 + n}"] for n in range(8)]
     whole = tiny.sequences(tiny.window(ids, hard=hard, loss=loss))
-    batch = tiny.batch(whole, max_history=3)
+    batch = tiny.batch(whole, max_history=2)  # behind the newest step
     assert _ids(batch, batch.item_index[0]) == ids[5:]
     assert batch.loss_mask[0].tolist() == loss[5:]
     assert _ids(batch, batch.hard_index[0, :, 0]) == ["i25", "i26", "i27"]

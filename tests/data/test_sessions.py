@@ -41,7 +41,7 @@ def test_each_click_is_trained_or_evaluated_exactly_once(max_history: int) -> No
     result = prepare_tables(events, items_table(60), config)
     entered: Counter[tuple[str, Any, str]] = Counter()
     for window in result.sequences.to_pylist():
-        assert len(window["item_ids"]) <= max_history
+        assert len(window["item_ids"]) <= max_history + 1
         steps = zip(window["timestamps"], window["item_ids"], window["loss_mask"], strict=True)
         entered.update((window["user_id"], time, item) for time, item, loss in steps if loss)
     for table in result.examples.values():
@@ -50,11 +50,19 @@ def test_each_click_is_trained_or_evaluated_exactly_once(max_history: int) -> No
     assert entered == clicks_of(events)
 
 
+def test_a_window_ends_with_a_step_that_has_a_full_history() -> None:
+    result = prepared([event("u", n, [f"i{n}"]) for n in range(7)] + [event("u", 250, ["i0"])])
+    (window,) = result.sequences.to_pylist()
+    assert len(window["item_ids"]) == CONFIG.max_history + 1
+    (example,) = result.examples["test"].to_pylist()
+    assert len(example["history_item_ids"]) == CONFIG.max_history
+
+
 def test_long_windows_give_every_later_click_half_a_window_of_context() -> None:
     result = prepared([event("u", n, [f"i{n}"]) for n in range(20)] + [event("u", 150, ["i0"])])
     windows = result.sequences.to_pylist()
-    assert [w["item_ids"][0] for w in windows] == ["i0", "i3", "i6", "i9", "i12", "i14"]
-    assert [sum(w["loss_mask"]) for w in windows] == [6, 3, 3, 3, 3, 2]
+    assert [w["item_ids"][0] for w in windows] == ["i0", "i3", "i6", "i9", "i12", "i13"]
+    assert [sum(w["loss_mask"]) for w in windows] == [7, 3, 3, 3, 3, 1]
     for window in windows[1:]:
         assert window["loss_mask"].index(True) >= CONFIG.max_history // 2
         assert window["loss_mask"] == sorted(window["loss_mask"])

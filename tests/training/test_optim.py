@@ -7,7 +7,12 @@ import torch
 from torch import nn
 
 from karma_ray.errors import InputError
-from karma_ray.training.optim import build_optimizer, learning_rate_factor, set_learning_rate
+from karma_ray.training.optim import (
+    Pace,
+    build_optimizer,
+    learning_rate_factor,
+    set_learning_rate,
+)
 
 
 class _Model(nn.Module):
@@ -32,8 +37,7 @@ def test_only_matrices_decay_and_new_modules_learn_faster() -> None:
         model,
         learning_rate=1e-3,
         weight_decay=0.1,
-        new_module_lr=5.0,
-        is_backbone=lambda name: name.startswith("backbone"),
+        pace_of=lambda name: Pace(1.0 if name.startswith("backbone") else 5.0),
     )
     assert _by_name(model, optimizer) == {
         "backbone.weight": {"rate": 1e-3, "decay": 0.1},
@@ -68,7 +72,20 @@ def test_the_rate_rises_linearly_then_falls_to_a_tenth() -> None:
 
 def test_every_group_keeps_its_ratio_under_the_schedule() -> None:
     optimizer = build_optimizer(
-        _Model(), learning_rate=1.0, new_module_lr=3.0, is_backbone=lambda n: n[0] == "b"
+        _Model(), learning_rate=1.0, pace_of=lambda name: Pace(1.0 if name[0] == "b" else 3.0)
     )
     set_learning_rate(optimizer, 0.5)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == [0.5, 1.5]
+
+
+def test_a_delayed_group_stands_still_then_rises() -> None:
+    late = Pace(0.5, start=10, rise=4)
+    optimizer = build_optimizer(
+        _Model(), learning_rate=1.0, pace_of=lambda name: late if name[0] == "p" else Pace()
+    )
+    found = {}
+    for step in (0, 9, 10, 11, 13, 20):
+        assert set_learning_rate(optimizer, 0.8, step) == pytest.approx(0.8)
+        found[step] = {group["lr"] for group in optimizer.param_groups if group["start"]}.pop()
+    expected = {0: 0.0, 9: 0.0, 10: 0.1, 11: 0.2, 13: 0.4, 20: 0.4}
+    assert found == pytest.approx(expected)

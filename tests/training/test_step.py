@@ -264,6 +264,16 @@ def test_a_frozen_encoder_gets_no_gradient_at_all(banked: bool) -> None:
     assert found and not _encoder(found)
 
 
+def test_a_delayed_encoder_is_frozen_before_its_share_of_the_training() -> None:
+    karma, batch = tiny.model(), tiny.batch()
+    step = JointStep(ObjectiveConfig(), encoder_delay=0.5)
+    karma.progress = 0.49
+    assert not _encoder(tiny.gradients(karma, step(karma, batch).loss))
+    karma.progress = 0.5
+    found = _encoder(tiny.gradients(karma, step(karma, batch).loss))
+    _equal(found, _encoder(tiny.gradients(karma, JointStep(ObjectiveConfig())(karma, batch).loss)))
+
+
 def test_targets_only_is_the_gradient_of_targets_and_negatives() -> None:
     karma, batch = tiny.model(), tiny.batch()
     items = karma.interest.encode_items(batch.item_tokens, batch.item_lengths)

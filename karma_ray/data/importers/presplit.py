@@ -28,7 +28,7 @@ class Step:
 
 
 def windows(
-    user_id: str, steps: Sequence[Step], max_steps: int = MAX_HISTORY
+    user_id: str, steps: Sequence[Step], max_steps: int = MAX_HISTORY + 1
 ) -> Iterator[dict[str, Any]]:
     """SEQUENCES rows of at most `max_steps` steps: each step has its loss in exactly one row.
 
