@@ -49,6 +49,7 @@ STUDY: dict[str, tuple[str, ...]] = {
     "toy_shop": (
         "model.tiny.hidden_size=64", "model.tiny.intermediate_size=192",
         "model.tiny.vocab_size=2048", "model.score.scale=10", "objective.hard_weight=2",
+        "objective.lambda_dec=0.1", "training.encoder_delay=0.4", "training.encoder_lr=0.3",
         "pretrain.steps=200", "warmup.steps=200", "training.learning_rate=0.002",
         "training.batch_size=64", "training.steps=1500", "training.validate_every=150",
         "training.num_workers=0", "training.threads_per_worker=1",
