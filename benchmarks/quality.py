@@ -150,11 +150,17 @@ def measure(config: Config, data: str, out: str) -> dict[str, Any]:
 
 
 def same_config(saved: Record, config: Config) -> bool:
-    """Equal once fields that came later are filled with their defaults."""
+    """Whether a record was made with this configuration."""
+    return settled(saved) == to_dict(config)
+
+
+def settled(saved: Record) -> Record:
+    """A record's configuration, with fields that came later at their defaults; as it is where
+    it names fields that are gone."""
     try:
-        return from_dict(saved) == config
+        return to_dict(from_dict(saved))
     except InputError:
-        return False
+        return saved
 
 
 @functools.cache
@@ -174,7 +180,7 @@ def groups(records: list[Record]) -> dict[tuple[str, str], list[Record]]:
     """(data, recipe) -> its seeds; `recipe#hash` where a recipe ran with several configurations."""
     variants: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for record in records:
-        settings = {key: value for key, value in record["config"].items() if key != "seed"}
+        settings = {key: value for key, value in settled(record["config"]).items() if key != "seed"}
         digest = value_hash([settings, record.get("data_hash")])[:4]
         of_recipe = variants.setdefault((record["data"], record["recipe"]), {})
         of_recipe.setdefault(digest, []).append(record)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from filelock import FileLock
 
 from karma_ray.errors import InputError
 
@@ -47,6 +49,17 @@ def exists(uri: str) -> bool:
     """Whether a file or folder stands at `uri`."""
     fs, path = open_filesystem(uri)
     return bool(fs.exists(path))
+
+
+def locked(path: str) -> AbstractContextManager[Any]:
+    """Keep other processes of this machine from making `path` at the same time.
+
+    Without effect on a URI: object stores have no locks, and each writer replaces whole files.
+    """
+    if "://" in path:
+        return nullcontext()
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(f"{path}.lock")
 
 
 def write_table(table: pa.Table, folder: str, part: str = "part-00000") -> None:

@@ -80,7 +80,7 @@ def assess(
     retriever = Retriever.load(run, source.items_uri)
     metrics: dict[str, Any] = judge.both_splits(retriever)
     examples = source.examples("test")
-    metrics |= collapse_metrics(retriever, examples)
+    metrics |= collapse_metrics(retriever, examples, config.seed)
     write_json(run_checks(judge, retriever, stage, examples), folder.path("checks.json"))
     cases = collect_cases(
         retriever, stage.build_trained(), examples, judge.catalog,
@@ -109,9 +109,9 @@ def floor_metrics(judge: Judge, cache: str) -> dict[str, dict[str, float]]:
     return floors
 
 
-def collapse_metrics(retriever: Retriever, examples: pa.Table) -> dict[str, float]:
-    """Effective rank and mean cosine of e (whole catalogue) and of h (test requests)."""
-    sample = examples.slice(0, NUM_CHECKED)
+def collapse_metrics(retriever: Retriever, examples: pa.Table, seed: int) -> dict[str, float]:
+    """Effective rank and mean cosine of e (whole catalogue) and of h (a seeded sample)."""
+    sample = sampled(examples, seed)
     items = torch.from_numpy(retriever.table.embeddings)
     interests = retriever.interests(sample).float()
     return {
@@ -122,12 +122,17 @@ def collapse_metrics(retriever: Retriever, examples: pa.Table) -> dict[str, floa
     }
 
 
+def sampled(examples: pa.Table, seed: int) -> pa.Table:
+    """At most NUM_CHECKED examples, in their order."""
+    picked = np.random.default_rng(seed).permutation(examples.num_rows)[:NUM_CHECKED]
+    return examples.take(pa.array(np.sort(picked)))
+
+
 def run_checks(
     judge: Judge, retriever: Retriever, stage: Stage, examples: pa.Table
 ) -> dict[str, Any]:
     """Strangers' histories beside the true ones, and the effect of items h must not see."""
-    picked = np.random.default_rng(judge.config.seed).permutation(examples.num_rows)[:NUM_CHECKED]
-    sample = examples.take(pa.array(np.sort(picked)))
+    sample = sampled(examples, judge.config.seed)
     strangers = with_strangers_history(sample, judge.config.seed)
     own, other = judge(retriever, sample), judge(retriever, strangers)
     source = Source.scan(join(judge.source.uri, "sequences"))

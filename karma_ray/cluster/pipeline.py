@@ -21,6 +21,7 @@ from karma_ray.artifacts import (
     content_hash,
     exists,
     join,
+    locked,
     open_filesystem,
     read_json,
     read_lines,
@@ -82,7 +83,7 @@ def train_run(
     if not resume and (exists(folder.metrics) or exists(folder.checkpoints)):
         raise InputError("--out", out, "already holds a run; --resume it or choose another folder")
     source = ensure_prepared(absolute(data) if data else toy_shop(cache), config.prepare)
-    _check_window(config, source)
+    _check_sizes(config, source)
     if resume:
         _check_resumed(config, source, folder)
     write_json(to_dict(config), folder.config)
@@ -142,8 +143,16 @@ def _check_resumed(config: Config, source: PreparedData, folder: RunFolder) -> N
         raise InputError("--data", source.uri, f"is not what the run was started on: {there}")
 
 
-def _check_window(config: Config, source: PreparedData) -> None:
-    """A shorter window in the collator would silently drop training clicks."""
+def _check_sizes(config: Config, source: PreparedData) -> None:
+    """What would otherwise fail on a worker, minutes later, or silently drop training clicks."""
+    workers = max(1, config.training.num_workers)
+    for part in (config.training, config.warmup):
+        if part.batch_size % workers:
+            name = "training" if part is config.training else "warmup"
+            raise InputError(
+                f"{name}.batch_size", part.batch_size,
+                f"is not a multiple of training.num_workers={workers}",
+            )  # fmt: skip
     prepared = (source.facts.get("prepare") or {}).get("max_history", 0)
     if config.collate.max_history < prepared:
         raise InputError(
@@ -157,9 +166,10 @@ def toy_shop(cache: str = CACHE) -> str:
     """The built-in data: generated once, kept in the cache."""
     shop = ToyShopConfig()
     folder = absolute(join(cache, f"toy_shop-{value_hash(vars(shop))}"))
-    if not exists(join(folder, "manifest.json")):
-        LOG.info("toy shop: drawing items, people and their clicks")
-        write_toy_shop(folder, shop)
+    with locked(folder):
+        if not exists(join(folder, "manifest.json")):
+            LOG.info("toy shop: drawing items, people and their clicks")
+            write_toy_shop(folder, shop)
     return folder
 
 
@@ -171,24 +181,30 @@ def start_stage(config: Config, source: PreparedData, cache: str, run: str | Non
     items_hash = content_hash(join(source.items_uri, "items"))
     if is_tiny(config):
         folder = join(cache, f"language-model-{value_hash(pretrain_key(config, items_hash))}")
-        _pretrained(config, source, folder)
+        with locked(folder):
+            _pretrained(config, source, folder)
         _copy_lines(f"{folder}-log", run)
         config = with_checkpoints(config, folder, folder)
     stage = Stage(config, source.items_uri)
     if config.warmup.skip:
         return stage
     warm = join(cache, f"warmup-{value_hash(warmup_key(config, items_hash))}")
-    tokens = join(warm, "item_tokens")
-    if not exists(tokens):
-        collator = stage.collator()
-        table = token_table(stage.catalog(), *collator.catalog_tokens())
-        write_table(table, tokens)
-    job = warmup_job(stage, tokens, warm)
-    if not exists(join(job.final, "summary.json")):
-        LOG.info("warm-up: at most %d steps", config.warmup.steps)
-    run_training(job, resume=True)
+    with locked(warm):
+        final = _warmed_up(stage, warm)
     _copy_lines(warm, run)
-    return replace(stage, warm=job.final)
+    return replace(stage, warm=final)
+
+
+def _warmed_up(stage: Stage, folder: str) -> str:
+    """Where the weights of stage 1 lie; a finished one is taken, an unfinished one continued."""
+    job = warmup_job(stage, tokens := join(folder, "item_tokens"), folder)
+    if exists(join(job.final, "summary.json")):
+        return job.final
+    LOG.info("warm-up: at most %d steps", stage.config.warmup.steps)
+    # Written anew even where it is there: an interrupted writer may have left half of it.
+    write_table(token_table(stage.catalog(), *stage.collator().catalog_tokens()), tokens)
+    run_training(job, resume=True)
+    return job.final
 
 
 def _train(

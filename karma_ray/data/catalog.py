@@ -52,11 +52,12 @@ class Catalog:
     def load(cls, data_uri: str, cache_dir: str | None = None) -> Catalog:
         """Memory-map the catalogue of a data folder.
 
-        The Arrow copy lies in `cache_dir` (default: the system's temporary folder) under the
-        content hash of the items, so all workers of a node share its pages.
+        The Arrow copy lies in `cache_dir` (default: a private folder of this user in the system's
+        temporary one) under the content hash of the items, so all workers of a node share its
+        pages.
         """
         source = join(data_uri, "items")
-        folder = Path(cache_dir or os.path.join(tempfile.gettempdir(), "karma_ray-catalogues"))
+        folder = Path(cache_dir) if cache_dir else _private_folder()
         path = folder / f"{content_hash(source)}.arrow"
         if not path.exists():
             _write_arrow(source, path)
@@ -91,6 +92,15 @@ class Catalog:
 
 
 _TEXT_COLUMNS = ("title", "brand", "category", "text")
+
+
+def _private_folder() -> Path:
+    """The same for all processes of a user on a node; others can neither read nor plant in it."""
+    folder = Path(tempfile.gettempdir(), f"karma_ray-catalogues-{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        raise InputError("temporary folder", str(folder), "belongs to another user; set TMPDIR")
+    return folder
 
 
 def _write_arrow(source: str, path: Path) -> None:

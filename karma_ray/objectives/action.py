@@ -24,7 +24,11 @@ class Pairwise:
 
 @dataclass(frozen=True)
 class InfoNCE:
-    """-log softmax of the positive among the counted negatives (CPC, 1807.03748)."""
+    """-log softmax of the positive among the negatives (CPC, 1807.03748).
+
+    A softmax has one denominator: a pair counts (weight > 0) or does not, and neither
+    `act_reduction` nor the size of a weight changes it.
+    """
 
     temperature: float = 1.0
 
