@@ -40,12 +40,17 @@ TRAINING = TrainingConfig(
 @pytest.fixture
 def rows(tmp_path: Path) -> str:
     """50 rows of a linear function."""
+    return write_rows(tmp_path)
+
+
+def write_rows(folder: Path) -> str:
+    """The rows as a table of several row groups."""
     inputs = np.random.default_rng(0).normal(size=(50, 3)).astype(np.float32)
     target = inputs @ np.array([1.0, -2.0, 0.5], dtype=np.float32)
     table = pa.table({"input": inputs.tolist(), "target": target.tolist()})
-    (tmp_path / "rows").mkdir()
-    pq.write_table(table, tmp_path / "rows" / "part.parquet", row_group_size=8)
-    return str(tmp_path / "rows")
+    (folder / "rows").mkdir()
+    pq.write_table(table, folder / "rows" / "part.parquet", row_group_size=8)
+    return str(folder / "rows")
 
 
 def _build() -> nn.Module:
