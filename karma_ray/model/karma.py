@@ -101,13 +101,7 @@ class KarmaModel(nn.Module):
             interest = interest.detach()
         targets = self.targets(batch)
         inputs = self._drop_tokens(targets, generator) if dropout else targets.inputs
-        condition = condition_mask = None
-        if config.recon_cond == "fig1":
-            index = batch.query_index.gather(1, batch.decode_step).flatten()
-            condition, lengths = batch.query_tokens[index], batch.query_lengths[index]
-            order = torch.arange(condition.shape[1], device=condition.device)
-            condition_mask = order < lengths[:, None]
-        return self._decode(interest, inputs, targets, condition, condition_mask)
+        return self._decode(interest, inputs, targets, *self._query(batch, batch.decode_step))
 
     def decode_items(self, tokens: Tensor, lengths: Tensor, items: Tensor) -> Decoded:
         """Warm-up: text of an item from its own embedding; items [R, D]."""
@@ -125,16 +119,34 @@ class KarmaModel(nn.Module):
         )  # fmt: skip
 
     @torch.no_grad()
-    def speak(self, interest: Tensor, max_tokens: int = 24) -> list[str]:
-        """Greedy text of h [R, D]: what the embedding says the user wants."""
+    def speak(
+        self, interest: Tensor, requests: Batch | None = None, max_tokens: int = 24
+    ) -> list[str]:
+        """Greedy text of h [R, D]: what the embedding says the user wants.
+
+        Under `recon_cond=fig1` the decoder also sees the queries of `requests`, R windows.
+        """
+        seen: tuple[Tensor | None, Tensor | None] = (None, None)
+        if requests is not None:
+            requests = requests.to(interest.device)
+            seen = self._query(requests, requests.step_mask.sum(1, keepdim=True) - 1)
         body = self.decodability.decoder(self.interest.user_decoder.body)
         projected = self.decodability.project(self.interest.user_decoder.projector, interest)
         inputs = torch.full((len(interest), 1), self.special.text_start, device=interest.device)
         for _ in range(max_tokens):
-            states = vector_to_text(body, self.decodability.prompt, projected, inputs)[:, -1]
+            states = vector_to_text(body, self.decodability.prompt, projected, inputs, *seen)[:, -1]
             following = (states.float() @ self.head_of(body).float().T).argmax(-1, keepdim=True)
             inputs = torch.cat([inputs, following], 1)
         return [self._words(row) for row in inputs[:, 1:].tolist()]
+
+    def _query(self, batch: Batch, steps: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """Query tokens [R, Lq] and their mask at steps [B, M] where Task 2 may see them."""
+        if self.decodability.config.recon_cond != "fig1":
+            return None, None
+        index = batch.query_index.gather(1, steps).flatten()
+        tokens, lengths = batch.query_tokens[index], batch.query_lengths[index]
+        order = torch.arange(tokens.shape[1], device=tokens.device)
+        return tokens, order < lengths[:, None]
 
     def _decode(
         self, vectors: Tensor, inputs: Tensor, targets: TextTargets,

@@ -26,7 +26,7 @@ def collect_cases(
     picked = np.random.default_rng(seed).permutation(examples.num_rows)[:count]
     sample = examples.take(pa.array(np.sort(picked)))
     scores = retriever.score(sample)  # [n, I]
-    spoken = model.speak(retriever.interests(sample))
+    spoken = model.speak(retriever.interests(sample), retriever.collator.requests(sample))
     rows = sample.to_pylist()
     truths = catalog.rows([row["positive_item_id"] for row in rows])
     cases = []

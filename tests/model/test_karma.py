@@ -89,6 +89,19 @@ def test_a_warmed_up_model_says_an_items_text_from_its_embedding() -> None:
     assert karma.speak(items, max_tokens=10) == texts
 
 
+@pytest.mark.parametrize("recon_cond", ["eq7", "fig1"])
+def test_only_fig1_speaks_with_the_query_in_sight(recon_cond: str) -> None:
+    karma = tiny.model(recon_cond=recon_cond)
+    h = 5.0 * torch.randn(6, 32, generator=torch.Generator().manual_seed(0))
+    past = ["i0", "i1"]
+    words = [
+        karma.speak(h, tiny.collator().requests(tiny.examples(*[tiny.request(past, query)] * 6)))
+        for query in ("mug", "lamp")
+    ]
+    assert (words[0] == words[1]) == (recon_cond == "eq7")
+    assert (words[0] == karma.speak(h)) == (recon_cond == "eq7")
+
+
 def test_the_cached_bank_is_no_part_of_the_weights() -> None:
     karma = tiny.model()
     names = set(karma.state_dict())
