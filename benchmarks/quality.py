@@ -54,7 +54,7 @@ STUDY: dict[str, tuple[str, ...]] = {
         "training.batch_size=64", "training.steps=1500", "training.validate_every=150",
         "training.num_workers=0", "training.threads_per_worker=1",
     ),
-    # Both recipes were better on validation with an encoder that learns from the start.
+    # karma_text was better on validation with an encoder that learns from the start (docs/log.md).
     "movielens": (
         "training.steps=1000", "training.validate_every=200", "training.num_workers=0",
         "training.threads_per_worker=1",

@@ -95,7 +95,7 @@ def write_json(value: Any, uri: str) -> None:
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     text = json.dumps(value, indent=2, sort_keys=False, default=str) + "\n"
     if fs.protocol in ("file", "local") or "file" in fs.protocol:
-        temporary = f"{path}.tmp"
+        temporary = f"{path}.{os.getpid()}.tmp"
         Path(temporary).write_text(text, encoding="utf-8")
         os.replace(temporary, path)
     else:
@@ -164,7 +164,7 @@ def read_manifest(folder: str, kind: str | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside one run folder (see docs/run-folder in the README)."""
+    """Paths inside one run folder."""
 
     root: str
 

@@ -180,6 +180,18 @@ def test_a_window_shorter_than_the_prepared_one_is_refused(
         )
 
 
+@pytest.mark.parametrize("part", ["training", "warmup"])
+def test_a_batch_that_workers_cannot_share_is_refused_before_anything_is_trained(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path, part: str
+) -> None:
+    from karma_ray.cluster.pipeline import train_run
+
+    config = _config("toy", f"{part}.batch_size=9", "training.num_workers=2")
+    with pytest.raises(InputError, match=rf"{part}\.batch_size: 9 is not a multiple"):
+        train_run(config, shop, str(tmp_path / "x"), cache=finished[1])
+    assert not (tmp_path / "x").exists()
+
+
 def test_a_run_is_not_resumed_under_another_configuration(
     finished: tuple[str, str, dict[str, Any]], shop: str
 ) -> None:

@@ -72,6 +72,21 @@ def test_loading_twice_reads_one_arrow_copy_and_other_items_make_another(tmp_pat
     assert len(list(cache.iterdir())) == 2
 
 
+def test_the_copy_of_a_node_is_private_to_its_user(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    data = _write(tmp_path / "d", MESSY)
+    Catalog.load(data)
+    (folder,) = tmp_path.glob("karma_ray-catalogues-*")
+    assert folder.stat().st_mode & 0o077 == 0
+    elsewhere = tmp_path / "elsewhere"
+    folder.rename(elsewhere)
+    folder.symlink_to(elsewhere)
+    with pytest.raises(InputError, match="belongs to another user"):
+        Catalog.load(data)
+
+
 def test_an_empty_catalogue_is_refused() -> None:
     with pytest.raises(InputError, match="empty"):
         Catalog(_items().drop_columns(["image"]))
