@@ -63,7 +63,8 @@ class TrainingConfig:
     encoder_lr: float = 1.0
     """Factor on the learning rate of the item encoder's backbone."""
     bank_refresh_steps: int = 100
-    """Steps between refreshes of the history bank under `targets_only`."""
+    """Steps between refreshes of the history bank under `targets_only`; a resumed run equals an
+    uninterrupted one when `checkpoint_every` is a multiple of it."""
     report_every: int = 20
     """Steps between reports of losses, collapse probes and speed."""
     checkpoint_every: int = 200
