@@ -135,6 +135,7 @@ def _config(config: Config, steps: int) -> Config:
         num_workers=1,
         report_every=REPORT_EVERY,
         checkpoint_every=0,
+        encoder_delay=0.0,
         validate_every=0,
     )
     return replace(
