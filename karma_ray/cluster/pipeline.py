@@ -138,21 +138,32 @@ def _check_resumed(config: Config, source: PreparedData, folder: RunFolder) -> N
             f"was started with other values of {', '.join(changed)}; "
             f"repeat its flags or pass --config {folder.config}",
         )  # fmt: skip
-    there = read_json(folder.path("data.json")).get("prepared")
-    if there != source.uri:
-        raise InputError("--data", source.uri, f"is not what the run was started on: {there}")
+    there = read_json(folder.path("data.json"))
+    if there.get("prepared") != source.uri:
+        message = f"is not what the run was started on: {there.get('prepared')}"
+        raise InputError("--data", source.uri, message)
+    if there.get("input") != source.facts.get("input"):
+        message = "was prepared anew since the run was started: other rows stand at its steps"
+        raise InputError("--data", source.uri, message)
 
 
 def _check_sizes(config: Config, source: PreparedData) -> None:
     """What would otherwise fail on a worker, minutes later, or silently drop training clicks."""
-    workers = max(1, config.training.num_workers)
-    for part in (config.training, config.warmup):
-        if part.batch_size % workers:
-            name = "training" if part is config.training else "warmup"
-            raise InputError(
-                f"{name}.batch_size", part.batch_size,
-                f"is not a multiple of training.num_workers={workers}",
-            )  # fmt: skip
+    if config.recipe not in recipes.TRAINED:
+        return
+    training, warmup = config.training, config.warmup
+    workers = max(1, training.num_workers)
+    sizes = {"training.batch_size": training.batch_size}
+    if not warmup.skip:
+        sizes["warmup.batch_size"] = warmup.batch_size
+    for name, size in sizes.items():
+        if size % workers:
+            raise InputError(name, size, f"is not a multiple of training.num_workers={workers}")
+    if not 0 <= training.encoder_delay < 1:
+        message = "is a share of the steps: at least 0 and below 1"
+        raise InputError("training.encoder_delay", training.encoder_delay, message)
+    if training.encoder_lr < 0:
+        raise InputError("training.encoder_lr", training.encoder_lr, "is below 0")
     prepared = (source.facts.get("prepare") or {}).get("max_history", 0)
     if config.collate.max_history < prepared:
         raise InputError(
@@ -270,6 +281,6 @@ def _data_facts(source: PreparedData) -> dict[str, Any]:
     return {k: manifest[k] for k in kept if k in manifest} | {
         k: source.facts[k]
         for k in ("counts", "quarantined", "valid_start", "test_start", "query_source",
-                  "negative_source")
+                  "negative_source", "input")
         if k in source.facts
     } | {"uri": source.items_uri, "prepared": source.uri}  # fmt: skip

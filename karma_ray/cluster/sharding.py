@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 
-from karma_ray.artifacts import absolute, exists, join, read_table, write_table
+from karma_ray.artifacts import absolute, exists, join, locked, read_table, write_table
 from karma_ray.cluster.session import connect
 from karma_ray.data.fragments import Fragment, read_fragment
 from karma_ray.data.preparation import (
@@ -62,6 +62,17 @@ def ensure_prepared(data_uri: str, config: PrepareConfig) -> PreparedData:
     Raises InputError when the data would have to be prepared anew and have no events.
     """
     require_data(data_uri)
+    if (data := _standing(data_uri, config)) is not None:
+        return data
+    config.check()
+    with locked(join(absolute(data_uri), "prepare")):
+        if _standing(data_uri, config) is None:  # another process may have been faster
+            _prepare_into(data_uri, config, data_uri)
+    return PreparedData.load(data_uri)
+
+
+def _standing(data_uri: str, config: PrepareConfig) -> PreparedData | None:
+    """What stands at `data_uri` where it need not be prepared anew."""
     has_events = exists(join(data_uri, "events"))
     if exists(join(data_uri, "prepared.json")):
         data = PreparedData.load(data_uri)
@@ -75,8 +86,7 @@ def ensure_prepared(data_uri: str, config: PrepareConfig) -> PreparedData:
             return data
     elif not has_events:
         raise InputError("--data", data_uri, "has neither prepared.json nor events/")
-    prepare(data_uri, config)
-    return PreparedData.load(data_uri)
+    return None
 
 
 def prepare(
@@ -90,7 +100,14 @@ def prepare(
     """
     config.check()
     require_data(data_uri)
-    source, target = absolute(data_uri), absolute(out or data_uri)
+    with locked(join(absolute(out or data_uri), "prepare")):
+        return _prepare_into(data_uri, config, out or data_uri, progress)
+
+
+def _prepare_into(
+    data_uri: str, config: PrepareConfig, out: str, progress: bool = True
+) -> dict[str, Any]:
+    source, target = absolute(data_uri), absolute(out)
     remove(join(target, WORK))
     try:
         return _prepare(source, target, config, progress)

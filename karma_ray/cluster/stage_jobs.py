@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -83,7 +82,7 @@ def joint_job(
     """Stage 2 on the prepared sequences."""
     config, training = stage.config, stage.config.training
     step = JointStep(config.objective, training.encoder_grad, training.encoder_delay)
-    start = math.ceil(training.encoder_delay * training.steps)
+    start = next(n for n in range(training.steps + 1) if not step.is_delayed(n / training.steps))
     rise = round(training.lr_warmup_share * training.steps) if start else 0
     encoder = Pace(training.encoder_lr, start, rise)
     sequences = join(source.uri, "sequences")
@@ -143,6 +142,8 @@ class BeforeStep:
         training = self.stage.config.training
         model.progress = step / training.steps
         frozen = self.step.is_frozen(model.progress)
+        # Also queries may go through the item encoder (query_mode=encoder).
+        model.interest.item_encoder.requires_grad_(not frozen)
         if training.encoder_grad == "full" and not frozen:
             model.bank = None
             return

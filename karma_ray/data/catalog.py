@@ -8,8 +8,10 @@ first one stays), so a row number means the same thing in every process.
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,9 +99,11 @@ _TEXT_COLUMNS = ("title", "brand", "category", "text")
 def _private_folder() -> Path:
     """The same for all processes of a user on a node; others can neither read nor plant in it."""
     folder = Path(tempfile.gettempdir(), f"karma_ray-catalogues-{os.getuid()}")
-    folder.mkdir(mode=0o700, exist_ok=True)
-    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
-        raise InputError("temporary folder", str(folder), "belongs to another user; set TMPDIR")
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise InputError("temporary folder", str(folder), "is not private; remove it or set TMPDIR")
     return folder
 
 

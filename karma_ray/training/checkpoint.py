@@ -75,7 +75,8 @@ def load_checkpoint(
     state = read_json(str(source / "state.json"))
     weights = load_file(source / "model.safetensors")
     _restore(model, weights, state["aliases"], str(folder))
-    _load_optimizer(optimizer, load_file(source / "optimizer.safetensors"), state["optimizer"])
+    slots = load_file(source / "optimizer.safetensors")
+    _load_optimizer(optimizer, slots, state["optimizer"], str(folder))
     if (source / f"random-{rank}.json").exists():
         _load_random(source, generator, rank)
     return Progress(**state["progress"])
@@ -147,8 +148,16 @@ def _flatten_optimizer(
 
 
 def _load_optimizer(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], plain: dict[str, Any]
+    optimizer: torch.optim.Optimizer,
+    tensors: dict[str, Tensor],
+    plain: dict[str, Any],
+    source: str,
 ) -> None:
+    # Moments belong to parameters by their place: other groups would take each other's.
+    shapes = [[(sorted(group), len(group["params"])) for group in groups]
+              for groups in (optimizer.state_dict()["param_groups"], plain["groups"])]  # fmt: skip
+    if shapes[0] != shapes[1]:
+        raise InputError("checkpoint", source, "has another optimiser's groups; start a new run")
     slots: dict[int, dict[str, Any]] = {}
     for key, value in [*tensors.items(), *plain["values"].items()]:
         index, name = key.split("/", 1)

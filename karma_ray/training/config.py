@@ -61,7 +61,7 @@ class TrainingConfig:
     """Share of the steps in which the item encoder stands still while the user decoder learns to
     read it (gradual unfreezing, 1801.06146)."""
     encoder_lr: float = 1.0
-    """Factor on the learning rate of the item encoder's backbone."""
+    """Factor on the learning rates of the item encoder, its new modules included."""
     bank_refresh_steps: int = 100
     """Steps between refreshes of the history bank under `targets_only`; a resumed run equals an
     uninterrupted one when `checkpoint_every` is a multiple of it."""

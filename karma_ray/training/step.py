@@ -141,9 +141,13 @@ class JointStep:
         logs["tokens"], logs["examples"] = float(batch.num_tokens), float(batch.num_windows)
         return StepOutput(total, logs)
 
+    def is_delayed(self, progress: float) -> bool:
+        """Whether the item encoder has yet to start at this share of the training."""
+        return progress < self.encoder_delay
+
     def is_frozen(self, progress: float) -> bool:
         """Whether the item encoder stands still at this share of the training."""
-        return self.encoder_grad == "frozen" or progress < self.encoder_delay
+        return self.encoder_grad == "frozen" or self.is_delayed(progress)
 
     def encode(self, model: KarmaModel, batch: Batch) -> Tensor:
         """e [U, D] of the batch's unique items; without gradient while the encoder is frozen."""

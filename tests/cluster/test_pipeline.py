@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from karma_ray import recipes
-from karma_ray.artifacts import read_json, read_lines, read_manifest
+from karma_ray.artifacts import read_json, read_lines, read_manifest, write_json
 from karma_ray.cluster.worker import TrainJob
 from karma_ray.config import Config, override
 from karma_ray.data.synthetic.config import ToyShopConfig
@@ -130,6 +130,8 @@ def test_a_delayed_encoder_stands_still_then_learns_also_when_the_run_is_cut(
         def watch(model: nn.Module, step: int) -> None:
             assert whole.on_step is not None
             whole.on_step(model, step)
+            trained = {p.requires_grad for p in model.interest.item_encoder.parameters()}
+            assert trained == {step >= 3}
             state = model.interest.item_encoder.state_dict()
             seen[step] = all(torch.equal(start[name], state[name]) for name in start)
             if cut and step == 3:
@@ -202,6 +204,38 @@ def test_a_run_is_not_resumed_under_another_configuration(
     with pytest.raises(InputError, match="other values of training"):
         train_run(_config("toy", "training.steps=9"), shop, run, resume=True, cache=cache)
     assert read_json(f"{run}/config.json") == before
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.encoder_delay=40", r"encoder_delay: 40\.0 is a share of the steps"),
+        ("training.encoder_delay=1", r"encoder_delay: 1\.0 is a share of the steps"),
+        ("training.encoder_lr=-1", r"encoder_lr: -1\.0 is below 0"),
+    ],
+)
+def test_an_encoder_that_would_never_learn_is_refused(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path, change: str, message: str
+) -> None:
+    from karma_ray.cluster.pipeline import train_run
+
+    with pytest.raises(InputError, match=message):
+        train_run(_config("toy", change), shop, str(tmp_path / "x"), cache=finished[1])
+
+
+def test_a_run_is_not_resumed_on_rows_that_were_prepared_anew(
+    finished: tuple[str, str, dict[str, Any]], shop: str
+) -> None:
+    from karma_ray.cluster.pipeline import train_run
+
+    run, cache, _ = finished
+    facts = read_json(f"{run}/data.json")
+    write_json(facts | {"input": "another"}, f"{run}/data.json")
+    try:
+        with pytest.raises(InputError, match="was prepared anew"):
+            train_run(_config(), shop, run, resume=True, cache=cache)
+    finally:
+        write_json(facts, f"{run}/data.json")
 
 
 def test_a_run_may_not_take_the_place_of_the_link_to_the_newest(shop: str, tmp_path: Path) -> None:

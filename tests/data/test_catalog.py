@@ -83,7 +83,7 @@ def test_the_copy_of_a_node_is_private_to_its_user(
     elsewhere = tmp_path / "elsewhere"
     folder.rename(elsewhere)
     folder.symlink_to(elsewhere)
-    with pytest.raises(InputError, match="belongs to another user"):
+    with pytest.raises(InputError, match="is not private"):
         Catalog.load(data)
 
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from karma_ray.artifacts import read_json, write_json
 from karma_ray.errors import InputError
 from karma_ray.training.checkpoint import (
     Progress,
@@ -83,6 +84,17 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert _train(resumed, fresh_optimizer, _batches(other, 4), 4) == expected
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, resumed.state_dict()[name])
+
+
+def test_a_checkpoint_with_other_optimiser_groups_is_an_input_error(tmp_path: Path) -> None:
+    model, optimizer = _start()
+    save_checkpoint(tmp_path, model, optimizer, Progress(1))
+    state = read_json(str(tmp_path / "state.json"))
+    for group in state["optimizer"]["groups"]:
+        del group["start"]  # as an earlier version wrote it
+    write_json(state, str(tmp_path / "state.json"))
+    with pytest.raises(InputError, match="another optimiser's groups"):
+        load_checkpoint(tmp_path, model, optimizer)
 
 
 def test_every_random_state_comes_back(tmp_path: Path) -> None:
