@@ -18,7 +18,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ STUDY: dict[str, tuple[str, ...]] = {
     ),
 }  # fmt: skip
 """What a study sets for a data set by name (`*`: any other); --set comes after it."""
+_MEASURED = ("prepare.", "evaluation.")
 Record = dict[str, Any]
 
 
@@ -182,18 +183,37 @@ def read_results(results: Path) -> list[Record]:
 
 
 def groups(records: list[Record]) -> dict[tuple[str, str], list[Record]]:
-    """(data, recipe) -> its seeds; `recipe#hash` where a recipe ran with several configurations."""
+    """(data, recipe) -> its seeds; `recipe[field=value]` where settings of a recipe differ."""
     variants: dict[tuple[str, str], dict[str, list[Record]]] = {}
     for record in records:
-        settings = {key: value for key, value in settled(record["config"]).items() if key != "seed"}
-        digest = value_hash([settings, record.get("data_hash")])[:4]
         of_recipe = variants.setdefault((record["data"], record["recipe"]), {})
-        of_recipe.setdefault(digest, []).append(record)
-    return {
-        (data, recipe if len(found) == 1 else f"{recipe}#{digest}"): members
-        for (data, recipe), found in variants.items()
-        for digest, members in found.items()
-    }
+        of_recipe.setdefault(value_hash(settings_of(record)), []).append(record)
+    result: dict[tuple[str, str], list[Record]] = {}
+    for (data, recipe), found in variants.items():
+        settings = [settings_of(members[0]) for members in found.values()]
+        names = [name for name in settings[0] if len({str(s.get(name)) for s in settings}) > 1]
+        for setting, members in zip(settings, found.values(), strict=True):
+            told = ",".join(f"{name.rsplit('.', 1)[-1]}={setting.get(name)}" for name in names)
+            result[data, f"{recipe}[{told}]" if told else recipe] = members
+    return result
+
+
+def settings_of(record: Record) -> Record:
+    """What tells one run of a recipe from another but for the seed: dotted path -> value."""
+    settings = settled(record["config"])
+    # A floor trains nothing: only what it is measured on and with counts.
+    trained = record["recipe"] in recipes.TRAINED
+    flat = {k: v for k, v in flattened(settings) if trained or k.startswith(_MEASURED)}
+    return {**flat, "data_hash": record.get("data_hash")} | {"seed": None}
+
+
+def flattened(value: Record, path: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` -> ("a.b", 1)."""
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            yield from flattened(inner, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", inner
 
 
 def spread(records: list[Record]) -> dict[str, dict[str, float | None]]:
@@ -212,10 +232,10 @@ def spread(records: list[Record]) -> dict[str, dict[str, float | None]]:
 def summarise(records: list[Record]) -> None:
     """Print the table, a JSON line per recipe and the flat headline."""
     table = {key: spread(members) for key, members in sorted(groups(records).items())}
-    print(f"{'data':<18}{'recipe':<28}" + "".join(f"{name:>16}" for name in TABLE))
+    print(f"{'data':<18}{'recipe':<56}" + "".join(f"{name:>16}" for name in TABLE))
     for (data, recipe), values in table.items():
         cells = "".join(f"{cell(values.get(name)):>16}" for name in TABLE)
-        print(f"{data:<18}{recipe:<28}{cells}")
+        print(f"{data:<18}{recipe:<56}{cells}")
     headline: dict[str, float | None] = {}
     for (data, recipe), members in sorted(groups(records).items()):
         values = table[data, recipe]
