@@ -53,14 +53,14 @@ def toy() -> Config:
         model=replace(base.model, tiny=tiny, score=replace(base.model.score, scale=10.0)),
         pretrain=replace(base.pretrain, steps=200),
         warmup=replace(base.warmup, steps=200),
-        objective=replace(base.objective, hard_weight=4.0, hard_ramp=0.05, lambda_dec=0.1),
+        objective=replace(base.objective, hard_weight=3.0, hard_ramp=0.05, lambda_dec=0.1),
         # The late encoder is what lets so short a run find the person (docs/log.md).
         training=replace(
             base.training,
-            steps=900,
+            steps=1050,
             batch_size=48,
             learning_rate=2e-3,
-            encoder_delay=0.6,
+            encoder_delay=0.55,
             encoder_lr=0.3,
         ),
         evaluation=replace(base.evaluation, max_examples=3000),

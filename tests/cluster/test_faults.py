@@ -71,10 +71,9 @@ def test_karma_on_two_workers_ends_where_one_ends(ray_cluster: None, tmp_path: P
         lines = [line for line in read_lines(f"{run}/metrics.jsonl") if line["stage"] == "joint"]
         found[workers] = {line["step"]: line["loss/total"] for line in lines}
     assert list(found[2]) == list(range(1, 21))
-    first = next(iter(found[1].values()))
-    # The warm-up ran with as many workers too; float sums differ and grow apart slowly.
-    assert next(iter(found[2].values())) == pytest.approx(first, rel=1e-3)
+    # The same windows, but each worker draws its own negatives and decoded positions.
     assert list(found[2].values()) == pytest.approx(list(found[1].values()), rel=0.05)
+    assert found[2][20] < 0.9 * found[2][1]
     assert metrics[2]["HR@50"] == pytest.approx(metrics[1]["HR@50"], abs=5.0)
 
 
