@@ -19,11 +19,16 @@ from karma_ray.cluster.run_log import RunLog
 from karma_ray.training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.loop import Record, fit
+from karma_ray.training.memory import trim_heap
 from karma_ray.training.optim import Pace, build_optimizer, learning_rate_factor
 from karma_ray.training.parallel import barrier, broadcast_parameters, rank, world_size
 
 if TYPE_CHECKING:
     from karma_ray.training.step import Step
+
+
+TRIM_SECONDS = 5.0
+"""Between two returns of freed memory; one costs about a tenth of a second."""
 
 
 @dataclass(frozen=True)
@@ -170,12 +175,16 @@ class _Hooks:
         self.last: Record = {}
         self.valid: Record = {}
         self._validated = -1
+        self._trimmed = time.monotonic()
 
     def report(self, record: Record) -> bool:
         self.last = record
         if self._log is not None:
             self._log.add(record)
         self._channel.report(record)
+        if self._channel.device.type == "cpu" and time.monotonic() > self._trimmed + TRIM_SECONDS:
+            trim_heap()
+            self._trimmed = time.monotonic()
         return self._job.should_stop is not None and self._job.should_stop(record)
 
     def after_step(self, step: int) -> None:
