@@ -64,6 +64,8 @@ def test_karma_on_two_workers_ends_where_one_ends(ray_cluster: None, tmp_path: P
             recipes.build("toy"),
             ["pretrain.steps=20", "warmup.steps=20", "training.steps=20", "training.batch_size=8",
              "training.report_every=1", "training.encoder_delay=0.5", "training.precision=float32",
+             # Each worker draws for itself; with all negatives and steps there is nothing to draw.
+             "collate.num_hard_negatives=16", "collate.num_decoded=21", "collate.drop_query=0",
              f"training.num_workers={workers}", "evaluation.max_examples=60"],
         )  # fmt: skip
         run = str(tmp_path / f"run-{workers}")
@@ -71,9 +73,8 @@ def test_karma_on_two_workers_ends_where_one_ends(ray_cluster: None, tmp_path: P
         lines = [line for line in read_lines(f"{run}/metrics.jsonl") if line["stage"] == "joint"]
         found[workers] = {line["step"]: line["loss/total"] for line in lines}
     assert list(found[2]) == list(range(1, 21))
-    # The same windows, but each worker draws its own negatives and decoded positions.
-    assert list(found[2].values()) == pytest.approx(list(found[1].values()), rel=0.05)
-    assert found[2][20] < 0.9 * found[2][1]
+    # Float sums in another order, carried through three stages.
+    assert list(found[2].values()) == pytest.approx(list(found[1].values()), rel=0.01)
     assert metrics[2]["HR@50"] == pytest.approx(metrics[1]["HR@50"], abs=5.0)
 
 
