@@ -44,6 +44,8 @@ HEADLINE = ("HR@10", "HR@50", "HR@200", "gAUC", "in_query/HR@10")
 QUICK = (
     "pretrain.steps=40", "warmup.steps=40", "training.steps=40", "evaluation.max_examples=400",
 )  # fmt: skip
+_HERE = ("training.num_workers=0", "training.threads_per_worker=1")
+_LONG = ("training.steps=1000", "training.validate_every=200", *_HERE)
 STUDY: dict[str, tuple[str, ...]] = {
     # The shape of the `toy` recipe, for longer: every recipe of the toy shop with the same one.
     "toy_shop": (
@@ -51,18 +53,11 @@ STUDY: dict[str, tuple[str, ...]] = {
         "model.tiny.vocab_size=2048", "model.score.scale=10", "objective.hard_weight=2",
         "objective.lambda_dec=0.1", "training.encoder_delay=0.4", "training.encoder_lr=0.3",
         "pretrain.steps=200", "warmup.steps=200", "training.learning_rate=0.002",
-        "training.batch_size=64", "training.steps=1500", "training.validate_every=150",
-        "training.num_workers=0", "training.threads_per_worker=1",
+        "training.batch_size=64", "training.steps=1500", "training.validate_every=150", *_HERE,
     ),
     # Without queries clicks alone collapse an encoder that learns from the start.
-    "amazon_industrial": (
-        "training.encoder_delay=0.4", "training.encoder_lr=0.3", "training.steps=1000",
-        "training.validate_every=200", "training.num_workers=0", "training.threads_per_worker=1",
-    ),
-    "*": (
-        "training.steps=1000", "training.validate_every=200", "training.num_workers=0",
-        "training.threads_per_worker=1",
-    ),
+    "amazon_industrial": ("training.encoder_delay=0.4", "training.encoder_lr=0.3", *_LONG),
+    "*": _LONG,
 }  # fmt: skip
 """What a study sets for a data set by name (`*`: any other); --set comes after it."""
 _MEASURED = ("prepare.", "evaluation.")
@@ -200,11 +195,14 @@ def groups(records: list[Record]) -> dict[tuple[str, str], list[Record]]:
 
 def settings_of(record: Record) -> Record:
     """What tells one run of a recipe from another but for the seed: dotted path -> value."""
-    settings = settled(record["config"])
     # A floor trains nothing: only what it is measured on and with counts.
     trained = record["recipe"] in recipes.TRAINED
-    flat = {k: v for k, v in flattened(settings) if trained or k.startswith(_MEASURED)}
-    return {**flat, "data_hash": record.get("data_hash")} | {"seed": None}
+    settings = {
+        name: value
+        for name, value in flattened(settled(record["config"]))
+        if name.startswith(_MEASURED) or (trained and name != "seed")
+    }
+    return {**settings, "data_hash": record.get("data_hash")}
 
 
 def flattened(value: Record, path: str = "") -> Iterator[tuple[str, Any]]:

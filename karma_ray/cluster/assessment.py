@@ -32,6 +32,7 @@ from karma_ray.training.cases import collect_cases
 from karma_ray.training.checks import hidden_item_effect, with_strangers_history
 from karma_ray.training.evaluate import evaluate
 from karma_ray.training.order import Source
+from karma_ray.training.requests import sampled
 
 LOG = logging.getLogger(__name__)
 NUM_CASES = 12
@@ -111,7 +112,7 @@ def floor_metrics(judge: Judge, cache: str) -> dict[str, dict[str, float]]:
 
 def collapse_metrics(retriever: Retriever, examples: pa.Table, seed: int) -> dict[str, float]:
     """Effective rank and mean cosine of e (whole catalogue) and of h (a seeded sample)."""
-    sample = sampled(examples, seed)
+    sample = sampled(examples, NUM_CHECKED, seed)
     items = torch.from_numpy(retriever.table.embeddings)
     interests = retriever.interests(sample).float()
     return {
@@ -122,17 +123,11 @@ def collapse_metrics(retriever: Retriever, examples: pa.Table, seed: int) -> dic
     }
 
 
-def sampled(examples: pa.Table, seed: int) -> pa.Table:
-    """At most NUM_CHECKED examples, in their order."""
-    picked = np.random.default_rng(seed).permutation(examples.num_rows)[:NUM_CHECKED]
-    return examples.take(pa.array(np.sort(picked)))
-
-
 def run_checks(
     judge: Judge, retriever: Retriever, stage: Stage, examples: pa.Table
 ) -> dict[str, Any]:
     """Strangers' histories beside the true ones, and the effect of items h must not see."""
-    sample = sampled(examples, judge.config.seed)
+    sample = sampled(examples, NUM_CHECKED, judge.config.seed)
     strangers = with_strangers_history(sample, judge.config.seed)
     own, other = judge(retriever, sample), judge(retriever, strangers)
     source = Source.scan(join(judge.source.uri, "sequences"))

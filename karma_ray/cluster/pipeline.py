@@ -159,11 +159,7 @@ def _check_sizes(config: Config, source: PreparedData) -> None:
     for name, size in sizes.items():
         if size % workers:
             raise InputError(name, size, f"is not a multiple of training.num_workers={workers}")
-    if not 0 <= training.encoder_delay < 1:
-        message = "is a share of the steps: at least 0 and below 1"
-        raise InputError("training.encoder_delay", training.encoder_delay, message)
-    if training.encoder_lr < 0:
-        raise InputError("training.encoder_lr", training.encoder_lr, "is below 0")
+    training.check()
     prepared = (source.facts.get("prepare") or {}).get("max_history", 0)
     if config.collate.max_history < prepared:
         raise InputError(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from karma_ray.artifacts import exists, join, open_filesystem, read_json, write_json
+from karma_ray.artifacts import absolute, exists, join, open_filesystem, read_json, write_json
 from karma_ray.cluster.run_log import ProgressLine
 from karma_ray.cluster.worker import TrainJob, run_worker
 from karma_ray.errors import InputError, KarmaRayError, NonFiniteLoss
@@ -39,8 +39,7 @@ def run_training(
     whatever error of this package a worker raised (NonFiniteLoss above all). `max_failures`
     restarts after lost workers, from the newest checkpoint.
     """
-    if "://" not in job.run:
-        job = replace(job, run=os.path.abspath(job.run))  # workers start in another folder
+    job = replace(job, run=absolute(job.run))  # workers start in another folder
     if resume and exists(join(job.final, "summary.json")):
         summary: dict[str, Any] = read_json(join(job.final, "summary.json"))
         return summary

@@ -20,7 +20,7 @@ from karma_ray.training.checkpoint import Progress, load_checkpoint, save_checkp
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.loop import Record, fit
 from karma_ray.training.memory import trim_heap
-from karma_ray.training.optim import Pace, build_optimizer, learning_rate_factor
+from karma_ray.training.optim import Pace, build_optimizer, learning_rate_factor, same_pace
 from karma_ray.training.parallel import barrier, broadcast_parameters, rank, world_size
 
 if TYPE_CHECKING:
@@ -42,10 +42,6 @@ class WorkerContext:
     use_ray: bool
 
 
-def _same_pace(name: str) -> Pace:
-    return Pace()
-
-
 @dataclass(frozen=True)
 class TrainJob:
     """One stage of training. Everything in it travels to the workers (cloudpickle)."""
@@ -64,7 +60,7 @@ class TrainJob:
     """Steps, learning rate, precision, reports, checkpoints, workers."""
     seed: int = 0
     """Seed of the workers' torch random state (dropout)."""
-    pace_of: Callable[[str], Pace] = _same_pace
+    pace_of: Callable[[str], Pace] = same_pace
     """How a parameter learns, from its name: rate, start, rise."""
     probe: Callable[[nn.Module, Any], Record] | None = None
     """Measured on the batch of every report (collapse probes)."""

@@ -10,6 +10,7 @@ import pyarrow as pa
 from karma_ray.data.catalog import Catalog
 from karma_ray.model.karma import KarmaModel
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.training.requests import sampled
 
 
 def collect_cases(
@@ -23,8 +24,7 @@ def collect_cases(
     top: int = 10,
 ) -> list[dict[str, Any]]:
     """`count` seeded test examples: history, recalled titles beside the truth, decoded text."""
-    picked = np.random.default_rng(seed).permutation(examples.num_rows)[:count]
-    sample = examples.take(pa.array(np.sort(picked)))
+    sample = sampled(examples, count, seed)
     scores = retriever.score(sample)  # [n, I]
     spoken = model.speak(retriever.interests(sample), retriever.collator.requests(sample))
     rows = sample.to_pylist()

@@ -6,6 +6,8 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
+from karma_ray.errors import InputError
+
 
 @dataclass(frozen=True)
 class PretrainConfig:
@@ -75,6 +77,14 @@ class TrainingConfig:
     """Ray Train workers; 0 trains inside the driver process."""
     threads_per_worker: int = 0
     """CPU threads of each worker; 0 divides the machine's cores among them."""
+
+    def check(self) -> None:
+        """Raise InputError on a share or factor that cannot be."""
+        if not 0 <= self.encoder_delay < 1:
+            message = "is a share of the steps: at least 0 and below 1"
+            raise InputError("training.encoder_delay", self.encoder_delay, message)
+        if self.encoder_lr < 0:
+            raise InputError("training.encoder_lr", self.encoder_lr, "is below 0")
 
     def num_threads(self) -> int:
         """Threads of one worker on this machine."""

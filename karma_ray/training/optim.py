@@ -25,7 +25,8 @@ class Pace:
     """Steps from `start` over which its rate rises: Adam's first steps have full length."""
 
 
-def _same(name: str) -> Pace:
+def same_pace(name: str) -> Pace:
+    """Every parameter follows the common schedule."""
     return Pace()
 
 
@@ -34,7 +35,7 @@ def build_optimizer(
     *,
     learning_rate: float,
     weight_decay: float = 0.01,
-    pace_of: Callable[[str], Pace] = _same,
+    pace_of: Callable[[str], Pace] = same_pace,
 ) -> torch.optim.AdamW:
     """AdamW in groups: weight decay on matrices only, and one group per pace.
 

@@ -92,3 +92,9 @@ def _pages(
         page[1].update(dict.fromkeys([target, *(page_positives or [])]))
         page[2].update(dict.fromkeys(negatives or []))
     return pages
+
+
+def sampled(examples: pa.Table, count: int, seed: int) -> pa.Table:
+    """At most `count` examples, drawn from `seed`, in their order."""
+    picked = np.random.default_rng(seed).permutation(examples.num_rows)[:count]
+    return examples.take(pa.array(np.sort(picked)))

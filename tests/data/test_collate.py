@@ -19,7 +19,7 @@ def _ids(batch: Batch, index: torch.Tensor) -> list[str]:
     return [tiny.catalog().item_ids[row] for row in batch.item_rows[index].tolist()]
 
 
-def _equal(left: Batch, right: Batch, *, but: tuple[str, ...] = ()) -> None:
+def _assert_equal(left: Batch, right: Batch, *, but: tuple[str, ...] = ()) -> None:
     for field in fields(Batch):
         if field.name not in but:
             assert torch.equal(getattr(left, field.name), getattr(right, field.name)), field.name
@@ -77,7 +77,7 @@ def test_a_batch_counts_its_windows_and_real_tokens() -> None:
 
 def test_moving_a_batch_changes_no_tensor() -> None:
     batch = tiny.batch()
-    _equal(batch, batch.to("cpu"))
+    _assert_equal(batch, batch.to("cpu"))
 
 
 # --- hard negatives --------------------------------------------------------------------------
@@ -124,11 +124,11 @@ DECODE = ("decode_step", "decode_mask")
 def test_a_random_choice_leaves_the_others_as_they_were(
     change: dict[str, float], own: tuple[str, ...]
 ) -> None:
-    _equal(tiny.batch(**RANDOM), tiny.batch(**{**RANDOM, **change}), but=own)
+    _assert_equal(tiny.batch(**RANDOM), tiny.batch(**{**RANDOM, **change}), but=own)
 
 
 def test_a_seed_gives_its_batch_again() -> None:
-    _equal(tiny.batch(seed=3, **RANDOM), tiny.batch(seed=3, **RANDOM))
+    _assert_equal(tiny.batch(seed=3, **RANDOM), tiny.batch(seed=3, **RANDOM))
 
 
 def test_queries_are_dropped_at_the_stated_rate_and_then_are_empty() -> None:
@@ -198,7 +198,9 @@ def test_unknown_items_are_left_out_with_all_that_belongs_to_their_step() -> Non
         ["gone", "i1", "lost", "i2"], hard=[["i10"], ["i11"], ["i13"], ["i12"]],
         loss=[True, True, True, False],
     )  # fmt: skip
-    _equal(tiny.batch(tiny.sequences(known)), tiny.batch(tiny.sequences(mixed)), but=("group",))
+    _assert_equal(
+        tiny.batch(tiny.sequences(known)), tiny.batch(tiny.sequences(mixed)), but=("group",)
+    )
 
 
 def test_steps_of_one_page_or_one_instant_share_a_group() -> None:
@@ -260,7 +262,9 @@ def test_a_request_holds_max_history_items_and_the_query() -> None:
 def test_requests_need_no_item_tokens() -> None:
     bare = Collator(tiny.catalog(), tiny.tokenizer(), tiny.PLAIN)
     rows = tiny.examples(tiny.request(["i0", "i1"], "lamp"))
-    _equal(bare.requests(rows), tiny.collator().requests(rows), but=("item_tokens", "item_lengths"))
+    _assert_equal(
+        bare.requests(rows), tiny.collator().requests(rows), but=("item_tokens", "item_lengths")
+    )
 
 
 def test_a_batch_of_requests_without_any_history_can_be_made() -> None:

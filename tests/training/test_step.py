@@ -40,7 +40,7 @@ def _vectors(karma: KarmaModel, batch: Batch) -> tuple[Tensor, Tensor]:
     return karma.interest.interest(batch, items), items
 
 
-def _equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+def _assert_equal(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
     assert left.keys() == right.keys()
     for name in left:
         assert torch.equal(left[name], right[name]), name
@@ -210,7 +210,7 @@ def test_lambda_zero_is_action_only_in_loss_and_gradients() -> None:
         for objective in (ObjectiveConfig(lambda_dec=0.0), ACTION_ONLY)
     ]
     assert outputs[0].loss.item() == outputs[1].loss.item()
-    _equal(*(tiny.gradients(karma, output.loss) for output in outputs))
+    _assert_equal(*(tiny.gradients(karma, output.loss) for output in outputs))
     for output in outputs:
         assert not {"loss/generation", "loss/reconstruction"} & set(output.logs)
 
@@ -271,7 +271,9 @@ def test_a_delayed_encoder_is_frozen_before_its_share_of_the_training() -> None:
     assert not _encoder(tiny.gradients(karma, step(karma, batch).loss))
     karma.progress = 0.5
     found = _encoder(tiny.gradients(karma, step(karma, batch).loss))
-    _equal(found, _encoder(tiny.gradients(karma, JointStep(ObjectiveConfig())(karma, batch).loss)))
+    _assert_equal(
+        found, _encoder(tiny.gradients(karma, JointStep(ObjectiveConfig())(karma, batch).loss))
+    )
 
 
 def test_targets_only_is_the_gradient_of_targets_and_negatives() -> None:
@@ -280,7 +282,7 @@ def test_targets_only_is_the_gradient_of_targets_and_negatives() -> None:
     h = karma.interest.interest(batch, items.detach())
     manual = _encoder(tiny.gradients(karma, action_loss(karma, batch, h, items, ACTION_ONLY)[0]))
     found = _gradients(karma, batch, "targets_only")
-    _equal(found, manual)
+    _assert_equal(found, manual)
     full = _gradients(karma, batch, "full")
     assert any(not torch.equal(full[name], found[name]) for name in full)
 
