@@ -97,3 +97,5 @@ class ModelConfig:
     """Dot product and its normalisation."""
     decodability: DecodabilityConfig = field(default_factory=DecodabilityConfig)
     """Train-only decoders."""
+    peft: str = "full"
+    """`full`: every weight learns; `lora:R`: rank-R adapters on both backbones (2106.09685)."""

@@ -73,10 +73,27 @@ class TrainingConfig:
     """Steps between checkpoints (model, optimiser, RNG, data position)."""
     validate_every: int = 0
     """Steps between evaluations on valid examples (the curve of the report); 0: at the end."""
+    keep_checkpoints: int = 2
+    """Newest checkpoints kept, beside the best one by `best_metric`."""
+    best_metric: str = "HR@50"
+    """Validation metric whose best checkpoint is kept too."""
     num_workers: int = 1
     """Ray Train workers; 0 trains inside the driver process."""
+    min_workers: int = 0
+    """Go on with as few as these when machines are lost (elastic); 0: wait for `num_workers`."""
     threads_per_worker: int = 0
     """CPU threads of each worker; 0 divides the machine's cores among them."""
+
+    parallelism: Literal["replicate", "shard"] = "replicate"
+    """Every worker holds the whole model (DDP), or a share of its layers (FSDP2)."""
+    micro_batch_size: int = 0
+    """User windows of a worker that are in memory at once (gradient cache, same result); 0: all."""
+    micro_tokens: int = 16_384
+    """Item tokens encoded at once by the gradient cache."""
+    activation_checkpointing: bool = False
+    """Keep only the layers' inputs and compute the rest again in the backward pass."""
+    compile: bool = False
+    """Compile the layers (torch.compile); pays on GPUs."""
 
     def check(self) -> None:
         """Raise InputError on a share or factor that cannot be."""
