@@ -18,6 +18,7 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
+    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -29,14 +30,14 @@ from transformers.utils import logging as transformers_logging
 
 from karma_ray.data.prompts import END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
 from karma_ray.errors import InputError
+from karma_ray.model import packing
 from karma_ray.model.config import TinyBackboneConfig
 
 transformers_logging.disable_progress_bar()
 LOG = logging.getLogger(__name__)
 
-# A finite "minus infinity": exp(-1e9) is exactly 0 in every dtype, and a fully masked
-# padding row stays finite.
-HIDDEN = -1e9
+ATTENTION = "karma_ray"
+AttentionInterface.register(ATTENTION, packing.attend)
 
 
 def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> Qwen3Model:
@@ -62,7 +63,7 @@ def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> Qwen3M
                 intermediate_size=config.intermediate_size,
                 max_position_embeddings=4096,
                 tie_word_embeddings=True,
-                attn_implementation=_attention(),
+                attn_implementation=ATTENTION,
                 use_cache=False,
             )
         )
@@ -73,7 +74,7 @@ def load_body(checkpoint: str, field: str = "checkpoint") -> Qwen3Model:
     check_architecture(checkpoint, field)
     try:
         body, info = Qwen3Model.from_pretrained(
-            checkpoint, attn_implementation=_attention(), dtype=torch.float32,
+            checkpoint, attn_implementation=ATTENTION, dtype=torch.float32,
             output_loading_info=True,
         )  # fmt: skip
     except (OSError, ValueError) as error:
@@ -154,20 +155,30 @@ def run_body(
     embeddings: Tensor,
     visible: Tensor | None = None,
     positions: Tensor | None = None,
+    real: Tensor | None = None,
 ) -> Tensor:
     """Last hidden states [B, S, D] of soft tokens [B, S, D].
 
     `visible` [B, S, S] says which position (row) sees which (column); without it the body is
-    causal over right-padded rows. The mask is additive float: eager attention *adds* what it
-    is given, so a boolean mask would leak silently.
+    causal. `positions` [B, S] defaults to each slot's number. Slots that are not `real` [B, S]
+    need not be computed: no real one may see them (in a causal pass they stand behind), and
+    their states are finite but unspecified.
     """
-    options: dict[str, Any] = {"inputs_embeds": embeddings, "use_cache": False}
-    if visible is not None:
-        bias = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
-        options["attention_mask"] = bias.masked_fill_(~visible, HIDDEN)[:, None]
-    if positions is not None:
-        options["position_ids"] = positions
-    return cast(Tensor, body(**options).last_hidden_state)
+    num_rows, num_slots = embeddings.shape[:2]
+    if positions is None:
+        positions = torch.arange(num_slots, device=embeddings.device).expand(num_rows, -1)
+    if real is None or not packing.worth_packing(real):
+        everything = torch.ones(num_rows, num_slots, dtype=torch.bool, device=embeddings.device)
+        plan = packing.Packing(everything, visible, packed=False)
+        return _states(body, embeddings, positions, plan)
+    plan = packing.Packing(real, visible)
+    tokens, places = plan.collect(embeddings), plan.collect(positions)
+    return plan.spread(_states(body, tokens[None], places[None], plan)[0])
+
+
+def _states(body: nn.Module, embeddings: Tensor, positions: Tensor, plan: Any) -> Tensor:
+    output = body(inputs_embeds=embeddings, position_ids=positions, use_cache=False, packing=plan)
+    return cast(Tensor, output.last_hidden_state)
 
 
 def truncated(body: Qwen3Model, num_layers: int) -> Qwen3Model:
@@ -191,11 +202,6 @@ def hidden_size(body: nn.Module) -> int:
 def token_embeddings(body: nn.Module) -> Tensor:
     """Input-embedding rows [V, D]."""
     return cast(Tensor, cast(Any, body).embed_tokens.weight)
-
-
-def _attention() -> str:
-    # On CPU at small widths eager attention under bfloat16 is faster than the fused kernel.
-    return "sdpa" if torch.cuda.is_available() else "eager"
 
 
 def check_architecture(checkpoint: str, field: str) -> None:

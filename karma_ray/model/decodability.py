@@ -82,6 +82,7 @@ def history_to_text(
         torch.cat([prefix.embeddings, text], 1),
         visible,
         torch.cat([prefix.layout.positions, branch], 1),
+        torch.cat([prefix.layout.real, targets.mask.view(num_windows, -1)], 1),
     )
     return states[:, :slots], states[:, slots:].reshape(-1, length, states.shape[-1])
 
@@ -91,30 +92,33 @@ def vector_to_text(
     prompt: Tensor,
     vectors: Tensor,
     inputs: Tensor,
+    mask: Tensor,
     condition: Tensor | None = None,
     condition_mask: Tensor | None = None,
 ) -> Tensor:
     """Rows `[prompt] P(x) <s> [query] w_1..w_L`: Task 2 (x = h_t) and the warm-up (x = e_i).
 
-    prompt [n], vectors [R, D] already projected, inputs [R, L + 1], condition [R, Lq] query
-    tokens. Returns the states [R, L + 1, D] at the text, first at the token before w_1.
+    prompt [n], vectors [R, D] already projected, inputs [R, L + 1] of which `mask` is wanted,
+    condition [R, Lq] query tokens. Returns the states [R, L + 1, D] at
+    the text, first at the token before w_1.
     """
     embed = token_embeddings(body)
     count = len(vectors)
     parts = [embed[prompt].expand(count, -1, -1), vectors[:, None].to(embed.dtype)]
     if condition is None or condition_mask is None:
-        states = run_body(body, torch.cat([*parts, embed[inputs]], 1))
+        real = functional.pad(mask, (len(prompt) + 1, 0), value=True) & mask[:, :1]
+        states = run_body(body, torch.cat([*parts, embed[inputs]], 1), real=real)
         return states[:, len(prompt) + 1 :]
     # `<s>` stands before the query, the text after it: w_1 is predicted at the query's end.
     parts += [embed[inputs[:, :1]], embed[condition], embed[inputs[:, 1:]]]
     soft = torch.cat(parts, 1)
     head = torch.ones(count, len(prompt) + 2, dtype=torch.bool, device=soft.device)
-    tail = torch.ones_like(inputs[:, 1:], dtype=torch.bool)
-    used = torch.cat([head, condition_mask, tail], 1)
+    used = torch.cat([head, condition_mask, torch.ones_like(mask[:, 1:])], 1)
+    real = torch.cat([head, condition_mask, mask[:, 1:]], 1) & mask[:, :1]
     order = torch.arange(soft.shape[1], device=soft.device)
     visible = (order[:, None] >= order[None, :]) & used[:, None, :]
     positions = used.long().cumsum(1) - 1
-    states = run_body(body, soft, visible, positions.clamp(min=0))
+    states = run_body(body, soft, visible, positions.clamp(min=0), real)
     first = len(prompt) + 1 + condition_mask.sum(1)  # last real slot before w_1
     begin = states[torch.arange(count, device=soft.device), first]
     return torch.cat([begin[:, None], states[:, len(prompt) + 2 + condition.shape[1] :]], 1)

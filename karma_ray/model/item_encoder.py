@@ -70,9 +70,8 @@ class ItemEncoder(nn.Module):
             at_last = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=tokens.device)
             at_last[rows, last] = True
             embeddings = torch.where(at_last[..., None], self.item_token, embeddings)
-        # Padding lies to the right of a causal model: it changes nothing before it.
-        states = run_body(self.body, embeddings)
+        real = torch.arange(embeddings.shape[1], device=tokens.device) <= last[:, None]
+        states = run_body(self.body, embeddings, real=real)
         if self.config.pool == "mean":
-            real = torch.arange(states.shape[1], device=tokens.device) <= last[:, None]
             return (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
         return states[rows, last]

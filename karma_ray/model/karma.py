@@ -7,7 +7,7 @@ Legend: B windows, M decoded positions, R rows to decode, U items, L tokens, D w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
@@ -111,12 +111,13 @@ class KarmaModel(nn.Module):
         return self._decode(items, targets.inputs, targets, None, None)
 
     def targets(self, batch: Batch) -> TextTargets:
-        """Text of the items at the decoded positions, R = B M rows."""
+        """Text of the items at the decoded positions, R = B M rows; none where none is decoded."""
         item = batch.item_index.gather(1, batch.decode_step).flatten()
-        return text_targets(
+        targets = text_targets(
             batch.item_tokens[item], batch.item_lengths[item], self.special,
             self.decodability.config.max_target_tokens,
         )  # fmt: skip
+        return replace(targets, mask=targets.mask & batch.decode_mask.flatten()[:, None])
 
     @torch.no_grad()
     def speak(
@@ -134,7 +135,10 @@ class KarmaModel(nn.Module):
         projected = self.decodability.project(self.interest.user_decoder.projector, interest)
         inputs = torch.full((len(interest), 1), self.special.text_start, device=interest.device)
         for _ in range(max_tokens):
-            states = vector_to_text(body, self.decodability.prompt, projected, inputs, *seen)[:, -1]
+            states = vector_to_text(
+                body, self.decodability.prompt, projected, inputs,
+                torch.ones_like(inputs, dtype=torch.bool), *seen,
+            )[:, -1]  # fmt: skip
             following = (states.float() @ self.head_of(body).float().T).argmax(-1, keepdim=True)
             inputs = torch.cat([inputs, following], 1)
         return [self._words(row) for row in inputs[:, 1:].tolist()]
@@ -155,8 +159,9 @@ class KarmaModel(nn.Module):
         body = self.decodability.decoder(self.interest.user_decoder.body)
         projected = self.decodability.project(self.interest.user_decoder.projector, vectors)
         states = vector_to_text(
-            body, self.decodability.prompt, projected, inputs, condition, condition_mask
-        )
+            body, self.decodability.prompt, projected, inputs, targets.mask, condition,
+            condition_mask,
+        )  # fmt: skip
         return Decoded(states, targets, self.head_of(body))
 
     def _drop_tokens(self, targets: TextTargets, generator: torch.Generator | None) -> Tensor:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from karma_ray.model.config import UserDecoderConfig
 
@@ -27,6 +28,7 @@ class Layout:
 
     visible: Tensor  # [B, S, S] row sees column
     positions: Tensor  # [B, S]
+    real: Tensor  # [B, S] slots that hold something; no other is seen or read
     readout: Tensor  # [B, T] slot whose state is h_k
 
 
@@ -76,7 +78,10 @@ def build_layout(
     if kind == "items_only":
         last_item = num_prompt + before * block - 1  # slot of the last item of earlier groups
         readout = torch.where(before > 0, last_item, num_prompt - 1)
-    return Layout(visible, positions, readout)
+    if kind == "items_only":
+        used = used & is_item
+    real = functional.pad(used, (num_prompt, 0), value=True)
+    return Layout(visible, positions, real, readout)
 
 
 def other_group_steps(group: Tensor, step_mask: Tensor) -> Tensor:

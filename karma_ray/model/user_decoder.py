@@ -76,8 +76,9 @@ class UserDecoder(nn.Module):
     def run(self, prefix: Prefix) -> Tensor:
         """Last hidden states [B, S, D]."""
         return run_body(
-            self.body, prefix.embeddings, prefix.layout.visible, prefix.layout.positions
-        )
+            self.body, prefix.embeddings, prefix.layout.visible, prefix.layout.positions,
+            prefix.layout.real,
+        )  # fmt: skip
 
     def interest(self, states: Tensor, layout: Layout) -> Tensor:
         """h [B, T, D] read from states [B, >= S, D]."""

@@ -6,6 +6,7 @@ negative and the loss falls to zero. Legend: N examples, P pool items, C items o
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -17,8 +18,15 @@ def in_batch_mask(pool: Tensor, clicked: Tensor, clicked_mask: Tensor, window: T
     content as *anything* this user clicked in the window (the positive included, and with it
     every click of the same page) is no negative.
     """
-    same = (pool[None, None, :] == clicked[:, :, None]) & clicked_mask[:, :, None]
-    return ~same.any(1)[window]
+    # Looked up, not compared one by one: [B, C, P] would outgrow the scores themselves.
+    if len(pool) == 0:
+        return torch.ones(len(window), 0, dtype=torch.bool, device=pool.device)
+    contents, place = torch.unique(pool, return_inverse=True)
+    found = torch.searchsorted(contents, clicked).clamp(max=len(contents) - 1)
+    hit = clicked_mask & (contents[found] == clicked)
+    taken = torch.zeros(len(clicked), len(contents) + 1, dtype=torch.bool, device=pool.device)
+    taken.scatter_(1, torch.where(hit, found, len(contents)), True)
+    return ~taken[:, place][window]
 
 
 def hard_negative_mask(

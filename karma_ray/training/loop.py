@@ -73,10 +73,11 @@ def fit(
             batch = to_device(batch, device)
             meters.waited(time.perf_counter() - waited)
             rate = set_learning_rate(optimizer, factor(number), number)
+            optimizer.zero_grad(set_to_none=True)
             with _autocast(device, precision):
                 output = step(model, batch)
             _check_terms(output, batch, number + 1, failure_dir)
-            norm = _backward(model, optimizer, output, grad_clip)
+            norm = _backward(model, output, grad_clip)
             _check_norm(norm, output, batch, number + 1, failure_dir)
             optimizer.step()
             meters.add(output, norm)
@@ -117,12 +118,10 @@ def _probed(
         return probe(model, batch)
 
 
-def _backward(
-    model: nn.Module, optimizer: torch.optim.Optimizer, output: StepOutput, grad_clip: float
-) -> Tensor:
+def _backward(model: nn.Module, output: StepOutput, grad_clip: float) -> Tensor:
     """Gradients of the global loss, clipped; returns their norm before clipping."""
-    optimizer.zero_grad(set_to_none=True)
-    output.loss.backward()  # type: ignore[no-untyped-call]
+    if output.loss.requires_grad:
+        output.loss.backward()  # type: ignore[no-untyped-call]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     sum_gradients(parameters)
     return nn.utils.clip_grad_norm_(parameters, grad_clip)

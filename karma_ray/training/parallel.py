@@ -48,6 +48,14 @@ def global_sum(value: Tensor) -> Tensor:
     return total
 
 
+def global_max(value: Tensor) -> Tensor:
+    """Largest `value` over the workers, elementwise and without gradient."""
+    largest = value.detach().clone()
+    if is_parallel():
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest
+
+
 def row_counts(num_rows: int, device: torch.device | str = "cpu") -> list[int]:
     """Rows of every worker, in rank order."""
     if not is_parallel():

@@ -19,24 +19,25 @@ from karma_ray.data.batch import Batch
 from karma_ray.metrics.collapse import effective_rank, mean_cosine
 from karma_ray.model.backbone import run_body, token_embeddings
 from karma_ray.model.karma import Decoded, KarmaModel
-from karma_ray.objectives.action import ACTION_LOSSES, pair_weights
 from karma_ray.objectives.losses import (
     LossTerms,
     ObjectiveConfig,
     builds_generation,
     builds_reconstruction,
-    hard_weight_at,
 )
-from karma_ray.objectives.negatives import first_occurrences, hard_negative_mask, in_batch_mask
 from karma_ray.objectives.text import reduce_tokens, token_cross_entropy
-from karma_ray.training.parallel import all_gather_ints, all_gather_rows, global_sum
+from karma_ray.training.action import Pool, action_term, trained_steps
+from karma_ray.training.gradient_cache import CachedItems, micro_batches, run_backward
+from karma_ray.training.item_table import SharedBatch, share_items
+from karma_ray.training.parallel import global_sum
 
 
 @dataclass(frozen=True)
 class StepOutput:
     """What the loop needs of a step."""
 
-    loss: Tensor  # scalar: this worker's share of the global loss
+    loss: Tensor  # scalar: this worker's share of the global loss; without a graph when the
+    # step did the backward pass itself
     logs: dict[str, Tensor | float]  # global values; `tokens` and `examples` are this worker's
 
 
@@ -62,9 +63,9 @@ class PretrainStep:
     def __call__(self, body: nn.Module, batch: TokenBatch) -> StepOutput:
         """Mean cross-entropy per token."""
         embed = token_embeddings(body)
-        states = run_body(body, embed[batch.tokens[:, :-1]])
         labels = batch.tokens[:, 1:]
         mask = torch.arange(labels.shape[1], device=labels.device) < batch.lengths[:, None] - 1
+        states = run_body(body, embed[batch.tokens[:, :-1]], real=mask)
         values = token_cross_entropy(states, embed, labels, mask)
         loss = values.sum() / global_sum(mask.sum()).clamp(min=1)
         return StepOutput(
@@ -104,41 +105,33 @@ class WarmupStep:
 
 @dataclass(frozen=True)
 class JointStep:
-    """Stage 2: L_act + lambda_dec (L_gen + L_recon) on behaviour sequences."""
+    """Stage 2: L_act + lambda_dec (L_gen + L_recon) on behaviour sequences.
+
+    With `micro_batch_size` the users pass through memory so many at a time, by the gradient
+    cache; loss and gradients are those of the whole batch, and the backward pass is done.
+    """
 
     objective: ObjectiveConfig
     encoder_grad: str = "full"
     encoder_delay: float = 0.0
+    micro_batch_size: int = 0
+    micro_tokens: int = 16_384
 
     def __call__(self, model: nn.Module, batch: Batch) -> StepOutput:
         """Equations 5 to 7 on one batch."""
         assert isinstance(model, KarmaModel)
-        objective = self.objective
-        items = self.encode(model, batch)
-        history = self._history(model, batch, items)
-        text: Decoded | None = None
-        if builds_generation(objective):
-            interest, text = model.forward_with_text(batch, history)
+        shared = share_items(batch)
+        batch, count = shared.batch, self._counts(shared.batch)
+        if self.micro_batch_size:
+            sums, total = self._in_parts(model, shared, count)
         else:
-            interest = model.interest.interest(batch, history)
-        with torch.autocast(interest.device.type, enabled=False):
-            action, logs = action_loss(model, batch, interest, items.float(), objective)
-        decoded = batch.decode_mask.flatten()
-        count = global_sum(decoded.sum()).clamp(min=1)
-
-        def mean(task: Decoded) -> Tensor:
-            values = decoded_losses(task, objective.ce_reduction)
-            return (values * decoded).sum() / count
-
-        reconstruction = None
-        if builds_reconstruction(objective):
-            reconstruction = mean(model.decode_interest(batch, decoded_interest(batch, interest)))
-        terms = LossTerms(action, None if text is None else mean(text), reconstruction)
-        total = terms.total(objective)
-        named = {**terms.named(), "loss/total": total}
-        shared = global_sum(torch.stack([term.detach().float() for term in named.values()]))
-        logs.update(zip(named, shared, strict=True))
-        logs["tokens"], logs["examples"] = float(batch.num_tokens), float(batch.num_windows)
+            items = self._items(model, shared)
+            pool = Pool(items[shared.pool], batch.item_content[shared.pool])
+            history = self._history(model, batch, items)
+            sums, total = self._sums(model, batch, items, history, pool, count)
+        values = torch.stack([value.detach().float() for value in sums.values()])
+        logs: dict[str, Tensor | float] = dict(zip(sums, global_sum(values), strict=True))
+        logs.update(_shares(shared))
         return StepOutput(total, logs)
 
     def is_delayed(self, progress: float) -> bool:
@@ -149,14 +142,38 @@ class JointStep:
         """Whether the item encoder stands still at this share of the training."""
         return self.encoder_grad == "frozen" or self.is_delayed(progress)
 
-    def encode(self, model: KarmaModel, batch: Batch) -> Tensor:
-        """e [U, D] of the batch's unique items; without gradient while the encoder is frozen."""
-        if self.is_frozen(model.progress):
-            if model.bank is not None:
-                return model.bank[batch.item_rows]
-            with torch.no_grad():
-                return model.interest.encode_items(batch.item_tokens, batch.item_lengths)
-        return model.interest.encode_items(batch.item_tokens, batch.item_lengths)
+    def _items(self, model: KarmaModel, shared: SharedBatch) -> Tensor:
+        """e [G, D] of the step's unique items; without gradient while the encoder is frozen."""
+        if not self.is_frozen(model.progress):
+            return shared.encoded(model.interest.encode_items)
+        if model.bank is not None:
+            return model.bank[shared.batch.item_rows]
+        with torch.no_grad():
+            return shared.encoded(model.interest.encode_items)
+
+    def _in_parts(
+        self, model: KarmaModel, shared: SharedBatch, count: Tensor
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The gradient cache: forward and backward, part by part."""
+        batch, cached = shared.batch, None
+        if self.is_frozen(model.progress) and model.bank is not None:
+            items = model.bank[batch.item_rows]
+        else:
+            cached = CachedItems(shared, model.interest.encode_items, self.micro_tokens)
+            items = cached.vectors
+            if self.is_frozen(model.progress):
+                items, cached = items.detach(), None
+        history = self._history(model, batch, items)
+        sums: dict[str, Tensor] = {}
+        for part, used in micro_batches(batch, self.micro_batch_size):
+            pool = Pool(items[shared.pool], batch.item_content[shared.pool])
+            found, total = self._sums(model, part, items[used], history[used], pool, count)
+            run_backward(total)
+            for name, value in found.items():
+                sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
+        if cached is not None:
+            cached.backward()
+        return sums, sums["loss/total"]
 
     def _history(self, model: KarmaModel, batch: Batch, items: Tensor) -> Tensor:
         """What the history is read through: live embeddings, or the cached bank."""
@@ -166,6 +183,46 @@ class JointStep:
             return items.detach()
         return model.bank[batch.item_rows]
 
+    def _counts(self, batch: Batch) -> Tensor:
+        """Trained and decoded steps over all workers [2], what the sums are divided by."""
+        trained = trained_steps(batch, self.objective.act_positions).sum()
+        return global_sum(torch.stack([trained, batch.decode_mask.sum()])).clamp(min=1)
+
+    def _sums(
+        self, model: KarmaModel, batch: Batch, items: Tensor, history: Tensor, pool: Pool,
+        count: Tensor,
+    ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
+        """This part's shares of the logged global means, and of the total loss.
+
+        `items` and `history` [U, D] are the embeddings of the batch's items as targets and as
+        inputs of the user decoder.
+        """
+        objective = self.objective
+        text: Decoded | None = None
+        if builds_generation(objective):
+            interest, text = model.forward_with_text(batch, history)
+        else:
+            interest = model.interest.interest(batch, history)
+        with torch.autocast(interest.device.type, enabled=False):
+            action = action_term(
+                model.interest, batch, interest, items.float(), pool, objective, model.progress
+            )
+        decoded = batch.decode_mask.flatten()
+
+        def mean(task: Decoded) -> Tensor:
+            values = decoded_losses(task, objective.ce_reduction)
+            return (values * decoded).sum() / count[1]
+
+        reconstruction = None
+        if builds_reconstruction(objective):
+            reconstruction = mean(model.decode_interest(batch, decoded_interest(batch, interest)))
+        generation = None if text is None else mean(text)
+        terms = LossTerms(action.loss / count[0], generation, reconstruction)
+        total = terms.total(objective)
+        hard, in_batch = action.negatives / count[0]
+        negatives = {"negatives/hard_per_step": hard, "negatives/surviving": hard + in_batch}
+        return {**terms.named(), "loss/total": total, **negatives}, total
+
     @torch.no_grad()
     def probe(self, model: KarmaModel, batch: Batch) -> dict[str, float]:
         """Collapse probes of one batch: decode gap, effective rank and mean cosine of e and h.
@@ -173,7 +230,11 @@ class JointStep:
         The gap, CE(shuffled h) - CE(h) in nats per token, is measured through Task 2's decoder
         whether or not this run trains it: it says whether h still holds the target's words.
         """
-        items = self.encode(model, batch)
+        shared = share_items(batch)
+        batch, items = shared.batch, self._items(model, shared)
+        if self.micro_batch_size:  # a sample: the whole batch would not fit
+            batch, used = next(iter(micro_batches(batch, self.micro_batch_size)))
+            items = items[used]
         interest = model.interest.interest(batch, self._history(model, batch, items))
         decoded = batch.decode_mask.flatten()
         rows = decoded_interest(batch, interest)
@@ -196,51 +257,17 @@ class JointStep:
         }
 
 
-def action_loss(
-    model: KarmaModel, batch: Batch, interest: Tensor, items: Tensor, objective: ObjectiveConfig
-) -> tuple[Tensor, dict[str, Tensor | float]]:
-    """L_act (equation 5) of the trained steps and the number of surviving negatives.
-
-    Local anchors meet the positives of all workers, gathered with gradient and deduplicated by
-    content; hard negatives stay local to their step.
-    """
-    trained = batch.loss_mask
-    if objective.act_positions == "last":
-        order = torch.arange(trained.shape[1], device=trained.device)
-        trained = trained & (order == (trained * order).amax(1, keepdim=True))
-    window, step = trained.nonzero(as_tuple=True)
-    vectors = model.interest.index_vectors(items)  # [U, D]
-    queries = model.interest.query_vectors(interest[window, step])  # [N, D]
-    content = batch.item_content[batch.item_index]  # [B, T]
-
-    local = torch.unique(batch.item_index[batch.loss_mask])
-    pool, pool_content = all_gather_rows(vectors[local]), all_gather_ints(batch.item_content[local])
-    fresh = first_occurrences(pool_content)
-    pool, pool_content = pool[fresh], pool_content[fresh]
-
-    in_batch = in_batch_mask(pool_content, content, batch.item_mask, window)  # [N, P]
-    hard = hard_negative_mask(
-        batch.item_content[batch.hard_index], batch.hard_mask, content, batch.item_mask
-    )[window, step]
-    positive = (queries * vectors[batch.item_index[window, step]]).sum(-1)
-    hard_scores = torch.einsum("nd,nhd->nh", queries, vectors[batch.hard_index[window, step]])
-    negatives = torch.cat([hard_scores, queries @ pool.T], 1)
-    weights = pair_weights(
-        hard,
-        in_batch,
-        objective.act_reduction,
-        hard_weight_at(objective, model.progress),
-        objective.batch_weight,
-    )
-    values = ACTION_LOSSES[objective.action_loss](positive, negatives, weights)
-    count = global_sum(values.new_tensor(float(len(values)))).clamp(min=1)
-    survived = global_sum(torch.stack([hard.sum(), in_batch.sum()]).float()) / count
-    logs: dict[str, Tensor | float] = {
-        "negatives/hard_per_step": survived[0],
-        "negatives/surviving": survived.sum(),
-        "negatives/pool": float(len(pool)),
+def _shares(shared: SharedBatch) -> dict[str, Tensor | float]:
+    """What the step was made of: counts of this worker, and the work that was not done twice."""
+    batch = shared.batch
+    slots = batch.item_tokens.numel() + 2 * batch.step_mask.numel()
+    return {
+        "negatives/pool": float(len(shared.pool)),
+        "work/duplicates_removed": 1.0 - shared.num_items / max(1, shared.num_uses),
+        "work/padding_removed": 1.0 - batch.num_tokens / max(1, slots),
+        "tokens": float(batch.item_lengths[shared.own].sum() + 2 * batch.step_mask.sum()),
+        "examples": float(batch.num_windows),
     }
-    return values.sum() / count, logs
 
 
 def decoded_interest(batch: Batch, interest: Tensor) -> Tensor:

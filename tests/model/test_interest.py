@@ -109,8 +109,8 @@ def test_requests_without_history_or_query_are_answered(layout: str, query_mode:
 def test_h_and_e_have_unit_root_mean_square() -> None:
     model = tiny.model().interest
     table = _table(model)
-    h = _h(model, tiny.batch(), table)
-    for vectors in (table, h):
+    batch = tiny.batch()
+    for vectors in (table, _h(model, batch, table)[batch.step_mask]):
         torch.testing.assert_close(
             vectors.square().mean(-1), torch.ones(vectors.shape[:-1]), atol=1e-4, rtol=0
         )

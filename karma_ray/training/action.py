@@ -1,0 +1,97 @@
+"""L_act on a batch: local anchors against the pool of all workers' positives, in bounded memory.
+
+Legend: B windows, T steps, U items, N trained steps, P pool, H hard negatives, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from karma_ray.data.batch import Batch
+from karma_ray.model.interest import InterestModel
+from karma_ray.objectives.action import ACTION_LOSSES, pair_weights
+from karma_ray.objectives.losses import ObjectiveConfig, hard_weight_at
+from karma_ray.objectives.negatives import hard_negative_mask, in_batch_mask
+
+MAX_PAIRS = 4 * 1024 * 1024
+"""Scores in memory at once; those of a larger batch are computed again in the backward pass."""
+
+
+@dataclass(frozen=True)
+class Pool:
+    """In-batch negatives of every anchor: positives of all workers, one of each content."""
+
+    vectors: Tensor  # e [P, D]
+    content: Tensor  # [P]
+
+
+@dataclass(frozen=True)
+class ActionTerm:
+    """Sums over this worker's trained steps; to be divided by a global count."""
+
+    loss: Tensor  # scalar
+    negatives: Tensor  # [2] surviving hard and in-batch negatives
+
+
+def trained_steps(batch: Batch, positions: str) -> Tensor:
+    """Mask [B, T] of the steps in L_act: `all` trained ones, or each window's `last`."""
+    trained = batch.loss_mask
+    if positions == "last":
+        order = torch.arange(trained.shape[1], device=trained.device)
+        trained = trained & (order == (trained * order).amax(1, keepdim=True))
+    return trained
+
+
+def action_term(
+    model: InterestModel,
+    batch: Batch,
+    interest: Tensor,
+    items: Tensor,
+    pool: Pool,
+    objective: ObjectiveConfig,
+    progress: float = 1.0,
+) -> ActionTerm:
+    """Equation 5 on h [B, T, D] and e of the batch's items [U, D].
+
+    In-batch negatives are the items of the pool that the window's user did not click; hard
+    negatives stay with their step.
+    """
+    window, step = trained_steps(batch, objective.act_positions).nonzero(as_tuple=True)
+    content = batch.item_content[batch.item_index]  # [B, T]
+    hard = hard_negative_mask(
+        batch.item_content[batch.hard_index], batch.hard_mask, content, batch.item_mask
+    )[window, step]
+    queries = model.query_vectors(interest[window, step])  # [N, D]
+    vectors, candidates = model.index_vectors(items), model.index_vectors(pool.vectors.float())
+    positive = (queries * vectors[batch.item_index[window, step]]).sum(-1)
+    exposed = torch.einsum("nd,nhd->nh", queries, vectors[batch.hard_index[window, step]])
+    users = torch.arange(len(content), device=content.device)
+    free = in_batch_mask(pool.content, content, batch.item_mask, users)  # [B, P]
+    hard_weight = hard_weight_at(objective, progress)
+
+    def losses(
+        queries: Tensor, positive: Tensor, exposed: Tensor, candidates: Tensor,
+        hard: Tensor, window: Tensor,
+    ) -> Tensor:  # fmt: skip
+        scores = torch.cat([exposed, queries @ candidates.T], 1)
+        weights = pair_weights(
+            hard, free[window], objective.act_reduction, hard_weight, objective.batch_weight
+        )
+        return ACTION_LOSSES[objective.action_loss](positive, scores, weights).sum()
+
+    size = max(1, MAX_PAIRS // max(1, len(candidates)))
+    total, survived = queries.new_zeros(()), torch.stack([hard.sum(), free.sum(1)[window].sum()])
+    for begin in range(0, len(window), size) or (0,):
+        part = slice(begin, begin + size)
+        inputs = (queries[part], positive[part], exposed[part], candidates, hard[part],
+                  window[part])  # fmt: skip
+        if len(window) <= size:
+            total = total + losses(*inputs)
+        else:
+            total = total + cast(Tensor, checkpoint(losses, *inputs, use_reentrant=False))
+    return ActionTerm(total, survived.float())

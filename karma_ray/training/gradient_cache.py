@@ -1,0 +1,160 @@
+"""The gradient cache: a large batch in the memory of a small one, with the very same gradients.
+
+GradCache (2101.06983), cut at the vectors of the unique items, the only thing that the users of
+a batch share (as history, as hard negatives, and as everybody's in-batch negatives):
+
+    1. encode the items in chunks, keeping the vectors and nothing else
+    2. users in micro-batches against those vectors: forward, backward; their gradient adds up
+    3. encode each chunk again, with the same random numbers, and send the gradient in
+
+Plain accumulation would shrink the pool of in-batch negatives to the micro-batch's.
+
+Legend: U items of the batch, G united ones, B windows, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from karma_ray.data.batch import Batch
+from karma_ray.training.item_table import SharedBatch
+from karma_ray.training.parallel import global_max, global_sum
+
+Encode = Callable[[Tensor, Tensor], Tensor]
+"""tokens [O, L], lengths [O] -> e [O, D]."""
+
+
+class CachedItems:
+    """Item vectors without a graph, and the way back into the encoder."""
+
+    def __init__(self, shared: SharedBatch, encode: Encode, micro_tokens: int) -> None:
+        """Encode this worker's share in chunks of about `micro_tokens` and gather all."""
+        self._shared, self._encode = shared, encode
+        self._chunks = _chunks(shared, micro_tokens)
+        self._states: list[list[Tensor]] = []
+        parts = []
+        with torch.no_grad():
+            for chunk in self._chunks:
+                self._states.append(_random_states(chunk.device))
+                parts.append(self._run(chunk)[: len(chunk)])
+            # Weights cast without a graph must not be taken for the passes that need one.
+            torch.clear_autocast_cache()
+            found = torch.cat(parts)
+            own = torch.empty_like(found)
+            own[_places(shared, torch.cat(self._chunks))] = found
+            self.vectors = shared.gathered(own).detach().requires_grad_()
+
+    def backward(self) -> None:
+        """Send the gradient that the vectors have collected, on all workers, into the encoder."""
+        gradient = self.vectors.grad
+        total = global_sum(torch.zeros_like(self.vectors) if gradient is None else gradient)
+        for chunk, states in zip(self._chunks, self._states, strict=True):
+            with _replayed(states, chunk.device):
+                again = self._run(chunk)
+            wanted = torch.zeros_like(again)
+            wanted[: len(chunk)] = total[chunk].to(again.dtype)
+            run_backward(again, wanted)
+
+    def _run(self, chunk: Tensor) -> Tensor:
+        batch = self._shared.batch
+        # Every worker runs equally many chunks: an empty one encodes an item in vain.
+        rows = chunk if len(chunk) else torch.zeros(1, dtype=torch.long, device=chunk.device)
+        lengths = batch.item_lengths[rows]
+        return self._encode(batch.item_tokens[rows, : int(lengths.max())], lengths)
+
+
+def micro_batches(batch: Batch, size: int) -> Iterator[tuple[Batch, Tensor]]:
+    """Windows of about equal length, `size` at a time, and the items [U] that each part uses.
+
+    Every worker yields equally many parts; where windows run out, one without any loss.
+    """
+    count = int(global_max(torch.tensor(-(-batch.num_windows // size), device=_device(batch))))
+    by_length = batch.step_mask.sum(1).argsort(stable=True)
+    for rows in by_length.tensor_split(count):
+        if len(rows):
+            yield narrow(batch, rows)
+        else:
+            part, used = narrow(batch, by_length[:1])
+            nothing = torch.zeros_like(part.loss_mask)
+            none = torch.zeros_like(part.decode_mask)
+            yield replace(part, loss_mask=nothing, decode_mask=none), used
+
+
+def narrow(batch: Batch, rows: Tensor) -> tuple[Batch, Tensor]:
+    """The windows `rows` alone, with their items, queries and steps; and the items used [U]."""
+    steps = max(1, int(batch.step_mask[rows].sum(1).max()))
+    item_index, hard_index = batch.item_index[rows, :steps], batch.hard_index[rows, :steps]
+    item_mask, hard_mask = batch.item_mask[rows, :steps], batch.hard_mask[rows, :steps]
+    used = torch.cat([item_index[item_mask], hard_index[hard_mask], item_index.new_zeros(1)])
+    used = torch.unique(used)
+    queries, query_index = torch.unique(batch.query_index[rows, :steps], return_inverse=True)
+    lengths = batch.query_lengths[queries]
+    part = replace(
+        batch,
+        item_rows=batch.item_rows[used],
+        item_tokens=batch.item_tokens[used],
+        item_lengths=batch.item_lengths[used],
+        item_content=batch.item_content[used],
+        query_tokens=batch.query_tokens[queries, : int(lengths.max())],
+        query_lengths=lengths,
+        query_index=query_index,
+        item_index=torch.searchsorted(used, item_index),
+        hard_index=torch.searchsorted(used, hard_index),
+        item_mask=item_mask,
+        hard_mask=hard_mask,
+        step_mask=batch.step_mask[rows, :steps],
+        group=batch.group[rows, :steps],
+        loss_mask=batch.loss_mask[rows, :steps],
+        decode_step=batch.decode_step[rows],
+        decode_mask=batch.decode_mask[rows],
+    )
+    return part, used
+
+
+def run_backward(output: Tensor, gradient: Tensor | None = None) -> None:
+    """A backward pass in the types of its forward pass, from inside an autocast region."""
+    with torch.autocast(output.device.type, enabled=False):
+        torch.autograd.backward(output, gradient)
+
+
+def _chunks(shared: SharedBatch, micro_tokens: int) -> list[Tensor]:
+    """This worker's items by length, cut where `micro_tokens` is full; as many on every worker."""
+    lengths = shared.batch.item_lengths[shared.own]
+    own = shared.own[lengths.argsort(stable=True)]
+    before = shared.batch.item_lengths[own].cumsum(0)
+    total = before[-1] if len(before) else before.new_zeros(())
+    count = int(global_max(-(-total // micro_tokens)).clamp(min=1))
+    number = (before - 1) * count // total.clamp(min=1)
+    sizes = torch.bincount(number, minlength=count).tolist()
+    return list(torch.split(own, sizes))
+
+
+def _places(shared: SharedBatch, items: Tensor) -> Tensor:
+    """Where united items [O] stand in this worker's share."""
+    place = torch.empty(shared.num_items, dtype=torch.long, device=items.device)
+    place[shared.own] = torch.arange(len(shared.own), device=items.device)
+    return place[items]
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+@contextmanager
+def _replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
+    """The random numbers of the first pass; the stream goes on as if there was one pass only."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(states[0])
+        if len(states) > 1:
+            torch.cuda.set_rng_state(states[1], device)
+        yield
+
+
+def _device(batch: Batch) -> torch.device:
+    return batch.step_mask.device

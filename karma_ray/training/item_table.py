@@ -1,0 +1,107 @@
+"""One table of a step's unique items over all workers: every item is encoded once, by one worker.
+
+The collator makes a table of the unique items of a worker's windows. Workers share items (the
+popular ones, and each other's positives as negatives), so the tables are united, the encoding is
+dealt out in shares of about equal tokens, and the vectors are gathered with gradient. A batch
+then looks the same on one worker and on many: an index into one table.
+
+Legend: U items of a worker's table, G items of the united one, P pool, O own share, L tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from karma_ray.data.batch import Batch
+from karma_ray.objectives.negatives import first_occurrences
+from karma_ray.training.parallel import (
+    all_gather_ints,
+    all_gather_rows,
+    global_max,
+    global_sum,
+    rank,
+    world_size,
+)
+
+
+@dataclass(frozen=True)
+class SharedBatch:
+    """A worker's windows on the united table of items."""
+
+    batch: Batch  # item_index and hard_index point into the G united items
+    pool: Tensor  # [P] united items that are in-batch negatives: positives of distinct content
+    shares: tuple[Tensor, ...]  # united items that each worker encodes, in rank order
+    num_uses: int  # history items, positives and hard negatives of all workers, repeats counted
+
+    @property
+    def own(self) -> Tensor:
+        """United items [O] that this worker encodes."""
+        return self.shares[rank()]
+
+    @property
+    def num_items(self) -> int:
+        """G."""
+        return len(self.batch.item_rows)
+
+    def gathered(self, own: Tensor) -> Tensor:
+        """Vectors of this worker's share [O, D] -> of all united items [G, D], with gradient."""
+        if len(self.shares) == 1:
+            return own
+        everyone = all_gather_rows(own, [len(share) for share in self.shares])
+        return everyone[torch.cat(self.shares).argsort()]
+
+    def encoded(self, encode: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """`encode(tokens [O, L], lengths [O]) -> [O, D]` on this worker's share, gathered."""
+        batch = self.batch
+        if len(self.shares) == 1:
+            return encode(batch.item_tokens, batch.item_lengths)
+        own = self.own
+        # With fewer items than workers some encode an item whose vector nobody takes.
+        rows = own if len(own) else torch.zeros_like(self.shares[0][:1])
+        lengths = batch.item_lengths[rows]
+        vectors = encode(batch.item_tokens[rows, : int(lengths.max())], lengths)
+        return self.gathered(vectors[: len(own)])
+
+
+def share_items(batch: Batch) -> SharedBatch:
+    """Unite the workers' item tables; a collective, called once a step by every worker."""
+    positives = torch.zeros_like(batch.item_rows)
+    positives[batch.item_index[batch.loss_mask]] = 1
+    uses = torch.stack([batch.item_mask.sum(), batch.hard_mask.sum()]).sum()
+    if world_size() == 1:
+        everything = torch.arange(len(batch.item_rows), device=batch.item_rows.device)
+        pool = _pool(positives, batch.item_content)
+        return SharedBatch(batch, pool, (everything,), int(uses))
+    width = int(global_max(torch.tensor(batch.item_tokens.shape[1], device=uses.device)))
+    tokens = functional.pad(batch.item_tokens, (0, width - batch.item_tokens.shape[1]))
+    facts = torch.stack([batch.item_rows, batch.item_lengths, batch.item_content, positives], 1)
+    table = all_gather_ints(torch.cat([facts, tokens], 1))
+    rows, place = torch.unique(table[:, 0], return_inverse=True)
+    united = table[first_occurrences(table[:, 0])]
+    united = united[united[:, 0].argsort()]
+    positives = torch.zeros_like(rows).index_add_(0, place, table[:, 3])
+    local = torch.searchsorted(rows, batch.item_rows)
+    shared = replace(
+        batch,
+        item_rows=rows,
+        item_lengths=united[:, 1].contiguous(),
+        item_content=united[:, 2].contiguous(),
+        item_tokens=united[:, 4:].contiguous(),
+        item_index=local[batch.item_index],
+        hard_index=local[batch.hard_index],
+    )
+    longest_first = shared.item_lengths.argsort(descending=True, stable=True)
+    shares = tuple(longest_first[number :: world_size()] for number in range(world_size()))
+    pool = _pool(positives, shared.item_content)
+    return SharedBatch(shared, pool, shares, int(global_sum(uses)))
+
+
+def _pool(positives: Tensor, content: Tensor) -> Tensor:
+    """One item [P] of each content that somebody clicked, that of the smallest catalogue row."""
+    clicked = positives.nonzero().squeeze(1)
+    return clicked[first_occurrences(content[clicked])]
