@@ -25,7 +25,7 @@ from filelock import FileLock
 from karma_ray.errors import InputError
 
 SCHEMA_VERSION = 1
-ROW_GROUP_ROWS = 16_384
+ROW_GROUP_ROWS = 2_048
 
 
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:

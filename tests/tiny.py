@@ -18,6 +18,7 @@ from torch import Tensor
 
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.collate import Batch, CollateConfig, Collator
+from karma_ray.data.draws import row_keys
 from karma_ray.data.prompts import Tokenizer, encode_texts
 from karma_ray.data.schema import EXAMPLES, ITEMS, SEQUENCES
 from karma_ray.model.backbone import build_tiny, train_tokenizer
@@ -125,7 +126,7 @@ def shop(num_windows: int = 5, seed: int = 0) -> pa.Table:
 def batch(rows: pa.Table | None = None, seed: int = 0, **changes: Any) -> Batch:
     """A training batch."""
     rows = shop() if rows is None else rows
-    return collator(**changes).training(rows, np.random.default_rng(seed))
+    return collator(**changes).training(rows, row_keys(rows.num_rows, seed))
 
 
 def request(

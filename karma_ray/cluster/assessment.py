@@ -6,7 +6,6 @@ import logging
 from dataclasses import asdict
 from typing import Any, cast
 
-import numpy as np
 import pyarrow as pa
 import torch
 
@@ -25,6 +24,7 @@ from karma_ray.baselines.popularity import warm_mask
 from karma_ray.baselines.ranker import Ranker
 from karma_ray.cluster.stages import STAGE_VERSION, Stage
 from karma_ray.config import Config
+from karma_ray.data.draws import row_keys
 from karma_ray.data.prepared import PreparedData
 from karma_ray.metrics.collapse import effective_rank, mean_cosine
 from karma_ray.retrieval.retriever import Retriever
@@ -132,7 +132,7 @@ def run_checks(
     own, other = judge(retriever, sample), judge(retriever, strangers)
     source = Source.scan(join(judge.source.uri, "sequences"))
     rows = judge.source.sequences().slice(0, min(32, source.num_rows))
-    batch = stage.collator().training(rows, np.random.default_rng(judge.config.seed))
+    batch = stage.collator().training(rows, row_keys(rows.num_rows, judge.config.seed))
     return {
         "own_history": {name: own[name] for name in HEADLINE if name in own},
         "shuffled_history": {name: other[name] for name in HEADLINE if name in other},

@@ -23,9 +23,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from karma_ray.data.draws import hashed
 from karma_ray.training.order import Order, Source, Window
 
-Collate = Callable[[pa.Table, np.random.Generator], Any]
+Collate = Callable[[pa.Table, np.ndarray], Any]
+"""rows, and a key for the random draws of each -> a batch."""
 
 
 def stream_batches(
@@ -40,8 +42,9 @@ def stream_batches(
     """Yield this worker's collated batches of steps `start_step` to `steps`.
 
     `make_collator` is called once, here: catalogue and tokens are opened on the worker's node.
-    The collator's generator is seeded by (seed, epoch, batch, rank), so a resumed stream equals
-    an uninterrupted one. A thread collates `prefetch` batches ahead (0: none).
+    A row's draws depend on (seed, epoch, batch, its position in the batch of all workers), so a
+    resumed stream equals an uninterrupted one, on any number of workers. A thread collates
+    `prefetch` batches ahead (0: none).
     """
     windows = tuple(order.windows(start_step, steps))
     blocks = ray_blocks(order, windows) if use_ray else local_blocks(order.source, windows)
@@ -88,7 +91,7 @@ def _group(windows: Sequence[Window], rows: int) -> tuple[tuple[Window, ...], ..
             units.append([])
             size = 0
         units[-1].append(window)
-        size += sum(piece.stop - piece.start for piece in window.pieces)
+        size += window.rows_read
     return tuple(tuple(unit) for unit in units)
 
 
@@ -97,10 +100,10 @@ def _collated(
 ) -> Iterator[Any]:
     held: list[pa.Table] = []
     for window in windows:
-        for number, (start, stop) in enumerate(window.slices(), window.first_batch + window.skip):
-            rows, held = _take(held, blocks, stop - start)
-            seed = (order.seed, window.epoch, number, order.rank)
-            yield collate(rows, np.random.default_rng(seed))
+        positions = np.arange(*window.positions)
+        for batch in range(window.first_batch, window.first_batch + window.num_batches):
+            rows, held = _take(held, blocks, window.batch_rows)
+            yield collate(rows, hashed(order.seed, window.epoch, batch, positions))
 
 
 def _take(

@@ -163,17 +163,17 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainingCollate:
-    """rows, generator -> Batch; keeps the collator within reach of evaluation."""
+    """rows, keys -> Batch; keeps the collator within reach of evaluation."""
 
     collator: Collator
 
-    def __call__(self, rows: pa.Table, generator: np.random.Generator) -> Batch:
+    def __call__(self, rows: pa.Table, keys: np.ndarray) -> Batch:
         """Collate `sequences` rows."""
-        return self.collator.training(rows, generator)
+        return self.collator.training(rows, keys)
 
 
-def collate_tokens(rows: pa.Table, generator: np.random.Generator) -> TokenBatch:
-    """Collate `item_tokens` rows for stage 1."""
+def collate_tokens(rows: pa.Table, keys: np.ndarray) -> TokenBatch:
+    """Collate `item_tokens` rows for stage 1; nothing is drawn."""
     lists = rows.column("token_ids").to_pylist()
     lengths = np.array([len(ids) for ids in lists], np.int64)
     tokens = np.zeros((len(lists), int(lengths.max())), np.int64)

@@ -32,6 +32,7 @@ class Batch:
     hard_mask: Tensor  # [B, T, H]
     decode_step: Tensor  # [B, M] steps decoded into text
     decode_mask: Tensor  # [B, M]
+    row_key: Tensor  # [B] of this window's random draws (data/draws.py)
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

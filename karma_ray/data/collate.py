@@ -16,7 +16,11 @@ import torch
 from torch import Tensor
 
 from karma_ray.data.batch import Batch as Batch
+from karma_ray.data.draws import hashed, uniform
 from karma_ray.data.prompts import Tokenizer, encode_texts
+
+HARD, DROP, DECODED = range(3)
+"""Purposes of a draw."""
 
 
 @dataclass(frozen=True)
@@ -78,21 +82,22 @@ class Collator:
         assert self.item_tokens is not None and self.item_lengths is not None
         return self.item_tokens, self.item_lengths
 
-    def training(self, rows: pa.Table, generator: np.random.Generator) -> Batch:
-        """A batch from `sequences` rows.
+    def training(self, rows: pa.Table, keys: np.ndarray) -> Batch:
+        """A batch from `sequences` rows and a key [B] for the random draws of each.
 
-        Hard negatives, dropped queries and decoded positions have a random stream each, so
-        that variants which ignore one of them still see the same batches.
+        Hard negatives, dropped queries and decoded positions are drawn apart, so that variants
+        which ignore one of them still see the same batches.
         """
-        streams = [np.random.default_rng(seed) for seed in generator.integers(0, 2**62, size=3)]
         steps = self._steps(rows, "item_ids", "queries", "timestamps", pages=True)
         wanted = rows.column("loss_mask").to_pylist()
         wanted = [[row[i] for i in kept] for row, kept in zip(wanted, steps.kept, strict=True)]
         loss_mask = _pad(wanted, steps.step_mask.shape, False, bool)
-        hard, hard_mask = self._hard_negatives(rows, steps, streams[0])
-        queries = _drop(steps.queries, self.config.drop_query, streams[1])
-        decode_step, decode_mask = _decoded(loss_mask, self.config.num_decoded, streams[2])
-        return self._assemble(steps, queries, loss_mask, hard, hard_mask, decode_step, decode_mask)
+        hard, hard_mask = self._hard_negatives(rows, steps, keys)
+        queries = _drop(steps.queries, self.config.drop_query, keys)
+        decode_step, decode_mask = _decoded(loss_mask, self.config.num_decoded, keys)
+        return self._assemble(
+            steps, queries, loss_mask, hard, hard_mask, decode_step, decode_mask, keys
+        )
 
     def requests(self, examples: pa.Table) -> Batch:
         """A batch whose last step is the current query; its item is not part of the input.
@@ -117,8 +122,9 @@ class Collator:
         none = np.zeros((len(rows), 0))
         loss_mask = np.zeros_like(current.step_mask)
         return self._assemble(
-            current, current.queries, loss_mask, empty, empty.astype(bool), none, none.astype(bool)
-        )
+            current, current.queries, loss_mask, empty, empty.astype(bool), none, none.astype(bool),
+            np.zeros(len(rows), np.int64),
+        )  # fmt: skip
 
     def _steps(self, rows: pa.Table, items: str, queries: str, times: str, pages: bool) -> _Steps:
         # The newest step of a training window has a full history behind it, as a request has.
@@ -158,21 +164,36 @@ class Collator:
         )
 
     def _hard_negatives(
-        self, rows: pa.Table, steps: _Steps, stream: np.random.Generator
+        self, rows: pa.Table, steps: _Steps, keys: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         count = self.config.num_hard_negatives
         chosen = np.zeros((*steps.step_mask.shape, count), np.int64)
         mask = np.zeros(chosen.shape, bool)
+        ids: list[str] = []
+        places: list[tuple[int, int, int]] = []  # window, step, exposed items
         for b, window in enumerate(rows.column("hard_negative_ids").to_pylist()):
-            clicked = set(self.catalog.content_ids[steps.items[b][steps.item_mask[b]]].tolist())
             for t, position in enumerate(steps.kept[b] if window else []):
-                found = self.catalog.rows(window[position] or [])
-                found = found[found >= 0]
-                # an exposed item that this user clicks elsewhere in the window is no negative
-                found = found[[c not in clicked for c in self.catalog.content_ids[found].tolist()]]
-                found = stream.permutation(found)[:count]
-                chosen[b, t, : len(found)] = found
-                mask[b, t, : len(found)] = True
+                exposed = window[position] or []
+                places.append((b, t, len(exposed)))
+                ids += exposed
+        if not ids:
+            return chosen, mask
+        window, step, sizes = np.array(places).T
+        window, step = np.repeat(window, sizes), np.repeat(step, sizes)
+        found = self.catalog.rows(ids)
+        # an exposed item that this user clicks elsewhere in the window is no negative
+        content, span = self.catalog.content_ids, len(self.catalog.content_ids) + 1
+        owner, _ = steps.item_mask.nonzero()
+        clicked = owner * span + content[steps.items[steps.item_mask]]
+        free = (found >= 0) & ~np.isin(window * span + content[found], clicked)
+        window, step, found = window[free], step[free], found[free]
+        order = np.lexsort((hashed(keys[window], HARD, step, found), step, window))
+        window, step, found = window[order], step[order], found[order]
+        group = window * steps.step_mask.shape[1] + step
+        place = np.arange(len(group)) - np.searchsorted(group, group)
+        kept = place < count
+        chosen[window[kept], step[kept], place[kept]] = found[kept]
+        mask[window[kept], step[kept], place[kept]] = True
         return chosen, mask
 
     def _assemble(
@@ -184,6 +205,7 @@ class Collator:
         hard_mask: np.ndarray,
         decode_step: np.ndarray,
         decode_mask: np.ndarray,
+        keys: np.ndarray,
     ) -> Batch:
         used = np.concatenate([steps.items[steps.item_mask], hard[hard_mask]]).astype(np.int64)
         unique = np.unique(used) if len(used) else np.zeros(1, np.int64)
@@ -218,6 +240,7 @@ class Collator:
             "hard_mask": hard_mask,
             "decode_step": decode_step,
             "decode_mask": decode_mask,
+            "row_key": keys,
         }
         return Batch(**{name: _tensor(value) for name, value in arrays.items()})
 
@@ -257,23 +280,28 @@ def _groups(stamps: list[Any], pages: list[Any]) -> list[int]:
     return groups
 
 
-def _drop(queries: list[list[str]], share: float, stream: np.random.Generator) -> list[list[str]]:
-    return [["" if stream.random() < share else text for text in row] for row in queries]
+def _drop(queries: list[list[str]], share: float, keys: np.ndarray) -> list[list[str]]:
+    width = max([len(row) for row in queries], default=0)
+    dropped = uniform(keys[:, None], DROP, np.arange(width)) < share
+    return [
+        ["" if lost else text for text, lost in zip(row, dropped[b], strict=False)]
+        for b, row in enumerate(queries)
+    ]
 
 
-def _decoded(
-    loss_mask: np.ndarray, count: int, stream: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
+def _decoded(loss_mask: np.ndarray, count: int, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The last loss step and random others [B, M]; M = `count`, or all steps when it is 0."""
-    width = count or max(1, int(loss_mask.sum(1).max(initial=0)))
-    steps = np.zeros((len(loss_mask), width), np.int64)
-    mask = np.zeros(steps.shape, bool)
-    for row, valid in enumerate(loss_mask):
-        candidates = np.flatnonzero(valid)
-        if len(candidates) == 0:
-            continue
-        others = stream.permutation(candidates[:-1])[: width - 1]
-        chosen = np.sort(np.append(others, candidates[-1]))
-        steps[row, : len(chosen)] = chosen
-        mask[row, : len(chosen)] = True
-    return steps, mask
+    total = loss_mask.sum(1)
+    width = count or max(1, int(total.max(initial=0)))
+    order = np.arange(loss_mask.shape[1])
+    last = np.where(loss_mask, order, -1).max(1, initial=-1)
+    drawn = uniform(keys[:, None], DECODED, order)
+    drawn = np.where(order == last[:, None], -1.0, drawn)  # the last one is always taken
+    drawn = np.where(loss_mask, drawn, 2.0)
+    taken = np.minimum(total, width)
+    chosen = np.argsort(drawn, axis=1, kind="stable")[:, :width]
+    mask = np.arange(width) < taken[:, None]
+    chosen = np.pad(chosen, ((0, 0), (0, width - chosen.shape[1])))
+    beyond = loss_mask.shape[1]
+    steps = np.sort(np.where(mask, chosen, beyond), axis=1)
+    return np.where(mask, steps, 0).astype(np.int64), mask

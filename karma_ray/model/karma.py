@@ -10,10 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from karma_ray.data.batch import Batch
+from karma_ray.data.draws import uniform
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.model.backbone import token_embeddings
 from karma_ray.model.config import DecodabilityConfig
@@ -27,6 +29,8 @@ from karma_ray.model.decodability import (
 from karma_ray.model.interest import InterestModel
 
 DECODE_PROMPT = "item:"
+TOKEN_DROPOUT = 3
+"""Purpose of the draw, beside those of the collator."""
 
 
 @dataclass(frozen=True)
@@ -88,10 +92,7 @@ class KarmaModel(nn.Module):
         )  # fmt: skip
         return user.interest(states, prefix.layout), Decoded(text, targets, self.head_of(user.body))
 
-    def decode_interest(
-        self, batch: Batch, interest: Tensor, *, generator: torch.Generator | None = None,
-        dropout: bool = True,
-    ) -> Decoded:  # fmt: skip
+    def decode_interest(self, batch: Batch, interest: Tensor, *, dropout: bool = True) -> Decoded:
         """Task 2, equation 7: text of the target from h_t alone; interest [R, D].
 
         Measurements ask without `dropout` of tokens, so that runs with and without it compare.
@@ -100,7 +101,7 @@ class KarmaModel(nn.Module):
         if config.recon_detach_h:
             interest = interest.detach()
         targets = self.targets(batch)
-        inputs = self._drop_tokens(targets, generator) if dropout else targets.inputs
+        inputs = self._drop_tokens(targets, batch) if dropout else targets.inputs
         return self._decode(interest, inputs, targets, *self._query(batch, batch.decode_step))
 
     def decode_items(self, tokens: Tensor, lengths: Tensor, items: Tensor) -> Decoded:
@@ -164,11 +165,16 @@ class KarmaModel(nn.Module):
         )  # fmt: skip
         return Decoded(states, targets, self.head_of(body))
 
-    def _drop_tokens(self, targets: TextTargets, generator: torch.Generator | None) -> Tensor:
+    def _drop_tokens(self, targets: TextTargets, batch: Batch) -> Tensor:
+        """Drawn by the row's key, so that neither workers nor micro-batches change the draw."""
         share = self.decodability.config.recon_token_dropout
         if share == 0.0:
             return targets.inputs
-        drawn = torch.rand(targets.inputs.shape, generator=generator).to(targets.inputs.device)
+        keys = batch.row_key.cpu().numpy()[:, None, None]
+        steps = batch.decode_step.cpu().numpy()[:, :, None]
+        places = np.arange(targets.inputs.shape[1])
+        numbers = torch.from_numpy(uniform(keys, TOKEN_DROPOUT, steps, places))
+        drawn = numbers.to(targets.inputs.device).view(targets.inputs.shape)
         dropped = (drawn < share) & (targets.inputs != self.special.text_start)
         return targets.inputs.masked_fill(dropped, self.special.end_of_text)
 

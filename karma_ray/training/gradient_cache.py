@@ -112,6 +112,7 @@ def narrow(batch: Batch, rows: Tensor) -> tuple[Batch, Tensor]:
         loss_mask=batch.loss_mask[rows, :steps],
         decode_step=batch.decode_step[rows],
         decode_mask=batch.decode_mask[rows],
+        row_key=batch.row_key[rows],
     )
     return part, used
 

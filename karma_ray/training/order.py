@@ -1,23 +1,23 @@
-"""The order of the training rows: a pure function of (seed, epoch), resumable at any step.
+"""The order of the training rows: batch s of the training is a pure function of (seed, s).
 
-A *window* is what one read task turns into shuffled rows. Two regimes, chosen by size:
+It does not depend on the number of workers: a run goes on with more or fewer of them, and sees
+the very same batches. Position p of every batch belongs to a *lane*, a contiguous share of the
+(permuted) rows; a worker takes a contiguous range of positions and reads the lanes that meet it.
 
-* A table of at most `window_rows` rows is one window: every epoch is one exact permutation of
-  all rows, each worker reads the table and keeps its slice of every batch. The order does not
-  depend on the number of workers at all; reading so little N times costs nothing.
-* A larger table is dealt out: row groups are permuted, worker r owns the r-th N-th of their
-  rows, and shuffles them window by window. Every row is read once per epoch in all (groups on a
-  border twice) and memory is bounded by the window; the order depends on (seed, epoch, N).
+* A table of at most `window_rows` rows has one lane, shuffled whole every epoch. Each worker
+  reads the table and keeps its positions; reading so little N times costs nothing.
+* A larger table is dealt out to LANES lanes: row groups are permuted, each lane owns a share of
+  their rows and shuffles it window by window. A worker reads about an N-th of the rows (with
+  more workers than lanes, several share one), in memory bounded by the window.
 
-The last batch of an epoch may be smaller; it is dropped when some worker would get no row.
+Batches are whole: the rows that do not fill the last one of an epoch wait for the next epoch,
+which is permuted anew. A table smaller than a batch is a batch.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
-from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ from karma_ray.artifacts import open_filesystem
 from karma_ray.errors import InputError
 
 WINDOW_ROWS = 16_384
+LANES = 16
 
 
 @dataclass(frozen=True)
@@ -48,25 +49,33 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Window:
-    """Rows that are shuffled together, and the batches this worker makes of them."""
+class Part:
+    """A lane's rows of a window: shuffled together, then cut into batches."""
 
-    epoch: int
-    first_batch: int  # number within the epoch of the first batch of this window
     pieces: tuple[Piece, ...]
     key: tuple[int, ...]  # seed of the permutation
-    batch_rows: tuple[int, ...]  # rows of each batch, before the share is taken
-    share: tuple[int, int]  # (r, N): keep the r-th N-th of every batch
-    skip: int = 0  # batches already consumed
+    cuts: tuple[tuple[int, int], ...]  # this worker's rows of each batch, after the permutation
 
-    def slices(self) -> list[tuple[int, int]]:
-        """This worker's rows of each batch, as bounds in the permuted window."""
-        bounds, start = [], 0
-        number, count = self.share
-        for rows in self.batch_rows:
-            bounds.append((start + rows * number // count, start + rows * (number + 1) // count))
-            start += rows
-        return bounds[self.skip :]
+
+@dataclass(frozen=True)
+class Window:
+    """Rows that are read at once, and the batches this worker makes of them."""
+
+    epoch: int
+    first_batch: int  # number within the epoch of the first batch that is taken from here
+    num_batches: int
+    positions: tuple[int, int]  # this worker's share of every batch
+    parts: tuple[Part, ...]
+
+    @property
+    def batch_rows(self) -> int:
+        """Rows of this worker in every batch."""
+        return self.positions[1] - self.positions[0]
+
+    @property
+    def rows_read(self) -> int:
+        """Rows in memory while the window is shuffled."""
+        return sum(piece.stop - piece.start for part in self.parts for piece in part.pieces)
 
 
 @dataclass(frozen=True)
@@ -97,17 +106,24 @@ class Source:
 
     def read(self, window: Window) -> pa.Table:
         """This worker's rows of a window, in the order of its batches."""
+        tables: list[pa.Table] = []
+        chosen: list[list[np.ndarray]] = []
+        before = 0
+        for part in window.parts:
+            tables += [self._piece(piece) for piece in part.pieces]
+            rows = sum(piece.stop - piece.start for piece in part.pieces)
+            order = before + np.random.default_rng(part.key).permutation(rows)
+            chosen.append([order[start:stop] for start, stop in part.cuts])
+            before += rows
+        by_batch = [cut for cuts in zip(*chosen, strict=True) for cut in cuts]
+        return pa.concat_tables(tables).take(pa.array(np.concatenate(by_batch)))
+
+    def _piece(self, piece: Piece) -> pa.Table:
+        group = self.groups[piece.group]
         fs, _ = open_filesystem(self.uri)
-        parts = []
-        for piece in window.pieces:
-            group = self.groups[piece.group]
-            with fs.open(group.file, "rb") as source:
-                table = pq.ParquetFile(source).read_row_group(group.index)
-            parts.append(table.slice(piece.start, piece.stop - piece.start))
-        table = pa.concat_tables(parts).combine_chunks()
-        order = np.random.default_rng(window.key).permutation(table.num_rows)
-        chosen = [order[start:stop] for start, stop in window.slices()]
-        return table.take(pa.array(np.concatenate(chosen)))
+        with fs.open(group.file, "rb") as source:
+            table = pq.ParquetFile(source).read_row_group(group.index)
+        return table.slice(piece.start, piece.stop - piece.start)
 
 
 @dataclass(frozen=True)
@@ -122,37 +138,29 @@ class Order:
     window_rows: int = WINDOW_ROWS
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.num_workers:
+        if self.size < self.num_workers:
             raise InputError(
-                "training.batch_size",
-                self.batch_size,
-                f"must be a multiple of num_workers = {self.num_workers}",
+                "training.batch_size", self.size, f"rows are fewer than {self.num_workers} workers"
             )
-        if self.source.num_rows < self.num_workers:
-            raise InputError("training data", self.source.num_rows, "rows for more workers")
 
     @property
-    def _dealt(self) -> bool:
-        return self.source.num_rows > self.window_rows
+    def size(self) -> int:
+        """Rows of every batch, over all workers."""
+        return min(self.batch_size, self.source.num_rows)
 
-    @cached_property
-    def _lane_batches(self) -> tuple[int, ...]:
-        """Rows of every batch of an epoch, in this worker's lane (or of all workers)."""
-        lanes = self.num_workers if self._dealt else 1
-        size, total = self.batch_size // lanes, self.source.num_rows
-        bounds = [total * lane // lanes for lane in range(lanes + 1)]
-        lengths = [stop - start for start, stop in pairwise(bounds)]
-        count = -(-max(lengths) // size)
-        # The last batch stands only when every worker has a row in it.
-        needed = 1 if self._dealt else self.num_workers
-        if min(lengths) - (count - 1) * size < needed:
-            count -= 1
-        own = lengths[self.rank if self._dealt else 0]
-        return tuple(min(size, own - batch * size) for batch in range(count))
+    @property
+    def num_lanes(self) -> int:
+        """Lanes of the table, whatever the number of workers."""
+        return 1 if self.source.num_rows <= self.window_rows else min(LANES, self.size)
 
     @property
     def batches_per_epoch(self) -> int:
-        return len(self._lane_batches)
+        return self.source.num_rows // self.size
+
+    @property
+    def positions(self) -> tuple[int, int]:
+        """This worker's positions in every batch."""
+        return _share(self.size, self.rank, self.num_workers)
 
     def position(self, step: int) -> tuple[int, int]:
         """(epoch, batches of it consumed) before `step`."""
@@ -160,42 +168,50 @@ class Order:
 
     def windows(self, start_step: int, steps: int) -> Iterator[Window]:
         """The windows of batches `start_step` to `steps`, across epochs."""
-        epoch, skip = self.position(start_step)
-        left = steps - start_step
-        while left > 0:
-            for window in self._epoch(epoch):
-                count = len(window.batch_rows)
-                if skip >= count:
-                    skip -= count
-                    continue
-                taken = window.batch_rows[: skip + left]
-                yield Window(
-                    epoch, window.first_batch, window.pieces, window.key, taken, window.share, skip
+        per_window = max(1, self.window_rows // self.size)
+        permuted = -1
+        while start_step < steps:
+            epoch, batch = self.position(start_step)
+            if epoch != permuted:
+                order = np.random.default_rng((self.seed, epoch)).permutation(
+                    len(self.source.groups)
                 )
-                left -= len(taken) - skip
-                skip = 0
-                if left <= 0:
-                    return
-            epoch += 1
+                permuted = epoch
+            number = batch // per_window
+            first = number * per_window
+            stop = min(first + per_window, self.batches_per_epoch)
+            taken = min(stop, batch + steps - start_step)
+            parts = tuple(self._parts(order, epoch, first, stop, batch, taken))
+            yield Window(epoch, batch, taken - batch, self.positions, parts)
+            start_step += taken - batch
 
-    def _epoch(self, epoch: int) -> Iterator[Window]:
-        groups = self.source.groups
-        sizes = self._lane_batches
-        if not self._dealt:
-            pieces = tuple(Piece(i, 0, group.rows) for i, group in enumerate(groups))
-            share = (self.rank, self.num_workers)
-            yield Window(epoch, 0, pieces, (self.seed, epoch), sizes, share)
-            return
-        order = np.random.default_rng((self.seed, epoch)).permutation(len(groups))
-        total = self.source.num_rows
-        start = total * self.rank // self.num_workers
-        per_window = max(1, self.window_rows // max(sizes))
-        for first in range(0, len(sizes), per_window):
-            taken = sizes[first : first + per_window]
-            pieces = tuple(_pieces(groups, order, start, start + sum(taken)))
-            key = (self.seed, epoch, self.rank, first)
-            yield Window(epoch, first, pieces, key, taken, (0, 1))
-            start += sum(taken)
+    def _parts(
+        self, order: np.ndarray, epoch: int, first: int, stop: int, begin: int, end: int
+    ) -> Iterator[Part]:
+        """The window of batches `first` to `stop`, of which `begin` to `end` are taken."""
+        low, high = self.positions
+        for lane in range(self.num_lanes):
+            start, after = _share(self.size, lane, self.num_lanes)
+            width = after - start
+            own = max(low, start) - start, min(high, after) - start
+            if own[0] >= own[1]:
+                continue
+            cuts = [
+                ((batch - first) * width + own[0], (batch - first) * width + own[1])
+                for batch in range(begin, end)
+            ]
+            if self.num_lanes == 1:  # whole, with the rows that no batch of this epoch takes
+                rows = (0, self.source.num_rows)
+            else:
+                offset = self.batches_per_epoch * start
+                rows = offset + first * width, offset + stop * width
+            pieces = tuple(_pieces(self.source.groups, order, *rows))
+            yield Part(pieces, (self.seed, epoch, lane, first), tuple(cuts))
+
+
+def _share(size: int, number: int, count: int) -> tuple[int, int]:
+    """Bounds of the `number`-th of `count` shares of `size` positions."""
+    return size * number // count, size * (number + 1) // count
 
 
 def _pieces(

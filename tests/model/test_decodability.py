@@ -341,8 +341,8 @@ def test_token_dropout_changes_inputs_and_never_labels() -> None:
     plain = tiny.model().decode_interest(batch, h)
     karma = tiny.model(recon_token_dropout=0.5)
     first, again, other = (
-        karma.decode_interest(batch, h, generator=torch.Generator().manual_seed(seed))
-        for seed in (0, 0, 1)
+        karma.decode_interest(replace(batch, row_key=batch.row_key + shift), h)
+        for shift in (0, 0, 1)
     )
     assert torch.equal(first.states, again.states)
     assert not torch.equal(first.states, other.states)

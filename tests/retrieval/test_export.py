@@ -89,9 +89,7 @@ def test_the_stripped_interest_is_the_training_interest(tmp_path) -> None:
     }  # fmt: skip
     from karma_ray.data.schema import SEQUENCES
 
-    batch = collator.training(
-        pa.Table.from_pylist([row], schema=SEQUENCES), np.random.default_rng(0)
-    )
+    batch = collator.training(pa.Table.from_pylist([row], schema=SEQUENCES), np.zeros(1, np.int64))
     with torch.no_grad():
         e = model.interest.encode_items(batch.item_tokens, batch.item_lengths)
         training, text = model.forward_with_text(batch, e)

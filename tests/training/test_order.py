@@ -25,10 +25,9 @@ def _batches(order: Order, start: int, steps: int) -> list[list[int]]:
     found = []
     for window in order.windows(start, steps):
         rows = order.source.read(window).column("row").to_pylist()
-        for low, high in window.slices():
-            found.append(rows[: high - low])
-            rows = rows[high - low :]
-        assert not rows
+        size = window.batch_rows
+        assert len(rows) == size * window.num_batches
+        found += [rows[place : place + size] for place in range(0, len(rows), size)]
     return found
 
 
@@ -40,25 +39,31 @@ def _global(source: Source, workers: int, steps: int, window_rows: int) -> list[
 
 
 @pytest.mark.parametrize("window_rows", [1000, 16])
-@pytest.mark.parametrize("workers", [1, 2, 4])
-def test_an_epoch_holds_every_row_at_most_once(
-    source: Source, workers: int, window_rows: int
+def test_an_epoch_holds_every_row_at_most_once_and_all_that_fill_batches(
+    source: Source, window_rows: int
 ) -> None:
-    epoch = Order(source, 7, 8, 0, workers, window_rows).batches_per_epoch
-    rows = list(chain.from_iterable(_global(source, workers, epoch, window_rows)))
-    assert len(set(rows)) == len(rows)
-    assert len(rows) == (50 if workers < 4 else 48)
-
-
-@pytest.mark.parametrize("workers", [2, 4])
-def test_the_batches_of_a_small_table_do_not_depend_on_the_workers(
-    source: Source, workers: int
-) -> None:
-    assert _global(source, workers, 6, 1000) == _global(source, 1, 6, 1000)
+    batches = _global(source, 1, 6, window_rows)
+    assert [len(batch) for batch in batches] == [8] * 6
+    assert len(set(chain.from_iterable(batches))) == 48
 
 
 @pytest.mark.parametrize("window_rows", [1000, 16])
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [2, 3, 4, 8])
+def test_the_batches_do_not_depend_on_the_workers(
+    source: Source, workers: int, window_rows: int
+) -> None:
+    assert _global(source, workers, 14, window_rows) == _global(source, 1, 14, window_rows)
+
+
+@pytest.mark.parametrize("window_rows", [1000, 16])
+def test_the_rows_left_out_are_others_in_every_epoch(source: Source, window_rows: int) -> None:
+    batches = _global(source, 1, 60, window_rows)
+    epochs = [set(chain.from_iterable(batches[i : i + 6])) for i in range(0, 60, 6)]
+    assert set().union(*epochs) == set(range(50))
+
+
+@pytest.mark.parametrize("window_rows", [1000, 16])
+@pytest.mark.parametrize("workers", [1, 2, 3])
 def test_a_resumed_order_equals_an_uninterrupted_one(
     source: Source, workers: int, window_rows: int
 ) -> None:
@@ -69,28 +74,41 @@ def test_a_resumed_order_equals_an_uninterrupted_one(
         assert _batches(order, step, 17) == whole[step:]
 
 
+def test_a_table_smaller_than_a_batch_is_a_batch(source: Source) -> None:
+    assert sorted(_batches(Order(source, 7, 64), 0, 1)[0]) == list(range(50))
+
+
+def test_a_large_table_is_read_by_its_workers_in_shares(source: Source) -> None:
+    """Two workers read every row once; a third one shares lanes with its neighbours."""
+    read = [
+        sum(window.rows_read for window in Order(source, 7, 8, rank, 2, 16).windows(0, 6))
+        for rank in range(2)
+    ]
+    assert read == [24, 24]
+
+
 def test_epochs_and_seeds_differ_and_repeat(source: Source) -> None:
     first = _batches(Order(source, 7, 8), 0, 14)
     assert first == _batches(Order(source, 7, 8), 0, 14)
-    assert first[:7] != first[7:]
+    assert first[:6] != first[6:12]
     assert first != _batches(Order(source, 8, 8), 0, 14)
 
 
 def test_the_position_counts_epochs_and_batches(source: Source) -> None:
     order = Order(source, 7, 8)
-    assert order.batches_per_epoch == 7
-    assert [order.position(step) for step in (0, 6, 7, 15)] == [(0, 0), (0, 6), (1, 0), (2, 1)]
+    assert order.batches_per_epoch == 6
+    assert [order.position(step) for step in (0, 5, 6, 13)] == [(0, 0), (0, 5), (1, 0), (2, 1)]
 
 
 def test_a_window_bounds_what_is_read_at_once(source: Source) -> None:
     order = Order(source, 7, 8, 0, 2, 16)
     for window in order.windows(0, 14):
-        assert sum(piece.stop - piece.start for piece in window.pieces) <= 16
+        assert window.rows_read <= 16
 
 
-def test_a_batch_that_cannot_be_shared_is_an_input_error(source: Source) -> None:
-    with pytest.raises(InputError, match="multiple of num_workers = 3"):
-        Order(source, 7, 8, 0, 3)
+def test_fewer_rows_than_workers_are_an_input_error(source: Source) -> None:
+    with pytest.raises(InputError, match="fewer than 9 workers"):
+        Order(source, 7, 8, 0, 9)
 
 
 def test_an_empty_table_is_an_input_error(tmp_path: Path) -> None:
