@@ -37,6 +37,7 @@ from karma_ray.cluster.stage_jobs import joint_job
 from karma_ray.cluster.training import run_training
 from karma_ray.cluster.worker import TrainJob, WorkerContext
 from karma_ray.config import Config
+from karma_ray.training.flops import peak_flops
 from karma_ray.training.loop import Record, fit
 from karma_ray.training.optim import build_optimizer
 
@@ -83,7 +84,8 @@ def measure(job: TrainJob, folder: str, rounds: int) -> None:
         lines = [line for line in read_lines(join(run, "metrics.jsonl")) if "lr" in line]
         points["ray"] += lines[1:]
     flops = _step_flops(job, batches[:5])
-    limit = matmul_peak(torch.bfloat16 if job.training.precision == "bfloat16" else torch.float32)
+    half = job.training.precision == "bfloat16"
+    limit = peak_flops("cpu", torch.bfloat16 if half else torch.float32)
     medians = {}
     for way, records in points.items():
         times = [1e3 / record["steps_per_s"] for record in records]
@@ -114,17 +116,6 @@ def measure(job: TrainJob, folder: str, rounds: int) -> None:
         "matmul_peak_gflops": round(limit / 1e9, 1),
     }
     print(json.dumps(headline), flush=True)
-
-
-def matmul_peak(dtype: torch.dtype, size: int = 1024, repeats: int = 8) -> float:
-    """Floating-point operations per second of the best of some large matrix products."""
-    left, right = torch.randn(size, size, dtype=dtype), torch.randn(size, size, dtype=dtype)
-    best = float("inf")
-    for _ in range(repeats):
-        started = time.perf_counter()
-        torch.mm(left, right)
-        best = min(best, time.perf_counter() - started)
-    return 2 * size**3 / best
 
 
 def _config(config: Config, steps: int) -> Config:

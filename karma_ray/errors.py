@@ -6,6 +6,8 @@ Exception
      ├─ TooManyBadRows     more rows than the stated share were quarantined
      ├─ LeakError          something of a later time reaches an earlier example
      ├─ NonFiniteLoss      a loss term became NaN or infinite; the batch was saved
+     ├─ StorageError       what the run is for could not be written, or not be read
+     ├─ TakenOver          another process continues the run; this one stopped
      └─ SkewError          embeddings, index and bundle do not belong together
 """
 
@@ -54,6 +56,26 @@ class LeakError(KarmaRayError):
 
 class NonFiniteLoss(KarmaRayError):
     """A loss term became NaN or infinite; the message names it and the saved batch."""
+
+
+class StorageError(KarmaRayError):
+    """A store failed for good. The message names what, where and why.
+
+    >>> str(StorageError("final weights", "s3://b/run", "OSError: no route"))
+    "final weights: no access to 's3://b/run' (OSError: no route)"
+    """
+
+    def __init__(self, field: str, path: str, reason: str) -> None:
+        super().__init__(f"{field}: no access to {path!r} ({reason})")
+        self.field, self.path, self.reason = field, path, reason
+
+    def __reduce__(self) -> tuple[type[StorageError], tuple[str, str, str]]:
+        """Pickle by constructor arguments, as InputError."""
+        return type(self), (self.field, self.path, self.reason)
+
+
+class TakenOver(KarmaRayError):
+    """Another process has begun to continue this run; two must not write into it."""
 
 
 class SkewError(KarmaRayError):

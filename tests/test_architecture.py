@@ -37,6 +37,7 @@ HOMES = {
     "ray": "karma_ray.cluster",
     "fastapi": "karma_ray.cluster",
     "transformers": "karma_ray.model.backbone",
+    "peft": "karma_ray.model.lora",
     "faiss": "karma_ray.retrieval",
     "matplotlib": "karma_ray.report",
     "jinja2": "karma_ray.report",

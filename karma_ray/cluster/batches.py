@@ -69,7 +69,9 @@ def ray_blocks(order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
             for window in units[unit]:
                 yield source.read(window)
 
-    dataset = ray.data.range(len(units), override_num_blocks=len(units)).map_batches(
+    # From tables: a read task of `ray.data.range` would wait for a CPU that training holds.
+    dataset = ray.data.from_arrow([pa.table({"id": [unit]}) for unit in range(len(units))])
+    dataset = dataset.map_batches(
         read,
         batch_size=None,
         batch_format="pyarrow",

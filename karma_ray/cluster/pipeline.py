@@ -32,6 +32,14 @@ from karma_ray.artifacts import (
     write_table,
 )
 from karma_ray.cluster.assessment import assess
+from karma_ray.cluster.continuation import (
+    Parent,
+    check_resumed,
+    check_sizes,
+    note_start,
+    noted_parent,
+    noted_stage,
+)
 from karma_ray.cluster.embedding import embed_items
 from karma_ray.cluster.run_log import RunLog
 from karma_ray.cluster.sharding import ensure_prepared
@@ -68,13 +76,15 @@ def train_run(
     *,
     on_validate: OnValidate | None = None,
     resume: bool = False,
+    init_from: str | None = None,
     cache: str = CACHE,
 ) -> dict[str, Any]:
     """Run a recipe from tables to a complete run folder; returns the content of metrics.json.
 
     Without `data` the toy shop is generated. A floor or ceiling is evaluated, nothing is
     trained. `on_validate(step, metrics)` is called at every validation inside this process
-    (needs `training.num_workers=0`) and may raise to stop. Raises InputError on bad input.
+    (needs `training.num_workers=0`) and may raise to stop. `init_from` is a finished run whose
+    model is trained further, without pretraining and warm-up. Raises InputError on bad input.
     """
     run, cache = absolute(out), absolute(cache)
     folder, started = RunFolder(run), time.time()
@@ -82,21 +92,30 @@ def train_run(
         raise InputError("--out", out, "is the name of the link to the newest run")
     if not resume and (exists(folder.metrics) or exists(folder.checkpoints)):
         raise InputError("--out", out, "already holds a run; --resume it or choose another folder")
+    parent = Parent.open(init_from) if init_from else None
+    if parent and config.recipe not in recipes.TRAINED:
+        raise InputError("--init-from", parent.run, f"has no use in the recipe {config.recipe}")
+    config = parent.continued(config) if parent else config
     source = ensure_prepared(absolute(data) if data else toy_shop(cache), config.prepare)
-    _check_sizes(config, source)
+    check_sizes(config, source, with_warmup=parent is None)
+    parents = {"data": str(source.facts.get("input", ""))}
     if resume:
-        _check_resumed(config, source, folder)
+        check_resumed(config, source, folder)
+    if init := noted_parent(folder, parent):
+        parents["init"] = init
     write_json(to_dict(config), folder.config)
     write_json(_data_facts(source), folder.path("data.json"))
     stage = None
     if config.recipe in recipes.TRAINED:
-        stage = start_stage(config, source, cache, run)
+        found = noted_stage(folder, config, source.items_uri) if resume else None
+        stage = found or _first_stage(config, source, cache, run, parent)
+        note_start(folder, stage, init)
         stage = _train(stage, source, run, on_validate, resume)
         _serve_side(stage, folder)
     write_manifest(
         run, "run", recipe=config.recipe, seed=config.seed, data=source.uri,
         items=source.items_uri,
-        version=__version__, parents={"data": str(source.facts.get("input", ""))},
+        version=__version__, parents=parents,
     )  # fmt: skip
     metrics = assess(config, source, run, stage, cache)
     metrics["seconds"] = round(time.time() - started, 1)
@@ -126,49 +145,6 @@ def evaluate_run(run: str, data: str | None = None, cache: str = CACHE) -> dict[
     return metrics
 
 
-def _check_resumed(config: Config, source: PreparedData, folder: RunFolder) -> None:
-    """Weights of one configuration must not be continued, or reported, under another."""
-    if not exists(folder.config):
-        return
-    saved, wanted = to_dict(from_dict(read_json(folder.config))), to_dict(config)
-    changed = [name for name in wanted if saved[name] != wanted[name]]
-    if changed:
-        raise InputError(
-            "--resume", folder.root,
-            f"was started with other values of {', '.join(changed)}; "
-            f"repeat its flags or pass --config {folder.config}",
-        )  # fmt: skip
-    there = read_json(folder.path("data.json"))
-    if there.get("prepared") != source.uri:
-        message = f"is not what the run was started on: {there.get('prepared')}"
-        raise InputError("--data", source.uri, message)
-    if there.get("input") != source.facts.get("input"):
-        message = "was prepared anew since the run was started: other rows stand at its steps"
-        raise InputError("--data", source.uri, message)
-
-
-def _check_sizes(config: Config, source: PreparedData) -> None:
-    """What would otherwise fail on a worker, minutes later, or silently drop training clicks."""
-    if config.recipe not in recipes.TRAINED:
-        return
-    training, warmup = config.training, config.warmup
-    workers = max(1, training.num_workers)
-    sizes = {"training.batch_size": training.batch_size}
-    if not warmup.skip:
-        sizes["warmup.batch_size"] = warmup.batch_size
-    for name, size in sizes.items():
-        if size % workers:
-            raise InputError(name, size, f"is not a multiple of training.num_workers={workers}")
-    training.check()
-    prepared = (source.facts.get("prepare") or {}).get("max_history", 0)
-    if config.collate.max_history < prepared:
-        raise InputError(
-            "collate.max_history",
-            config.collate.max_history,
-            f"is shorter than the prepared windows (prepare.max_history={prepared}); set both",
-        )
-
-
 def toy_shop(cache: str = CACHE) -> str:
     """The built-in data: generated once, kept in the cache."""
     shop = ToyShopConfig()
@@ -178,6 +154,15 @@ def toy_shop(cache: str = CACHE) -> str:
             LOG.info("toy shop: drawing items, people and their clicks")
             write_toy_shop(folder, shop)
     return folder
+
+
+def _first_stage(
+    config: Config, source: PreparedData, cache: str, run: str, parent: Parent | None
+) -> Stage:
+    if parent is None:
+        return start_stage(config, source, cache, run)
+    LOG.info("going on with the model of %s", parent.run)
+    return parent.stage(config, source.items_uri)
 
 
 def start_stage(config: Config, source: PreparedData, cache: str, run: str | None = None) -> Stage:
@@ -220,6 +205,8 @@ def _train(
     training = stage.config.training
     LOG.info("joint training: %d steps, %d worker(s)", training.steps, max(1, training.num_workers))
     job = joint_job(stage, source, run, on_validate)
+    if stage.trained is not None:  # by the run that this one goes on from
+        job = replace(job, build=stage.build_trained)
     summary = run_training(job, resume=resume, max_failures=2)
     return replace(stage, trained=summary["weights"])
 

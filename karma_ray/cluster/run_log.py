@@ -6,25 +6,48 @@ RUN/metrics.jsonl, the one thing that it shares with every worker.
 
 from __future__ import annotations
 
+import errno
 import json
+import logging
+import os
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from tqdm import tqdm
 
 from karma_ray.artifacts import RunFolder, open_filesystem, read_lines
+from karma_ray.errors import StorageError
+from karma_ray.training.outage import reason, redacted, retried
+
+LOG = logging.getLogger(__name__)
+
+FLUSH_SECONDS = 5.0
+"""Between two writes of a run log on an object store."""
 
 
 class RunLog:
-    """Appends records of one stage to RUN/metrics.jsonl and to TensorBoard (local runs)."""
+    """Appends records of one stage to RUN/metrics.jsonl and to TensorBoard (local runs).
+
+    Nothing here ends a training: lines that cannot be written wait for the next that can be.
+    """
 
     def __init__(self, run: str, stage: str, start_step: int = 0) -> None:
+        """Raises StorageError when the lines so far cannot be read."""
         self._stage = stage
-        self._uri = RunFolder(run).metrics_lines
-        self._seconds = _drop_after(self._uri, stage, start_step)
+        uri = RunFolder(run).metrics_lines
+        try:
+            kept, self._seconds, dropped = retried(lambda: _kept_lines(uri, stage, start_step))
+            self._lines: _LocalLines | _RemoteLines
+            if "://" in run:
+                self._lines = _RemoteLines(uri, kept)
+            else:
+                self._lines = _LocalLines(uri, kept if dropped else None)
+        except Exception as error:
+            raise StorageError("run log", redacted(uri), reason(error)) from error
         self._writer: Any = None
         if "://" not in run:
             from torch.utils.tensorboard import SummaryWriter
@@ -38,39 +61,123 @@ class RunLog:
         line = {"stage": stage, **record, "seconds": round(self._seconds, 3)}
         if stage != self._stage:
             line["of"] = self._stage
-        fs, path = open_filesystem(self._uri)
-        fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-        with fs.open(path, "ab") as sink:
-            sink.write((json.dumps(line) + "\n").encode())
-        if self._writer is not None:
-            for name, value in record.items():
-                if name != "step":
-                    self._writer.add_scalar(f"{stage}/{name}", value, int(record["step"]))
-            self._writer.flush()
+        self._lines.add(json.dumps(line) + "\n")
+        try:
+            if self._writer is not None:
+                for name, value in record.items():
+                    if name != "step":
+                        self._writer.add_scalar(f"{stage}/{name}", value, int(record["step"]))
+                self._writer.flush()
+        except OSError as error:
+            LOG.warning("TensorBoard's file ends here: %s", reason(error))
+            self._writer = None
         return line
 
     def close(self) -> None:
-        """Close the TensorBoard file."""
+        """Write what waits, and close the TensorBoard file."""
+        self._lines.close()
         if self._writer is not None:
             self._writer.close()
 
 
-def _drop_after(uri: str, stage: str, start_step: int) -> float:
-    """Drop the stage's lines after the step resumed from; returns its training time so far."""
-    lines = list(read_lines(uri))
+class _LocalLines:
+    """Appends to a local file; what a full disk refused is written with the next line."""
+
+    def __init__(self, path: str, lines: list[str] | None) -> None:
+        """`lines` replace the file."""
+        self._path = path
+        self._waiting = ""
+        self._warned = False
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        if lines is not None:
+            temporary = f"{path}.{os.getpid()}.tmp"
+            Path(temporary).write_text("".join(lines), encoding="utf-8")
+            os.replace(temporary, path)
+
+    def add(self, line: str) -> None:
+        self._waiting += line
+        try:
+            with open(self._path, "ab", buffering=0) as sink:
+                begin = sink.tell()
+                content = self._waiting.encode()
+                if sink.write(content) < len(content):  # the disk became full on the way
+                    sink.truncate(begin)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._waiting = ""
+        except OSError as error:
+            if not self._warned:
+                LOG.warning("%s waits to be written: %s", self._path, reason(error))
+            self._warned = True
+
+    def close(self) -> None:
+        if self._waiting:
+            self.add("")
+
+
+class _RemoteLines:
+    """An object: held in memory and replaced as a whole, by a thread, every few seconds.
+
+    Appending would read and write it all for every line, and a store that is away would stop
+    the training for as long as its client tries.
+    """
+
+    def __init__(self, uri: str, lines: list[str]) -> None:
+        self._fs, self._path = open_filesystem(uri)
+        self._uri, self._lines, self._written = uri, lines, len(lines)
+        self._closed = threading.Event()
+        self._warned = False
+        self._thread = threading.Thread(target=self._run, name="run log", daemon=True)
+        self._thread.start()
+
+    def add(self, line: str) -> None:
+        self._lines.append(line)
+
+    def close(self) -> None:
+        self._closed.set()
+        self._thread.join()
+        try:
+            retried(self._flush)
+        except Exception as error:
+            lost = len(self._lines) - self._written
+            LOG.warning("%s lacks %d lines: %s", redacted(self._uri), lost, reason(error))
+
+    def _run(self) -> None:
+        while not self._closed.wait(FLUSH_SECONDS):
+            try:
+                self._flush()
+            except Exception as error:
+                if not self._warned:
+                    LOG.warning("%s waits to be written: %s", redacted(self._uri), reason(error))
+                self._warned = True
+
+    def _flush(self) -> None:
+        count = len(self._lines)
+        if count > self._written:
+            self._fs.pipe_file(self._path, "".join(self._lines[:count]).encode())
+            self._written = count
+
+
+def _kept_lines(uri: str, stage: str, start_step: int) -> tuple[list[str], float, bool]:
+    """The lines of other stages and of steps up to the one resumed from, the stage's training
+    time so far, and whether any line was left out (a half-written one is)."""
+    fs, path = open_filesystem(uri)
+    try:
+        lines = fs.cat_file(path).decode(errors="replace").splitlines()
+    except FileNotFoundError:
+        return [], 0.0, False
     kept, seconds = [], 0.0
-    for line in lines:
+    for text in lines:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
         mine = stage in (line.get("stage"), line.get("of"))
         if mine and line.get("step", 0) > start_step:
             continue
-        kept.append(line)
+        kept.append(text + "\n")
         if mine:
             seconds = max(seconds, line.get("seconds", 0.0))
-    if len(kept) < len(lines):
-        fs, path = open_filesystem(uri)
-        with fs.open(path, "wb") as sink:
-            sink.write("".join(json.dumps(line) + "\n" for line in kept).encode())
-    return seconds
+    return kept, seconds, len(kept) < len(lines)
 
 
 class ProgressLine:
@@ -116,7 +223,7 @@ class ProgressLine:
     def _show(self) -> None:
         try:
             mine = [line for line in read_lines(self._uri) if line["stage"] == self._stage]
-        except (OSError, ValueError):  # a line half written, or a store out of reach: next time
+        except Exception:  # a line half written, or a store out of reach: next time
             return
         if mine and mine[-1]["step"] != self._bar.n:
             self._bar.set_postfix_str(describe(mine[-1]), refresh=False)

@@ -18,6 +18,7 @@ from karma_ray.cluster.worker import TrainJob, WorkerContext
 from karma_ray.data.collate import Collator
 from karma_ray.data.prepared import PreparedData
 from karma_ray.model.karma import KarmaModel
+from karma_ray.model.lora import is_low_rank, set_trained
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.training.evaluate import evaluate
@@ -42,8 +43,12 @@ class Paces:
     encoder: Pace
 
     def __call__(self, name: str) -> Pace:
-        """What came with a Hugging Face checkpoint is a backbone; all else is new."""
-        backbone = ".body." in name or name.endswith("lm_head")
+        """What came with a Hugging Face checkpoint is a backbone; all else is new.
+
+        Low-rank adapters are new too: they bear, and need, several times the rate at which the
+        weights under them would learn (about ten, LoRA Without Regret, 2025).
+        """
+        backbone = (".body." in name and not is_low_rank(name)) or name.endswith("lm_head")
         factor = 1.0 if backbone else self.new_module
         if ".item_encoder." not in name:
             return Pace(factor)
@@ -81,7 +86,10 @@ def joint_job(
 ) -> TrainJob:
     """Stage 2 on the prepared sequences."""
     config, training = stage.config, stage.config.training
-    step = JointStep(config.objective, training.encoder_grad, training.encoder_delay)
+    step = JointStep(
+        config.objective, training.encoder_grad, training.encoder_delay,
+        training.micro_batch_size, training.micro_tokens,
+    )  # fmt: skip
     start = next(n for n in range(training.steps + 1) if not step.is_delayed(n / training.steps))
     rise = round(training.lr_warmup_share * training.steps) if start else 0
     encoder = Pace(training.encoder_lr, start, rise)
@@ -143,7 +151,7 @@ class BeforeStep:
         model.progress = step / training.steps
         frozen = self.step.is_frozen(model.progress)
         # Also queries may go through the item encoder (query_mode=encoder).
-        model.interest.item_encoder.requires_grad_(not frozen)
+        set_trained(model.interest.item_encoder, not frozen)
         if training.encoder_grad == "full" and not frozen:
             model.bank = None
             return

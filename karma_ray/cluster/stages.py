@@ -23,11 +23,14 @@ from karma_ray.config import Config, from_dict
 from karma_ray.data.batch import Batch
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.collate import Collator
-from karma_ray.data.prompts import Tokenizer, encode_texts
+from karma_ray.data.prompts import Tokenizer
+from karma_ray.data.steps import flattened, list_sizes
+from karma_ray.data.tokens import catalog_tokens
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import check_architecture, load_lm_head, load_tokenizer
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
+from karma_ray.model.lora import set_trained
 from karma_ray.objectives.losses import builds_reconstruction
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.training.checkpoint import load_weights
@@ -104,10 +107,10 @@ class Stage:
         return cast(Tokenizer, load_tokenizer(folder))
 
     def collator(self) -> Collator:
-        """Collator with item tokens."""
+        """Collator with item tokens, which the workers of a node share."""
         tokenizer = self.tokenizer()
         catalog, config = self.catalog(), self.config.collate
-        tokens, lengths = encode_texts(tokenizer, catalog.texts(), config.max_item_tokens)
+        tokens, lengths = catalog_tokens(catalog, tokenizer, config.max_item_tokens)
         return Collator(catalog, tokenizer, config, tokens, lengths)
 
     def make_training_collate(self) -> TrainingCollate:
@@ -119,8 +122,8 @@ class Stage:
         model = self._whole()
         self._whiten(model.interest)
         interest, train = model.interest, self.config.warmup.train
-        interest.item_encoder.body.requires_grad_(train == "all")
-        interest.user_decoder.body.requires_grad_(train != "adapters_only")
+        set_trained(interest.item_encoder.body, train == "all")
+        set_trained(interest.user_decoder.body, train != "adapters_only")
         return model
 
     def build_joint(self) -> KarmaModel:
@@ -174,11 +177,10 @@ class TrainingCollate:
 
 def collate_tokens(rows: pa.Table, keys: np.ndarray) -> TokenBatch:
     """Collate `item_tokens` rows for stage 1; nothing is drawn."""
-    lists = rows.column("token_ids").to_pylist()
-    lengths = np.array([len(ids) for ids in lists], np.int64)
-    tokens = np.zeros((len(lists), int(lengths.max())), np.int64)
-    for row, ids in enumerate(lists):
-        tokens[row, : len(ids)] = ids
+    lengths = list_sizes(rows.column("token_ids"))
+    tokens = np.zeros((len(lengths), int(lengths.max())), np.int64)
+    real = np.arange(tokens.shape[1]) < lengths[:, None]
+    tokens[real] = flattened(rows.column("token_ids")).to_numpy()
     return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(lengths))
 
 
@@ -225,6 +227,7 @@ def warmup_key(config: Config, items_hash: str) -> dict[str, object]:
         "item_encoder": dataclasses.asdict(replace(model.item_encoder, checkpoint="")),
         "user_decoder": dataclasses.asdict(replace(model.user_decoder, checkpoint="")),
         "score": dataclasses.asdict(model.score),
+        "peft": model.peft,
         "max_target_tokens": model.decodability.max_target_tokens,
         "warmup": dataclasses.asdict(config.warmup),
         "training": {name: training[name] for name in shared},

@@ -16,12 +16,21 @@ from torch import nn
 
 from karma_ray.artifacts import join, write_json
 from karma_ray.cluster.run_log import RunLog
-from karma_ray.training.checkpoint import Progress, load_checkpoint, save_checkpoint, save_weights
+from karma_ray.errors import StorageError, TakenOver
+from karma_ray.training.checkpoint import Progress, load_checkpoint, save_weights
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.loop import Record, fit
 from karma_ray.training.memory import trim_heap
 from karma_ray.training.optim import Pace, build_optimizer, learning_rate_factor, same_pace
-from karma_ray.training.parallel import barrier, broadcast_parameters, rank, world_size
+from karma_ray.training.outage import reason, redacted, retried
+from karma_ray.training.parallel import (
+    barrier,
+    global_sum,
+    rank,
+    world_size,
+)
+from karma_ray.training.placement import is_sharded, place
+from karma_ray.training.store import CheckpointStore
 
 if TYPE_CHECKING:
     from karma_ray.training.step import Step
@@ -73,8 +82,13 @@ class TrainJob:
 
     @property
     def checkpoints(self) -> str:
-        """Where Ray Train keeps this stage's checkpoints."""
+        """Where this stage's checkpoints lie (training/store.py)."""
         return join(self.run, "checkpoints", self.stage)
+
+    @property
+    def owner(self) -> str:
+        """Where the newest start of this stage leaves its number."""
+        return join(self.run, "owners", f"{self.stage}.json")
 
     @property
     def final(self) -> str:
@@ -91,19 +105,17 @@ class Channel(Protocol):
     def report(self, record: Record) -> None:
         """Tell the record; a barrier under Ray."""
 
-    def save(self, step: int, record: Record, write: Callable[[str], None]) -> None:
-        """Keep a checkpoint whose files `write(folder)` produces."""
-
-    def restored(self, read: Callable[[str], Progress]) -> Progress | None:
-        """Call `read(folder)` on the newest checkpoint, if there is one."""
-
 
 def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[str, Any]:
-    """Train one stage to its end; returns the summary that rank 0 writes."""
+    """Train one stage to its end; returns the summary that rank 0 writes.
+
+    Raises, on all workers alike, NonFiniteLoss, TakenOver when another process has begun to
+    continue the run, and StorageError when the final weights cannot be written.
+    """
     training, started = job.training, time.perf_counter()
     torch.set_num_threads(training.num_threads())
     torch.manual_seed(job.seed)
-    model = job.build().to(channel.device)
+    model = place(job.build(), training, channel.device)
     optimizer = build_optimizer(
         model,
         learning_rate=training.learning_rate,
@@ -112,15 +124,55 @@ def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[
     )
     # Before the restore, which brings the random state of a checkpoint along.
     torch.manual_seed(job.seed + 1_000_003 * (rank() + 1))
-    found = channel.restored(lambda folder: load_checkpoint(folder, model, optimizer, rank=rank()))
+    store = CheckpointStore(
+        job.checkpoints,
+        keep=training.keep_checkpoints,
+        best_metric=training.best_metric,
+        owner=job.owner,
+        device=channel.device,
+    )
+    found = store.restore(lambda folder: load_checkpoint(folder, model, optimizer))
     start = found.step if found else 0
-    broadcast_parameters(model)
     log = RunLog(job.run, job.stage, start) if rank() == 0 else None
-    hooks = _Hooks(job, channel, model, optimizer, log)
+    hooks = _Hooks(job, channel, model, optimizer, log, store)
+    try:
+        done = _fitted(job, channel, model, optimizer, hooks, start, progress)
+        store.finish()
+        hooks.validate(done)
+    except BaseException:
+        store.finish(hurried=True)
+        raise
+    finally:
+        if log is not None:
+            log.close()
+    summary = {
+        "stage": job.stage,
+        "weights": job.final,
+        "steps": done,
+        "seconds": time.perf_counter() - started,
+        "last": hooks.last,
+        "valid": hooks.valid,
+        "failed_checkpoints": len(store.failed),
+    }
+    _save_final(job.final, model, summary, channel.device)
+    return summary
+
+
+def _fitted(
+    job: TrainJob,
+    channel: Channel,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    hooks: _Hooks,
+    start: int,
+    progress: bool,
+) -> int:
+    """`fit` from step `start`; returns the steps done."""
+    training = job.training
     context = WorkerContext(rank(), world_size(), start, training.steps, channel.use_ray)
     if job.on_step is not None:
         job.on_step(model, start)
-    done = fit(
+    return fit(
         model,
         job.step,
         optimizer,
@@ -136,23 +188,31 @@ def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[
         after_step=hooks.after_step,
         failure_dir=join(job.run, "failures", job.stage),
         progress=progress,
+        profile_dir=join(job.run, "profile", job.stage) if training.profile else None,
     )
-    hooks.validate(done)
-    summary = {
-        "stage": job.stage,
-        "weights": job.final,
-        "steps": done,
-        "seconds": time.perf_counter() - started,
-        "last": hooks.last,
-        "valid": hooks.valid,
-    }
-    if rank() == 0:
-        save_weights(job.final, model)
-        write_json(summary, join(job.final, "summary.json"))
-    if log is not None:
-        log.close()
-    barrier()
-    return summary
+
+
+def _save_final(
+    folder: str, model: nn.Module, summary: dict[str, Any], device: torch.device
+) -> None:
+    """Weights, then the summary that says they are complete; raises on all workers alike."""
+    failure: StorageError | None = None
+    try:
+        save_weights(folder, model)
+        if rank() == 0:
+            retried(lambda: write_json(summary, join(folder, "summary.json")))
+    except StorageError as error:
+        failure = error
+    except Exception as error:
+        failure = StorageError("final weights", redacted(folder), reason(error))
+    # A collective: nobody is left waiting for a worker that has failed.
+    if _anywhere(failure is not None, device):
+        raise failure or StorageError("final weights", redacted(folder), "failed on rank 0")
+
+
+def _anywhere(mine: bool, device: torch.device) -> bool:
+    """Whether it is so on any worker."""
+    return bool(global_sum(torch.tensor(int(mine), device=device)))
 
 
 class _Hooks:
@@ -165,16 +225,21 @@ class _Hooks:
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
         log: RunLog | None,
+        store: CheckpointStore,
     ) -> None:
-        self._job, self._channel, self._log = job, channel, log
+        self._job, self._channel, self._log, self._store = job, channel, log, store
         self._model, self._optimizer = model, optimizer
         self.last: Record = {}
         self.valid: Record = {}
         self._validated = -1
+        self._stalled = 0.0
         self._trimmed = time.monotonic()
 
     def report(self, record: Record) -> bool:
-        self.last = record
+        lost = rank() == 0 and not self._store.is_owner()
+        if _anywhere(lost, self._channel.device):
+            raise TakenOver(f"{self._job.run}: another process continues this run")
+        record = self.last = {**record, "checkpoint_stall_share": self._stall_share(record)}
         if self._log is not None:
             self._log.add(record)
         self._channel.report(record)
@@ -182,6 +247,12 @@ class _Hooks:
             trim_heap()
             self._trimmed = time.monotonic()
         return self._job.should_stop is not None and self._job.should_stop(record)
+
+    def _stall_share(self, record: Record) -> float:
+        """Share of the time since the last report in which training stood for checkpoints."""
+        stalled = self._store.stall_seconds - self._stalled
+        self._stalled = self._store.stall_seconds
+        return stalled / max(record.get("seconds", 0.0) + stalled, 1e-9)
 
     def after_step(self, step: int) -> None:
         job = self._job
@@ -191,22 +262,24 @@ class _Hooks:
         if training.validate_every and step % training.validate_every == 0:
             self.validate(step)
         if training.checkpoint_every and step % training.checkpoint_every == 0:
-            self._channel.save(step, self.last | {"step": step}, lambda to: self._write(to, step))
+            score = self.valid.get(training.best_metric) if self._validated == step else None
+            self._store.save(self._model, self._optimizer, Progress(step), score=score)
 
     def validate(self, step: int) -> None:
-        """Evaluate on rank 0 while the others wait; training's random state is left alone."""
+        """Evaluate on rank 0 while the others wait; training's random state is left alone.
+
+        Where layers are sharded a forward pass needs everybody: all evaluate.
+        """
         if self._job.validate is None or step == self._validated:
             return
         self._validated = step
-        if rank() == 0 and self._log is not None:
+        if rank() == 0 or is_sharded(self._model):
             self._model.eval()
             with torch.random.fork_rng(), torch.no_grad():
                 self.valid = {**self._job.validate(self._model, step)}
             self._model.train()
+        if self._log is not None:
             self._log.add({"step": step, **self.valid}, stage="valid")
         barrier()
         # Every worker reports equally often; rank 0's record is the one that is looked at.
         self._channel.report({"step": step, **{f"valid/{k}": v for k, v in self.valid.items()}})
-
-    def _write(self, folder: str, step: int) -> None:
-        save_checkpoint(folder, self._model, self._optimizer, Progress(step), rank=rank())

@@ -12,6 +12,7 @@ import stat
 import tempfile
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -41,10 +42,11 @@ def usable_items(table: pa.Table) -> np.ndarray:
 class Catalog:
     """Items by row number. Images stay on disk: nothing here reads them."""
 
-    def __init__(self, table: pa.Table) -> None:
+    def __init__(self, table: pa.Table, copy: Path | None = None) -> None:
+        """`copy` is the Arrow file that the table is mapped from, if there is one."""
         if table.num_rows == 0:
             raise InputError("items", 0, "rows: the catalogue is empty")
-        self.table = table
+        self.table, self.copy = table, copy
         self.item_ids: list[str] = table.column("item_id").to_pylist()
         self.titles: list[str] = table.column("title").to_pylist()
         self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids)}
@@ -63,7 +65,7 @@ class Catalog:
         path = folder / f"{content_hash(source)}.arrow"
         if not path.exists():
             _write_arrow(source, path)
-        return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+        return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), path)
 
     @property
     def num_items(self) -> int:
@@ -72,15 +74,19 @@ class Catalog:
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """Row numbers [n] int64 of item ids; -1 where unknown."""
-        return np.fromiter((self._row_of.get(i, -1) for i in ids), dtype=np.int64, count=len(ids))
+        return np.fromiter(map(self._row_of.get, ids, repeat(-1)), dtype=np.int64, count=len(ids))
 
     def column(self, name: str) -> list[Any] | None:
         """A column as a list, or None when the catalogue does not have it."""
         return self.table.column(name).to_pylist() if name in self.table.column_names else None
 
-    def texts(self) -> list[str]:
-        """`title | brand | category | text` of every item, empty parts left out."""
-        columns = [self.table.column(name).to_pylist() for name in _TEXT_COLUMNS]
+    def texts(self, start: int = 0, stop: int | None = None) -> list[str]:
+        """`title | brand | category | text` of every item, or of rows `start` to `stop`.
+
+        Empty parts are left out.
+        """
+        rows = self.table[start:stop]
+        columns = [rows.column(name).to_pylist() for name in _TEXT_COLUMNS]
         return [" | ".join(part for part in parts if part) for parts in zip(*columns, strict=True)]
 
     @property

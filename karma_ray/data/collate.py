@@ -6,18 +6,28 @@ M decoded positions per window. Everything but the tables of tokens is an index 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
 from karma_ray.data.batch import Batch as Batch
 from karma_ray.data.draws import hashed, uniform
-from karma_ray.data.prompts import Tokenizer, encode_texts
+from karma_ray.data.prompts import TextMemory, Tokenizer
+from karma_ray.data.steps import (
+    REQUEST,
+    TRAINING,
+    ItemRows,
+    Steps,
+    catalog_rows,
+    elements,
+    flattened,
+    list_sizes,
+    places,
+)
 
 HARD, DROP, DECODED = range(3)
 """Purposes of a draw."""
@@ -41,27 +51,6 @@ class CollateConfig:
     """Positions per window decoded into text: the last and random others; 0: all of them."""
 
 
-class ItemRows(Protocol):
-    """What the collator needs of a catalogue; an embedding table satisfies it at serving."""
-
-    @property
-    def content_ids(self) -> np.ndarray: ...
-
-    def rows(self, ids: Sequence[str]) -> np.ndarray: ...
-
-
-@dataclass
-class _Steps:
-    """Padded [B, T] arrays before they are made batch-local."""
-
-    items: np.ndarray  # catalogue rows, 0 at padding
-    item_mask: np.ndarray
-    step_mask: np.ndarray
-    group: np.ndarray
-    queries: list[list[str]]
-    kept: list[np.ndarray]  # positions of the row's lists that became steps
-
-
 class Collator:
     """Builds batches of training windows, and of requests (evaluation and serving)."""
 
@@ -76,6 +65,7 @@ class Collator:
         """`item_tokens` [I, L] and `item_lengths` [I] are needed for training batches only."""
         self.catalog, self.tokenizer, self.config = catalog, tokenizer, config
         self.item_tokens, self.item_lengths = item_tokens, item_lengths
+        self._queries = TextMemory(tokenizer, config.max_query_tokens)
 
     def catalog_tokens(self) -> tuple[np.ndarray, np.ndarray]:
         """Tokens [I, L] and lengths [I] of the whole catalogue; not there at serving."""
@@ -88,15 +78,17 @@ class Collator:
         Hard negatives, dropped queries and decoded positions are drawn apart, so that variants
         which ignore one of them still see the same batches.
         """
-        steps = self._steps(rows, "item_ids", "queries", "timestamps", pages=True)
-        wanted = rows.column("loss_mask").to_pylist()
-        wanted = [[row[i] for i in kept] for row, kept in zip(wanted, steps.kept, strict=True)]
-        loss_mask = _pad(wanted, steps.step_mask.shape, False, bool)
+        # The newest step of a window has a full history behind it, as a request has.
+        steps = Steps.of(rows, TRAINING, self.catalog, self.config.max_history + 1)
+        wanted = elements(rows.column("loss_mask"), steps.sizes).fill_null(False)
+        loss_mask = np.zeros_like(steps.step_mask)
+        loss_mask[steps.window, steps.step] = wanted.to_numpy(zero_copy_only=False)[steps.kept]
         hard, hard_mask = self._hard_negatives(rows, steps, keys)
-        queries = _drop(steps.queries, self.config.drop_query, keys)
+        dropped = uniform(keys[:, None], DROP, np.arange(steps.query.shape[1]))
+        query = np.where(dropped < self.config.drop_query, 0, steps.query)
         decode_step, decode_mask = _decoded(loss_mask, self.config.num_decoded, keys)
         return self._assemble(
-            steps, queries, loss_mask, hard, hard_mask, decode_step, decode_mask, keys
+            steps, query, loss_mask, hard, hard_mask, decode_step, decode_mask, keys
         )
 
     def requests(self, examples: pa.Table) -> Batch:
@@ -105,92 +97,37 @@ class Collator:
         Needs `query`, `history_queries`, `history_item_ids` and `history_timestamps`. History
         items unknown to the catalogue are left out.
         """
-        steps = self._steps(
-            examples, "history_item_ids", "history_queries", "history_timestamps", pages=False
-        )
-        length = steps.step_mask.sum(1)
-        current = _pad_axis(steps, extra=1)
-        rows = np.arange(len(length))
-        current.step_mask[rows, length] = True
-        # group numbers have gaps (steps left out) and may pass the number of steps
-        current.group[rows, length] = current.group.max(initial=-1) + 1
-        for queries, query in zip(
-            current.queries, examples.column("query").to_pylist(), strict=True
-        ):
-            queries.append(query or "")
-        empty = np.zeros((*current.step_mask.shape, 0))
-        none = np.zeros((len(rows), 0))
-        loss_mask = np.zeros_like(current.step_mask)
+        steps = Steps.of(examples, REQUEST, self.catalog, self.config.max_history)
+        empty = np.zeros((*steps.step_mask.shape, 0))
+        none = np.zeros((len(steps.sizes), 0))
+        loss_mask = np.zeros_like(steps.step_mask)
+        keys = np.zeros(len(steps.sizes), np.int64)
         return self._assemble(
-            current, current.queries, loss_mask, empty, empty.astype(bool), none, none.astype(bool),
-            np.zeros(len(rows), np.int64),
-        )  # fmt: skip
-
-    def _steps(self, rows: pa.Table, items: str, queries: str, times: str, pages: bool) -> _Steps:
-        # The newest step of a training window has a full history behind it, as a request has.
-        limit = self.config.max_history + int(pages)
-        table: list[tuple[list[Any], list[Any], list[Any]]] = []
-        kept: list[np.ndarray] = []
-        page_lists = rows.column("page_ids").to_pylist() if pages else [None] * rows.num_rows
-        for ids, texts, stamps, page_ids in zip(
-            rows.column(items).to_pylist(),
-            rows.column(queries).to_pylist(),
-            rows.column(times).cast(pa.list_(pa.int64())).to_pylist(),
-            page_lists,
-            strict=True,
-        ):
-            ids = ids or []
-            found = self.catalog.rows(ids)
-            stamps = stamps or [None] * len(ids)
-            groups = _groups(stamps, page_ids or list(range(len(ids))))
-            known = np.flatnonzero(found >= 0)[-limit:]
-            kept.append(known)
-            table.append(
-                (
-                    found[known].tolist(),
-                    [(texts[i] or "") if texts else "" for i in known],
-                    [groups[i] for i in known],
-                )
-            )
-        shape = (len(table), max([len(row[0]) for row in table], default=0))
-        mask = _pad([[True] * len(row[0]) for row in table], shape, False, bool)
-        return _Steps(
-            items=_pad([row[0] for row in table], shape, 0, np.int64),
-            item_mask=mask,
-            step_mask=mask.copy(),
-            group=_pad([row[2] for row in table], shape, -1, np.int64),
-            queries=[list(row[1]) for row in table],
-            kept=kept,
+            steps, steps.query, loss_mask, empty, empty.astype(bool), none, none.astype(bool), keys
         )
 
     def _hard_negatives(
-        self, rows: pa.Table, steps: _Steps, keys: np.ndarray
+        self, rows: pa.Table, steps: Steps, keys: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         count = self.config.num_hard_negatives
         chosen = np.zeros((*steps.step_mask.shape, count), np.int64)
         mask = np.zeros(chosen.shape, bool)
-        ids: list[str] = []
-        places: list[tuple[int, int, int]] = []  # window, step, exposed items
-        for b, window in enumerate(rows.column("hard_negative_ids").to_pylist()):
-            for t, position in enumerate(steps.kept[b] if window else []):
-                exposed = window[position] or []
-                places.append((b, t, len(exposed)))
-                ids += exposed
-        if not ids:
-            return chosen, mask
-        window, step, sizes = np.array(places).T
-        window, step = np.repeat(window, sizes), np.repeat(step, sizes)
-        found = self.catalog.rows(ids)
+        exposed = elements(rows.column("hard_negative_ids"), steps.sizes)
+        if len(steps.kept) < len(exposed):
+            exposed = exposed.take(pa.array(steps.kept))
+        owner = np.repeat(np.arange(len(exposed)), list_sizes(exposed))  # into the K steps
+        found = catalog_rows(self.catalog, flattened(exposed))
         # an exposed item that this user clicks elsewhere in the window is no negative
         content, span = self.catalog.content_ids, len(self.catalog.content_ids) + 1
-        owner, _ = steps.item_mask.nonzero()
-        clicked = owner * span + content[steps.items[steps.item_mask]]
-        free = (found >= 0) & ~np.isin(window * span + content[found], clicked)
-        window, step, found = window[free], step[free], found[free]
-        order = np.lexsort((hashed(keys[window], HARD, step, found), step, window))
+        clicked = steps.window * span + content[steps.items[steps.window, steps.step]]
+        pairs = steps.window[owner] * span + content[found]
+        among_clicks = pc.is_in(pa.array(pairs), value_set=pa.array(clicked))
+        free = (found >= 0) & ~among_clicks.to_numpy(zero_copy_only=False)
+        owner, found = owner[free], found[free]
+        window, step = steps.window[owner], steps.step[owner]
+        order = np.lexsort((hashed(keys[window], HARD, step, found), owner))
         window, step, found = window[order], step[order], found[order]
-        group = window * steps.step_mask.shape[1] + step
-        place = np.arange(len(group)) - np.searchsorted(group, group)
+        place = places(np.bincount(owner, minlength=1))
         kept = place < count
         chosen[window[kept], step[kept], place[kept]] = found[kept]
         mask[window[kept], step[kept], place[kept]] = True
@@ -198,8 +135,8 @@ class Collator:
 
     def _assemble(
         self,
-        steps: _Steps,
-        queries: list[list[str]],
+        steps: Steps,
+        query: np.ndarray,
         loss_mask: np.ndarray,
         hard: np.ndarray,
         hard_mask: np.ndarray,
@@ -213,12 +150,8 @@ class Collator:
         if self.item_tokens is not None and self.item_lengths is not None:
             lengths = self.item_lengths[unique]
             tokens = self.item_tokens[unique][:, : int(lengths.max())]
-        distinct = {"": 0} | {q: 1 for row in queries for q in row if q}
-        position = {text: index for index, text in enumerate(distinct)}
-        query_tokens, query_lengths = encode_texts(
-            self.tokenizer, list(distinct), self.config.max_query_tokens, end=False
-        )
-        query_index = [[position[text] for text in row] for row in queries]
+        asked = np.unique(np.append(query, 0))
+        query_tokens, query_lengths = self._queries.encode([steps.texts[i] for i in asked])
 
         def local(values: np.ndarray, mask: np.ndarray) -> np.ndarray:
             return np.where(mask, np.searchsorted(unique, values), 0)
@@ -230,7 +163,7 @@ class Collator:
             "item_content": self.catalog.content_ids[unique],
             "query_tokens": query_tokens,
             "query_lengths": query_lengths,
-            "query_index": _pad(query_index, steps.step_mask.shape, 0, np.int64),
+            "query_index": np.searchsorted(asked, query),
             "item_index": local(steps.items, steps.item_mask),
             "item_mask": steps.item_mask,
             "step_mask": steps.step_mask,
@@ -246,47 +179,8 @@ class Collator:
 
 
 def _tensor(value: np.ndarray) -> Tensor:
-    return torch.from_numpy(
-        np.ascontiguousarray(value if value.dtype == bool else value.astype(np.int64))
-    )
-
-
-def _pad(rows: list[list[Any]], shape: tuple[int, ...], fill: Any, dtype: Any) -> np.ndarray:
-    result = np.full(shape, fill, dtype)
-    for row, values in enumerate(rows):
-        kept = values[-shape[1] :] if shape[1] else []
-        result[row, : len(kept)] = kept
-    return result
-
-
-def _pad_axis(steps: _Steps, extra: int) -> _Steps:
-    def grow(value: np.ndarray, fill: Any) -> np.ndarray:
-        return np.pad(value, ((0, 0), (0, extra)), constant_values=fill)
-
-    return _Steps(
-        grow(steps.items, 0), grow(steps.item_mask, False), grow(steps.step_mask, False),
-        grow(steps.group, -1), steps.queries, steps.kept,
-    )  # fmt: skip
-
-
-def _groups(stamps: list[Any], pages: list[Any]) -> list[int]:
-    """Number consecutive steps of one page or one instant alike: they cannot see each other."""
-    groups: list[int] = []
-    for index, (stamp, page) in enumerate(zip(stamps, pages, strict=True)):
-        same = index > 0 and (
-            page == pages[index - 1] or (stamp is not None and stamp == stamps[index - 1])
-        )
-        groups.append(groups[-1] if same else len(groups))
-    return groups
-
-
-def _drop(queries: list[list[str]], share: float, keys: np.ndarray) -> list[list[str]]:
-    width = max([len(row) for row in queries], default=0)
-    dropped = uniform(keys[:, None], DROP, np.arange(width)) < share
-    return [
-        ["" if lost else text for text, lost in zip(row, dropped[b], strict=False)]
-        for b, row in enumerate(queries)
-    ]
+    dtype = bool if value.dtype == bool else np.int64
+    return torch.from_numpy(np.ascontiguousarray(value, dtype))
 
 
 def _decoded(loss_mask: np.ndarray, count: int, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

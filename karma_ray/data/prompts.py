@@ -23,6 +23,9 @@ class Tokenizer(Protocol):
 
     def __call__(self, text: list[str], **options: Any) -> Any: ...
 
+    @property
+    def backend_tokenizer(self) -> Any: ...
+
     def convert_tokens_to_ids(self, tokens: str) -> int: ...
 
     def decode(self, token_ids: Any, **options: Any) -> str: ...
@@ -60,3 +63,30 @@ def encode_texts(
         kept = ids[:room]
         tokens[row, : len(kept)] = kept
     return tokens, lengths
+
+
+class TextMemory:
+    """Tokens of short texts that come again and again, as queries do."""
+
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, capacity: int = 65_536) -> None:
+        self._tokenizer, self._max_tokens, self._capacity = tokenizer, max_tokens, capacity
+        self._known: dict[str, np.ndarray] = {}
+        self._pad = SpecialIds.of(tokenizer).end_of_text
+
+    def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [N, L] int32 and lengths [N] int64: `encode_texts` without an end."""
+        known = {text: self._known.get(text) for text in texts}
+        new = [text for text, ids in known.items() if ids is None]
+        if new:
+            tokens, lengths = encode_texts(self._tokenizer, new, self._max_tokens, end=False)
+            found = {t: row[:n] for t, row, n in zip(new, tokens, lengths.tolist(), strict=True)}
+            known |= found
+            if len(self._known) + len(found) > self._capacity:
+                self._known = {}
+            self._known.update(found)
+        rows = [ids for ids in (known[text] for text in texts) if ids is not None]
+        lengths = np.array([len(ids) for ids in rows], np.int64)
+        table = np.full((len(rows), max(1, int(lengths.max(initial=0)))), self._pad, np.int32)
+        if rows:
+            table[np.arange(table.shape[1]) < lengths[:, None]] = np.concatenate(rows)
+        return table, lengths

@@ -98,4 +98,5 @@ class ModelConfig:
     decodability: DecodabilityConfig = field(default_factory=DecodabilityConfig)
     """Train-only decoders."""
     peft: str = "full"
-    """`full`: every weight learns; `lora:R`: rank-R adapters on both backbones (2106.09685)."""
+    """`full`: every weight learns; `lora:R`: rank-R adapters on both backbones (2106.09685), at
+    `training.new_module_lr` times the learning rate."""

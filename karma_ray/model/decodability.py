@@ -19,6 +19,7 @@ from karma_ray.data.prompts import SpecialIds
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import run_body, token_embeddings, truncated
 from karma_ray.model.config import DecodabilityConfig
+from karma_ray.model.lora import set_trained
 from karma_ray.model.user_decoder import Prefix
 
 
@@ -139,7 +140,7 @@ class Decodability(nn.Module):
         kind, _, layers = config.recon_decoder.partition(":")
         if kind in ("separate", "frozen") and not layers:
             self.body = copy.deepcopy(body)
-            self.body.requires_grad_(kind == "separate")
+            set_trained(self.body, kind == "separate")
         elif kind == "light" and layers.isdigit():
             self.body = truncated(body, int(layers))
         elif config.recon_decoder != "shared":

@@ -16,6 +16,7 @@ from karma_ray.model.adapters import Score
 from karma_ray.model.backbone import hidden_size, load_body
 from karma_ray.model.config import ModelConfig
 from karma_ray.model.item_encoder import ItemEncoder
+from karma_ray.model.lora import adapt, parse_rank
 from karma_ray.model.user_decoder import Prefix, UserDecoder
 
 
@@ -43,9 +44,13 @@ class InterestModel(nn.Module):
 
     @classmethod
     def build(cls, config: ModelConfig, tokenizer: Tokenizer, seed: int = 0) -> InterestModel:
-        """Load both bodies from their checkpoints."""
+        """Load both bodies from their checkpoints; `config.peft` may put adapters into them."""
+        rank = parse_rank(config.peft)
         item = load_body(config.item_encoder.checkpoint, "model.item_encoder.checkpoint")
         user = load_body(config.user_decoder.checkpoint, "model.user_decoder.checkpoint")
+        if rank is not None:
+            adapt(item, rank, seed)
+            adapt(user, rank, seed + 1)
         return cls(config, item, user, tokenizer, seed)
 
     @property

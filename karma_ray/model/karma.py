@@ -61,7 +61,8 @@ class KarmaModel(nn.Module):
         self.tokenizer = tokenizer
         config = interest.config.decodability
         if lm_head is not None:
-            self.lm_head = nn.Parameter(lm_head)
+            learns = interest.config.peft == "full"  # it belongs to the backbone
+            self.lm_head = nn.Parameter(lm_head, learns)
         prompt = tokenizer([DECODE_PROMPT], add_special_tokens=False)["input_ids"][0]
         if not decodes:  # no private decoder; probes go through the shared one
             config = DecodabilityConfig(
@@ -72,7 +73,7 @@ class KarmaModel(nn.Module):
         self.decodability = Decodability(config, user.body, user.projector, prompt)
         if lm_head is not None and hasattr(self.decodability, "body"):
             # An untied head is part of its decoder: a private one copies it, frozen if it is.
-            trained = config.recon_decoder != "frozen"
+            trained = learns and config.recon_decoder != "frozen"
             self.decodability.lm_head = nn.Parameter(lm_head.detach().clone(), trained)
 
     def head_of(self, body: nn.Module) -> Tensor:

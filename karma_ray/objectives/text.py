@@ -24,7 +24,8 @@ def token_cross_entropy(
     """
     picked, wanted = states[mask], labels[mask]
     parts = []
-    for begin in range(0, len(wanted), chunk):
+    # Without any target the result keeps its (zero) gradient: workers pass back in step.
+    for begin in range(0, len(wanted), chunk) or (0,):
         piece = slice(begin, begin + chunk)
         if len(wanted) <= chunk:
             parts.append(_chunk(picked[piece], head, wanted[piece]))
@@ -36,7 +37,7 @@ def token_cross_entropy(
                 )
             )
     result = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return result.masked_scatter(mask, torch.cat(parts)) if parts else result
+    return result.masked_scatter(mask, torch.cat(parts))
 
 
 def reduce_tokens(values: Tensor, mask: Tensor, reduction: str) -> Tensor:

@@ -2,7 +2,8 @@
 
 A bundle is `model.interest` written out: two Hugging Face bodies, the adapters around them,
 the tokenizer and the configuration. Nothing is deleted on the way, so nothing train-only can
-be left behind.
+be left behind. Low-rank adapters of the bodies are added into the weights they stand beside, so
+a body is a plain folder; scores then agree to rounding (bit by bit where there are none).
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from karma_ray.model.config import (
     UserDecoderConfig,
 )
 from karma_ray.model.interest import InterestModel
+from karma_ray.model.lora import merged
 
 ITEM_ENCODER, USER_DECODER, TOKENIZER = "item_encoder", "user_decoder", "tokenizer"
 ADAPTERS = "adapters.safetensors"
@@ -71,8 +73,8 @@ def save_bundle(
     if fs.exists(path):
         fs.rm(path, recursive=True)
     with _written_folder(uri) as folder:
-        save_body(interest.item_encoder.body, str(folder / ITEM_ENCODER))
-        save_body(interest.user_decoder.body, str(folder / USER_DECODER))
+        save_body(merged(interest.item_encoder.body), str(folder / ITEM_ENCODER))
+        save_body(merged(interest.user_decoder.body), str(folder / USER_DECODER))
         save_file(_adapters(interest), str(folder / ADAPTERS))
         save_tokenizer(tokenizer, str(folder / TOKENIZER))
         write_json(_config(interest.config, collate_config), str(folder / "config.json"))

@@ -95,6 +95,9 @@ class TrainingConfig:
     compile: bool = False
     """Compile the layers (torch.compile); pays on GPUs."""
 
+    profile: bool = False
+    """Write a profiler trace of three steps to RUN/profile."""
+
     def check(self) -> None:
         """Raise InputError on a share or factor that cannot be."""
         if not 0 <= self.encoder_delay < 1:

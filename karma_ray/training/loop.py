@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -25,6 +25,8 @@ from karma_ray.errors import NonFiniteLoss
 from karma_ray.training.meters import Meters
 from karma_ray.training.optim import learning_rate_factor, set_learning_rate
 from karma_ray.training.parallel import global_sum, rank, sum_gradients
+from karma_ray.training.placement import clip_gradients
+from karma_ray.training.profiling import profiled
 
 if TYPE_CHECKING:  # the loop needs the shape of a step's output, not the model behind it
     from karma_ray.training.step import Step, StepOutput
@@ -52,26 +54,25 @@ def fit(
     after_step: Callable[[int], None] | None = None,
     failure_dir: str | None = None,
     progress: bool = False,
+    profile_dir: str | None = None,
 ) -> int:
     """Train until `steps` steps are done in all or `batches` ends; returns the steps done.
 
     `batches` begins at `start_step`. `schedule` maps a step to a factor of the peak learning
     rate (default: `learning_rate_factor` over `steps`). `after_step` is called with the number
-    of finished steps, on every worker (checkpoints, evaluation). Raises NonFiniteLoss, on all
+    of finished steps, on every worker (checkpoints, evaluation). With `profile_dir` a trace of
+    three steps is written below it. Raises NonFiniteLoss, on all
     workers alike, after saving the batch below `failure_dir`.
     """
     device = next(model.parameters()).device
     factor = schedule or (lambda number: learning_rate_factor(number, steps))
-    meters, stream, rate = Meters(), iter(batches), 0.0
+    meters, stream, rate = Meters(getattr(torch, precision)), iter(batches), 0.0
     model.train()
-    with _progress_bar(progress, steps, start_step) as bar:
+    with _progress_bar(progress, steps, start_step) as bar, profiled(profile_dir) as step_done:
         for number in range(start_step, steps):
-            waited = time.perf_counter()
-            if (batch := next(stream, None)) is None:
+            if (batch := _next_batch(stream, device, meters)) is None:
                 steps = number
                 break
-            batch = to_device(batch, device)
-            meters.waited(time.perf_counter() - waited)
             rate = set_learning_rate(optimizer, factor(number), number)
             optimizer.zero_grad(set_to_none=True)
             with _autocast(device, precision):
@@ -87,10 +88,10 @@ def fit(
                 stop = bool(report(record := meters.record(number + 1, rate)))
                 bar.set_postfix_str(_postfix(record), refresh=False)
             bar.update(1)
+            step_done()
             if after_step is not None:
-                outside = time.perf_counter()
-                after_step(number + 1)
-                meters.pause(time.perf_counter() - outside)
+                with meters.paused():
+                    after_step(number + 1)
             if stop:
                 return number + 1
     if meters.num_steps:
@@ -101,6 +102,16 @@ def fit(
 def to_device(batch: Any, device: torch.device) -> Any:
     """Move a batch that knows `.to(device)`; on the CPU batches are there already."""
     return batch.to(device) if device.type != "cpu" and hasattr(batch, "to") else batch
+
+
+def _next_batch(stream: Iterator[Any], device: torch.device, meters: Meters) -> Any:
+    """The next batch on `device`, None at the end; the time it took counts as waiting."""
+    waited = time.perf_counter()
+    batch = next(stream, None)
+    if batch is not None:
+        batch = to_device(batch, device)
+    meters.waited(time.perf_counter() - waited)
+    return batch
 
 
 def _autocast(device: torch.device, precision: str) -> AbstractContextManager[Any]:
@@ -122,9 +133,8 @@ def _backward(model: nn.Module, output: StepOutput, grad_clip: float) -> Tensor:
     """Gradients of the global loss, clipped; returns their norm before clipping."""
     if output.loss.requires_grad:
         output.loss.backward()  # type: ignore[no-untyped-call]
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    sum_gradients(parameters)
-    return nn.utils.clip_grad_norm_(parameters, grad_clip)
+    sum_gradients(model.parameters())
+    return clip_gradients(model, grad_clip)
 
 
 def _check_terms(output: StepOutput, batch: Any, number: int, folder: str | None) -> None:
@@ -145,7 +155,7 @@ def _check_terms(output: StepOutput, batch: Any, number: int, folder: str | None
     own = names.index("loss")
     guilty = bool(bad[own]) or not everywhere[own]
     elsewhere = f" on another worker; its batch was saved below {folder}"
-    saved = _save_failure(output, batch, number, folder) if guilty else elsewhere
+    saved = _saved_failure(output, batch, number, folder) if guilty else elsewhere
     raise NonFiniteLoss(f"{name} is not finite at step {number}{saved}")
 
 
@@ -154,8 +164,16 @@ def _check_norm(
 ) -> None:
     # The norm is of the summed gradients, hence the same on all workers: no exchange needed.
     if not torch.isfinite(norm):
-        saved = _save_failure(output, batch, number, folder)
+        saved = _saved_failure(output, batch, number, folder)
         raise NonFiniteLoss(f"the gradient norm is not finite at step {number}{saved}")
+
+
+def _saved_failure(output: StepOutput, batch: Any, number: int, folder: str | None) -> str:
+    """`_save_failure`, where a store out of reach does not hide what happened."""
+    try:
+        return _save_failure(output, batch, number, folder)
+    except OSError as error:
+        return f"; its batch could not be saved ({error})"
 
 
 def _save_failure(output: StepOutput, batch: Any, number: int, folder: str | None) -> str:

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from karma_ray.training.flops import peak_flops
 from karma_ray.training.parallel import global_sum, world_size
 
 if TYPE_CHECKING:
     from karma_ray.training.step import StepOutput
 
-COUNTS = ("tokens", "examples")
+COUNTS = ("tokens", "examples", "flops")
 """Logs that count this worker's part and add up over workers; all others are global values
 already, or are averaged."""
 
@@ -25,7 +28,9 @@ class Meters:
     worker must log the same names in the same steps.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        """`dtype` is the compute type, whose peak the model FLOPs utilisation refers to."""
+        self._dtype = dtype
         self._reset()
 
     def _reset(self) -> None:
@@ -40,9 +45,12 @@ class Meters:
         """Note time spent on waiting for a batch."""
         self._wait += seconds
 
-    def pause(self, seconds: float) -> None:
-        """Take time that was not training (a checkpoint, an evaluation) out of the speed."""
-        self._start += seconds
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Take time that is not training (a checkpoint, an evaluation) out of the speed."""
+        outside = time.perf_counter()
+        yield
+        self._start += time.perf_counter() - outside
 
     def add(self, output: StepOutput, grad_norm: Tensor) -> None:
         """Take in one step."""
@@ -80,6 +88,10 @@ class Meters:
         for name in COUNTS:
             if name in record:
                 record[f"{name}_per_s"] = record[name] * self._counts[name] / elapsed
+        if record.pop("flops", 0.0):
+            # Of all workers together, against what all their devices could do.
+            peak = peak_flops(self._device, self._dtype) * world_size()
+            record["mfu"] = record.pop("flops_per_s") / peak
         record["data_wait_share"] = self._wait / elapsed
         self._reset()
         return record

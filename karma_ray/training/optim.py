@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from karma_ray.errors import InputError
 
@@ -43,14 +44,16 @@ def build_optimizer(
     backbone (METHOD 1.10), the item encoder later and slower. Frozen parameters are left out.
     Each group keeps its peak rate as `peak_lr`, and `start` and `rise`.
     """
-    groups: dict[tuple[Pace, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[Pace, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((pace_of(name), parameter.ndim >= 2), []).append(parameter)
+            # The fused kernel takes either sharded parameters or whole ones.
+            kind = (pace_of(name), parameter.ndim >= 2, isinstance(parameter, DTensor))
+            groups.setdefault(kind, []).append(parameter)
     if not groups:
         raise InputError("model", type(model).__name__, "has no parameter to train")
     described: list[dict[str, Any]] = []
-    for (pace, matrix), parameters in sorted(groups.items(), key=lambda item: item[0]):
+    for (pace, matrix, _), parameters in sorted(groups.items(), key=lambda item: item[0]):
         rate = learning_rate * pace.factor
         decay = weight_decay if matrix else 0.0
         described.append(

@@ -8,7 +8,8 @@ the very same batches. Position p of every batch belongs to a *lane*, a contiguo
   reads the table and keeps its positions; reading so little N times costs nothing.
 * A larger table is dealt out to LANES lanes: row groups are permuted, each lane owns a share of
   their rows and shuffles it window by window. A worker reads about an N-th of the rows (with
-  more workers than lanes, several share one), in memory bounded by the window.
+  more workers than lanes, several share one), in memory bounded by the window. A row group is
+  decoded for every window that a lane makes of it, so it should be small (ROW_GROUP_ROWS).
 
 Batches are whole: the rows that do not fill the last one of an epoch wait for the next epoch,
 which is permuted anew. A table smaller than a batch is a batch.
@@ -54,7 +55,19 @@ class Part:
 
     pieces: tuple[Piece, ...]
     key: tuple[int, ...]  # seed of the permutation
-    cuts: tuple[tuple[int, int], ...]  # this worker's rows of each batch, after the permutation
+    width: int  # the lane's rows in every batch
+    share: tuple[int, int]  # which of them are this worker's
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that are shuffled together."""
+        return sum(piece.stop - piece.start for piece in self.pieces)
+
+    def chosen(self, skipped: int, num_batches: int) -> np.ndarray:
+        """This worker's rows [num_batches, share] among the part's, batch by batch."""
+        order = np.random.default_rng(self.key).permutation(self.num_rows)
+        begin, end = skipped * self.width, (skipped + num_batches) * self.width
+        return order[begin:end].reshape(num_batches, self.width)[:, slice(*self.share)]
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class Window:
     epoch: int
     first_batch: int  # number within the epoch of the first batch that is taken from here
     num_batches: int
+    skipped: int  # batches of this window in front of the first that is taken
     positions: tuple[int, int]  # this worker's share of every batch
     parts: tuple[Part, ...]
 
@@ -75,7 +89,7 @@ class Window:
     @property
     def rows_read(self) -> int:
         """Rows in memory while the window is shuffled."""
-        return sum(piece.stop - piece.start for part in self.parts for piece in part.pieces)
+        return sum(part.num_rows for part in self.parts)
 
 
 @dataclass(frozen=True)
@@ -107,16 +121,18 @@ class Source:
     def read(self, window: Window) -> pa.Table:
         """This worker's rows of a window, in the order of its batches."""
         tables: list[pa.Table] = []
-        chosen: list[list[np.ndarray]] = []
+        places: list[np.ndarray] = []
         before = 0
         for part in window.parts:
-            tables += [self._piece(piece) for piece in part.pieces]
-            rows = sum(piece.stop - piece.start for piece in part.pieces)
-            order = before + np.random.default_rng(part.key).permutation(rows)
-            chosen.append([order[start:stop] for start, stop in part.cuts])
-            before += rows
-        by_batch = [cut for cuts in zip(*chosen, strict=True) for cut in cuts]
-        return pa.concat_tables(tables).take(pa.array(np.concatenate(by_batch)))
+            chosen = part.chosen(window.skipped, window.num_batches)
+            rows = pa.concat_tables([self._piece(piece) for piece in part.pieces])
+            # Copied lane by lane, so that the row groups behind the slices can be freed.
+            tables.append(rows.take(pa.array(chosen.ravel())))
+            places.append(before + np.arange(chosen.size).reshape(chosen.shape))
+            before += chosen.size
+        if len(tables) == 1:
+            return tables[0]
+        return pa.concat_tables(tables).take(pa.array(np.concatenate(places, axis=1).ravel()))
 
     def _piece(self, piece: Piece) -> pa.Table:
         group = self.groups[piece.group]
@@ -151,7 +167,11 @@ class Order:
     @property
     def num_lanes(self) -> int:
         """Lanes of the table, whatever the number of workers."""
-        return 1 if self.source.num_rows <= self.window_rows else min(LANES, self.size)
+        return 1 if self._is_small else min(LANES, self.size)
+
+    @property
+    def _is_small(self) -> bool:
+        return self.source.num_rows <= self.window_rows
 
     @property
     def batches_per_epoch(self) -> int:
@@ -169,26 +189,20 @@ class Order:
     def windows(self, start_step: int, steps: int) -> Iterator[Window]:
         """The windows of batches `start_step` to `steps`, across epochs."""
         per_window = max(1, self.window_rows // self.size)
-        permuted = -1
+        rows: _Permuted | None = None
         while start_step < steps:
             epoch, batch = self.position(start_step)
-            if epoch != permuted:
-                order = np.random.default_rng((self.seed, epoch)).permutation(
-                    len(self.source.groups)
-                )
-                permuted = epoch
-            number = batch // per_window
-            first = number * per_window
+            if rows is None or rows.epoch != epoch:
+                rows = _Permuted(self.source.groups, self.seed, epoch)
+            first = batch // per_window * per_window
             stop = min(first + per_window, self.batches_per_epoch)
-            taken = min(stop, batch + steps - start_step)
-            parts = tuple(self._parts(order, epoch, first, stop, batch, taken))
-            yield Window(epoch, batch, taken - batch, self.positions, parts)
-            start_step += taken - batch
+            count = min(stop - batch, steps - start_step)
+            parts = tuple(self._parts(rows, first, stop))
+            yield Window(epoch, batch, count, batch - first, self.positions, parts)
+            start_step += count
 
-    def _parts(
-        self, order: np.ndarray, epoch: int, first: int, stop: int, begin: int, end: int
-    ) -> Iterator[Part]:
-        """The window of batches `first` to `stop`, of which `begin` to `end` are taken."""
+    def _parts(self, rows: _Permuted, first: int, stop: int) -> Iterator[Part]:
+        """What this worker needs of the window of batches `first` to `stop`, lane by lane."""
         low, high = self.positions
         for lane in range(self.num_lanes):
             start, after = _share(self.size, lane, self.num_lanes)
@@ -196,17 +210,13 @@ class Order:
             own = max(low, start) - start, min(high, after) - start
             if own[0] >= own[1]:
                 continue
-            cuts = [
-                ((batch - first) * width + own[0], (batch - first) * width + own[1])
-                for batch in range(begin, end)
-            ]
-            if self.num_lanes == 1:  # whole, with the rows that no batch of this epoch takes
-                rows = (0, self.source.num_rows)
+            if self._is_small:  # whole, with the rows that no batch of this epoch takes
+                bounds = 0, self.source.num_rows
             else:
                 offset = self.batches_per_epoch * start
-                rows = offset + first * width, offset + stop * width
-            pieces = tuple(_pieces(self.source.groups, order, *rows))
-            yield Part(pieces, (self.seed, epoch, lane, first), tuple(cuts))
+                bounds = offset + first * width, offset + stop * width
+            key = self.seed, rows.epoch, lane, first
+            yield Part(tuple(rows.pieces(*bounds)), key, width, own)
 
 
 def _share(size: int, number: int, count: int) -> tuple[int, int]:
@@ -214,14 +224,20 @@ def _share(size: int, number: int, count: int) -> tuple[int, int]:
     return size * number // count, size * (number + 1) // count
 
 
-def _pieces(
-    groups: tuple[RowGroup, ...], order: np.ndarray, start: int, stop: int
-) -> Iterator[Piece]:
-    """Rows `start` to `stop` of the row groups concatenated in `order`."""
-    before = 0
-    for index in order:
-        rows = groups[index].rows
-        low, high = max(start - before, 0), min(stop - before, rows)
-        if low < high:
-            yield Piece(int(index), low, high)
-        before += rows
+class _Permuted:
+    """The rows of an epoch: the permuted row groups, one behind the other."""
+
+    def __init__(self, groups: tuple[RowGroup, ...], seed: int, epoch: int) -> None:
+        self.groups, self.epoch = groups, epoch
+        self._order = np.random.default_rng((seed, epoch)).permutation(len(groups))
+        self._ends = np.cumsum([groups[index].rows for index in self._order])
+
+    def pieces(self, start: int, stop: int) -> Iterator[Piece]:
+        """Rows `start` to `stop`."""
+        at = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            index = int(self._order[at])
+            rows, end = self.groups[index].rows, int(self._ends[at])
+            upto = min(stop, end)
+            yield Piece(index, start - (end - rows), upto - (end - rows))
+            start, at = upto, at + 1

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 BUCKET_ELEMENTS = 8 * 1024 * 1024
 
@@ -108,7 +109,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """
     if not is_parallel():
         return
-    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    # The gradients of sharded parameters were summed when they were scattered.
+    trained = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
     if not trained:
         return
     present = torch.tensor(

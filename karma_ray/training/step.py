@@ -27,6 +27,7 @@ from karma_ray.objectives.losses import (
 )
 from karma_ray.objectives.text import reduce_tokens, token_cross_entropy
 from karma_ray.training.action import Pool, action_term, trained_steps
+from karma_ray.training.flops import joint_flops
 from karma_ray.training.gradient_cache import CachedItems, micro_batches, run_backward
 from karma_ray.training.item_table import SharedBatch, share_items
 from karma_ray.training.parallel import global_sum
@@ -131,8 +132,27 @@ class JointStep:
             sums, total = self._sums(model, batch, items, history, pool, count)
         values = torch.stack([value.detach().float() for value in sums.values()])
         logs: dict[str, Tensor | float] = dict(zip(sums, global_sum(values), strict=True))
-        logs.update(_shares(shared))
+        logs.update(self._work(model, shared))
         return StepOutput(total, logs)
+
+    def _work(self, model: KarmaModel, shared: SharedBatch) -> dict[str, Tensor | float]:
+        """What the step was made of: this worker's counts, and the work that was not done twice."""
+        batch, frozen = shared.batch, self.is_frozen(model.progress)
+        slots = batch.item_tokens.numel() + 2 * batch.step_mask.numel()
+        flops = joint_flops(
+            model, batch, generation=builds_generation(self.objective),
+            reconstruction=builds_reconstruction(self.objective),
+            encoder=("frozen" if model.bank is None else "bank") if frozen else "full",
+            positions=self.objective.act_positions, own=shared.own, pool=len(shared.pool),
+        )  # fmt: skip
+        return {
+            "negatives/pool": float(len(shared.pool)),
+            "work/duplicates_removed": 1.0 - shared.num_items / max(1, shared.num_uses),
+            "work/padding_removed": 1.0 - batch.num_tokens / max(1, slots),
+            "tokens": float(batch.item_lengths[shared.own].sum() + 2 * batch.step_mask.sum()),
+            "examples": float(batch.num_windows),
+            "flops": flops,
+        }
 
     def is_delayed(self, progress: float) -> bool:
         """Whether the item encoder has yet to start at this share of the training."""
@@ -255,19 +275,6 @@ class JointStep:
             "collapse/mean_cosine_e": float(mean_cosine(items.float())),
             "collapse/mean_cosine_h": float(mean_cosine(trained)),
         }
-
-
-def _shares(shared: SharedBatch) -> dict[str, Tensor | float]:
-    """What the step was made of: counts of this worker, and the work that was not done twice."""
-    batch = shared.batch
-    slots = batch.item_tokens.numel() + 2 * batch.step_mask.numel()
-    return {
-        "negatives/pool": float(len(shared.pool)),
-        "work/duplicates_removed": 1.0 - shared.num_items / max(1, shared.num_uses),
-        "work/padding_removed": 1.0 - batch.num_tokens / max(1, slots),
-        "tokens": float(batch.item_lengths[shared.own].sum() + 2 * batch.step_mask.sum()),
-        "examples": float(batch.num_windows),
-    }
 
 
 def decoded_interest(batch: Batch, interest: Tensor) -> Tensor:

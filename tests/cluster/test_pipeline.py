@@ -188,10 +188,28 @@ def test_a_batch_that_workers_cannot_share_is_refused_before_anything_is_trained
 ) -> None:
     from karma_ray.cluster.pipeline import train_run
 
-    config = _config("toy", f"{part}.batch_size=9", "training.num_workers=2")
-    with pytest.raises(InputError, match=rf"{part}\.batch_size: 9 is not a multiple"):
+    config = _config("toy", f"{part}.batch_size=1", "training.num_workers=2")
+    with pytest.raises(
+        InputError, match=rf"{part}\.batch_size: 1 gives some of .*=2 nothing to do"
+    ):
         train_run(config, shop, str(tmp_path / "x"), cache=finished[1])
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("training.min_workers=1", r"min_workers: 1 is not between 0 and training\.num_workers=0"),
+        ("training.keep_checkpoints=0", "keep_checkpoints: 0 is below 1"),
+    ],
+)
+def test_settings_of_execution_that_cannot_be_are_refused(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path, change: str, message: str
+) -> None:
+    from karma_ray.cluster.pipeline import train_run
+
+    with pytest.raises(InputError, match=message):
+        train_run(_config("toy", change), shop, str(tmp_path / "x"), cache=finished[1])
 
 
 def test_a_run_is_not_resumed_under_another_configuration(
@@ -204,6 +222,30 @@ def test_a_run_is_not_resumed_under_another_configuration(
     with pytest.raises(InputError, match="other values of training"):
         train_run(_config("toy", "training.steps=9"), shop, run, resume=True, cache=cache)
     assert read_json(f"{run}/config.json") == before
+
+
+def test_how_a_run_is_executed_may_change_when_it_is_resumed(
+    finished: tuple[str, str, dict[str, Any]], shop: str
+) -> None:
+    from karma_ray.artifacts import RunFolder
+    from karma_ray.cluster.continuation import EXECUTION, check_resumed, noted_stage
+    from karma_ray.data.prepared import PreparedData
+
+    folder, source = RunFolder(finished[0]), PreparedData.load(shop)
+    known = {f"training.{name}" for name in vars(_config().training)}
+    assert known >= EXECUTION
+    moved = ["training.num_workers=4", "training.min_workers=2", "training.checkpoint_every=1"]
+    check_resumed(_config("toy", *moved), source, folder)
+    with pytest.raises(
+        InputError, match=r"other values of .*model\.score\.scale, training\.batch_size"
+    ):
+        check_resumed(
+            _config("toy", "model.score.scale=3", "training.batch_size=4"), source, folder
+        )
+    # The warm-up of another number of workers would be another one: the run keeps its own.
+    stage = noted_stage(folder, _config("toy", *moved), source.items_uri)
+    assert stage is not None
+    assert stage.warm == read_json(f"{finished[0]}/start.json")["warm"]
 
 
 @pytest.mark.parametrize(
@@ -284,3 +326,30 @@ def test_a_checkpoint_of_another_architecture_is_refused_before_anything_is_trai
         train_run(_config("toy", *both), shop, str(tmp_path / "run"), cache=finished[1])
     with pytest.raises(InputError, match="share a tokenizer"):
         train_run(_config("toy", both[0]), shop, str(tmp_path / "run"), cache=finished[1])
+
+
+@pytest.mark.slow
+def test_karma_on_two_workers_ends_where_one_ends(ray_cluster: None, tmp_path: Path) -> None:
+    from karma_ray.cluster.pipeline import train_run
+
+    shop = str(tmp_path / "shop")
+    write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=120))
+    found: dict[int, dict[int, float]] = {}
+    metrics: dict[int, dict[str, Any]] = {}
+    for workers in (1, 2):
+        config = override(
+            recipes.build("toy"),
+            ["pretrain.steps=20", "warmup.steps=20", "training.steps=20", "training.batch_size=8",
+             "training.report_every=1", "training.encoder_delay=0.5", "training.precision=float32",
+             # Each worker draws for itself; with all negatives and steps there is nothing to draw.
+             "collate.num_hard_negatives=16", "collate.num_decoded=21", "collate.drop_query=0",
+             f"training.num_workers={workers}", "evaluation.max_examples=60"],
+        )  # fmt: skip
+        run = str(tmp_path / f"run-{workers}")
+        metrics[workers] = train_run(config, shop, run, cache=str(tmp_path / "cache"))
+        lines = [line for line in read_lines(f"{run}/metrics.jsonl") if line["stage"] == "joint"]
+        found[workers] = {line["step"]: line["loss/total"] for line in lines}
+    assert list(found[2]) == list(range(1, 21))
+    # Float sums in another order, carried through three stages.
+    assert list(found[2].values()) == pytest.approx(list(found[1].values()), rel=0.01)
+    assert metrics[2]["HR@50"] == pytest.approx(metrics[1]["HR@50"], abs=5.0)

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import logging
+import os
+import time
 from pathlib import Path
 
+import fsspec
 import pytest
 
 from karma_ray.artifacts import read_lines
+from karma_ray.cluster import run_log
 from karma_ray.cluster.run_log import ProgressLine, RunLog
 
 
@@ -40,3 +45,60 @@ def test_the_progress_line_ends_at_the_last_reported_step(
     shown = capfd.readouterr().err
     assert "8/8" in shown
     assert "loss 0.125" in shown
+
+
+def test_half_a_line_of_a_killed_process_is_dropped(tmp_path: Path) -> None:
+    _write(tmp_path, range(1, 4))
+    with open(tmp_path / "metrics.jsonl", "a") as sink:
+        sink.write('{"stage": "joint", "st')
+    _write(tmp_path, range(4, 6), start=3)
+    assert [line["step"] for line in read_lines(f"{tmp_path}/metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_lines_that_cannot_be_written_wait(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = RunLog(str(tmp_path), "joint")
+    log.add({"step": 1})
+    os.rename(tmp_path / "metrics.jsonl", tmp_path / "aside")
+    (tmp_path / "metrics.jsonl").mkdir()  # where root, too, cannot write a file
+    with caplog.at_level(logging.WARNING):
+        log.add({"step": 2})
+        log.add({"step": 3})
+    assert len(caplog.records) == 1
+    assert "waits to be written" in caplog.text
+    (tmp_path / "metrics.jsonl").rmdir()
+    os.rename(tmp_path / "aside", tmp_path / "metrics.jsonl")
+    log.close()
+    assert [line["step"] for line in read_lines(f"{tmp_path}/metrics.jsonl")] == [1, 2, 3]
+
+
+def test_on_an_object_store_the_log_is_one_object_written_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(run_log, "FLUSH_SECONDS", 0.05)
+    run = "memory://log-of-a-run"
+    store = fsspec.filesystem("memory")
+    write, tries = store.pipe_file, []
+
+    def flaky(path: str, content: bytes) -> None:
+        tries.append(path)
+        if len(tries) in (2, 3):
+            raise ConnectionRefusedError("s3://KEY:SECRET@bucket is away")
+        write(path, content)
+
+    monkeypatch.setattr(store, "pipe_file", flaky)
+    log = RunLog(run, "joint")
+    for step in range(1, 5):
+        log.add({"step": step, "seconds": 1.0})  # never waits for the store
+        time.sleep(0.1)
+    log.close()
+    assert [line["step"] for line in read_lines(f"{run}/metrics.jsonl")] == [1, 2, 3, 4]
+    assert len(caplog.records) == 1
+    assert "SECRET" not in caplog.text
+    again = RunLog(run, "joint", 2)
+    again.add({"step": 3, "seconds": 1.0})
+    again.close()
+    lines = [(line["step"], line["seconds"]) for line in read_lines(f"{run}/metrics.jsonl")]
+    assert lines == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    store.rm("/log-of-a-run", recursive=True)

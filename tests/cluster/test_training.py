@@ -19,6 +19,7 @@ from karma_ray.artifacts import read_lines
 from karma_ray.cluster.batches import Collate, stream_batches
 from karma_ray.cluster.training import run_training
 from karma_ray.cluster.worker import TrainJob, WorkerContext
+from karma_ray.data.draws import uniform
 from karma_ray.errors import InputError, NonFiniteLoss
 from karma_ray.training.checkpoint import load_weights
 from karma_ray.training.config import TrainingConfig
@@ -59,9 +60,9 @@ def _build() -> nn.Module:
 
 
 def _make_collator() -> Collate:
-    def collate(rows: pa.Table, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def collate(rows: pa.Table, keys: np.ndarray) -> tuple[Tensor, Tensor]:
         # The noise shows that a resumed stream draws the same random numbers.
-        noise = 0.01 * generator.normal(size=(rows.num_rows, 3))
+        noise = 0.01 * uniform(keys[:, None], np.arange(3))
         inputs = torch.tensor(rows.column("input").to_pylist()) + torch.from_numpy(noise).float()
         return inputs, torch.tensor(rows.column("target").to_pylist())[:, None]
 
@@ -69,7 +70,7 @@ def _make_collator() -> Collate:
 
 
 def _make_quiet_collator() -> Collate:
-    def collate(rows: pa.Table, generator: np.random.Generator) -> tuple[Tensor, Tensor]:
+    def collate(rows: pa.Table, keys: np.ndarray) -> tuple[Tensor, Tensor]:
         inputs = torch.tensor(rows.column("input").to_pylist())
         return inputs, torch.tensor(rows.column("target").to_pylist())[:, None]
 
@@ -186,7 +187,7 @@ def test_ray_workers_train_like_this_process(
     tolerance = 0.0 if workers == 1 else 1e-4
     assert list(ray.values()) == pytest.approx(list(plain.values()), rel=tolerance, abs=1e-7)
     assert summary["steps"] == 10
-    assert (tmp_path / "ray/checkpoints/joint/latest.json").exists()
+    assert (tmp_path / "ray/checkpoints/joint/step-0000010/checkpoint.json").exists()
 
 
 @pytest.mark.ray

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
-from karma_ray.data.prompts import SPECIAL_TOKENS, SpecialIds, encode_texts
+from karma_ray.data import prompts
+from karma_ray.data.prompts import SPECIAL_TOKENS, SpecialIds, TextMemory, encode_texts
 from tests import tiny
 
 LONG = "soft and warm in winter, dry in the rain, and never out of fashion"
@@ -60,3 +62,20 @@ def test_the_text_survives_the_round_trip() -> None:
     tokens, lengths = encode_texts(tiny.tokenizer(), ["red shirt | house 0"], 32)
     words = tiny.tokenizer().decode(tokens[0, : lengths[0]].tolist(), skip_special_tokens=True)
     assert words.strip() == "red shirt | house 0"
+
+
+@pytest.mark.parametrize("capacity", [1, 3, 100])
+def test_remembered_texts_are_encoded_as_at_first(capacity: int) -> None:
+    memory = TextMemory(tiny.tokenizer(), 4, capacity)
+    for texts in (["", "mug"], ["mug", LONG, "", "mug"], ["lamp"], [""], [LONG, "lamp", "mug"], []):
+        tokens, lengths = memory.encode(texts)
+        expected, expected_lengths = encode_texts(tiny.tokenizer(), texts, 4, end=False)
+        np.testing.assert_array_equal(tokens, expected)
+        np.testing.assert_array_equal(lengths, expected_lengths)
+
+
+def test_a_remembered_text_is_not_tokenized_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = TextMemory(tiny.tokenizer(), 4)
+    memory.encode(["mug", "lamp"])
+    monkeypatch.setattr(prompts, "encode_texts", None)
+    assert memory.encode(["lamp", "mug", "lamp"])[1].shape == (3,)

@@ -13,6 +13,7 @@ from safetensors import safe_open
 
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.model.karma import KarmaModel
+from karma_ray.model.lora import adapt, is_low_rank
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle, save_bundle
 from karma_ray.retrieval.retriever import HistoryItem, Request, Retriever, request_table
@@ -73,6 +74,37 @@ def test_scores_before_and_after_export_are_bitwise_equal(tmp_path, score: str) 
     save_bundle(model.interest, words, tiny_run.COLLATE, str(tmp_path))
     bundle = load_bundle(str(tmp_path))
     assert np.array_equal(scores(bundle.interest, bundle.tokenizer), scores(model.interest, words))
+
+
+def test_low_rank_adapters_are_merged_into_plain_folders_and_scores_stay(tmp_path) -> None:
+    from transformers import AutoModel
+
+    model, words = karma()
+    interest = model.interest
+    plain = scores(interest, words)
+    generator = torch.Generator().manual_seed(0)
+    for part in (interest.item_encoder, interest.user_decoder):
+        adapt(part.body, rank=4, seed=0)
+    assert np.array_equal(scores(interest, words), plain)
+    with torch.no_grad():
+        for name, value in interest.named_parameters():
+            if is_low_rank(name):
+                value.add_(0.1 * torch.randn(value.shape, generator=generator))
+    before = {name: value.clone() for name, value in interest.state_dict().items()}
+    save_bundle(interest, words, tiny_run.COLLATE, str(tmp_path))
+    for name, value in interest.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not [key for key in keys(tmp_path) if "lora" in key or "base_layer" in key]
+    assert "peft" not in (tmp_path / "config.json").read_text()
+    bundle = load_bundle(str(tmp_path))
+    assert not [p for p in bundle.interest.modules() if type(p).__module__.startswith("peft")]
+    adapted, loaded = scores(interest, words), scores(bundle.interest, bundle.tokenizer)
+    assert np.abs(adapted - plain).max() > 0.1
+    # The scores are 32 times a cosine.
+    np.testing.assert_allclose(loaded, adapted, atol=32e-5, rtol=0)
+    body = AutoModel.from_pretrained(tmp_path / "user_decoder", dtype=torch.float32)
+    for name, value in bundle.interest.user_decoder.body.state_dict().items():
+        assert torch.equal(body.state_dict()[name], value)
 
 
 def test_the_stripped_interest_is_the_training_interest(tmp_path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pickle
 from itertools import chain
 from pathlib import Path
 
@@ -72,6 +73,35 @@ def test_a_resumed_order_equals_an_uninterrupted_one(
     assert len(whole) == 17
     for step in (1, 3, 6, 7, 11, 16):
         assert _batches(order, step, 17) == whole[step:]
+
+
+@pytest.mark.parametrize("window_rows", [1000, 16])
+@pytest.mark.parametrize("workers", [1, 3, 4])
+def test_an_order_resumed_on_other_workers_is_the_same_order(
+    source: Source, workers: int, window_rows: int
+) -> None:
+    whole = _global(source, 2, 17, window_rows)
+    for step in (1, 5, 6, 11):
+        orders = [Order(source, 7, 8, rank, workers, window_rows) for rank in range(workers)]
+        parts = [_batches(order, step, 17) for order in orders]
+        assert [list(chain.from_iterable(p)) for p in zip(*parts, strict=True)] == whole[step:]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 50])
+def test_lanes_of_any_width_hold_every_row_at_most_once(source: Source, batch_size: int) -> None:
+    """Also where lanes and workers do not divide the batch, nor each other."""
+    for workers in {1, min(3, batch_size), min(5, batch_size)}:
+        orders = [Order(source, 7, batch_size, r, workers, 40) for r in range(workers)]
+        epoch = orders[0].batches_per_epoch
+        assert epoch == 50 // batch_size
+        rows = [row for order in orders for batch in _batches(order, 0, epoch) for row in batch]
+        assert len(rows) == len(set(rows)) == epoch * batch_size
+
+
+def test_what_is_planned_does_not_grow_with_the_batches_of_a_window(source: Source) -> None:
+    """Plans travel to the read tasks; a training may have very many steps."""
+    sizes = [len(pickle.dumps(next(Order(source, 7, 1).windows(0, n)))) for n in (1, 50)]
+    assert sizes[1] - sizes[0] < 8
 
 
 def test_a_table_smaller_than_a_batch_is_a_batch(source: Source) -> None:

@@ -1,0 +1,238 @@
+"""What the engine is measured on: real batches, and a model of a named shape.
+
+Batches come from the input pipeline of a data folder, or from a file that `--save-batches` wrote,
+so that a machine without ray and without the data can measure the same steps. Weights are random:
+they cost the same to train.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional
+from transformers import Qwen3Config, Qwen3Model
+
+from karma_ray.artifacts import absolute
+from karma_ray.config import Config, from_dict, to_dict
+from karma_ray.data.batch import Batch
+from karma_ray.data.prompts import SPECIAL_TOKENS
+from karma_ray.errors import InputError
+from karma_ray.model.backbone import ATTENTION, build_tiny
+from karma_ray.model.interest import InterestModel
+from karma_ray.model.karma import DECODE_PROMPT, KarmaModel
+from karma_ray.training.loop import tensors_of
+from karma_ray.training.optim import build_optimizer
+from karma_ray.training.step import Step, StepOutput
+
+VOCABULARY = 151_936
+COMMON = {
+    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
+    "vocab_size": VOCABULARY, "rope_theta": 1e6, "tie_word_embeddings": True,
+}  # fmt: skip
+BODIES: dict[str, dict[str, Any]] = {
+    "0.6b": {**COMMON, "hidden_size": 1024, "intermediate_size": 3072},
+    "1.7b": {**COMMON, "hidden_size": 2048, "intermediate_size": 6144},
+}
+SHAPES = {"tiny": None, "qwen3-0.6b": ("0.6b", "0.6b"), "qwen3-1.7b+0.6b": ("1.7b", "0.6b")}
+"""Item encoder and user decoder."""
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+@dataclass(frozen=True)
+class Words:
+    """What a model asks of its tokenizer, written down."""
+
+    ids: dict[str, int]
+    prompts: dict[str, list[int]]
+    size: int
+
+    def __call__(self, text: list[str], **options: Any) -> dict[str, list[list[int]]]:
+        """Token ids of the prompts."""
+        return {"input_ids": [self.prompts[line] for line in text]}
+
+    def convert_tokens_to_ids(self, tokens: str) -> int:
+        """Id of a special token."""
+        return self.ids[tokens]
+
+    def decode(self, token_ids: Any, **options: Any) -> str:
+        """Nothing is spoken here."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Batches, and how a model of them is built and stepped."""
+
+    config: Config
+    words: Words
+    batches: list[Batch]
+    shape: str = "tiny"
+    num_layers: int = 0  # 0: as many as the shape has
+    device: str = "cpu"
+    clock: str = "wall"
+
+    def build(self) -> KarmaModel:
+        """A model with random weights on the device."""
+        names, seed = SHAPES[self.shape], self.config.seed
+        with torch.device(self.device):
+            if names is None:
+                tiny = self.config.model.tiny
+                bodies = [build_tiny(tiny, self.words.size, seed + n) for n in (1, 2)]
+            else:
+                bodies = [self._body(BODIES[name]) for name in names]
+        interest = InterestModel(self.config.model, *bodies, self.words, seed)
+        return KarmaModel(interest, self.words).to(self.device)
+
+    def optimizer(self, model: KarmaModel) -> torch.optim.Optimizer:
+        """The optimiser of the joint stage."""
+        training = self.config.training
+        return build_optimizer(
+            model, learning_rate=training.learning_rate, weight_decay=training.weight_decay
+        )
+
+    def autocast(self, precision: str | None = None) -> AbstractContextManager[Any]:
+        """The compute type of the joint stage."""
+        if (precision or self.config.training.precision) == "float32":
+            return nullcontext()
+        return torch.autocast(self.device, dtype=torch.bfloat16)
+
+    def forward(self, model: KarmaModel, step: Step, batch: Batch) -> StepOutput:
+        """The loss of a batch, with gradients if the step makes them itself."""
+        with self.autocast():
+            return step(model, batch)
+
+    def finish(self) -> None:
+        """Wait for the device."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def now(self) -> float:
+        """Seconds of the clock that steps are measured by."""
+        return CLOCKS[self.clock]()
+
+    def facts(self) -> dict[str, Any]:
+        """The settings that stand in every line."""
+        training = self.config.training
+        layers = self.num_layers or COMMON["num_hidden_layers"]
+        return {
+            "shape": self.shape,
+            "layers": self.config.model.tiny.num_layers if self.shape == "tiny" else layers,
+            "users": self.batches[0].num_windows,
+            "threads": torch.get_num_threads(),
+            "precision": training.precision,
+            "device": self.device,
+            "clock": self.clock,
+        }
+
+    def _body(self, shape: dict[str, Any]) -> Qwen3Model:
+        layers = self.num_layers or shape["num_hidden_layers"]
+        settings = {**shape, "num_hidden_layers": layers, "use_cache": False}
+        return Qwen3Model(Qwen3Config(**settings, attn_implementation=ATTENTION))
+
+    def save(self, path: str) -> None:
+        """Write batches, prompts and configuration as one safetensors file."""
+        tensors = {
+            f"{number}.{name}": value
+            for number, batch in enumerate(self.batches)
+            for name, value in tensors_of(batch).items()
+        }
+        facts = {"config": to_dict(self.config), "words": asdict(self.words)}
+        save_file(tensors, path, {"facts": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: str) -> Workload:
+        """Read what `save` wrote."""
+        if not Path(path).exists():
+            raise InputError("--batches", path, "is no file; --save-batches writes one")
+        fields: dict[int, dict[str, Tensor]] = {}
+        with safe_open(path, "pt") as stored:
+            facts = json.loads(stored.metadata()["facts"])
+            for key in stored.keys():  # noqa: SIM118
+                number, name = key.split(".")
+                fields.setdefault(int(number), {})[name] = stored.get_tensor(key)
+        batches = [Batch(**fields[number]) for number in sorted(fields)]
+        return cls(from_dict(facts["config"]), Words(**facts["words"]), batches)
+
+
+def real_workload(config: Config, data: str | None, num_batches: int) -> Workload:
+    """The first batches of the joint stage, through the pipeline; needs ray."""
+    from karma_ray.cluster.pipeline import CACHE, start_stage, toy_shop
+    from karma_ray.cluster.session import connect
+    from karma_ray.cluster.sharding import ensure_prepared
+    from karma_ray.cluster.stage_jobs import joint_job
+    from karma_ray.cluster.worker import WorkerContext
+
+    config = replace(
+        config,
+        pretrain=replace(config.pretrain, steps=0),
+        warmup=replace(config.warmup, skip=True),
+        training=replace(config.training, steps=num_batches, encoder_delay=0.0),
+    )
+    connect()
+    source = ensure_prepared(absolute(data) if data else toy_shop(), config.prepare)
+    stage = start_stage(config, source, absolute(CACHE))
+    tokenizer = stage.tokenizer()
+    decoder, encoder = config.model.user_decoder, config.model.item_encoder
+    texts = [text for text in (decoder.prompt, encoder.instruction, DECODE_PROMPT) if text]
+    prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
+    words = Words(
+        {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS},
+        dict(zip(texts, prompts, strict=True)),
+        len(tokenizer),  # type: ignore[arg-type]
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        job = joint_job(stage, source, folder)
+        batches = list(job.make_batches(WorkerContext(0, 1, 0, num_batches, use_ray=False)))
+    return Workload(config, words, batches)
+
+
+def merged(batches: Sequence[Batch]) -> Batch:
+    """One batch of all windows, with one table of unique items."""
+    facts = [batch.item_rows for batch in batches]
+    rows, place = torch.unique(torch.cat(facts), return_inverse=True)
+    first = torch.full((len(rows),), len(place)).scatter_reduce(
+        0, place, torch.arange(len(place)), "amin"
+    )
+    width = max(batch.item_tokens.shape[1] for batch in batches)
+    tokens = [_widened(batch.item_tokens, 1, width) for batch in batches]
+    result: dict[str, Tensor] = {"item_rows": rows, "item_tokens": torch.cat(tokens)[first]}
+    for name in ("item_lengths", "item_content"):
+        result[name] = torch.cat([getattr(batch, name) for batch in batches])[first]
+    items = torch.tensor([0, *(len(found) for found in facts)]).cumsum(0)
+    queries = torch.tensor([0, *(len(batch.query_lengths) for batch in batches)]).cumsum(0)
+    for name in vars(batches[0]):
+        if name in result:
+            continue
+        parts = [getattr(batch, name) for batch in batches]
+        if name in ("item_index", "hard_index"):
+            parts = [place[part + start] for part, start in zip(parts, items, strict=False)]
+        elif name == "query_index":
+            parts = [part + start for part, start in zip(parts, queries, strict=False)]
+        for axis in range(1, parts[0].ndim):
+            longest = max(part.shape[axis] for part in parts)
+            parts = [_widened(part, axis, longest) for part in parts]
+        result[name] = torch.cat(parts)
+    return Batch(**result)
+
+
+def _widened(value: Tensor, axis: int, size: int) -> Tensor:
+    padding = [0, 0] * (value.ndim - 1 - axis) + [0, size - value.shape[axis]]
+    return functional.pad(value, padding)
+
+
+def print_line(facts: dict[str, Any]) -> None:
+    """One JSON line on stdout."""
+    print(json.dumps(facts), flush=True)

@@ -1,0 +1,101 @@
+"""Low-rank adaptation of both backbones (LoRA, 2106.09685), `model.peft=lora:R`.
+
+    y = W x + (alpha / R) B A x,  A [R, in] random, B [out, R] zero at the start, alpha = 2 R
+
+* Adapters sit on every linear layer of the transformer layers: on attention alone they learn
+  less (LoRA Without Regret, Thinking Machines 2025).
+* The backbone's own weights never learn, token embeddings and an untied head included. What is
+  new (projector, W_e, read-out, query embedding, score) learns in full.
+* The warm-up has the same adapters, so both stages have the same weights by the same names;
+  `warmup.train=adapters_only` means the new modules and leaves the low-rank ones alone.
+* Task 2's private decoders are copies with adapters of their own.
+* A bundle holds W + (alpha / R) B A: nothing that serves knows of adapters.
+
+Gradients are switched with `set_trained`, because `requires_grad_(True)` would wake the
+backbone's own weights.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from karma_ray.errors import InputError
+
+FIELD = "model.peft"
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Linear layers of a Qwen3 layer."""
+ALPHA = 2
+"""alpha / R."""
+
+
+def parse_rank(peft: str) -> int | None:
+    """R of `lora:R`, None of `full`; raises InputError on anything else."""
+    if peft == "full":
+        return None
+    kind, _, rank = peft.partition(":")
+    if kind != "lora" or not (rank.isascii() and rank.isdigit()) or int(rank) < 1:
+        raise InputError(FIELD, peft, choices=["full", "lora:R with a rank R of at least 1"])
+    return int(rank)
+
+
+def adapt(body: nn.Module, rank: int, seed: int) -> None:
+    """Put adapters into a body, in place, and freeze its own weights; its function stays.
+
+    `seed` draws A; the global random state is left alone.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+
+    config = LoraConfig(
+        r=rank, lora_alpha=ALPHA * rank, lora_dropout=0.0, target_modules=list(TARGETS)
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        inject_adapter_in_model(config, body)
+
+
+def rank_of(body: nn.Module) -> int | None:
+    """R of an adapted body (or a copy of one), None of a plain one."""
+    configs = getattr(body, "peft_config", None)
+    return None if configs is None else int(configs["default"].r)
+
+
+def is_low_rank(name: str) -> bool:
+    """Whether a parameter's name is that of a low-rank adapter's matrix."""
+    return ".lora_" in name
+
+
+def set_trained(module: nn.Module, trained: bool) -> None:
+    """`requires_grad_` that leaves the own weights of adapted bodies inside `module` frozen.
+
+    So it does their untied heads.
+    """
+    adapted = [part for part in module.modules() if rank_of(part) is not None]
+    fixed = {
+        id(value)
+        for body in adapted
+        for name, value in body.named_parameters()
+        if not is_low_rank(name)
+    }
+    for name, value in module.named_parameters():
+        own = id(value) in fixed or (adapted and name.endswith("lm_head"))
+        value.requires_grad_(trained and not own)
+
+
+def merged(body: nn.Module) -> nn.Module:
+    """A body without adapters that computes the same: a plain body itself, or a merged copy."""
+    if rank_of(body) is None:
+        return body
+    from peft.tuners.lora import LoraLayer
+
+    plain = copy.deepcopy(body)
+    layers = [(name, part) for name, part in plain.named_modules() if isinstance(part, LoraLayer)]
+    for name, part in layers:
+        layer = cast(Any, part)
+        layer.merge()
+        plain.set_submodule(name, layer.get_base_layer())
+    del cast(Any, plain).peft_config
+    return plain

@@ -1,0 +1,285 @@
+"""Useful operations of a joint step, and what a device could do: their quotient is the MFU.
+
+Model FLOPs utilisation (PaLM, 2204.02311, appendix B) counts the matrix products that the
+formulas ask for, 2 per multiply-add: real tokens only, pairs that one position sees of another
+only, each item once. Padding, gradient caches, recomputed activations and logits count nothing.
+A backward pass costs a product for the gradient of the input and one for that of the weight;
+frozen weights need the first alone.
+
+Not counted: norms, activations, softmax, pooling, look-ups, the optimiser (all linear in tokens).
+
+Legend: B windows, T steps, U items, V queries, M decoded positions, H hard negatives, D width.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from karma_ray.data.batch import Batch
+from karma_ray.model.karma import KarmaModel
+from karma_ray.model.lora import rank_of
+from karma_ray.training.action import trained_steps
+
+Learns = Literal["all", "adapters", "nothing", "no gradient"]
+"""What of a body gets a gradient; `nothing` passes one on to its input, `no gradient` does not."""
+
+
+@dataclass(frozen=True)
+class BodyCost:
+    """Operations of one forward pass of a Qwen3 body, without head and embeddings."""
+
+    linear: float  # per token, in the layers' own weights
+    low_rank: float  # per token, in adapters
+    attention: float  # per pair (position, position that it sees)
+
+    @classmethod
+    def of(cls, body: nn.Module) -> BodyCost:
+        """From a body's configuration; adapters from their rank."""
+        config = cast(Any, body).config
+        width, inner, layers = (
+            config.hidden_size, config.intermediate_size, config.num_hidden_layers,
+        )  # fmt: skip
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        shapes = [(width, queries), (width, keys), (width, keys), (queries, width),
+                  *3 * [(width, inner)]]  # fmt: skip
+        weights = sum(inside * outside for inside, outside in shapes)
+        sides = sum(inside + outside for inside, outside in shapes)
+        rank = rank_of(body) or 0
+        return cls(2.0 * layers * weights, 2.0 * layers * rank * sides, 4.0 * layers * queries)
+
+    def forward(self, tokens: float, pairs: float) -> float:
+        """One pass over so many real tokens and visible pairs."""
+        return (self.linear + self.low_rank) * tokens + self.attention * pairs
+
+    def step(self, tokens: float, pairs: float, learns: Learns = "all") -> float:
+        """Forward and backward."""
+        if learns == "no gradient":
+            return self.forward(tokens, pairs)
+        own = 3.0 if learns == "all" else 2.0
+        low_rank = 2.0 if learns == "nothing" else 3.0
+        return (own * self.linear + low_rank * self.low_rank) * tokens + 3 * self.attention * pairs
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the passes of a joint step are over, as counts of one batch."""
+
+    items: int  # encoded
+    item_tokens: int
+    item_pairs: int
+    queries: int  # unique, that hold words
+    query_tokens: int  # with `<|endoftext|>`, as the item encoder reads them
+    query_pairs: int
+    steps: int
+    tokens: int  # prompt and slots of the user decoder
+    pairs: int
+    text_tokens: int  # Task 1's texts, behind the user decoder's slots
+    text_pairs: int
+    rows_tokens: int  # Task 2's rows
+    rows_pairs: int
+    rows: int
+    targets: int  # decoded tokens of one task, the end included
+    trained: int  # steps in L_act
+    hard: int  # hard negatives of the batch
+    pool: int  # in-batch negatives of each trained step
+
+    @classmethod
+    def of(
+        cls, model: KarmaModel, batch: Batch, *, positions: str = "all", own: Tensor | None = None,
+        pool: int | None = None,
+    ) -> Work:  # fmt: skip
+        """Sums over masks, copied to the host once."""
+        encoder = model.interest.item_encoder
+        user, config = model.interest.user_decoder, model.decodability.config
+        lengths = batch.item_lengths if own is None else batch.item_lengths[own]
+        words = batch.query_lengths > 0
+        instruction = len(encoder.instruction)
+        items, queries = lengths + instruction, (batch.query_lengths + 1 + instruction) * words
+        in_items, in_queries = _causal(items), _causal(queries)
+        slots, seen, at_readout = _window_counts(model, batch)
+        prompt = len(user.prompt)
+
+        index = batch.item_index.gather(1, batch.decode_step)  # [B, M]
+        real = batch.decode_mask
+        text = ((batch.item_lengths[index] - 1).clamp(max=config.max_target_tokens) + 1) * real
+        before = at_readout.gather(1, batch.decode_step) - int(not config.task1_see_readout)
+        rows = (text + len(model.decodability.prompt) + 1) * real
+        if config.recon_cond == "fig1":
+            rows = rows + batch.query_lengths[batch.query_index.gather(1, batch.decode_step)] * real
+        clicked = torch.zeros_like(batch.item_lengths)
+        clicked[batch.item_index[batch.loss_mask]] = 1
+        trained = trained_steps(batch, positions)
+        counts = [
+            items.sum(), in_items, words.sum(), queries.sum(), in_queries,
+            batch.step_mask.sum(), slots.sum(), seen.sum(), text.sum(),
+            (text * before).sum() + _causal(text), rows.sum(), _causal(rows), real.sum(),
+            trained.sum(), (batch.hard_mask & trained[..., None]).sum(), clicked.sum(),
+        ]  # fmt: skip
+        found = [int(value) for value in torch.stack(counts).tolist()]
+        windows = batch.num_windows
+        return cls(
+            items=len(lengths), item_tokens=found[0], item_pairs=found[1], queries=found[2],
+            query_tokens=found[3], query_pairs=found[4], steps=found[5],
+            tokens=found[6] + windows * prompt,
+            pairs=found[7] + windows * prompt * (prompt + 1) // 2,
+            text_tokens=found[8], text_pairs=found[9], rows_tokens=found[10],
+            rows_pairs=found[11], rows=found[12], targets=found[8], trained=found[13],
+            hard=found[14], pool=found[15] if pool is None else pool,
+        )  # fmt: skip
+
+
+def joint_flops(
+    model: KarmaModel, batch: Batch, *, generation: bool, reconstruction: bool,
+    encoder: Literal["full", "frozen", "bank"], positions: str = "all",
+    own: Tensor | None = None, pool: int | None = None,
+) -> float:  # fmt: skip
+    """Useful operations of one joint step on this worker, forward and backward.
+
+    `encoder` is `full` (it learns, or its targets do), `frozen` (forward only) or `bank` (items
+    are read from memory). `positions` is `objective.act_positions`. On several workers `batch`,
+    `own` [O] and the size of the `pool` are those of `SharedBatch`; by default the batch's items
+    are all encoded here and its own positives are the pool.
+    """
+    work = Work.of(model, batch, positions=positions, own=own, pool=pool)
+    config = model.interest.config.user_decoder
+    body = model.interest.user_decoder.body
+    width = model.interest.width
+    square = 6.0 * width * width  # a D x D layer on one vector, forward and backward
+    total = _encoding(model, work, encoder, with_queries=config.query_mode == "encoder")
+    tokens = work.tokens + generation * work.text_tokens
+    pairs = work.pairs + generation * work.text_pairs
+    total += BodyCost.of(body).step(tokens, pairs, "all" if rank_of(body) is None else "adapters")
+    soft = len(batch.item_lengths) + (config.query_mode in ("embed_pool", "encoder")) * work.queries
+    total += square * (2 * soft + work.steps)  # projector, query embedding; read-out
+    if generation:
+        total += _head(model, body) * work.targets
+    if reconstruction:
+        total += _rows(model, work, square)
+    # Items of a frozen encoder need no gradient.
+    factor = 3 if encoder == "full" else 2
+    return total + factor * 2.0 * width * (work.trained * work.pool + work.hard)
+
+
+def _encoding(model: KarmaModel, work: Work, encoder: str, *, with_queries: bool) -> float:
+    part = model.interest.item_encoder
+    body = part.body
+    learns: Learns = "no gradient"
+    if encoder == "full":
+        learns = "all" if rank_of(body) is None else "adapters"
+    counts = [(work.items, work.item_tokens, work.item_pairs)] if encoder != "bank" else []
+    if with_queries:
+        counts.append((work.queries, work.query_tokens, work.query_pairs))
+    output = 2.0 * part.output.weight.numel() * (3 if encoder == "full" else 1)
+    cost = BodyCost.of(body)
+    return sum(
+        cost.step(tokens, pairs, learns) + output * vectors for vectors, tokens, pairs in counts
+    )
+
+
+def _rows(model: KarmaModel, work: Work, square: float) -> float:
+    """Task 2: projection, the decoder's pass over the rows, the head."""
+    shared = model.interest.user_decoder.body
+    body = model.decodability.decoder(shared)
+    learns: Learns = "all" if rank_of(body) is None else "adapters"
+    if model.decodability.config.recon_decoder == "frozen" and body is not shared:
+        learns = "nothing"
+    passed = BodyCost.of(body).step(work.rows_tokens, work.rows_pairs, learns)
+    return 2 * square * work.rows + passed + _head(model, body) * work.targets
+
+
+def _head(model: KarmaModel, body: nn.Module) -> float:
+    """Operations of the output embeddings [V, D] on one target."""
+    head = model.head_of(body)
+    return 2.0 * head.numel() * (3 if head.requires_grad else 2)
+
+
+def _causal(lengths: Tensor) -> Tensor:
+    """Pairs of causal rows of these lengths, summed."""
+    return (lengths * (lengths + 1) // 2).sum()
+
+
+def _window_counts(model: KarmaModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each step [B, T]: slots that hold something, what they see, what its read-out sees.
+
+    The same as the sums over `model.layout`'s [B, S, S] masks, without making them.
+    """
+    config = model.interest.user_decoder.config
+    prompt = len(model.interest.user_decoder.prompt)
+    group, steps, items = batch.group, batch.step_mask.long(), batch.item_mask.long()
+    words = torch.ones_like(steps)
+    if config.query_mode == "tokens":
+        words = batch.query_lengths.clamp(min=1)[batch.query_index]
+    words, items = words * steps, items * steps
+    # Members of a group stand side by side: what comes before the first of them is seen.
+    order = torch.arange(group.shape[1], device=group.device).expand_as(group)
+    opens = functional.pad(group[:, 1:] != group[:, :-1], (1, 0), value=True)
+    first = (order * opens).cummax(1).values
+    if config.layout == "items_only":  # an item sees all items up to itself
+        upto = items.cumsum(1)
+        return items, (prompt + upto) * items, prompt + (upto - items).gather(1, first)
+    held = items + words if config.layout == "interleaved" else items
+    earlier = (held.cumsum(1) - held).gather(1, first)
+    outside = prompt + earlier
+    beside = words if config.layout == "interleaved" else torch.zeros_like(words)
+    seen = words * outside + words * (words + 1) // 2 + items * (outside + beside + 1)
+    return words + items, seen, outside + words
+
+
+_PEAKS = {
+    "B200": (2250e12, "half"),
+    "H200": (989e12, "half"),
+    "H100": (989e12, "half"),
+    "A100": (312e12, "half"),
+    "L40S": (362e12, "half"),
+    "L4": (121e12, "half"),
+    "V100": (125e12, "float16"),
+    "T4": (65e12, "float16"),
+}
+"""Dense tensor-core operations per second by the maker's data sheets, SXM cards; `half` is
+bfloat16 and float16."""
+_OTHERS = frozenset({"PCIE", "NVL", "MIG"})
+"""Words in the names of cards of another speed and of parts of cards: those are measured."""
+
+
+def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
+    """Operations per second of matrix products in `dtype`: the data sheet's, else measured.
+
+    Measured once per process, device, type and number of threads; about 0.2 s on a CPU core.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        known = tabled_peak(torch.cuda.get_device_name(device), dtype)
+        if known is not None:
+            return known
+    return _measured_peak(device, dtype, torch.get_num_threads())
+
+
+def tabled_peak(name: str, dtype: torch.dtype) -> float | None:
+    """Of an accelerator by its name, None where the table has no figure for it."""
+    words = set(name.upper().replace("-", " ").split())
+    kinds = {torch.bfloat16: ("half",), torch.float16: ("half", "float16")}.get(dtype, ())
+    for card, (peak, kind) in _PEAKS.items():
+        if card in words and kind in kinds and not words & _OTHERS:
+            return peak
+    return None
+
+
+@lru_cache
+def _measured_peak(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
+    """The best of three products of square matrices, after one to warm up."""
+    size = 1024 if device.type == "cpu" else 8192
+    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    times = []
+    for _ in range(4):
+        started = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for the device
+        times.append(time.perf_counter() - started)
+    return 2.0 * size**3 / min(times[1:])

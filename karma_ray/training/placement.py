@@ -1,0 +1,81 @@
+"""Where a model trains: device, memory-saving passes, compiled layers, sharded layers.
+
+`shard` is FSDP2 on the transformer layers, where nearly all weights of a large model are: each
+worker keeps an N-th of their weights, gradients and moments and gathers a layer while it runs.
+Token embeddings, heads and adapters are used outside the bodies' forward passes and stay whole
+on every worker; their gradients are summed as under `replicate`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from karma_ray.training.config import TrainingConfig
+from karma_ray.training.parallel import broadcast_parameters, global_sum, is_parallel, world_size
+
+
+def place(model: nn.Module, training: TrainingConfig, device: torch.device) -> nn.Module:
+    """The model as `training` wants it on this worker, with rank 0's weights on all of them."""
+    model = model.to(device)
+    broadcast_parameters(model)
+    for body in bodies(model):
+        if training.activation_checkpointing:
+            body.activation_checkpointing_enable({"use_reentrant": False})
+        if training.compile:
+            for layer in body.layers:
+                layer.compile(dynamic=True)
+        if training.parallelism == "shard" and is_parallel():
+            _shard(body, training.precision, device)
+    return model
+
+
+def bodies(model: nn.Module) -> list[Any]:
+    """The Hugging Face bodies inside a model: what has token embeddings and layers."""
+    return [part for part in model.modules() if hasattr(part, "embed_tokens")]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether a forward pass of this model needs all workers."""
+    return any(isinstance(part, FSDPModule) for part in model.modules())
+
+
+def clip_gradients(model: nn.Module, bound: float) -> Tensor:
+    """Scale all gradients to a global norm of at most `bound`; returns the norm before."""
+    trained = [value for value in model.parameters() if value.grad is not None]
+    if not any(isinstance(value, DTensor) for value in trained):
+        return nn.utils.clip_grad_norm_(trained, bound)
+    gradients = [cast(Tensor, value.grad) for value in trained]
+    device = gradients[0].device
+    whole, shares = torch.zeros((), device=device), torch.zeros((), device=device)
+    for gradient in gradients:
+        if isinstance(gradient, DTensor):
+            shares += gradient.to_local().float().square().sum()
+        else:
+            whole += gradient.float().square().sum()
+    norm = (whole + global_sum(shares)).sqrt()
+    factor = (bound / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        local.mul_(factor)
+    return norm
+
+
+def _shard(body: Any, precision: str, device: torch.device) -> None:
+    mesh = init_device_mesh(device.type, (world_size(),))
+    # On a CPU autocast casts, as it does without sharding.
+    half = precision == "bfloat16" and device.type == "cuda"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
+    for layer in body.layers:
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    fully_shard(body, mesh=mesh, mp_policy=policy, ignored_params={body.embed_tokens.weight})
+    for part in body.modules():
+        if isinstance(part, FSDPModule):
+            # Losses are shares of a global mean: gradients are summed, not averaged.
+            part.set_gradient_divide_factor(1.0)
+            part.set_force_sum_reduction_for_comms(True)

@@ -1,0 +1,136 @@
+"""Sharded layers, recomputed activations and compiled layers change nothing but the cost."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from karma_ray.data.batch import Batch
+from karma_ray.model.karma import KarmaModel
+from karma_ray.objectives.losses import ObjectiveConfig
+from karma_ray.training.config import TrainingConfig
+from karma_ray.training.loop import fit
+from karma_ray.training.optim import build_optimizer
+from karma_ray.training.parallel import global_sum, sum_gradients
+from karma_ray.training.placement import bodies, clip_gradients, is_sharded, place
+from karma_ray.training.step import JointStep
+from tests import tiny
+
+CPU = torch.device("cpu")
+ROWS = [
+    tiny.window(["i0", "i1", "i2"], [0, 0, 1], hard=[["i9", "i1"], ["i8"], []], user="a"),
+    tiny.window(["i5", "copy"], queries=[None, "mug"], user="b"),
+    tiny.window(["i1", "i5"], hard=[["i0"], ["i7", "i6"]], user="d"),
+]
+STEPS = {
+    "whole": JointStep(ObjectiveConfig()),
+    "parts": JointStep(ObjectiveConfig(), micro_batch_size=1, micro_tokens=20),
+}
+
+
+def _batch(rows: slice = slice(None)) -> Batch:
+    return tiny.batch(tiny.sequences(*ROWS[rows]))
+
+
+def _full(value: Tensor) -> Tensor:
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def _gradients(step: JointStep, model: KarmaModel, batch: Batch) -> dict[str, Tensor]:
+    model.zero_grad(set_to_none=True)
+    output = step(model, batch)
+    if output.loss.requires_grad:
+        output.loss.backward()
+    sum_gradients(model.parameters())
+    found = {n: _full(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+    return found | {"loss": global_sum(output.loss)}
+
+
+def _trained(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """Weights after three optimiser steps."""
+    optimizer = build_optimizer(model, learning_rate=1e-3)
+    fit(model, STEPS["whole"], optimizer, [batch] * 3, lambda record: None, steps=3,
+        grad_clip=0.5, precision="float32", report_every=3)  # fmt: skip
+    return {name: _full(value.detach()).clone() for name, value in model.named_parameters()}
+
+
+def _run_worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    batch = _batch((slice(0, 2), slice(2, 3))[rank])
+    training = TrainingConfig(parallelism="shard", activation_checkpointing=rank < 2)
+    model = place(tiny.model().train(), training, CPU)
+    assert is_sharded(model)
+    found: dict[str, Any] = {name: _gradients(step, model, batch) for name, step in STEPS.items()}
+    held = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
+    found["share"] = held / sum(p.numel() for p in model.parameters() if isinstance(p, DTensor))
+    found["norm"] = clip_gradients(model, 1e-3)
+    found["clipped"] = clip_gradients(model, 1.0)
+    found["trained"] = _trained(model, batch)
+    torch.save(found, f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def sharded() -> list[dict[str, Any]]:
+    """What two workers with sharded layers found."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_run_worker, args=(folder,), nprocs=2)
+        return [torch.load(Path(folder) / f"rank-{rank}.pt") for rank in range(2)]
+
+
+@pytest.mark.parametrize("name", list(STEPS))
+def test_sharded_layers_give_the_loss_and_gradients_of_one_worker(
+    sharded: list[dict[str, Any]], name: str
+) -> None:
+    wanted = _gradients(STEPS["whole"], tiny.model(), _batch())
+    for found in sharded:
+        torch.testing.assert_close(found[name], wanted, atol=1e-5, rtol=1e-4)
+        assert found["share"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_sharded_gradients_are_clipped_by_the_norm_of_the_whole(
+    sharded: list[dict[str, Any]],
+) -> None:
+    model = tiny.model()
+    _gradients(STEPS["whole"], model, _batch())
+    norm = clip_gradients(model, 1e-3)
+    for found in sharded:
+        torch.testing.assert_close(found["norm"], norm, atol=1e-5, rtol=1e-4)
+        assert float(found["clipped"]) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_sharded_training_ends_with_the_weights_of_one_worker(
+    sharded: list[dict[str, Any]],
+) -> None:
+    wanted = _trained(place(tiny.model(), TrainingConfig(), CPU), _batch())
+    for found in sharded:
+        # Adam's first steps are signs: where a gradient is rounding noise they may differ.
+        close = [torch.isclose(found["trained"][n], w, atol=1e-4) for n, w in wanted.items()]
+        assert torch.cat([part.flatten() for part in close]).float().mean() > 0.999
+
+
+def test_recomputed_activations_are_the_activations() -> None:
+    plain = _gradients(STEPS["whole"], tiny.model().train(), _batch())
+    training = TrainingConfig(activation_checkpointing=True)
+    model = place(tiny.model().train(), training, CPU)
+    assert all(body.is_gradient_checkpointing for body in bodies(model))
+    torch.testing.assert_close(_gradients(STEPS["whole"], model, _batch()), plain)
+    parts = _gradients(STEPS["parts"], model, _batch())
+    torch.testing.assert_close(parts, plain, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same() -> None:
+    plain = _gradients(STEPS["whole"], tiny.model().train(), _batch())
+    model = place(tiny.model().train(), TrainingConfig(compile=True), CPU)
+    found = _gradients(STEPS["whole"], model, _batch())
+    torch.testing.assert_close(found, plain, atol=1e-5, rtol=1e-4)
