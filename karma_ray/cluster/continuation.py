@@ -75,7 +75,12 @@ class Parent:
                 raise InputError(name, value, message)
         if config.training.encoder_delay:
             LOG.info("training.encoder_delay = 0: the decoder of %s reads already", self.run)
-        return replace(config, training=replace(config.training, encoder_delay=0.0))
+        # Hard negatives wait for an h that knows the query: this one does.
+        return replace(
+            config,
+            training=replace(config.training, encoder_delay=0.0),
+            objective=replace(config.objective, hard_ramp=0.0),
+        )
 
     def stage(self, config: Config, items_uri: str) -> Stage:
         """Its weights and tokenizer, under `config`, on another catalogue."""

@@ -68,7 +68,9 @@ class Steps:
         counts = np.bincount(window, minlength=len(sizes))
         step = places(counts) - np.maximum(counts - limit, 0)[window]
         kept, window, step = kept[step >= 0], window[step >= 0], step[step >= 0]
-        shape = (len(sizes), int(step.max(initial=-1)) + 1)
+        # A training batch without any known step still has one, which is padding.
+        fewest = 1 if columns.current is None else 0
+        shape = (len(sizes), max(fewest, int(step.max(initial=-1)) + 1))
 
         def padded(values: np.ndarray, fill: Any) -> np.ndarray:
             result = np.full(shape, fill, values.dtype)

@@ -65,25 +65,7 @@ def test_a_poisoned_row_among_others_does_not_end_the_training(name: str) -> Non
     assert losses[0] > 0
 
 
-WITHOUT_STEPS = ("every id unknown", "an empty window", "an empty window with nulls")
-SLOW = "a query of 10 MB"
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=pytest.mark.xfail(
-                name in WITHOUT_STEPS,
-                raises=RuntimeError,
-                reason="a batch without any step has no column to gather decoded steps from",
-            ),
-        )
-        for name in POISONED
-        if name != SLOW
-    ],
-)
+@pytest.mark.parametrize("name", POISONED)
 def test_a_batch_of_poisoned_rows_only_does_not_end_the_training(name: str) -> None:
     losses = _losses(tiny.sequences(POISONED[name], POISONED[name]))
     assert all(torch.isfinite(torch.tensor(losses)))
