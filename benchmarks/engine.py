@@ -243,6 +243,8 @@ def _workload(arguments: Namespace) -> Workload:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if arguments.batches:
         work = Workload.load(arguments.batches)
+        if arguments.mode != "memory":
+            work = replace(work, batches=work.batches[: arguments.num_batches])
     else:
         config = cli.load_config(arguments, "karma_text")
         count = arguments.num_batches

@@ -82,7 +82,8 @@ def _in_a_process(file: str, micro: int, arguments: Namespace) -> dict[str, Any]
     engine = Path(__file__).with_name("engine.py")
     command = [sys.executable, str(engine), "memory-point", "--batches", file,
                "--micro-batch-size", str(micro), "--shape", arguments.shape,
-               "--layers", str(arguments.layers), "--users", "-1"]  # fmt: skip
+               "--layers", str(arguments.layers), "--users", "-1",
+               "--threads", str(torch.get_num_threads())]  # fmt: skip
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return dict(json.loads(done.stdout.splitlines()[-1]))
 

@@ -37,6 +37,8 @@ def connect(num_cpus: int | None = None) -> None:
         ray.init(address="auto", runtime_env=environment, log_to_driver=True)
         return
     LOG.info("starting a local Ray (about 10 seconds)")
+    # Workers run at niceness 15 by default: training would wait for whatever else the machine does.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         num_cpus=num_cpus or max(4, os.cpu_count() or 4),
         include_dashboard=False,
