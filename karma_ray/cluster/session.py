@@ -40,6 +40,7 @@ def connect(num_cpus: int | None = None) -> None:
     # Workers run at niceness 15 by default: training would wait for whatever else the machine does.
     os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
+        address="local",  # never somebody else's cluster that happens to run on this machine
         num_cpus=num_cpus or max(4, os.cpu_count() or 4),
         include_dashboard=False,
         runtime_env=environment,

@@ -64,7 +64,7 @@ class Packing:
 def worth_packing(real: Tensor) -> bool:
     """Whether enough of the slots [B, S] is padding to pay for collecting and spreading."""
     count = int(real.sum())  # none at all: the layers still run, for workers must keep in step
-    return 0 < count < 0.95 * real.numel()
+    return 0 < count < 0.8 * real.numel()
 
 
 def attend(
