@@ -37,8 +37,6 @@ def connect(num_cpus: int | None = None) -> None:
         ray.init(address="auto", runtime_env=environment, log_to_driver=True)
         return
     LOG.info("starting a local Ray (about 10 seconds)")
-    # Workers run at niceness 15 by default: training would wait for whatever else the machine does.
-    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
         address="local",  # never somebody else's cluster that happens to run on this machine
         num_cpus=num_cpus or max(4, os.cpu_count() or 4),
