@@ -23,13 +23,8 @@ from karma_ray.training.loop import Record, fit
 from karma_ray.training.memory import trim_heap
 from karma_ray.training.optim import Pace, build_optimizer, learning_rate_factor, same_pace
 from karma_ray.training.outage import reason, redacted, retried
-from karma_ray.training.parallel import (
-    barrier,
-    global_sum,
-    rank,
-    world_size,
-)
-from karma_ray.training.placement import is_sharded, place
+from karma_ray.training.parallel import barrier, global_sum, rank, world_size
+from karma_ray.training.placement import needs_all_workers, place
 from karma_ray.training.store import CheckpointStore
 
 if TYPE_CHECKING:
@@ -273,7 +268,7 @@ class _Hooks:
         if self._job.validate is None or step == self._validated:
             return
         self._validated = step
-        if rank() == 0 or is_sharded(self._model):
+        if rank() == 0 or needs_all_workers(self._model):
             self._model.eval()
             with torch.random.fork_rng(), torch.no_grad():
                 self.valid = {**self._job.validate(self._model, step)}

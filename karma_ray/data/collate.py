@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from karma_ray.data.batch import Batch as Batch
-from karma_ray.data.draws import hashed, uniform
+from karma_ray.data.draws import DECODED, DROP, HARD, hashed, uniform
 from karma_ray.data.prompts import TextMemory, Tokenizer
 from karma_ray.data.steps import (
     REQUEST,
@@ -28,9 +28,6 @@ from karma_ray.data.steps import (
     list_sizes,
     places,
 )
-
-HARD, DROP, DECODED = range(3)
-"""Purposes of a draw."""
 
 
 @dataclass(frozen=True)

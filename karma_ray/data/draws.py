@@ -11,6 +11,9 @@ from typing import Any
 
 import numpy as np
 
+HARD, DROP, DECODED, TOKENS = range(4)
+"""Purposes of a row's draws: hard negatives, dropped queries, decoded steps, dropped tokens."""
+
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 

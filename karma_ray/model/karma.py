@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from karma_ray.data.batch import Batch
-from karma_ray.data.draws import uniform
+from karma_ray.data.draws import TOKENS, uniform
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.model.backbone import token_embeddings
 from karma_ray.model.config import DecodabilityConfig
@@ -29,8 +29,6 @@ from karma_ray.model.decodability import (
 from karma_ray.model.interest import InterestModel
 
 DECODE_PROMPT = "item:"
-TOKEN_DROPOUT = 3
-"""Purpose of the draw, beside those of the collator."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +172,7 @@ class KarmaModel(nn.Module):
         keys = batch.row_key.cpu().numpy()[:, None, None]
         steps = batch.decode_step.cpu().numpy()[:, :, None]
         places = np.arange(targets.inputs.shape[1])
-        numbers = torch.from_numpy(uniform(keys, TOKEN_DROPOUT, steps, places))
+        numbers = torch.from_numpy(uniform(keys, TOKENS, steps, places))
         drawn = numbers.to(targets.inputs.device).view(targets.inputs.shape)
         dropped = (drawn < share) & (targets.inputs != self.special.text_start)
         return targets.inputs.masked_fill(dropped, self.special.end_of_text)

@@ -61,11 +61,7 @@ class CachedItems:
             run_backward(again, wanted)
 
     def _run(self, chunk: Tensor) -> Tensor:
-        batch = self._shared.batch
-        # Every worker runs equally many chunks: an empty one encodes an item in vain.
-        rows = chunk if len(chunk) else torch.zeros(1, dtype=torch.long, device=chunk.device)
-        lengths = batch.item_lengths[rows]
-        return self._encode(batch.item_tokens[rows, : int(lengths.max())], lengths)
+        return self._encode(*self._shared.texts(chunk))
 
 
 def micro_batches(batch: Batch, size: int) -> Iterator[tuple[Batch, Tensor]]:

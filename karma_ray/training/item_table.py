@@ -57,15 +57,17 @@ class SharedBatch:
 
     def encoded(self, encode: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
         """`encode(tokens [O, L], lengths [O]) -> [O, D]` on this worker's share, gathered."""
-        batch = self.batch
-        if len(self.shares) == 1:
-            return encode(batch.item_tokens, batch.item_lengths)
-        own = self.own
-        # With fewer items than workers some encode an item whose vector nobody takes.
-        rows = own if len(own) else torch.zeros_like(self.shares[0][:1])
-        lengths = batch.item_lengths[rows]
-        vectors = encode(batch.item_tokens[rows, : int(lengths.max())], lengths)
-        return self.gathered(vectors[: len(own)])
+        return self.gathered(encode(*self.texts(self.own))[: len(self.own)])
+
+    def texts(self, items: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens [O, L] and lengths [O] of united items.
+
+        Of one whose vector nobody takes where there is none: all workers run the layers equally
+        often.
+        """
+        rows = items if len(items) else items.new_zeros(1)
+        lengths = self.batch.item_lengths[rows]
+        return self.batch.item_tokens[rows, : int(lengths.max())], lengths
 
 
 def share_items(batch: Batch) -> SharedBatch:

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from karma_ray.errors import InputError
+from karma_ray.training.shards import is_sharded
 
 
 @dataclass(frozen=True, order=True)
@@ -48,7 +48,7 @@ def build_optimizer(
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # The fused kernel takes either sharded parameters or whole ones.
-            kind = (pace_of(name), parameter.ndim >= 2, isinstance(parameter, DTensor))
+            kind = (pace_of(name), parameter.ndim >= 2, is_sharded(parameter))
             groups.setdefault(kind, []).append(parameter)
     if not groups:
         raise InputError("model", type(model).__name__, "has no parameter to train")

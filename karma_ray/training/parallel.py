@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from karma_ray.training.shards import is_sharded
 
 BUCKET_ELEMENTS = 8 * 1024 * 1024
 
@@ -110,7 +111,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     if not is_parallel():
         return
     # The gradients of sharded parameters were summed when they were scattered.
-    trained = [p for p in parameters if p.requires_grad and not isinstance(p, DTensor)]
+    trained = [p for p in parameters if p.requires_grad and not is_sharded(p)]
     if not trained:
         return
     present = torch.tensor(

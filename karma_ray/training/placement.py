@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.parallel import broadcast_parameters, global_sum, is_parallel, world_size
+from karma_ray.training.shards import is_sharded, local_part
 
 
 def place(model: nn.Module, training: TrainingConfig, device: torch.device) -> nn.Module:
@@ -40,7 +40,7 @@ def bodies(model: nn.Module) -> list[Any]:
     return [part for part in model.modules() if hasattr(part, "embed_tokens")]
 
 
-def is_sharded(model: nn.Module) -> bool:
+def needs_all_workers(model: nn.Module) -> bool:
     """Whether a forward pass of this model needs all workers."""
     return any(isinstance(part, FSDPModule) for part in model.modules())
 
@@ -48,21 +48,21 @@ def is_sharded(model: nn.Module) -> bool:
 def clip_gradients(model: nn.Module, bound: float) -> Tensor:
     """Scale all gradients to a global norm of at most `bound`; returns the norm before."""
     trained = [value for value in model.parameters() if value.grad is not None]
-    if not any(isinstance(value, DTensor) for value in trained):
+    if not any(is_sharded(value) for value in trained):
         return nn.utils.clip_grad_norm_(trained, bound)
     gradients = [cast(Tensor, value.grad) for value in trained]
     device = gradients[0].device
     whole, shares = torch.zeros((), device=device), torch.zeros((), device=device)
     for gradient in gradients:
-        if isinstance(gradient, DTensor):
-            shares += gradient.to_local().float().square().sum()
+        square = local_part(gradient).float().square().sum()
+        if is_sharded(gradient):
+            shares += square
         else:
-            whole += gradient.float().square().sum()
+            whole += square
     norm = (whole + global_sum(shares)).sqrt()
     factor = (bound / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        local.mul_(factor)
+        local_part(gradient).mul_(factor)
     return norm
 
 

@@ -20,7 +20,6 @@ import errno
 import json
 import logging
 import math
-import re
 import secrets
 import threading
 import time
@@ -40,7 +39,7 @@ from karma_ray.training.checkpoint import MARKER, Progress, Snapshot, take_snaps
 from karma_ray.training.outage import PATIENCE_S, reason, redacted, retried
 from karma_ray.training.ownership import Ownership
 from karma_ray.training.parallel import is_parallel, rank
-from karma_ray.training.vault import Torn, Vault, checksum, fetched
+from karma_ray.training.vault import Torn, Vault, checksum, fetched, step_name, step_of
 
 LOG = logging.getLogger(__name__)
 
@@ -48,11 +47,6 @@ COMMIT_TIMEOUT_S = 600.0
 """How long rank 0 waits for the parts of the others."""
 HURRIED_TIMEOUT_S = 20.0
 """The same when the training has ended with an error."""
-
-
-def step_name(step: int) -> str:
-    """Folder of a step's checkpoint."""
-    return f"step-{step:07d}"
 
 
 class CheckpointStore:
@@ -175,9 +169,8 @@ class CheckpointStore:
     def _read_best(self, newest: int) -> None:
         """The best so far, unless it was measured after the step that training goes on from."""
         found = self._retried(lambda: self._vault.document("best.json"))
-        match = re.fullmatch(r"step-(\d+)", str((found or {}).get("checkpoint")))
-        if found and match and found.get("metric") == self._best_metric:
-            step = int(match[1])
+        step = step_of(str((found or {}).get("checkpoint")))
+        if found and step is not None and found.get("metric") == self._best_metric:
             self._best = (step, float(found["value"])) if step <= newest else None
 
     def _write(self, snapshot: Snapshot, score: float | None) -> None:

@@ -21,6 +21,17 @@ class Torn(Exception):
     """A checkpoint lacks a part, or a part is not what was written."""
 
 
+def step_name(step: int) -> str:
+    """Folder of a step's checkpoint."""
+    return f"step-{step:07d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step whose checkpoint lies in a folder of this name, if one does."""
+    match = re.fullmatch(r"step-(\d+)", name)
+    return int(match[1]) if match else None
+
+
 def checksum(content: bytes) -> str:
     """BLAKE2b, 32 hex digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
@@ -42,12 +53,12 @@ class Vault:
             names = self.fs.ls(self.path, detail=False)
         except FileNotFoundError:
             return []
-        found = [re.fullmatch(r"step-(\d+)", name.rstrip("/").rsplit("/", 1)[-1]) for name in names]
-        return sorted(int(match[1]) for match in found if match)
+        found = [step_of(name.rstrip("/").rsplit("/", 1)[-1]) for name in names]
+        return sorted(step for step in found if step is not None)
 
     def has_marker(self, step: int) -> bool:
         """Whether the step was committed."""
-        return self.document(f"step-{step:07d}/{MARKER}") is not None
+        return self.document(f"{step_name(step)}/{MARKER}") is not None
 
     def document(self, name: str) -> dict[str, Any] | None:
         """A JSON object; None when it is absent or no JSON."""

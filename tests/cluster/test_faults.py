@@ -66,7 +66,7 @@ def _killing_step(marker: str, at: int, model: nn.Module, batch: Any) -> StepOut
     return small._step(model, batch)
 
 
-def _survives_a_lost_worker(folder: Path, rows: str, at: int, **changes: Any) -> None:
+def _assert_survives_a_lost_worker(folder: Path, rows: str, at: int, **changes: Any) -> None:
     def job(run: str, **more: Any) -> TrainJob:
         return small._job(folder / run, rows, steps=16, checkpoint_every=5, **more)
 
@@ -88,7 +88,7 @@ def _survives_a_lost_worker(folder: Path, rows: str, at: int, **changes: Any) ->
 def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
     ray_cluster: None, tmp_path: Path, rows: str
 ) -> None:
-    _survives_a_lost_worker(tmp_path, rows, 13)
+    _assert_survives_a_lost_worker(tmp_path, rows, 13)
 
 
 @pytest.mark.ray
@@ -98,7 +98,7 @@ def test_a_killed_worker_costs_the_steps_since_the_last_checkpoint(
 def test_a_worker_may_be_killed_at_any_step(
     ray_cluster: None, tmp_path: Path, rows: str, seed: int
 ) -> None:
-    _survives_a_lost_worker(tmp_path, rows, random.Random(seed).randint(1, 16))
+    _assert_survives_a_lost_worker(tmp_path, rows, random.Random(seed).randint(1, 16))
 
 
 @pytest.mark.ray
@@ -107,7 +107,7 @@ def test_a_worker_may_be_killed_at_any_step(
 def test_an_elastic_training_goes_on_after_a_kill(
     ray_cluster: None, tmp_path: Path, rows: str
 ) -> None:
-    _survives_a_lost_worker(tmp_path, rows, 8, min_workers=1)
+    _assert_survives_a_lost_worker(tmp_path, rows, 8, min_workers=1)
 
 
 # A lost driver.
@@ -130,7 +130,7 @@ def _reached(run: Path, step: int, process: subprocess.Popen[bytes], seconds: fl
     raise AssertionError(f"step {step} was not reached")
 
 
-def _survives_a_lost_driver(folder: Path, rows: str, workers: int, kills: list[int]) -> None:
+def _assert_survives_a_lost_driver(folder: Path, rows: str, workers: int, kills: list[int]) -> None:
     run_training(driver.job(str(folder / "whole"), rows, 0), progress=False)
     for number, at in enumerate(kills):
         process = _driver(folder / "cut", rows, workers, *(["--resume"] if number else []))
@@ -148,7 +148,7 @@ def _survives_a_lost_driver(folder: Path, rows: str, workers: int, kills: list[i
 
 
 def test_a_killed_driver_is_started_again_with_the_same_command(tmp_path: Path, rows: str) -> None:
-    _survives_a_lost_driver(tmp_path, rows, 0, [random.Random(0).randint(8, 30)])
+    _assert_survives_a_lost_driver(tmp_path, rows, 0, [random.Random(0).randint(8, 30)])
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_a_killed_driver_is_started_again_with_the_same_command(tmp_path: Path, 
 def test_a_driver_may_be_killed_again_and_again(
     tmp_path: Path, rows: str, workers: int, kills: list[int]
 ) -> None:
-    _survives_a_lost_driver(tmp_path, rows, workers, kills)
+    _assert_survives_a_lost_driver(tmp_path, rows, workers, kills)
 
 
 def test_a_left_over_of_a_killed_driver_stops(tmp_path: Path, rows: str) -> None:
@@ -180,7 +180,7 @@ def _leaves(store: Store, at: int, seconds: float, model: nn.Module, step: int) 
         store.go_away(seconds)
 
 
-def _survives_an_outage(store: Store, folder: Path, rows: str, seconds: float) -> None:
+def _assert_survives_an_outage(store: Store, folder: Path, rows: str, seconds: float) -> None:
     run = f"s3://{BUCKET}/run"
     plain = driver.job(str(folder / "whole"), rows, 0)
     run_training(plain, progress=False)
@@ -200,7 +200,7 @@ def _survives_an_outage(store: Store, folder: Path, rows: str, seconds: float) -
 def test_a_store_that_goes_away_for_seconds_costs_nothing(
     store: Store, tmp_path: Path, rows: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    _survives_an_outage(store, tmp_path, rows, 3)
+    _assert_survives_an_outage(store, tmp_path, rows, 3)
     assert "secret" not in caplog.text
 
 
@@ -209,7 +209,7 @@ def test_a_store_that_goes_away_for_seconds_costs_nothing(
 def test_a_store_that_goes_away_for_a_while_costs_nothing(
     store: Store, tmp_path: Path, rows: str
 ) -> None:
-    _survives_an_outage(store, tmp_path, rows, 20)
+    _assert_survives_an_outage(store, tmp_path, rows, 20)
 
 
 def test_a_run_on_a_store_is_resumed_from_its_newest_whole_checkpoint(

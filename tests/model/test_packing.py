@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from unittest import mock
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -52,8 +50,7 @@ def test_packed_is_padded_is_one_at_a_time(masked: bool) -> None:
         visible[:, ::3, 0] = False
         visible[:, 0, 0] = True
     packed = run_body(body, soft, visible, real=real)[real]
-    with mock.patch.object(packing, "worth_packing", _never):
-        padded = run_body(body, soft, visible, real=real)[real]
+    padded = run_body(body, soft, visible)[real]
     alone = torch.cat([
         run_body(body, soft[row : row + 1, :size],
                  None if visible is None else visible[row : row + 1, :size, :size])[0]
@@ -103,7 +100,9 @@ def test_without_any_real_token_the_layers_still_run() -> None:
 
 @pytest.mark.parametrize(("layout", "query_mode"), tiny.VARIANTS)
 @pytest.mark.parametrize("recon_cond", ["eq7", "fig1"])
-def test_a_packed_step_is_a_padded_step(layout: str, query_mode: str, recon_cond: str) -> None:
+def test_a_packed_step_is_a_padded_step(
+    monkeypatch: pytest.MonkeyPatch, layout: str, query_mode: str, recon_cond: str
+) -> None:
     karma = tiny.model(layout, query_mode, recon_cond=recon_cond)
     batch = tiny.batch(tiny.sequences(
         tiny.window(["i0", "i1", "i2"], [0, 0, 1], hard=[["i9", "i1"], ["i8"], []], user="a"),
@@ -113,8 +112,8 @@ def test_a_packed_step_is_a_padded_step(layout: str, query_mode: str, recon_cond
     step = JointStep(ObjectiveConfig())
     loss = step(karma, batch).loss
     packed = tiny.gradients(karma, loss)
-    with mock.patch.object(packing, "worth_packing", _never):
-        padded_loss = step(karma, batch).loss
-        padded = tiny.gradients(karma, padded_loss)
+    monkeypatch.setattr(packing, "worth_packing", _never)
+    padded_loss = step(karma, batch).loss
+    padded = tiny.gradients(karma, padded_loss)
     torch.testing.assert_close(loss, padded_loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4)

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from karma_ray.data.batch import Batch
@@ -24,6 +20,7 @@ from karma_ray.training.meters import COUNTS
 from karma_ray.training.parallel import global_sum, sum_gradients
 from karma_ray.training.step import JointStep
 from tests import tiny
+from tests.gloo import run_workers
 
 ROWS = [
     tiny.window(["i0", "i1", "i2"], [0, 0, 1], hard=[["i9", "i1"], ["i8"], []], user="a"),
@@ -166,26 +163,18 @@ STEPS = {
 }
 
 
-def _run_worker(rank: int, size: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
-    )
+def _worker(rank: int, size: int) -> dict[str, Any]:
     batch = _batch(SHARES[size][rank])
     found: dict[str, Any] = {name: _step(step, batch) for name, step in STEPS.items()}
     shared = share_items(batch)
     found["own"] = shared.batch.item_rows[shared.own]
-    torch.save(found, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module", params=[2, 3])
 def workers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     """What each worker found."""
-    with tempfile.TemporaryDirectory() as folder:
-        size = request.param
-        multiprocessing.spawn(_run_worker, args=(size, folder), nprocs=size)
-        return [torch.load(Path(folder) / f"rank-{rank}.pt") for rank in range(size)]
+    return run_workers(_worker, request.param, request.param)
 
 
 @pytest.mark.parametrize("name", list(STEPS))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 
 from karma_ray.training import parallel
+from tests.gloo import run_workers
 
 ROWS = (3, 5)
 FEATURES = 4
@@ -38,9 +35,7 @@ def _contrastive_loss(model: nn.Module, rows: Tensor, shift: int = 0) -> Tensor:
     return total / sum(counts)
 
 
-def _run_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _worker(rank: int) -> dict[str, Any]:
     found: dict[str, Any] = {}
     rows = _batch().split(list(ROWS))[rank]
     for name, shift in (("loss", 0), ("wrong_loss", 1)):
@@ -62,16 +57,13 @@ def _run_worker(rank: int, folder: str) -> None:
     nn.init.constant_(unequal.weight, float(rank))
     parallel.broadcast_parameters(unequal)
     found["broadcast"] = unequal.weight.detach()
-    torch.save(found, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def workers() -> list[dict[str, Any]]:
     """What both workers found."""
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_run_worker, args=(folder,), nprocs=2)
-        return [torch.load(Path(folder) / f"rank-{rank}.pt") for rank in range(2)]
+    return run_workers(_worker, 2)
 
 
 def _alone(shift: int = 0) -> tuple[Tensor, Tensor]:

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from karma_ray.data.batch import Batch
 from karma_ray.model.karma import KarmaModel
@@ -20,9 +15,11 @@ from karma_ray.training.config import TrainingConfig
 from karma_ray.training.loop import fit
 from karma_ray.training.optim import build_optimizer
 from karma_ray.training.parallel import global_sum, sum_gradients
-from karma_ray.training.placement import bodies, clip_gradients, is_sharded, place
+from karma_ray.training.placement import bodies, clip_gradients, needs_all_workers, place
+from karma_ray.training.shards import is_sharded, local_part, whole
 from karma_ray.training.step import JointStep
 from tests import tiny
+from tests.gloo import run_workers
 
 CPU = torch.device("cpu")
 ROWS = [
@@ -40,17 +37,13 @@ def _batch(rows: slice = slice(None)) -> Batch:
     return tiny.batch(tiny.sequences(*ROWS[rows]))
 
 
-def _full(value: Tensor) -> Tensor:
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def _gradients(step: JointStep, model: KarmaModel, batch: Batch) -> dict[str, Tensor]:
     model.zero_grad(set_to_none=True)
     output = step(model, batch)
     if output.loss.requires_grad:
         output.loss.backward()
     sum_gradients(model.parameters())
-    found = {n: _full(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
+    found = {n: whole(p.grad).clone() for n, p in model.named_parameters() if p.grad is not None}
     return found | {"loss": global_sum(output.loss)}
 
 
@@ -59,32 +52,27 @@ def _trained(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
     optimizer = build_optimizer(model, learning_rate=1e-3)
     fit(model, STEPS["whole"], optimizer, [batch] * 3, lambda record: None, steps=3,
         grad_clip=0.5, precision="float32", report_every=3)  # fmt: skip
-    return {name: _full(value.detach()).clone() for name, value in model.named_parameters()}
+    return {name: whole(value).clone() for name, value in model.named_parameters()}
 
 
-def _run_worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+def _worker(rank: int) -> dict[str, Any]:
     batch = _batch((slice(0, 2), slice(2, 3))[rank])
-    training = TrainingConfig(parallelism="shard", activation_checkpointing=rank < 2)
+    training = TrainingConfig(parallelism="shard", activation_checkpointing=True)
     model = place(tiny.model().train(), training, CPU)
-    assert is_sharded(model)
+    assert needs_all_workers(model)
     found: dict[str, Any] = {name: _gradients(step, model, batch) for name, step in STEPS.items()}
-    held = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
-    found["share"] = held / sum(p.numel() for p in model.parameters() if isinstance(p, DTensor))
+    split = [value for value in model.parameters() if is_sharded(value)]
+    found["share"] = sum(local_part(p).numel() for p in split) / sum(p.numel() for p in split)
     found["norm"] = clip_gradients(model, 1e-3)
     found["clipped"] = clip_gradients(model, 1.0)
     found["trained"] = _trained(model, batch)
-    torch.save(found, f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
 def sharded() -> list[dict[str, Any]]:
     """What two workers with sharded layers found."""
-    with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_run_worker, args=(folder,), nprocs=2)
-        return [torch.load(Path(folder) / f"rank-{rank}.pt") for rank in range(2)]
+    return run_workers(_worker, 2)
 
 
 @pytest.mark.parametrize("name", list(STEPS))

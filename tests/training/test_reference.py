@@ -37,7 +37,7 @@ BATCHES = {
 }
 
 
-def _compare(karma: KarmaModel, batch: Batch, objective: ObjectiveConfig) -> None:
+def _assert_same(karma: KarmaModel, batch: Batch, objective: ObjectiveConfig) -> None:
     ours, theirs = JointStep(objective)(karma, batch), ReferenceStep(objective)(karma, batch)
     for name in (name for name in ours.logs if name.startswith("loss/")):
         torch.testing.assert_close(theirs.logs[name], ours.logs[name], rtol=1e-5, atol=0, msg=name)
@@ -55,7 +55,7 @@ def test_every_layout_is_the_straightforward_step(
     layout: str, query_mode: str, changes: dict[str, Any]
 ) -> None:
     batch = tiny.batch(tiny.sequences(*ROWS), **changes)
-    _compare(tiny.model(layout, query_mode), batch, ObjectiveConfig())
+    _assert_same(tiny.model(layout, query_mode), batch, ObjectiveConfig())
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,9 @@ def test_every_variant_of_the_model_is_the_straightforward_step(
     if "lm_head" in changes:
         size = len(tiny.tokenizer().get_vocab())  # type: ignore[attr-defined]
         changes = {"lm_head": changes["lm_head"][:size]}
-    _compare(tiny.model(layout, **changes), tiny.batch(tiny.sequences(*ROWS)), ObjectiveConfig())
+    _assert_same(
+        tiny.model(layout, **changes), tiny.batch(tiny.sequences(*ROWS)), ObjectiveConfig()
+    )
 
 
 @pytest.mark.parametrize(
@@ -93,10 +95,10 @@ def test_every_variant_of_the_model_is_the_straightforward_step(
 )
 def test_every_objective_is_the_straightforward_step(changes: dict[str, Any]) -> None:
     objective = replace(ObjectiveConfig(), **changes)
-    _compare(tiny.model(), tiny.batch(tiny.sequences(*ROWS)), objective)
+    _assert_same(tiny.model(), tiny.batch(tiny.sequences(*ROWS)), objective)
 
 
 def test_random_shops_are_the_straightforward_step() -> None:
     for seed in range(3):
         batch = tiny.batch(tiny.shop(6, seed), seed, num_decoded=2, drop_query=0.3)
-        _compare(tiny.model(seed=seed), batch, ObjectiveConfig())
+        _assert_same(tiny.model(seed=seed), batch, ObjectiveConfig())

@@ -1,0 +1,31 @@
+"""Real worker processes over gloo, for what many workers must agree on."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as multiprocessing
+
+Worker = Callable[..., dict[str, Any]]
+"""rank -> what it found; a function of a module, for it is sent to another process."""
+
+
+def run_workers(worker: Worker, size: int, *arguments: Any) -> list[dict[str, Any]]:
+    """`worker(rank, *arguments)` in `size` processes of one thread; what each found."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_run, args=(folder, size, worker, arguments), nprocs=size)
+        return [torch.load(Path(folder) / f"rank-{rank}.pt") for rank in range(size)]
+
+
+def _run(rank: int, folder: str, size: int, worker: Worker, arguments: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
+    )
+    torch.save(worker(rank, *arguments), f"{folder}/rank-{rank}.pt")
+    dist.destroy_process_group()
