@@ -25,7 +25,9 @@ from karma_ray.model.backbone import run_body, token_embeddings
 from karma_ray.model.decodability import TextTargets
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
+from karma_ray.model.layers import RMSNorm
 from karma_ray.model.user_decoder import Prefix
+from karma_ray.objectives import text
 from karma_ray.training import step as training_step
 from karma_ray.training.step import Step
 
@@ -111,12 +113,24 @@ def fused_attention() -> AbstractContextManager[Any]:
     return patch.object(packing, "_on_grid", _fused)
 
 
+def stock_norms() -> AbstractContextManager[Any]:
+    """Norms as transformers writes them: float32 out, many passes; rotation follows in float32."""
+    return patch.object(RMSNorm, "forward", _stock_norm)
+
+
+def stock_cross_entropy() -> AbstractContextManager[Any]:
+    """PyTorch's cross-entropy of logits turned to float32."""
+    return patch.object(text, "_chunk", _stock_chunk)
+
+
 OFF: dict[str, Variant] = {
     "dedup": Variant(batch=one_use_each),
     "packing": Variant(padded),
     "prefix": Variant(rows_of_their_own),
     "logits": Variant(logits_everywhere),
     "attention": Variant(fused_attention),
+    "norms": Variant(stock_norms),
+    "cross_entropy": Variant(stock_cross_entropy),
 }
 """Optimisation -> the engine without it."""
 
@@ -203,6 +217,17 @@ def _copied_prefixes(
         torch.cat([seen & targets.mask[:, :1], targets.mask], 1),
     )
     return states, text[:, slots:]
+
+
+def _stock_norm(self: RMSNorm, x: Tensor) -> Tensor:
+    exact = x.float()
+    exact = exact * torch.rsqrt(exact.pow(2).mean(-1, keepdim=True) + self.eps)
+    return self.weight * exact.to(x.dtype)
+
+
+def _stock_chunk(states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    logits = (states @ head.T.to(states.dtype)).float()
+    return functional.cross_entropy(logits, labels, reduction="none")
 
 
 def _fused(

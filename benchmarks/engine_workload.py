@@ -31,6 +31,7 @@ from karma_ray.errors import InputError
 from karma_ray.model.backbone import ATTENTION, build_tiny
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import DECODE_PROMPT, KarmaModel
+from karma_ray.model.layers import make_lean
 from karma_ray.training.loop import tensors_of
 from karma_ray.training.optim import build_optimizer
 from karma_ray.training.step import Step, StepOutput
@@ -140,7 +141,9 @@ class Workload:
     def _body(self, shape: dict[str, Any]) -> Qwen3Model:
         layers = self.num_layers or shape["num_hidden_layers"]
         settings = {**shape, "num_hidden_layers": layers, "use_cache": False}
-        return Qwen3Model(Qwen3Config(**settings, attn_implementation=ATTENTION))
+        body = Qwen3Model(Qwen3Config(**settings, attn_implementation=ATTENTION))
+        make_lean(body)
+        return body
 
     def save(self, path: str) -> None:
         """Write batches, prompts and configuration as one safetensors file."""

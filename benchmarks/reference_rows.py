@@ -6,16 +6,16 @@ slots, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from karma_ray.data.batch import Batch
+from karma_ray.model.backbone import stock_body
 from karma_ray.model.karma import KarmaModel
 
 PROMPT, QUERY, ITEM, TEXT = range(4)
@@ -197,23 +197,21 @@ def run_stock(
     body: nn.Module, embeddings: Tensor, mask: Tensor, positions: Tensor | None = None
 ) -> Tensor:
     """Last hidden states of a stock body: mask [R, S] of real slots, or [R, S, S] who sees whom."""
-    with _sdpa(body):
-        output = body(
-            inputs_embeds=embeddings, position_ids=positions, use_cache=False,
-            attention_mask=mask[:, None] if mask.ndim == 3 else mask.long(),
-        )  # fmt: skip
+    output = _stock(body)(
+        inputs_embeds=embeddings, position_ids=positions, use_cache=False,
+        attention_mask=mask[:, None] if mask.ndim == 3 else mask.long(),
+    )  # fmt: skip
     return cast(Tensor, output.last_hidden_state)
 
 
-@contextmanager
-def _sdpa(body: nn.Module) -> Iterator[None]:
-    config = cast(Any, body).config
-    ours = config._attn_implementation
-    config._attn_implementation = "sdpa"
-    try:
-        yield
-    finally:
-        config._attn_implementation = ours
+_STOCK: WeakKeyDictionary[nn.Module, nn.Module] = WeakKeyDictionary()
+
+
+def _stock(body: nn.Module) -> nn.Module:
+    """The body's weights in transformers' own layers, put together once."""
+    if body not in _STOCK:
+        _STOCK[body] = stock_body(body, "sdpa")
+    return _STOCK[body]
 
 
 def earlier_pages(batch: Batch) -> Tensor:

@@ -32,6 +32,7 @@ from karma_ray.data.prompts import END_OF_TEXT, SPECIAL_TOKENS, Tokenizer
 from karma_ray.errors import InputError
 from karma_ray.model import packing
 from karma_ray.model.config import TinyBackboneConfig
+from karma_ray.model.layers import make_lean
 
 transformers_logging.disable_progress_bar()
 LOG = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> Qwen3M
         )  # fmt: skip
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return Qwen3Model(
+        body = Qwen3Model(
             Qwen3Config(
                 vocab_size=vocab_size,
                 hidden_size=config.hidden_size,
@@ -67,6 +68,8 @@ def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> Qwen3M
                 use_cache=False,
             )
         )
+    make_lean(body)
+    return body
 
 
 def load_body(checkpoint: str, field: str = "checkpoint") -> Qwen3Model:
@@ -83,7 +86,18 @@ def load_body(checkpoint: str, field: str = "checkpoint") -> Qwen3Model:
         example = sorted(info["missing_keys"])[0]
         raise InputError(field, checkpoint, f"lacks weights of a Qwen3 body, such as {example}")
     body.config.use_cache = False
+    make_lean(body)
     return cast(Qwen3Model, body)
+
+
+def stock_body(body: nn.Module, attention: str = "eager") -> Qwen3Model:
+    """The same parameters behind transformers' own layers: for references, and attention maps."""
+    settings = cast(Any, body).config.to_dict()
+    with torch.device("meta"):
+        stock = Qwen3Model(Qwen3Config(**settings, attn_implementation=attention))
+    stock.load_state_dict(body.state_dict(keep_vars=True), assign=True)
+    stock.rotary_emb = cast(Any, body).rotary_emb  # its tables are no part of the state
+    return stock.train(body.training)
 
 
 def load_lm_head(checkpoint: str, *, empty: bool = False) -> Tensor | None:
@@ -191,6 +205,7 @@ def truncated(body: Qwen3Model, num_layers: int) -> Qwen3Model:
     light = copy.deepcopy(body)
     light.layers = light.layers[:num_layers]
     light.config.num_hidden_layers = num_layers
+    light.config.layer_types = light.config.layer_types[:num_layers]
     return light
 
 

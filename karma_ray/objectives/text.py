@@ -5,11 +5,10 @@ Legend: R rows, L tokens, V vocabulary, D width.
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 2048
@@ -47,6 +46,31 @@ def reduce_tokens(values: Tensor, mask: Tensor, reduction: str) -> Tensor:
 
 
 def _chunk(states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-    return functional.cross_entropy(
-        (states @ head.T.to(states.dtype)).float(), labels, reduction="none"
-    )
+    return cast(Tensor, _CrossEntropy.apply(states, head.to(states.dtype), labels))  # type: ignore[no-untyped-call]
+
+
+class _CrossEntropy(torch.autograd.Function):
+    """-log softmax(states head^T)[label]: the gradient's probabilities are made on the way.
+
+    Logits are products in the compute type, sums are float32 (or float64). Kept for the
+    backward pass: probabilities [N, V] in the compute type, instead of float32 logits and their
+    log-softmax.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        logits = (states @ head.T).to(torch.promote_types(states.dtype, torch.float32))
+        places = labels[:, None]
+        top = logits.amax(1, keepdim=True)
+        own = logits.gather(1, places)
+        weights = logits.sub_(top).exp_()
+        total = weights.sum(1, keepdim=True)
+        ctx.save_for_backward(states, head, places, weights.div_(total).to(states.dtype))
+        return (total.log() + top - own)[:, 0].float()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        states, head, places, shares = ctx.saved_tensors
+        gradient = gradients[0][:, None].to(shares.dtype)
+        of_logits = (shares * gradient).scatter_add_(1, places, -gradient)
+        return of_logits @ head, of_logits.T @ states, None

@@ -1,0 +1,121 @@
+"""Qwen3's norm and attention with fewer passes over memory; weights and names are Qwen3's own.
+
+At the widths of a laptop, and in the short rows of item texts, half of a step goes into casts and
+element-wise products, not into matrix products (benchmarks/engine.py prints the shares). Under
+autocast a stock layer casts the output of a norm once for each projection that reads it, and
+rotates queries and keys in float32. Here a norm gives the compute type at once, and its backward
+pass is written out.
+
+Legend: B rows, S slots, H heads, d head width, D width.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from karma_ray.model.packing import Packing, attend
+
+
+class RMSNorm(nn.Module):
+    """y = weight * x / rms(x) (1910.07467), in the compute type; statistics are float32."""
+
+    def __init__(self, weight: nn.Parameter, eps: float) -> None:
+        super().__init__()
+        self.weight, self.eps = weight, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., D] -> [..., D]."""
+        kind = x.device.type
+        wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        if x.device.type != "cpu" or torch.compiler.is_compiling():  # fused by others
+            return functional.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(wanted)
+        return cast(Tensor, _Norm.apply(x, self.weight, self.eps, wanted))  # type: ignore[no-untyped-call]
+
+
+class Attention(nn.Module):
+    """Qwen3's self-attention around `packing.attend`; the projections may hold adapters."""
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        parts = cast(Any, stock)
+        self.q_proj, self.k_proj, self.v_proj = parts.q_proj, parts.k_proj, parts.v_proj
+        self.o_proj = parts.o_proj
+        self.q_norm, self.k_norm = lean_norm(parts.q_norm), lean_norm(parts.k_norm)
+        self.width, self.scaling = int(parts.head_dim), float(parts.scaling)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        packing: Packing | None = None,
+        **options: Any,
+    ) -> tuple[Tensor, None]:
+        """[B, S, D] -> [B, S, D]; called by the layer as the stock module is."""
+        shape = (*hidden_states.shape[:-1], -1, self.width)
+        query = self.q_norm(self.q_proj(hidden_states).view(shape))  # [B, S, H, d]
+        key = self.k_norm(self.k_proj(hidden_states).view(shape))
+        value = self.v_proj(hidden_states).view(shape)
+        cos, sin = (table[:, :, None].to(query.dtype) for table in position_embeddings)
+        query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        states, _ = attend(
+            self, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
+            attention_mask, self.scaling, packing=packing,
+        )  # fmt: skip
+        return self.o_proj(states.reshape(*hidden_states.shape[:-1], -1)), None
+
+
+def lean_norm(stock: nn.Module) -> RMSNorm:
+    """The norm with a stock norm's weight."""
+    parts = cast(Any, stock)
+    return RMSNorm(parts.weight, float(parts.variance_epsilon))
+
+
+def make_lean(body: nn.Module) -> None:
+    """Put this module's layers into a Qwen3 body, around the very same parameters."""
+    model = cast(Any, body)
+    for layer in model.layers:
+        layer.input_layernorm = lean_norm(layer.input_layernorm)
+        layer.post_attention_layernorm = lean_norm(layer.post_attention_layernorm)
+        layer.self_attn = Attention(layer.self_attn)
+    model.norm = lean_norm(model.norm)
+
+
+def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding (2104.09864) of [B, S, H, d]; cos and sin [B, S, 1, d]."""
+    first, second = x.chunk(2, -1)
+    return x * cos + torch.cat([-second, first], -1) * sin
+
+
+class _Norm(torch.autograd.Function):
+    """With r = 1 / rms(x): dw = sum g x r;  dx = r (g w) - x r^3 mean(g w x)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, wanted: torch.dtype) -> Tensor:
+        scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=_exact(x))
+        scale = scale.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, scale)
+        unit = x * scale
+        if unit.dtype == wanted:
+            return unit.mul_(weight)
+        return torch.mul(unit, weight, out=torch.empty(x.shape, dtype=wanted, device=x.device))
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, weight, scale = ctx.saved_tensors
+        (gradient,) = gradients
+        exact, width = scale.dtype, x.shape[-1]
+        product = (gradient * x).to(exact).reshape(-1, width)
+        flat = scale.flatten()
+        of_weight = product.T @ flat
+        along = (product @ weight).mul_(flat.pow(3)).div_(width).view(scale.shape)
+        of_x = (gradient * weight).mul_(scale).addcmul_(x.to(exact), along, value=-1)
+        return of_x.to(x.dtype), of_weight, None, None
+
+
+def _exact(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
