@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.engine_memory import SIZES, forget_peak, memory, memory_point, peak_gib
-from benchmarks.engine_variants import OFF, Variant, breakdown, train_step
+from benchmarks.engine_variants import OFF, Variant, breakdown, compiled, train_step
 from benchmarks.engine_workload import CLOCKS, SHAPES, Workload, print_line, real_workload
 from benchmarks.reference import ReferenceStep
 from karma_ray import cli
@@ -40,6 +40,7 @@ from karma_ray.model.karma import KarmaModel
 from karma_ray.objectives.losses import builds_generation, builds_reconstruction
 from karma_ray.training.flops import joint_flops, peak_flops
 from karma_ray.training.gradient_cache import narrow
+from karma_ray.training.memory import keep_heap
 from karma_ray.training.step import JointStep, Step
 
 CPU_LAYERS, CPU_USERS = 4, 4
@@ -59,6 +60,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--num-batches", type=int, default=4, help="batches a round (default 4)")
     flags.add_argument("--rounds", type=int, default=5, help="interleaved rounds (default 5)")
     flags.add_argument("--quick", action="store_true", help="2 rounds of 2 batches; small sizes")
+    flags.add_argument("--compile", action="store_true", help="also the engine, layers compiled")
     flags.add_argument("--shape", choices=list(SHAPES), default="tiny", help="of the two LLMs")
     flags.add_argument("--layers", type=int, default=0, help="of a large shape (default: all)")
     flags.add_argument("--users", type=int, default=0, help="of a batch (default: all)")
@@ -80,13 +82,13 @@ def main(argv: list[str] | None = None) -> None:
     elif arguments.mode == "equality":
         equality(work)
     else:
-        speed(work, arguments.rounds)
+        speed(work, arguments.rounds, with_compiled=arguments.compile)
 
 
 # --- speed -----------------------------------------------------------------------------------
 
 
-def speed(work: Workload, rounds: int) -> None:
+def speed(work: Workload, rounds: int, *, with_compiled: bool = False) -> None:
     """Interleave the ways over the same batches; print each one's figures and the headline.
 
     A way's cost beside the engine's is the median ratio over pairs of the same batch and round:
@@ -94,6 +96,8 @@ def speed(work: Workload, rounds: int) -> None:
     """
     model = work.build()
     optimizer, ways = work.optimizer(model), _ways(work)
+    if with_compiled:
+        ways["compiled"] = (ways["engine"][0], compiled(model))
     difference = _loss_difference(work, model, ways)
     seconds, peak = _interleaved(work, model, optimizer, ways, rounds)
     for name, found in seconds.items():
@@ -120,6 +124,7 @@ def speed(work: Workload, rounds: int) -> None:
     headline = {
         "speedup_over_reference": round(costs["reference"], 3),
         **{f"share_{name}": round(costs[name], 3) for name in OFF if name in costs},
+        **{f"{name}_over_engine": round(costs[name], 3) for name in costs if name == "compiled"},
         "loss_difference": difference,
         "examples_per_s": mine["examples_per_s"],
         "tokens_per_s": mine["tokens_per_s"],
@@ -140,8 +145,9 @@ def _interleaved(
     prepared = {name: [v.batch(b) for b in work.batches] for name, (_, v) in ways.items()}
     _, peak = forget_peak(work), 0.0
     for name, (step, variant) in ways.items():  # warm up, the engine first
-        with variant.patched():
-            train_step(work, model, optimizer, step, prepared[name][0])
+        for batch in prepared[name] if name == "compiled" else prepared[name][:1]:
+            with variant.patched():
+                train_step(work, model, optimizer, step, batch)
         peak = peak or peak_gib(work)
     for _ in range(rounds):
         for number in range(len(work.batches)):
@@ -253,6 +259,7 @@ def _workload(arguments: Namespace) -> Workload:
             count = -(-most // config.training.batch_size)
         work = real_workload(config, arguments.data, count)
     torch.set_num_threads(arguments.threads or work.config.training.num_threads())
+    keep_heap()
     large_on_cpu = arguments.shape != "tiny" and device == "cpu"
     layers = arguments.layers or (CPU_LAYERS if large_on_cpu else 0)
     users = arguments.users or (CPU_USERS if large_on_cpu and arguments.mode != "memory" else 0)

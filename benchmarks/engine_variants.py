@@ -29,6 +29,7 @@ from karma_ray.model.layers import RMSNorm
 from karma_ray.model.user_decoder import Prefix
 from karma_ray.objectives import text
 from karma_ray.training import step as training_step
+from karma_ray.training.placement import bodies
 from karma_ray.training.step import Step
 
 
@@ -133,6 +134,29 @@ OFF: dict[str, Variant] = {
     "cross_entropy": Variant(stock_cross_entropy),
 }
 """Optimisation -> the engine without it."""
+
+
+def compiled(model: KarmaModel) -> Variant:
+    """The engine with compiled layers, as `training.compile` makes them."""
+    layers = [layer for body in bodies(model) for layer in body.layers]
+    for layer in layers:
+        layer.compile(dynamic=True)
+    calls = [layer._compiled_call_impl for layer in layers]
+
+    def switch(on: bool) -> None:
+        for layer, call in zip(layers, calls, strict=True):
+            layer._compiled_call_impl = call if on else None
+
+    @contextmanager
+    def patched() -> Iterator[None]:
+        switch(True)
+        try:
+            yield
+        finally:
+            switch(False)
+
+    switch(False)
+    return Variant(patched)
 
 
 def train_step(

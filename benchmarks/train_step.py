@@ -39,6 +39,7 @@ from karma_ray.cluster.worker import TrainJob, WorkerContext
 from karma_ray.config import Config
 from karma_ray.training.flops import peak_flops
 from karma_ray.training.loop import Record, fit
+from karma_ray.training.memory import keep_heap
 from karma_ray.training.optim import build_optimizer
 
 REPORT_EVERY = 10
@@ -56,6 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     rounds, steps = (2, 40) if arguments.quick else (arguments.rounds, arguments.steps)
     config = _config(cli.load_config(arguments, "karma_text"), steps)
     torch.set_num_threads(config.training.num_threads())
+    keep_heap()  # as a worker does
     connect()
     source = ensure_prepared(
         absolute(arguments.data) if arguments.data else toy_shop(), config.prepare

@@ -20,7 +20,7 @@ from karma_ray.errors import StorageError, TakenOver
 from karma_ray.training.checkpoint import Progress, load_checkpoint, save_weights
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.loop import Record, fit
-from karma_ray.training.memory import trim_heap
+from karma_ray.training.memory import keep_heap, trim_heap
 from karma_ray.training.optim import Pace, build_optimizer, learning_rate_factor, same_pace
 from karma_ray.training.outage import reason, redacted, retried
 from karma_ray.training.parallel import barrier, global_sum, rank, world_size
@@ -109,6 +109,7 @@ def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[
     """
     training, started = job.training, time.perf_counter()
     torch.set_num_threads(training.num_threads())
+    keep_heap()
     torch.manual_seed(job.seed)
     model = place(job.build(), training, channel.device)
     optimizer = build_optimizer(

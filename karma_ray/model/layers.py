@@ -66,7 +66,8 @@ class Attention(nn.Module):
             self, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
             attention_mask, self.scaling, packing=packing,
         )  # fmt: skip
-        return self.o_proj(states.reshape(*hidden_states.shape[:-1], -1)), None
+        joined = states.reshape(*hidden_states.shape[:-1], -1)
+        return cast(Tensor, self.o_proj(joined)), None
 
 
 def lean_norm(stock: nn.Module) -> RMSNorm:
@@ -101,8 +102,9 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, scale)
         unit = x * scale
         if unit.dtype == wanted:
-            return unit.mul_(weight)
-        return torch.mul(unit, weight, out=torch.empty(x.shape, dtype=wanted, device=x.device))
+            return cast(Tensor, unit.mul_(weight))
+        out = torch.empty(x.shape, dtype=wanted, device=x.device)
+        return torch.mul(unit, weight, out=out)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:

@@ -1,8 +1,24 @@
-"""Freed memory back to the operating system."""
+"""When glibc keeps freed memory, and when it gives it back to the operating system."""
 
 from __future__ import annotations
 
 import ctypes
+
+
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt(3)
+_LARGE = 2**30
+
+
+def keep_heap() -> bool:
+    """Let glibc keep what a step frees for the next step; False where the C library cannot.
+
+    By default large tensors are mapped and unmapped in every step, and each page is faulted in
+    anew. `trim_heap` gives back what piles up.
+    """
+    tune = getattr(ctypes.CDLL(None), "mallopt", None)
+    return tune is not None and bool(
+        tune(_MMAP_THRESHOLD, _LARGE) and tune(_TRIM_THRESHOLD, 2 * _LARGE - 1)
+    )
 
 
 def trim_heap() -> bool:
