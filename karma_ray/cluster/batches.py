@@ -69,8 +69,10 @@ def ray_blocks(order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
             for window in units[unit]:
                 yield source.read(window)
 
-    # From tables: a read task of `ray.data.range` would wait for a CPU that training holds.
-    dataset = ray.data.from_arrow([pa.table({"id": [unit]}) for unit in range(len(units))])
+    # From items, whose blocks are made here: the tasks behind `from_arrow` and `range` each want a
+    # CPU, and wait for ever where the training workers hold them all.
+    items = [{"id": unit} for unit in range(len(units))]
+    dataset = ray.data.from_items(items, override_num_blocks=len(units))
     dataset = dataset.map_batches(
         read,
         batch_size=None,
