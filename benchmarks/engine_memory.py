@@ -116,6 +116,11 @@ def _plot(peaks: dict[str, dict[int, float]], path: str) -> None:
     axes = figure.subplots()
     for way, found in peaks.items():
         axes.plot(list(found), list(found.values()), marker="o", label=way.replace("_", " "))
-    axes.set(xscale="log", yscale="log", xlabel="users of a step", ylabel="peak memory, GiB")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_xticks(SIZES, [f"{size:,}" for size in SIZES])
+    axes.set_yticks([0.5, 1, 2, 4, 8], ["0.5", "1", "2", "4", "8"])
+    axes.set(xlabel="users of a step", ylabel="peak above model and gradients, GiB")
+    axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
