@@ -46,6 +46,7 @@ class Attention(nn.Module):
         self.o_proj = parts.o_proj
         self.q_norm, self.k_norm = lean_norm(parts.q_norm), lean_norm(parts.k_norm)
         self.width, self.scaling = int(parts.head_dim), float(parts.scaling)
+        self.attention_dropout = float(parts.attention_dropout)
 
     def forward(
         self,
@@ -64,7 +65,7 @@ class Attention(nn.Module):
         query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
         states, _ = attend(
             self, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
-            attention_mask, self.scaling, packing=packing,
+            attention_mask, self.scaling, self.attention_dropout if self.training else 0.0, packing,
         )  # fmt: skip
         joined = states.reshape(*hidden_states.shape[:-1], -1)
         return cast(Tensor, self.o_proj(joined)), None
@@ -107,13 +108,13 @@ class _Norm(torch.autograd.Function):
         return torch.mul(unit, weight, out=out)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         x, weight, scale = ctx.saved_tensors
         (gradient,) = gradients
         exact, width = scale.dtype, x.shape[-1]
         product = (gradient * x).to(exact).reshape(-1, width)
         flat = scale.flatten()
-        of_weight = product.T @ flat
+        of_weight = product.T @ flat if ctx.needs_input_grad[1] else None
         along = (product @ weight).mul_(flat.pow(3)).div_(width).view(scale.shape)
         of_x = (gradient * weight).mul_(scale).addcmul_(x.to(exact), along, value=-1)
         return of_x.to(x.dtype), of_weight, None, None

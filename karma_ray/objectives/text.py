@@ -69,8 +69,9 @@ class _CrossEntropy(torch.autograd.Function):
         return (total.log() + top - own)[:, 0].float()
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         states, head, places, shares = ctx.saved_tensors
         gradient = gradients[0][:, None].to(shares.dtype)
         of_logits = (shares * gradient).scatter_add_(1, places, -gradient)
-        return of_logits @ head, of_logits.T @ states, None
+        of_states = of_logits @ head if ctx.needs_input_grad[0] else None
+        return of_states, of_logits.T @ states if ctx.needs_input_grad[1] else None, None
