@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from karma_ray.config import Config
 from karma_ray.errors import InputError
@@ -34,6 +35,70 @@ def embedding_to_text() -> Config:
 def karma_text() -> Config:
     """L_act, Task 1 and Task 2: text-only KARMA."""
     return _with_objective("karma_text", 1.0, 1.0)
+
+
+def karma_multimodal() -> Config:
+    """`karma_text` and the visual term; needs what `jobs/features.py` writes."""
+    base = _with_objective("karma_multimodal", 1.0, 1.0)
+    return replace(base, objective=replace(base.objective, lambda_img=0.3))
+
+
+def action_only_unwarmed() -> Config:
+    """Control: `action_only` without the warm-up that every other row starts from."""
+    base = _with_objective("action_only_unwarmed", 0.0, 0.0)
+    return replace(base, warmup=replace(base.warmup, skip=True))
+
+
+def null_detached() -> Config:
+    """Null: Task 2 cannot reach h_t, but still trains the decoder that both tasks share."""
+    return _with_null("null_detached", recon_detach_h=True)
+
+
+def null_detached_separate() -> Config:
+    """Null: Task 2 reaches neither h_t nor the user decoder."""
+    return _with_null("null_detached_separate", recon_detach_h=True, recon_decoder="separate")
+
+
+def null_shuffled() -> Config:
+    """Null: Task 2 with other items' texts, the same computation without its meaning."""
+    return _with_null("null_shuffled", recon_text="shuffled")
+
+
+def _with_null(name: str, **changes: Any) -> Config:
+    base = _with_objective(name, 0.0, 1.0)
+    decodability = replace(base.model.decodability, **changes)
+    return replace(base, model=replace(base.model, decodability=decodability))
+
+
+def hllm() -> Config:
+    """HLLM-style (2409.12740): InfoNCE over cosines with a learned temperature, no decodability.
+
+    Layout, pooling, warm-up and negatives are those of `action_only`: the loss alone differs.
+    """
+    base = _with_objective("hllm", 0.0, 0.0)
+    return replace(
+        base,
+        model=replace(base.model, score=replace(base.model.score, kind="cos_learned")),
+        objective=replace(base.objective, action_loss="infonce"),
+    )
+
+
+def frozen_encoder() -> Config:
+    """`action_only` with the item encoder as it was pretrained: the user decoder learns alone."""
+    base = _with_objective("frozen_encoder", 0.0, 0.0)
+    return replace(base, training=replace(base.training, encoder_grad="frozen"))
+
+
+def sasrec() -> Config:
+    """SASRec (1808.09781) over item ids and query words, with L_act (docs/baselines.md)."""
+    base = _with_objective("sasrec", 0.0, 0.0)
+    return replace(base, model=replace(base.model, kind="sasrec"))
+
+
+def hstu() -> Config:
+    """HSTU (2402.17152) over item ids and query words, with L_act (docs/baselines.md)."""
+    base = _with_objective("hstu", 0.0, 0.0)
+    return replace(base, model=replace(base.model, kind="hstu"))
 
 
 def toy() -> Config:
@@ -72,9 +137,18 @@ TRAINED: dict[str, Callable[[], Config]] = {
     "history_to_text": history_to_text,
     "embedding_to_text": embedding_to_text,
     "karma_text": karma_text,
+    "karma_multimodal": karma_multimodal,
+    "action_only_unwarmed": action_only_unwarmed,
+    "null_detached": null_detached,
+    "null_detached_separate": null_detached_separate,
+    "null_shuffled": null_shuffled,
+    "hllm": hllm,
+    "frozen_encoder": frozen_encoder,
+    "sasrec": sasrec,
+    "hstu": hstu,
     "toy": toy,
 }
-FLOORS = ("popularity", "tfidf", "query_filter", "query_filter_popular", "affinity")
+FLOORS = ("popularity", "tfidf", "bm25", "query_filter", "query_filter_popular", "affinity")
 CEILINGS = ("oracle", "taste_oracle")
 
 

@@ -36,7 +36,8 @@ ROOMS = (
 HOMES = {
     "ray": "karma_ray.cluster",
     "fastapi": "karma_ray.cluster",
-    "transformers": "karma_ray.model.backbone",
+    # Two doors: language bodies and tokenizers; everything that sees pictures.
+    "transformers": ("karma_ray.model.backbone", "karma_ray.model.vision"),
     "peft": "karma_ray.model.lora",
     "faiss": "karma_ray.retrieval",
     "matplotlib": "karma_ray.report",
@@ -70,6 +71,11 @@ def room_of(module: str) -> str | None:
 
 def lies_in(module: str, home: str) -> bool:
     return module == home or module.startswith(home + ".")
+
+
+def homes_of(package: str) -> tuple[str, ...]:
+    homes = HOMES[package]
+    return (homes,) if isinstance(homes, str) else homes
 
 
 def imported_modules(text: str, known: set[str]) -> Iterator[str]:
@@ -108,10 +114,11 @@ def room_complaints(sources: Sources) -> list[str]:
 
 def home_complaints(sources: Sources) -> list[str]:
     return [
-        f"{module} imports {target}; only {HOMES[package]} may"
+        f"{module} imports {target}; only {' and '.join(homes_of(package))} may"
         for module, targets in edges(sources).items()
         for target in sorted(targets)
-        if (package := target.split(".")[0]) in HOMES and not lies_in(module, HOMES[package])
+        if (package := target.split(".")[0]) in HOMES
+        and not any(lies_in(module, home) for home in homes_of(package))
     ]
 
 
@@ -227,7 +234,8 @@ PLANTED = {
     "transformers outside the backbone": (
         home_complaints,
         {"karma_ray/model/karma.py": "from transformers import Qwen3Model\n"},
-        "karma_ray.model.karma imports transformers; only karma_ray.model.backbone may",
+        "karma_ray.model.karma imports transformers; only karma_ray.model.backbone and "
+        "karma_ray.model.vision may",
     ),
     "a relative import": (
         relative_complaints,

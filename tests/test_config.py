@@ -109,3 +109,10 @@ def test_the_recipes_differ_by_their_text_terms_only() -> None:
         config = recipes.build(name)
         same = dataclasses.replace(config, recipe=base.recipe, objective=base.objective)
         assert same == base
+
+
+def test_the_multimodal_recipe_is_the_text_recipe_with_a_visual_term() -> None:
+    config, base = recipes.build("karma_multimodal"), recipes.karma_text()
+    objective = dataclasses.replace(config.objective, lambda_img=0.0)
+    assert config.objective.lambda_img == 0.3
+    assert dataclasses.replace(config, recipe=base.recipe, objective=objective) == base

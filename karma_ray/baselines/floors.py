@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from karma_ray.artifacts import exists, join
 from karma_ray.baselines.affinity import AffinityRanker
+from karma_ray.baselines.bm25 import Bm25Ranker
 from karma_ray.baselines.popularity import PopularityRanker, training_clicks
 from karma_ray.baselines.query_filter import PopularQueryFilterRanker, QueryFilterRanker
 from karma_ray.baselines.ranker import Ranker
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 NAMES = (
     "popularity",
     "tfidf",
+    "bm25",
     "query_filter",
     "query_filter_popular",
     "affinity",
@@ -36,6 +38,8 @@ def build_floor(name: str, data: PreparedData, seed: int = 0) -> Ranker:
     catalog = data.catalog()
     if name == "tfidf":
         return TfidfRanker(catalog)
+    if name == "bm25":
+        return Bm25Ranker(catalog)
     if name == "query_filter":
         return QueryFilterRanker(catalog, data.query_matches(catalog), seed)
     if name not in NAMES:

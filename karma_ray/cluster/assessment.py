@@ -6,6 +6,7 @@ import logging
 from dataclasses import asdict
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 import torch
 
@@ -30,8 +31,9 @@ from karma_ray.metrics.collapse import effective_rank, mean_cosine
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.training.cases import collect_cases
 from karma_ray.training.checks import hidden_item_effect, with_strangers_history
-from karma_ray.training.evaluate import evaluate
+from karma_ray.training.evaluate import EvaluationResult, evaluate
 from karma_ray.training.order import Source
+from karma_ray.training.outcomes import Outcomes
 from karma_ray.training.requests import sampled
 
 LOG = logging.getLogger(__name__)
@@ -51,22 +53,37 @@ class Judge:
 
     def __call__(self, ranker: Ranker, examples: pa.Table) -> dict[str, float]:
         """Flat metrics of a ranker."""
+        return self.detailed(ranker, examples).metrics
+
+    def detailed(self, ranker: Ranker, examples: pa.Table) -> EvaluationResult:
+        """Metrics, and the values per example that they average."""
         return evaluate(
             ranker, examples, self.catalog, config=self.config.evaluation,
             train_item_ids=self.warm, query_matches=self.matches, seed=self.config.seed,
+            return_details=True,
         )  # fmt: skip
 
-    def both_splits(self, ranker: Ranker) -> dict[str, float]:
-        """Test metrics, and those of the valid examples under `valid/`."""
-        metrics = self(ranker, self.source.examples("test"))
+    def both_splits(self, ranker: Ranker, outcomes: str | None = None) -> dict[str, float]:
+        """Test metrics, and those of the valid examples under `valid/`.
+
+        What became of every test example is written to the folder `outcomes`, if given.
+        """
+        examples = self.source.examples("test")
+        test = self.detailed(ranker, examples)
+        if outcomes is not None:
+            targets = examples.column("positive_item_id").take(pa.array(test.details.rows))
+            rows = self.catalog.rows(targets.to_pylist())
+            cold = ~((rows >= 0) & self.warm[np.maximum(rows, 0)])
+            users = examples.column("user_id").to_pylist()
+            Outcomes.of(test.details, cold, users).save(outcomes)
         valid = self(ranker, self.source.examples("valid"))
-        return metrics | {f"valid/{name}": value for name, value in valid.items()}
+        return test.metrics | {f"valid/{name}": value for name, value in valid.items()}
 
 
 def assess(
     config: Config, source: PreparedData, run: str, stage: Stage | None, cache: str
 ) -> dict[str, Any]:
-    """Evaluate a run; writes floors.json and, for a trained run, checks.json and cases.json.
+    """Evaluate a run; writes floors.json, outcomes/ and, if it trained, checks.json and cases.json.
 
     `stage` is None for a floor or ceiling. Returns the content of metrics.json.
     """
@@ -77,14 +94,15 @@ def assess(
         floors = {name: value for name, value in floors.items() if name != config.recipe}
     write_json(floors, folder.path("floors.json"))
     if stage is None:
-        return judge.both_splits(build_floor(config.recipe, source, config.seed))
+        ranker = build_floor(config.recipe, source, config.seed)
+        return judge.both_splits(ranker, folder.path("outcomes"))
     retriever = Retriever.load(run, source.items_uri)
-    metrics: dict[str, Any] = judge.both_splits(retriever)
+    metrics: dict[str, Any] = judge.both_splits(retriever, folder.path("outcomes"))
     examples = source.examples("test")
     metrics |= collapse_metrics(retriever, examples, config.seed)
     write_json(run_checks(judge, retriever, stage, examples), folder.path("checks.json"))
     cases = collect_cases(
-        retriever, stage.build_trained(), examples, judge.catalog,
+        retriever, stage.build_finished(), examples, judge.catalog,
         count=NUM_CASES, seed=config.seed,
     )  # fmt: skip
     write_json(cases, folder.path("report", "cases.json"))
@@ -97,16 +115,16 @@ def floor_metrics(judge: Judge, cache: str) -> dict[str, dict[str, float]]:
     examples = content_hash(join(source.uri, "examples"))
     key = [STAGE_VERSION, examples, asdict(judge.config.evaluation), judge.config.seed]
     path = join(cache, f"floors-{value_hash(key)}.json")
-    if exists(path):
-        return cast(dict[str, dict[str, float]], read_json(path))
+    floors = cast(dict[str, dict[str, float]], read_json(path)) if exists(path) else {}
     names = [*recipes.FLOORS]
     if exists(join(source.items_uri, "truth")):
         names += recipes.CEILINGS
-    floors = {}
-    for name in names:
+    missing = [name for name in names if name not in floors]
+    for name in missing:
         LOG.info("floor %s", name)
         floors[name] = judge.both_splits(build_floor(name, source, judge.config.seed))
-    write_json(floors, path)
+    if missing:
+        write_json(floors, path)
     return floors
 
 

@@ -27,19 +27,9 @@ from karma_ray.config import Config, from_dict, to_dict
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.model.lora import parse_rank
+from karma_ray.training.config import EXECUTION
 
 LOG = logging.getLogger(__name__)
-
-EXECUTION = frozenset(
-    f"training.{name}"
-    for name in (
-        "num_workers", "min_workers", "threads_per_worker", "parallelism", "micro_batch_size",
-        "micro_tokens", "activation_checkpointing", "compile", "checkpoint_every",
-        "keep_checkpoints", "best_metric", "report_every", "validate_every", "profile",
-    )
-)  # fmt: skip
-"""Fields that may differ when a run is resumed: they say on which machines, in which portions and
-how often something is written, not what is learnt. Losses stay equal up to the order of sums."""
 
 
 @dataclass(frozen=True)

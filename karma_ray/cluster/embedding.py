@@ -35,6 +35,7 @@ class CatalogEncoder:
         torch.set_num_threads(1)
         self.bundle = load_bundle(bundle)
         self.catalog = Catalog.load(data)
+        self.bundle.interest.look_at(self.catalog, data)
         self.batch_size, self.precision = batch_size, precision
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> pa.Table:
@@ -43,7 +44,7 @@ class CatalogEncoder:
         config = self.bundle.collate_config
         tokens, lengths = encode_texts(self.bundle.tokenizer, part.texts(), config.max_item_tokens)
         vectors = encode_catalog(
-            self.bundle.interest, tokens, lengths, self.batch_size, self.precision
+            self.bundle.interest, tokens, lengths, self.batch_size, self.precision, batch["id"]
         )
         return embedding_rows(part.item_ids, part.titles, vectors)
 

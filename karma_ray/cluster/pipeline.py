@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import time
 from dataclasses import replace
@@ -48,6 +49,7 @@ from karma_ray.cluster.stages import (
     Stage,
     finished_stage,
     is_tiny,
+    over_ids,
     pretrain_key,
     token_table,
     warmup_key,
@@ -56,9 +58,12 @@ from karma_ray.cluster.stages import (
 from karma_ray.cluster.training import run_training
 from karma_ray.config import Config, from_dict, to_dict
 from karma_ray.data.prepared import PreparedData, read_data_manifest
+from karma_ray.data.prompts import SpecialIds
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
+from karma_ray.model.backbone import load_body, load_tokenizer
+from karma_ray.model.vision import build_seeing_body, save_seeing_body
 from karma_ray.report.page import render_report
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
 from karma_ray.retrieval.export import save_bundle
@@ -171,16 +176,19 @@ def start_stage(config: Config, source: PreparedData, cache: str, run: str | Non
     Their log lines are copied into `run`, so that its report shows every stage.
     """
     items_hash = content_hash(join(source.items_uri, "items"))
+    if over_ids(config):  # of a language model it needs the tokenizer only
+        untrained, cold = replace(config.pretrain, steps=0), replace(config.warmup, skip=True)
+        config = replace(config, pretrain=untrained, warmup=cold)
     if is_tiny(config):
         folder = join(cache, f"language-model-{value_hash(pretrain_key(config, items_hash))}")
         with locked(folder):
             _pretrained(config, source, folder)
         _copy_lines(f"{folder}-log", run)
-        config = with_checkpoints(config, folder, folder)
+        config = with_checkpoints(config, _with_eyes(config, folder), folder)
     stage = Stage(config, source.items_uri)
     if config.warmup.skip:
         return stage
-    warm = join(cache, f"warmup-{value_hash(warmup_key(config, items_hash))}")
+    warm = join(cache, f"warmup-{value_hash(warmup_key(config, items_hash, source.items_uri))}")
     with locked(warm):
         final = _warmed_up(stage, warm)
     _copy_lines(warm, run)
@@ -206,14 +214,14 @@ def _train(
     LOG.info("joint training: %d steps, %d worker(s)", training.steps, max(1, training.num_workers))
     job = joint_job(stage, source, run, on_validate)
     if stage.trained is not None:  # by the run that this one goes on from
-        job = replace(job, build=stage.build_trained)
+        job = replace(job, build=stage.build_finished)
     summary = run_training(job, resume=resume, max_failures=2)
     return replace(stage, trained=summary["weights"])
 
 
 def _serve_side(stage: Stage, folder: RunFolder) -> None:
     """Bundle, item embeddings and index: everything that serves."""
-    config, model = stage.config, stage.build_trained()
+    config, model = stage.config, stage.build_finished()
     facts = {"recipe": config.recipe, "seed": config.seed}
     save_bundle(model.interest, model.tokenizer, config.collate, folder.bundle, facts)
     if config.training.num_workers:
@@ -242,6 +250,23 @@ def _pretrained(config: Config, source: PreparedData, folder: str) -> None:
         max_tokens=config.collate.max_item_tokens, seed=config.seed, report=log.add, progress=True,
     )  # fmt: skip
     log.close()
+
+
+def _with_eyes(config: Config, folder: str) -> str:
+    """The tiny item encoder: the language model itself, or a Qwen3-VL around its weights."""
+    if config.model.item_encoder.modality != "multimodal":
+        return folder
+    seeing = f"{folder}-vl"
+    with locked(seeing):
+        if not exists(join(seeing, "config.json")):
+            draft = f"{seeing}.tmp"
+            shutil.rmtree(draft, ignore_errors=True)
+            special = SpecialIds.of(load_tokenizer(folder))
+            body = load_body(folder)
+            body = build_seeing_body(body, special.text_start, special.text_end, config.seed)
+            save_seeing_body(body, draft)
+            os.replace(draft, seeing)
+    return seeing
 
 
 def _copy_lines(source: str, run: str | None) -> None:

@@ -13,6 +13,7 @@ import os
 import sys
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,6 +22,7 @@ from tqdm import tqdm
 
 from karma_ray.artifacts import RunFolder, open_filesystem, read_lines
 from karma_ray.errors import StorageError
+from karma_ray.training.alarm import messages
 from karma_ray.training.outage import reason, redacted, retried
 
 LOG = logging.getLogger(__name__)
@@ -32,7 +34,8 @@ FLUSH_SECONDS = 5.0
 class RunLog:
     """Appends records of one stage to RUN/metrics.jsonl and to TensorBoard (local runs).
 
-    Nothing here ends a training: lines that cannot be written wait for the next that can be.
+    `earlier` are the stage's records so far, of a run that is continued. Nothing here ends a
+    training: lines that cannot be written wait for the next that can be.
     """
 
     def __init__(self, run: str, stage: str, start_step: int = 0) -> None:
@@ -48,6 +51,8 @@ class RunLog:
                 self._lines = _LocalLines(uri, kept if dropped else None)
         except Exception as error:
             raise StorageError("run log", redacted(uri), reason(error)) from error
+        lines = (json.loads(text) for text in kept)
+        self.earlier: list[dict[str, Any]] = [line for line in lines if line.get("stage") == stage]
         self._writer: Any = None
         if "://" not in run:
             from torch.utils.tensorboard import SummaryWriter
@@ -188,6 +193,9 @@ class ProgressLine:
         self._stage = stage
         self._period = 5.0 if "://" in run else 1.0
         self._done = threading.Event()
+        self._told: set[str] = set()  # alarms, also those of the run that is continued
+        with suppress(Exception):  # out of reach: they are told once more
+            self._told = set().union(*read_lines(self._uri))
         self._bar: Any = tqdm(
             total=steps,
             unit="step",
@@ -225,6 +233,12 @@ class ProgressLine:
             mine = [line for line in read_lines(self._uri) if line["stage"] == self._stage]
         except Exception:  # a line half written, or a store out of reach: next time
             return
+        for line in mine:
+            alarms = {name for name in line if name.startswith("alarm/")}
+            if not alarms <= self._told:
+                self._told |= alarms
+                for message in messages(line):
+                    LOG.warning("%s", message)
         if mine and mine[-1]["step"] != self._bar.n:
             self._bar.set_postfix_str(describe(mine[-1]), refresh=False)
             # Negative after a worker was restarted from a checkpoint.

@@ -5,31 +5,39 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from karma_ray.artifacts import join
 from karma_ray.baselines.popularity import warm_mask
+from karma_ray.baselines.sequential import IdModel
 from karma_ray.cluster.batches import stream_batches
-from karma_ray.cluster.stages import Stage, collate_tokens, refresh_bank
+from karma_ray.cluster.stages import Stage, over_ids, refresh_bank
 from karma_ray.cluster.worker import TrainJob, WorkerContext
 from karma_ray.data.collate import Collator
 from karma_ray.data.prepared import PreparedData
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import is_low_rank, set_trained
+from karma_ray.objectives.losses import builds_image
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.training.action_step import ActionStep
+from karma_ray.training.diagnosis import content_sink
 from karma_ray.training.evaluate import evaluate
 from karma_ray.training.loop import Record
 from karma_ray.training.optim import Pace
 from karma_ray.training.order import Order, Source
+from karma_ray.training.specimens import ItemSample, item_sample
 from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
 
 CURVE_EXAMPLES = 1000
 """Valid examples behind each point of the curve over steps; the final metrics use them all."""
 
+SINK_ITEMS = 64
+"""Items whose attention is looked at in every report; jobs/diagnose.py looks at more."""
 
 OnValidate = Callable[[int, Mapping[str, float]], None]
 """Called with (step, metrics) at every validation, inside the process that trains."""
@@ -58,6 +66,7 @@ class Paces:
 def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
     """Stage 1 on the `item_tokens` table at `tokens`."""
     config = stage.config
+    with_images = builds_image(config.objective)
     training = replace(
         config.training,
         steps=config.warmup.steps,
@@ -71,8 +80,10 @@ def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
         run=folder,
         stage="warmup",
         build=stage.build_warmup,
-        step=WarmupStep(),
-        make_batches=partial(_batches, tokens, config.seed, training.batch_size, _token_collate),
+        step=WarmupStep(lambda_img=config.objective.lambda_img if with_images else 0.0),
+        make_batches=partial(
+            _batches, tokens, config.seed, training.batch_size, stage.make_warmup_collate
+        ),
         training=training,
         seed=config.seed,
         pace_of=Paces(training.new_module_lr, Pace()),
@@ -86,6 +97,8 @@ def joint_job(
 ) -> TrainJob:
     """Stage 2 on the prepared sequences."""
     config, training = stage.config, stage.config.training
+    if over_ids(config):
+        return _ids_job(stage, source, run, on_validate)
     step = JointStep(
         config.objective, training.encoder_grad, training.encoder_delay,
         training.micro_batch_size, training.micro_tokens,
@@ -105,10 +118,38 @@ def joint_job(
         training=training,
         seed=config.seed,
         pace_of=Paces(training.new_module_lr, encoder),
-        probe=cast(Any, step.probe),
+        probe=JointProbe(stage, step),
         validate=Validation(stage, source, on_validate),
         on_step=BeforeStep(stage, step),
     )
+
+
+def _ids_job(
+    stage: Stage, source: PreparedData, run: str, on_validate: OnValidate | None
+) -> TrainJob:
+    """Stage 2 of a baseline over ids: the same batches, and one pace for all its parameters."""
+    config, training = stage.config, stage.config.training
+    step = ActionStep(config.objective)
+    return TrainJob(
+        run=run,
+        stage="joint",
+        build=stage.build_ids,
+        step=step,
+        make_batches=partial(
+            _batches, join(source.uri, "sequences"), config.seed, training.batch_size,
+            stage.make_training_collate,
+        ),
+        training=training,
+        seed=config.seed,
+        probe=step.probe,
+        validate=Validation(stage, source, on_validate),
+        on_step=partial(_note_progress, training.steps),
+    )  # fmt: skip
+
+
+def _note_progress(steps: int, model: nn.Module, step: int) -> None:
+    assert isinstance(model, IdModel)
+    model.progress = step / steps
 
 
 @dataclass
@@ -162,6 +203,32 @@ class BeforeStep:
 
 
 @dataclass
+class JointProbe:
+    """The step's collapse probes, and the item encoder's content sinks on fixed items.
+
+    A pass over so few items costs about a hundredth of the steps between two reports.
+    """
+
+    stage: Stage
+    step: JointStep
+    _items: ItemSample | None = field(default=None, repr=False)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Record:
+        """`batch` is that of the reported step."""
+        assert isinstance(model, KarmaModel)
+        record, config = self.step.probe(model, batch), self.stage.config
+        if config.training.compile:  # compiled layers do not show their attention
+            return record
+        if self._items is None:
+            catalog = self.stage.catalog()
+            everyone = np.zeros(catalog.num_items, bool)
+            self._items = item_sample(
+                self.stage.collator(), catalog, everyone, SINK_ITEMS, config.seed
+            )
+        return {**record, "collapse/content_sink": content_sink(model, self._items)}
+
+
+@dataclass
 class Validation:
     """Metrics on a fixed sample of valid examples; everything is opened where it runs."""
 
@@ -172,7 +239,7 @@ class Validation:
 
     def __call__(self, model: nn.Module, step: int) -> Mapping[str, float]:
         """Encode the catalogue with the model as it is, and evaluate."""
-        assert isinstance(model, KarmaModel)
+        assert isinstance(model, KarmaModel | IdModel)
         config = self.stage.config
         self._collator = collator = self._collator or self.stage.collator()
         catalog = self.stage.catalog()
@@ -205,10 +272,6 @@ def _batches(
         order, make_collate, start_step=context.start_step, steps=context.steps,
         use_ray=context.use_ray,
     )  # fmt: skip
-
-
-def _token_collate() -> Any:
-    return collate_tokens
 
 
 def _warmup_probe(model: nn.Module, batch: TokenBatch) -> Record:

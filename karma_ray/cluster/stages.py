@@ -19,22 +19,23 @@ import pyarrow as pa
 import torch
 
 from karma_ray.artifacts import RunFolder, content_hash, join, read_json
+from karma_ray.baselines.sequential import IdModel, IdRecommender, IdSizes
+from karma_ray.cluster.stage_images import TokenCollate, build_imagery, imagery_key, load_visual
 from karma_ray.config import Config, from_dict
 from karma_ray.data.batch import Batch
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.collate import Collator
 from karma_ray.data.prompts import Tokenizer
-from karma_ray.data.steps import flattened, list_sizes
 from karma_ray.data.tokens import catalog_tokens
+from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import check_architecture, load_lm_head, load_tokenizer
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import set_trained
-from karma_ray.objectives.losses import builds_reconstruction
+from karma_ray.objectives.losses import builds_generation, builds_image, builds_reconstruction
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.training.checkpoint import load_weights
-from karma_ray.training.step import TokenBatch
 
 STAGE_VERSION = 2
 """Raised when code changes what a cached stage holds: old caches are then not found."""
@@ -56,9 +57,25 @@ def is_tiny(config: Config) -> bool:
         )  # fmt: skip
     if item == "tiny":
         return True
-    check_architecture(item, "model.item_encoder.checkpoint")
+    seeing = config.model.item_encoder.modality == "multimodal"
+    check_architecture(item, "model.item_encoder.checkpoint", "qwen3_vl" if seeing else "qwen3")
     check_architecture(user, "model.user_decoder.checkpoint")
     return False
+
+
+def over_ids(config: Config) -> bool:
+    """Whether the model is a baseline over item ids; raises InputError on terms that need texts."""
+    if config.model.kind == "karma":
+        return False
+    objective = config.objective
+    for builds, name in (
+        (builds_generation, "generation"), (builds_reconstruction, "reconstruction"),
+        (builds_image, "lambda_img"),
+    ):  # fmt: skip
+        if builds(objective):
+            message = f"needs a model of texts, not {config.model.kind}: set it to 0"
+            raise InputError(f"objective.{name}", getattr(objective, name), message)
+    return True
 
 
 def with_checkpoints(config: Config, item: str, user: str) -> Config:
@@ -106,16 +123,22 @@ class Stage:
         folder = self.tokenizer_folder or self.config.model.user_decoder.checkpoint
         return cast(Tokenizer, load_tokenizer(folder))
 
-    def collator(self) -> Collator:
+    def collator(self, visual: VisualFeatures | None = None) -> Collator:
         """Collator with item tokens, which the workers of a node share."""
         tokenizer = self.tokenizer()
         catalog, config = self.catalog(), self.config.collate
         tokens, lengths = catalog_tokens(catalog, tokenizer, config.max_item_tokens)
-        return Collator(catalog, tokenizer, config, tokens, lengths)
+        return Collator(catalog, tokenizer, config, tokens, lengths, visual)
 
     def make_training_collate(self) -> TrainingCollate:
         """Collate of stage 2, made on the worker."""
-        return TrainingCollate(self.collator())
+        visual = load_visual(self.config, self.items_uri, self.catalog())
+        return TrainingCollate(self.collator(visual))
+
+    def make_warmup_collate(self) -> TokenCollate:
+        """Collate of stage 1."""
+        catalog = self.catalog()
+        return TokenCollate(catalog, load_visual(self.config, self.items_uri, catalog))
 
     def build_warmup(self) -> KarmaModel:
         """Stage 1's model, with gradients only where `warmup.train` says."""
@@ -133,9 +156,10 @@ class Stage:
             load_weights(self.warm, model)
         elif self.trained is None:
             self._whiten(model.interest)
-        if builds_reconstruction(self.config.objective):
+        objective, images = self.config.objective, model.imagery
+        if builds_reconstruction(objective) or (images is not None and images.in_task2):
             head = model.lm_head if hasattr(model, "lm_head") else None
-            model = KarmaModel(model.interest, model.tokenizer, lm_head=head)
+            model = KarmaModel(model.interest, model.tokenizer, lm_head=head, imagery=images)
         if self.config.training.encoder_grad == "frozen":
             model.interest.item_encoder.requires_grad_(False)
         return model
@@ -147,21 +171,47 @@ class Stage:
         load_weights(self.trained, model)
         return model.eval()
 
+    def build_ids(self) -> IdModel:
+        """A baseline over item ids as initialised: nothing is pretrained or warmed up."""
+        catalog, tokenizer, config = self.catalog(), self.tokenizer(), self.config
+        words = tokenizer.backend_tokenizer.get_vocab_size()
+        sizes = IdSizes(catalog.num_items, words, config.collate.max_history + 1)
+        recommender = IdRecommender(config.model, sizes, config.seed)
+        recommender.know(catalog.item_ids)
+        return IdModel(recommender, tokenizer)
+
+    def build_finished(self) -> KarmaModel | IdModel:
+        """The trained model of either kind, in evaluation mode."""
+        if not over_ids(self.config):
+            return self.build_trained()
+        assert self.trained is not None
+        model = self.build_ids()
+        load_weights(self.trained, model)
+        model.interest.look_at(self.catalog(), self.items_uri)
+        return model.eval()
+
     def _whiten(self, interest: InterestModel) -> None:
         collator = self.collator()
         tokens, lengths = collator.catalog_tokens()
         rows = np.random.default_rng(self.config.seed).permutation(len(tokens))[:NUM_WHITENED]
         sample = torch.from_numpy(tokens[rows].astype(np.int64))
-        interest.item_encoder.whiten(sample, torch.from_numpy(lengths[rows]))
+        interest.item_encoder.whiten(
+            sample, torch.from_numpy(lengths[rows]), torch.from_numpy(rows)
+        )
 
     def _whole(self) -> KarmaModel:
         """From the checkpoints, without private decoders."""
         config = self.config.model
+        if config.kind != "karma":
+            message = "has no language models: it is a baseline over item ids"
+            raise InputError("model.kind", config.kind, message)
         tokenizer = self.tokenizer()
         interest = InterestModel.build(config, tokenizer, self.config.seed)
+        interest.item_encoder.look_at(self.catalog(), self.items_uri)
         bundled = self.tokenizer_folder is not None
         head = load_lm_head(config.user_decoder.checkpoint, empty=bundled)
-        return KarmaModel(interest, tokenizer, lm_head=head, decodes=False)
+        imagery = build_imagery(self.config, self.items_uri, interest, self.trained)
+        return KarmaModel(interest, tokenizer, lm_head=head, decodes=False, imagery=imagery)
 
 
 @dataclass(frozen=True)
@@ -173,15 +223,6 @@ class TrainingCollate:
     def __call__(self, rows: pa.Table, keys: np.ndarray) -> Batch:
         """Collate `sequences` rows."""
         return self.collator.training(rows, keys)
-
-
-def collate_tokens(rows: pa.Table, keys: np.ndarray) -> TokenBatch:
-    """Collate `item_tokens` rows for stage 1; nothing is drawn."""
-    lengths = list_sizes(rows.column("token_ids"))
-    tokens = np.zeros((len(lengths), int(lengths.max())), np.int64)
-    real = np.arange(tokens.shape[1]) < lengths[:, None]
-    tokens[real] = flattened(rows.column("token_ids")).to_numpy()
-    return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(lengths))
 
 
 def token_table(catalog: Catalog, tokens: np.ndarray, lengths: np.ndarray) -> pa.Table:
@@ -210,9 +251,10 @@ def pretrain_key(config: Config, items_hash: str) -> dict[str, object]:
     }
 
 
-def warmup_key(config: Config, items_hash: str) -> dict[str, object]:
+def warmup_key(config: Config, items_hash: str, items_uri: str = "") -> dict[str, object]:
     """What warmed-up weights depend on: not the objective, so recipes share them.
 
+    Only a visual term is warmed up with its weight, on the features of the data at `items_uri`.
     The checkpoints are named (local folders by content); `config` has `tiny` resolved.
     """
     training = dataclasses.asdict(config.training)
@@ -231,6 +273,7 @@ def warmup_key(config: Config, items_hash: str) -> dict[str, object]:
         "max_target_tokens": model.decodability.max_target_tokens,
         "warmup": dataclasses.asdict(config.warmup),
         "training": {name: training[name] for name in shared},
-        "collate": dataclasses.asdict(config.collate),
+        "collate": dataclasses.asdict(replace(config.collate, visual_features="")),
         "seed": config.seed,
+        **imagery_key(config, items_uri),
     }

@@ -6,6 +6,7 @@ Train; what differs is the `Channel` it reports through.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import nn
 from karma_ray.artifacts import join, write_json
 from karma_ray.cluster.run_log import RunLog
 from karma_ray.errors import StorageError, TakenOver
+from karma_ray.training.alarm import Alarm, messages
 from karma_ray.training.checkpoint import Progress, load_checkpoint, save_weights
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.loop import Record, fit
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from karma_ray.training.step import Step
 
 
+LOG = logging.getLogger(__name__)
 TRIM_SECONDS = 5.0
 """Between two returns of freed memory; one costs about a tenth of a second."""
 
@@ -230,12 +233,20 @@ class _Hooks:
         self._validated = -1
         self._stalled = 0.0
         self._trimmed = time.monotonic()
+        self._alarm = None
+        if log is not None and job.stage == "joint":
+            self._alarm = Alarm.of(model, job.training.steps, log.earlier)
 
     def report(self, record: Record) -> bool:
         lost = rank() == 0 and not self._store.is_owner()
         if _anywhere(lost, self._channel.device):
             raise TakenOver(f"{self._job.run}: another process continues this run")
         record = self.last = {**record, "checkpoint_stall_share": self._stall_share(record)}
+        if self._alarm is not None:
+            record = self.last = {**record, **self._alarm(record)}
+            if not self._channel.use_ray:  # Ray's driver reads it in metrics.jsonl and tells it
+                for message in messages(record):
+                    LOG.warning("%s", message)
         if self._log is not None:
             self._log.add(record)
         self._channel.report(record)

@@ -1,7 +1,7 @@
 """One step's tensors: everything is an index into a batch-local table of unique items.
 
 Legend: B windows, T steps, U unique items, V unique queries, H hard negatives, L tokens,
-M decoded positions per window.
+M decoded positions per window, N_v tokens of width d_v of an image.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class Batch:
     decode_step: Tensor  # [B, M] steps decoded into text
     decode_mask: Tensor  # [B, M]
     row_key: Tensor  # [B] of this window's random draws (data/draws.py)
+    visual_feature: Tensor  # [B, M, N_v, d_v] of the decoded items; N_v = 0: the run has none
+    visual_mask: Tensor  # [B, M] the item has an image
 
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on another device."""

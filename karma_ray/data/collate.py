@@ -1,7 +1,8 @@
 """Rows -> batches with a batch-local table of unique items: one encoder call per step.
 
 Legend: B windows, T steps, U unique items, V unique queries, H hard negatives, L tokens,
-M decoded positions per window. Everything but the tables of tokens is an index into them.
+M decoded positions per window, N_v tokens of width d_v of an image. Everything but the tables
+of tokens is an index into them.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from karma_ray.data.steps import (
     list_sizes,
     places,
 )
+from karma_ray.data.visual import VisualFeatures
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,9 @@ class CollateConfig:
     """Share of the training queries replaced by the learned `no_query` vector."""
     num_decoded: int = 2
     """Positions per window decoded into text: the last and random others; 0: all of them."""
+    visual_features: str = ""
+    """Folder that `jobs/features.py` wrote, for runs with `objective.lambda_img`; empty:
+    `visual_features` in the data folder."""
 
 
 class Collator:
@@ -58,10 +63,13 @@ class Collator:
         config: CollateConfig,
         item_tokens: np.ndarray | None = None,
         item_lengths: np.ndarray | None = None,
+        visual: VisualFeatures | None = None,
     ) -> None:
-        """`item_tokens` [I, L] and `item_lengths` [I] are needed for training batches only."""
+        """`item_tokens` [I, L] and `item_lengths` [I] are needed for training batches only;
+        `visual` by runs with a visual term."""
         self.catalog, self.tokenizer, self.config = catalog, tokenizer, config
         self.item_tokens, self.item_lengths = item_tokens, item_lengths
+        self.visual = visual
         self._queries = TextMemory(tokenizer, config.max_query_tokens)
 
     def catalog_tokens(self) -> tuple[np.ndarray, np.ndarray]:
@@ -141,6 +149,7 @@ class Collator:
         decode_mask: np.ndarray,
         keys: np.ndarray,
     ) -> Batch:
+        visual, has_image = self._images(steps, decode_step, decode_mask)
         used = np.concatenate([steps.items[steps.item_mask], hard[hard_mask]]).astype(np.int64)
         unique = np.unique(used) if len(used) else np.zeros(1, np.int64)
         tokens = lengths = np.zeros((len(unique), 0), np.int64)
@@ -171,12 +180,28 @@ class Collator:
             "decode_step": decode_step,
             "decode_mask": decode_mask,
             "row_key": keys,
+            "visual_feature": visual,
+            "visual_mask": has_image,
         }
         return Batch(**{name: _tensor(value) for name, value in arrays.items()})
 
+    def _images(
+        self, steps: Steps, decode_step: np.ndarray, decode_mask: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Features [B, M, N_v, d_v] of the decoded items, zero where there is none, and [B, M]."""
+        shape = decode_step.shape
+        if self.visual is None:
+            return np.zeros((*shape, 0, 0), np.float32), np.zeros(shape, bool)
+        found = np.zeros((*shape, self.visual.num_tokens, self.visual.width), np.float32)
+        mask = np.zeros(shape, bool)
+        items = np.take_along_axis(steps.items, decode_step.astype(np.int64), 1)
+        decoded = decode_mask.astype(bool)
+        found[decoded], mask[decoded] = self.visual.gather(items[decoded].astype(np.int64))
+        return found, mask
+
 
 def _tensor(value: np.ndarray) -> Tensor:
-    dtype = bool if value.dtype == bool else np.int64
+    dtype = value.dtype if value.dtype in (bool, np.float32) else np.int64
     return torch.from_numpy(np.ascontiguousarray(value, dtype))
 
 

@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
-HARD, DROP, DECODED, TOKENS = range(4)
-"""Purposes of a row's draws: hard negatives, dropped queries, decoded steps, dropped tokens."""
+HARD, DROP, DECODED, TOKENS, TEXTS, LEVEL, NOISE = range(7)
+"""Purposes of a row's draws: hard negatives, dropped queries, decoded steps, dropped tokens,
+strangers' texts, noise levels of images, and their noise."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -31,6 +34,19 @@ def hashed(*parts: Any) -> np.ndarray:
 def uniform(*parts: Any) -> np.ndarray:
     """Numbers in [0, 1) for the same."""
     return (hashed(*parts).view(np.uint64) >> np.uint64(11)) * 2.0**-53
+
+
+def normal(keys: np.ndarray, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
+    """N(0, 1) for keys [N] -> [N, *shape], each key with a generator of its own on `device`.
+
+    Hashing every number would cost more than all else that is done with it. The same on every
+    worker, though not on every kind of device.
+    """
+    found = torch.empty((len(keys), *shape), device=device)
+    generator = torch.Generator(device)
+    for row, key in zip(found, keys.tolist(), strict=True):
+        row.normal_(generator=generator.manual_seed(key))
+    return found
 
 
 def row_keys(count: int, seed: int) -> np.ndarray:

@@ -5,8 +5,17 @@ Legend: n vectors of d dimensions. Values are Python floats; nothing here carrie
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 import torch
 from torch import Tensor
+
+FEWEST_OF_A_LABEL = 10
+"""Rarer labels are left out of the probe: they would be learnt and tested on a handful."""
+TRAINED_SHARE = 0.7
 
 
 def effective_rank(vectors: Tensor) -> float:  # [n, d] -> scalar
@@ -50,6 +59,56 @@ def linear_cka(left: Tensor, right: Tensor) -> float:  # [n, d1], [n, d2] -> sca
     if scale <= 0:
         return 0.0
     return float(torch.linalg.matrix_norm(y.T @ x).square() / scale)
+
+
+@dataclass(frozen=True)
+class LabelProbe:
+    """How well a linear classifier reads a label off vectors it was not fitted on."""
+
+    accuracy: float  # percent of the held-out vectors
+    majority: float  # percent, by always answering the commonest label: the floor
+    num_labels: int
+    num_tested: int
+
+
+def label_probe(
+    vectors: Tensor,  # [n, d]
+    labels: Sequence[str | None],  # [n]
+    groups: Sequence[int],  # [n]
+    seed: int,
+) -> LabelProbe | None:
+    """Logistic regression on standardised vectors, fitted on 70 % of the groups.
+
+    `groups` are equal for vectors that must not stand on both sides (items of equal text); the
+    split is drawn from `seed` and does not depend on the vectors. None where fewer than two labels
+    are common enough.
+    """
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+
+    names = np.array([label or "" for label in labels])
+    values, counts = np.unique(names, return_counts=True)
+    common = values[(counts >= FEWEST_OF_A_LABEL) & (values != "")]
+    known = np.isin(names, common)
+    kinds = np.unique(np.asarray(groups))
+    drawn = np.random.default_rng(seed).permutation(kinds)
+    fitted = np.isin(np.asarray(groups), drawn[: round(TRAINED_SHARE * len(drawn))])
+    train, test = known & fitted, known & ~fitted
+    if len(np.unique(names[train])) < 2 or not test.any():
+        return None
+    values = _full_precision(vectors).double().cpu().numpy()
+    mean, spread = values[train].mean(0), values[train].std(0)
+    values = (values - mean) / np.where(spread > 1e-9, spread, 1.0)
+    with warnings.catch_warnings():  # collapsed vectors converge late, and to little
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = LogisticRegression(max_iter=500).fit(values[train], names[train])
+    found, numbers = np.unique(names[train], return_counts=True)
+    return LabelProbe(
+        accuracy=100.0 * float((model.predict(values[test]) == names[test]).mean()),
+        majority=100.0 * float((names[test] == found[numbers.argmax()]).mean()),
+        num_labels=len(common),
+        num_tested=int(test.sum()),
+    )
 
 
 def _full_precision(vectors: Tensor) -> Tensor:

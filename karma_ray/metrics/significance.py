@@ -5,13 +5,15 @@ Clicks of one user are not independent, so users are resampled, not clicks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 _BLOCK_CELLS = 4_000_000
+_KEPT_CELLS = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ def paired_bootstrap(
     num_users = int(user.max()) + 1
     gains = np.bincount(user, weight * (left - right), num_users).astype(np.float64)
     mass = np.bincount(user, weight, num_users).astype(np.float64)
-    draws = _resampled_means(gains, mass, np.random.default_rng(seed), num_resamples)
+    draws = _resampled_means(gains, mass, seed, num_resamples)
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(draws, [tail, 1.0 - tail])
     fewer = min(np.count_nonzero(draws <= 0), np.count_nonzero(draws >= 0))
@@ -62,17 +64,35 @@ def paired_bootstrap(
 
 
 def _resampled_means(
-    gains: NDArray[np.float64],
-    mass: NDArray[np.float64],
-    generator: np.random.Generator,
-    num_resamples: int,
+    gains: NDArray[np.float64], mass: NDArray[np.float64], seed: int, num_resamples: int
 ) -> NDArray[np.float64]:  # [users], [users] -> [num_resamples]
-    num_users = len(gains)
+    means = [
+        (counts @ gains) / np.maximum(counts @ mass, 1e-300)
+        for counts in _resamples(seed, len(gains), num_resamples)
+    ]
+    return np.concatenate(means)
+
+
+def _resamples(
+    seed: int, num_users: int, num_resamples: int
+) -> Iterable[NDArray[np.integer]]:  # -> blocks [size, users]
+    """How often each user is drawn; kept where it fits, for a study asks for it again and again."""
+    if num_users * num_resamples <= _KEPT_CELLS:
+        return _kept_resamples(seed, num_users, num_resamples)
+    return _drawn(seed, num_users, num_resamples)
+
+
+@functools.lru_cache(maxsize=4)
+def _kept_resamples(
+    seed: int, num_users: int, num_resamples: int
+) -> tuple[NDArray[np.integer], ...]:
+    return tuple(block.astype(np.int16) for block in _drawn(seed, num_users, num_resamples))
+
+
+def _drawn(seed: int, num_users: int, num_resamples: int) -> Iterator[NDArray[np.integer]]:
+    generator = np.random.default_rng(seed)
     uniform = np.full(num_users, 1.0 / num_users)
     block = max(1, _BLOCK_CELLS // num_users)
-    means: list[NDArray[np.float64]] = []
     for start in range(0, num_resamples, block):
         size = min(block, num_resamples - start)
-        counts = generator.multinomial(num_users, uniform, size=size)  # [size, users]
-        means.append((counts @ gains) / np.maximum(counts @ mass, 1e-300))
-    return np.concatenate(means)
+        yield generator.multinomial(num_users, uniform, size=size)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -170,13 +170,15 @@ def run_body(
     visible: Tensor | None = None,
     positions: Tensor | None = None,
     real: Tensor | None = None,
+    deep: Sequence[Tensor] = (),
 ) -> Tensor:
     """Last hidden states [B, S, D] of soft tokens [B, S, D].
 
     `visible` [B, S, S] says which position (row) sees which (column); without it the body is
     causal. `positions` [B, S] defaults to each slot's number. Slots that are not `real` [B, S]
     need not be computed: no real one may see them (in a causal pass they stand behind), and
-    their states are finite but unspecified.
+    their states are finite but unspecified. Bodies that see (model/sight.py) take positions
+    [B, S, 3], and `deep`, tensors [B, S, D] that their first layers' outputs are added to.
     """
     num_rows, num_slots = embeddings.shape[:2]
     if positions is None:
@@ -184,14 +186,22 @@ def run_body(
     if real is None or not packing.worth_packing(real):
         everything = torch.ones(num_rows, num_slots, dtype=torch.bool, device=embeddings.device)
         plan = packing.Packing(everything, visible, packed=False)
-        return _states(body, embeddings, positions, plan)
+        return _states(body, embeddings, positions, plan, deep)
     plan = packing.Packing(real, visible)
     tokens, places = plan.collect(embeddings), plan.collect(positions)
-    return plan.spread(_states(body, tokens[None], places[None], plan)[0])
+    deep = [plan.collect(layer)[None] for layer in deep]
+    return plan.spread(_states(body, tokens[None], places[None], plan, deep)[0])
 
 
-def _states(body: nn.Module, embeddings: Tensor, positions: Tensor, plan: Any) -> Tensor:
-    output = body(inputs_embeds=embeddings, position_ids=positions, use_cache=False, packing=plan)
+def _states(
+    body: nn.Module, embeddings: Tensor, positions: Tensor, plan: Any, deep: Sequence[Tensor]
+) -> Tensor:
+    if positions.dim() == 3:
+        positions = positions.movedim(-1, 0)  # transformers puts the three axes in front
+    options = {"deep": deep} if deep else {}
+    output = body(
+        inputs_embeds=embeddings, position_ids=positions, use_cache=False, packing=plan, **options
+    )
     return cast(Tensor, output.last_hidden_state)
 
 
@@ -219,8 +229,8 @@ def token_embeddings(body: nn.Module) -> Tensor:
     return cast(Tensor, cast(Any, body).embed_tokens.weight)
 
 
-def check_architecture(checkpoint: str, field: str) -> None:
-    """Raise InputError unless `checkpoint` is a Qwen3 folder or hub name."""
+def check_architecture(checkpoint: str, field: str, wanted: str = "qwen3") -> None:
+    """Raise InputError unless `checkpoint` is a folder or hub name of a Qwen3 (or Qwen3-VL)."""
     if checkpoint == "tiny":
         raise InputError(field, checkpoint, "must be resolved to a pretrained folder first")
     looks_local = checkpoint.startswith((".", "/", "~")) or Path(checkpoint).exists()
@@ -230,5 +240,5 @@ def check_architecture(checkpoint: str, field: str) -> None:
         found = AutoConfig.from_pretrained(checkpoint).model_type
     except (OSError, ValueError) as error:
         raise InputError(field, checkpoint, f"cannot be loaded ({error})") from None
-    if found != "qwen3":
-        raise InputError(field, found, f"is the architecture of {checkpoint}", choices=["qwen3"])
+    if found != wanted:
+        raise InputError(field, found, f"is the architecture of {checkpoint}", choices=[wanted])

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from karma_ray.model.denoiser import DenoiserConfig
+
 
 @dataclass(frozen=True)
 class TinyBackboneConfig:
@@ -32,11 +34,18 @@ class ItemEncoderConfig:
     """E_phi, equation 2."""
 
     checkpoint: str = "tiny"
-    """`tiny`, a Hugging Face Qwen3 folder, or a hub name."""
+    """`tiny`, a Hugging Face Qwen3 folder (multimodal: Qwen3-VL), or a hub name."""
     pool: Literal["eos", "emb_token", "mean"] = "eos"
     """Last hidden state of the end token, of a learned [ITEM] vector, or the mean of all."""
     instruction: str = ""
     """Text put before every item's text."""
+    modality: Literal["text", "multimodal"] = "text"
+    """What of an item is read: its text, or its image and text (`checkpoint`: a Qwen3-VL)."""
+    vision: Literal["full", "frozen"] = "full"
+    """Whether the vision tower of a multimodal encoder learns where the encoder does."""
+    image_size: int = 64
+    """Pixels of a side of the pictures read: a multiple of patch * merge, 32 for Qwen3-VL, each of
+    which gives (image_size / 32)^2 tokens."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +84,9 @@ class DecodabilityConfig:
     """`shared`, `separate`, `frozen`, or `light:K` for a decoder of K layers."""
     recon_detach_h: bool = False
     """Null control: cut Task 2's gradient into h_t."""
+    recon_text: Literal["own", "shuffled"] = "own"
+    """Null control: Task 2 decodes the text of another decoded position's item, drawn anew in every
+    batch: the same computation without its meaning."""
     recon_token_dropout: float = 0.0
     """Share of Task 2's input tokens masked."""
     task1_see_readout: bool = True
@@ -84,9 +96,53 @@ class DecodabilityConfig:
 
 
 @dataclass(frozen=True)
+class ImageryConfig:
+    """The visual term (equation 8): train-only reconstruction of the target's visual features.
+
+    Built when `objective.lambda_img` is not 0.
+    """
+
+    img_cond: Literal["both", "task1", "task2"] = "both"
+    """Image queries stand behind the history (Task 1), behind h_t alone (Task 2), or both; L_img
+    is then the mean of the two."""
+    img_head: Literal["fm", "ddpm_eps", "ddpm_v", "edm", "mse"] = "fm"
+    """Flow matching, DDPM that predicts noise or velocity, EDM, or plain regression (control)."""
+    img_sees_text: bool = False
+    """Whether Task 1's image queries see the target's text, which gives the answer away."""
+    img_connector: Literal[0, 1, 2] = 0
+    """Bidirectional layers between the decoder's states at the image queries and the head."""
+    img_draws: int = 4
+    """Times and noises drawn for each image in a step, at the head alone (MAR, 2406.11838, has
+    four); regression draws none."""
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    """The head's network."""
+
+
+@dataclass(frozen=True)
+class IdModelConfig:
+    """Size of the baselines that learn a vector per item id and per query word (docs/baselines.md).
+
+    They are built instead of KARMA where `kind` is not `karma`.
+    """
+
+    width: int = 64
+    """Width d."""
+    num_layers: int = 2
+    """Self-attention blocks."""
+    num_heads: int = 1
+    """Attention heads; head width is width / num_heads."""
+    dropout: float = 0.2
+    """Share of the activations dropped in training."""
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """All parts."""
 
+    kind: Literal["karma", "sasrec", "hstu"] = "karma"
+    """KARMA, or a baseline over item ids: of the other parts it uses `score` and `ids` alone."""
+    ids: IdModelConfig = field(default_factory=IdModelConfig)
+    """The baselines over item ids."""
     tiny: TinyBackboneConfig = field(default_factory=TinyBackboneConfig)
     """Shape behind `checkpoint=tiny`."""
     item_encoder: ItemEncoderConfig = field(default_factory=ItemEncoderConfig)
@@ -97,6 +153,8 @@ class ModelConfig:
     """Dot product and its normalisation."""
     decodability: DecodabilityConfig = field(default_factory=DecodabilityConfig)
     """Train-only decoders."""
+    imagery: ImageryConfig = field(default_factory=ImageryConfig)
+    """Train-only image queries and diffusion head."""
     peft: str = "full"
     """`full`: every weight learns; `lora:R`: rank-R adapters on both backbones (2106.09685), at
     `training.new_module_lr` times the learning rate."""

@@ -2,19 +2,28 @@
 
 Decoders receive the shared backbone as a call argument; nothing here is part of what serves.
 
-Legend: B windows, M decoded positions, R = B M rows, L text tokens, S prefix slots, D width.
+Task 1 hangs branches behind positions of the history, in one pass of the decoder:
+
+    PREFIX          sees itself, as its layout says; never a branch
+    TXT_k, IMG_k    see the prefix up to the read-out p_k and themselves; no branch of another k
+
+Legend: B windows, M decoded positions, R = B M rows, L text tokens or slots of a branch, S prefix
+slots, E slots of all branches of a window, D width.
 """
 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from karma_ray.data.batch import Batch
+from karma_ray.data.draws import TEXTS, hashed
 from karma_ray.data.prompts import SpecialIds
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import run_body, token_embeddings, truncated
@@ -46,46 +55,119 @@ def text_targets(
     return TextTargets(torch.cat([start, text], 1), labels, position <= words[:, None])
 
 
+def strangers_text(targets: TextTargets, items: Tensor, key: int) -> TextTargets:
+    """The texts of other items among the same rows; items [R] are catalogue rows.
+
+    Rows stand in an order drawn from `key`, equal items side by side, and take the text that
+    stands as many places further as the most frequent item has rows. What still meets its own
+    item (one item fills more than half of the rows) decodes nothing.
+    """
+    rows = torch.nonzero(targets.mask.any(1)).flatten()
+    if not len(rows):
+        return targets
+    found = items[rows].cpu().numpy()
+    order = rows[torch.from_numpy(hashed(key, TEXTS, found).argsort(kind="stable")).to(rows.device)]
+    source = torch.arange(len(items), device=items.device)
+    source[order] = order.roll(-int(np.unique(found, return_counts=True)[1].max()))
+    mask = targets.mask[source] & (items[source] != items)[:, None]
+    return TextTargets(targets.inputs[source], targets.labels[source], mask)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One kind of branch, at every decoded position."""
+
+    embeddings: Tensor  # [R, L, D]
+    real: Tensor  # [R, L]
+    causal: bool  # each slot sees those before it, or all see all
+    after: Branch | None = None  # the branch of its own position that it stands behind and sees
+
+
+def run_branches(
+    body: nn.Module, prefix: Prefix, batch: Batch, branches: Sequence[Branch], *, see_readout: bool
+) -> tuple[Tensor, list[Tensor]]:
+    """Prefix states [B, S, D] and those of each branch [R, L, D].
+
+    A branch sees what its read-out p_k sees and, with `see_readout`, p_k itself.
+    """
+    num_windows, num_decoded = batch.decode_step.shape
+    slots = prefix.layout.visible.shape[1]
+    readout = prefix.layout.readout.gather(1, batch.decode_step)  # [B, M]
+    to_prefix = prefix.layout.visible.gather(1, readout[..., None].expand(-1, -1, slots))
+    if not see_readout:
+        to_prefix &= torch.arange(slots, device=readout.device) != readout[..., None]
+    kind, owner, place = _places(branches, num_decoded, readout.device)  # [E]
+    real = torch.cat([branch.real.reshape(num_windows, -1) for branch in branches], 1)  # [B, E]
+    among = _among(branches, kind, place) & (owner[:, None] == owner)
+
+    total = slots + len(kind)
+    visible = torch.zeros(num_windows, total, total, dtype=torch.bool, device=real.device)
+    visible[:, :slots, :slots] = prefix.layout.visible
+    visible[:, slots:, :slots] = to_prefix[:, owner]
+    visible[:, slots:, slots:] = among & real[:, None]
+    start = prefix.layout.positions.gather(1, readout)[:, owner] + 1
+    behind = torch.cat([_before(branch).reshape(num_windows, -1) for branch in branches], 1)
+    width = prefix.embeddings.shape[-1]
+    soft = [branch.embeddings.reshape(num_windows, -1, width) for branch in branches]
+    states = run_body(
+        body,
+        torch.cat([prefix.embeddings, *soft], 1),
+        visible,
+        torch.cat([prefix.layout.positions, start + behind + place], 1),
+        torch.cat([prefix.layout.real, real], 1),
+    )
+    parts = torch.split(states[:, slots:], [part.shape[1] for part in soft], 1)
+    return states[:, :slots], [
+        part.reshape(*branch.real.shape, -1) for part, branch in zip(parts, branches, strict=True)
+    ]
+
+
+def _places(
+    branches: Sequence[Branch], num_decoded: int, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Kind, decoded position and place in its branch of each slot [E]."""
+    found = []
+    for number, branch in enumerate(branches):
+        slot = torch.arange(num_decoded * branch.real.shape[1], device=device)
+        length = branch.real.shape[1]
+        found.append(torch.stack([torch.full_like(slot, number), slot // length, slot % length]))
+    kind, owner, place = torch.cat(found, 1)
+    return kind, owner, place
+
+
+def _among(branches: Sequence[Branch], kind: Tensor, place: Tensor) -> Tensor:
+    """Which slot of a position sees which other [E, E], where they are of one position."""
+    earlier = place[:, None] >= place
+    among = torch.zeros_like(earlier)
+    for row, branch in enumerate(branches):
+        for column, other in enumerate(branches):
+            pairs = (kind == row)[:, None] & (kind == column)
+            if row == column:
+                among |= pairs & earlier if branch.causal else pairs
+            elif other is branch.after:
+                among |= pairs
+    return among
+
+
+def _before(branch: Branch) -> Tensor:
+    """Real slots of a position between p_k and the branch, for each of its slots [R, L]."""
+    if branch.after is None:
+        return torch.zeros_like(branch.real, dtype=torch.long)
+    return branch.after.real.sum(1, keepdim=True).expand(branch.real.shape)
+
+
 def history_to_text(
     body: nn.Module, prefix: Prefix, batch: Batch, targets: TextTargets, *, see_readout: bool
 ) -> tuple[Tensor, Tensor]:
-    """Task 1, equation 6, as branches of one pass.
+    """Task 1, equation 6: prefix states [B, S, D] and text states [R, L + 1, D]."""
+    text = text_branch(body, targets)
+    states, (found,) = run_branches(body, prefix, batch, [text], see_readout=see_readout)
+    return states, found
 
-    Branch k sees the prefix that its read-out p_k sees (with `see_readout`, p_k itself too) and
-    its own text causally; its position ids restart at p_k + 1. The prefix sees no branch.
-    Returns prefix states [B, S, D] and text states [R, L + 1, D].
-    """
-    num_windows, num_decoded = batch.decode_step.shape
-    length = targets.inputs.shape[1]
-    slots = prefix.layout.visible.shape[1]
-    text = token_embeddings(body)[targets.inputs].view(num_windows, num_decoded * length, -1)
-    readout = prefix.layout.readout.gather(1, batch.decode_step)  # [B, M]
 
-    rows = readout[..., None].expand(-1, -1, slots)
-    to_prefix = prefix.layout.visible.gather(1, rows)  # [B, M, S]
-    if not see_readout:
-        own = torch.arange(slots, device=readout.device) == readout[..., None]
-        to_prefix = to_prefix & ~own
-    order = torch.arange(num_decoded * length, device=readout.device)
-    among = (order[:, None] // length == order[None, :] // length) & (
-        order[:, None] >= order[None, :]
-    )
-    total = slots + len(order)
-    visible = torch.zeros(num_windows, total, total, dtype=torch.bool, device=readout.device)
-    visible[:, :slots, :slots] = prefix.layout.visible
-    visible[:, slots:, :slots] = to_prefix.repeat_interleave(length, 1)
-    visible[:, slots:, slots:] = among
-
-    start = prefix.layout.positions.gather(1, readout)[..., None] + 1  # [B, M, 1]
-    branch = (start + torch.arange(length, device=readout.device)).flatten(1)
-    states = run_body(
-        body,
-        torch.cat([prefix.embeddings, text], 1),
-        visible,
-        torch.cat([prefix.layout.positions, branch], 1),
-        torch.cat([prefix.layout.real, targets.mask.view(num_windows, -1)], 1),
-    )
-    return states[:, :slots], states[:, slots:].reshape(-1, length, states.shape[-1])
+def text_branch(body: nn.Module, targets: TextTargets) -> Branch:
+    """The target's text behind `<s>`, causal."""
+    return Branch(token_embeddings(body)[targets.inputs], targets.mask, causal=True)
 
 
 def vector_to_text(

@@ -11,16 +11,20 @@ import torch
 from torch import Tensor, nn
 
 from karma_ray.data.batch import Batch
+from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.model.adapters import Score
 from karma_ray.model.backbone import hidden_size, load_body
 from karma_ray.model.config import ModelConfig
 from karma_ray.model.item_encoder import ItemEncoder
 from karma_ray.model.lora import adapt, parse_rank
+from karma_ray.model.recall import RecallModel
+from karma_ray.model.sight import NO_PICTURE
 from karma_ray.model.user_decoder import Prefix, UserDecoder
+from karma_ray.model.vision import load_item_body
 
 
-class InterestModel(nn.Module):
+class InterestModel(RecallModel):
     """E_phi, D_theta and their score (METHOD 1.11's stripped graph)."""
 
     def __init__(
@@ -46,7 +50,8 @@ class InterestModel(nn.Module):
     def build(cls, config: ModelConfig, tokenizer: Tokenizer, seed: int = 0) -> InterestModel:
         """Load both bodies from their checkpoints; `config.peft` may put adapters into them."""
         rank = parse_rank(config.peft)
-        item = load_body(config.item_encoder.checkpoint, "model.item_encoder.checkpoint")
+        encoder = config.item_encoder
+        item = load_item_body(encoder.checkpoint, encoder.modality, "model.item_encoder.checkpoint")
         user = load_body(config.user_decoder.checkpoint, "model.user_decoder.checkpoint")
         if rank is not None:
             adapt(item, rank, seed)
@@ -58,9 +63,13 @@ class InterestModel(nn.Module):
         """D."""
         return hidden_size(self.user_decoder.body)
 
-    def encode_items(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Tokens [U, L], lengths [U] -> e [U, D]."""
-        return cast(Tensor, self.item_encoder(tokens, lengths))
+    def look_at(self, catalog: Catalog, data_uri: str) -> None:
+        """Take the pictures of a data folder's items; nothing to do for an encoder of text."""
+        self.item_encoder.look_at(catalog, data_uri)
+
+    def encode_items(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Tokens [U, L], lengths [U] (and catalogue `rows` [U], to see pictures) -> e [U, D]."""
+        return cast(Tensor, self.item_encoder(tokens, lengths, rows))
 
     def prefix(self, batch: Batch, items: Tensor) -> Prefix:
         """The user decoder's input of a batch; `items` [U, D]."""
@@ -74,22 +83,8 @@ class InterestModel(nn.Module):
         prefix = self.prefix(batch, items)
         return self.user_decoder.interest(self.user_decoder.run(prefix), prefix.layout)
 
-    def last_interest(self, batch: Batch, items: Tensor) -> Tensor:
-        """h [B, D] at the last existing step of each window (a request's current query)."""
-        last = batch.step_mask.sum(1) - 1
-        rows = torch.arange(len(last), device=last.device)
-        return self.interest(batch, items)[rows, last]
-
-    def query_vectors(self, interest: Tensor) -> Tensor:
-        """h -> the vectors a request searches with, float32."""
-        return self.score.query_vectors(interest)
-
-    def index_vectors(self, items: Tensor) -> Tensor:
-        """e -> the vectors an index holds, float32."""
-        return self.score.index_vectors(items)
-
     def _encode_queries(self, batch: Batch) -> Tensor:
         rows = torch.arange(len(batch.query_lengths), device=batch.query_lengths.device)
         closed = torch.nn.functional.pad(batch.query_tokens, (0, 1), value=self.end_of_text)
         closed[rows, batch.query_lengths] = self.end_of_text
-        return self.encode_items(closed, batch.query_lengths + 1)
+        return self.encode_items(closed, batch.query_lengths + 1, torch.full_like(rows, NO_PICTURE))

@@ -1,4 +1,4 @@
-"""E_phi, equation 2: an item's text -> one embedding token.
+"""E_phi, equation 2: an item's text, and its picture if the encoder sees -> one embedding token.
 
 Legend: U items, L tokens, D width of h and e.
 """
@@ -8,9 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from karma_ray.data.catalog import Catalog
+from karma_ray.data.pixels import PixelTable, catalog_pixels
 from karma_ray.model.adapters import rms_normalize
 from karma_ray.model.backbone import hidden_size, run_body, token_embeddings
 from karma_ray.model.config import ItemEncoderConfig
+from karma_ray.model.sight import NO_PICTURE, SeenRows, check_size, insert_pictures
 
 
 class ItemEncoder(nn.Module):
@@ -29,6 +32,9 @@ class ItemEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.config, self.body = config, body
+        self.pictures: PixelTable | None = None  # no part of the weights
+        if config.modality == "multimodal":
+            check_size(body, config.image_size)
         generator = torch.Generator().manual_seed(seed)
         raw = hidden_size(body)
         self.output = nn.Linear(raw, width, bias=False)
@@ -38,12 +44,23 @@ class ItemEncoder(nn.Module):
             self.item_token = nn.Parameter(0.02 * torch.randn(raw, generator=generator))
         self.register_buffer("instruction", torch.tensor(instruction, dtype=torch.long))
 
-    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Right-padded tokens [U, L] ending in `<|endoftext|>`, lengths [U] -> e [U, D]."""
-        return rms_normalize(self.output(self.pooled(tokens, lengths) - self.mean))
+    def look_at(self, catalog: Catalog, data_uri: str) -> None:
+        """Take the pictures of a data folder's items; nothing to do for an encoder of text."""
+        if self.config.modality == "multimodal":
+            self.pictures = catalog_pixels(catalog, data_uri, self.config.image_size)
+
+    def forward(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Right-padded tokens [U, L] ending in `<|endoftext|>`, lengths [U] -> e [U, D].
+
+        `rows` [U] are catalogue rows, whose pictures a multimodal encoder reads; it must be told
+        NO_PICTURE (-1) of a query.
+        """
+        return rms_normalize(self.output(self.pooled(tokens, lengths, rows) - self.mean))
 
     @torch.no_grad()
-    def whiten(self, tokens: Tensor, lengths: Tensor, ridge: float = 0.01) -> None:
+    def whiten(
+        self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None, *, ridge: float = 0.01
+    ) -> None:
         """Fit the mean and W_e on a sample of items, so that e starts with all its directions.
 
         Pooled states of a language model share one large common direction (cosine .9 and more
@@ -52,7 +69,7 @@ class ItemEncoder(nn.Module):
         2011.05864; 2103.15316) keeps W_e a rotation, of the whitened states; `ridge`, a share
         of the largest variance, keeps rounding noise from being blown up.
         """
-        states = self.pooled(tokens, lengths).double()
+        states = self.pooled(tokens, lengths, rows).double()
         self.mean.copy_(states.mean(0))
         centred = states - states.mean(0)
         variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
@@ -60,18 +77,42 @@ class ItemEncoder(nn.Module):
         rotation = self.output.weight.double()
         self.output.weight.copy_(rotation @ (axes * scales) @ axes.T)
 
-    def pooled(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+    def pooled(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
         """e_raw [U, d_item]."""
         prefix = self.instruction.expand(len(tokens), -1)
         embeddings = token_embeddings(self.body)[torch.cat([prefix, tokens], 1)]
         last = lengths + prefix.shape[1] - 1
-        rows = torch.arange(len(tokens), device=tokens.device)
+        order = torch.arange(len(tokens), device=tokens.device)
         if self.config.pool == "emb_token":
             at_last = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=tokens.device)
-            at_last[rows, last] = True
+            at_last[order, last] = True
             embeddings = torch.where(at_last[..., None], self.item_token, embeddings)
+        if self.config.modality == "multimodal":
+            seen = self._seen(embeddings, last, prefix.shape[1], rows)
+        else:
+            seen = SeenRows(embeddings, None, last, ())
+        embeddings, last = seen.embeddings, seen.last
         real = torch.arange(embeddings.shape[1], device=tokens.device) <= last[:, None]
-        states = run_body(self.body, embeddings, real=real)
+        states = run_body(
+            self.body, embeddings, positions=seen.positions, real=real, deep=seen.deep
+        )
         if self.config.pool == "mean":
             return (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
-        return states[rows, last]
+        return states[order, last]
+
+    def _seen(
+        self, embeddings: Tensor, last: Tensor, num_prefix: int, rows: Tensor | None
+    ) -> SeenRows:
+        """The input with the pictures of the items at `rows` in it."""
+        if rows is None:
+            raise ValueError("a multimodal item encoder needs catalogue rows beside the tokens")
+        if bool((rows == NO_PICTURE).all()):
+            return SeenRows(embeddings, None, last, ())
+        if self.pictures is None:
+            raise ValueError("a multimodal item encoder needs pictures: call look_at first")
+        pictured, pixels = self.pictures.gather(rows.cpu().numpy())
+        device = embeddings.device
+        return insert_pictures(
+            self.body, embeddings, last, num_prefix, torch.from_numpy(pictured).to(device),
+            torch.from_numpy(pixels).to(device), learns=self.config.vision == "full",
+        )  # fmt: skip

@@ -23,9 +23,13 @@ from karma_ray.model.decodability import (
     Decodability,
     TextTargets,
     history_to_text,
+    run_branches,
+    strangers_text,
+    text_branch,
     text_targets,
     vector_to_text,
 )
+from karma_ray.model.imagery import Imagery, ImageTargets
 from karma_ray.model.interest import InterestModel
 
 DECODE_PROMPT = "item:"
@@ -41,18 +45,19 @@ class Decoded:
 
 
 class KarmaModel(nn.Module):
-    """Interest model, Task 1 and Task 2.
+    """Interest model, Task 1, Task 2 and the visual term.
 
     A task is asked for by calling its method; with weight 0 nobody calls it, and no private
-    decoder is built (`decodes=False`).
+    decoder (`decodes=False`) and no `imagery` is built.
     """
 
     def __init__(
         self, interest: InterestModel, tokenizer: Tokenizer, *, lm_head: Tensor | None = None,
-        decodes: bool = True,
+        decodes: bool = True, imagery: Imagery | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.interest = interest
+        self.imagery = imagery
         self.progress = 1.0  # share of the training done, for schedules of the objective
         self.bank: Tensor | None = None  # [I, D] cached item embeddings, not part of the weights
         self.special = SpecialIds.of(tokenizer)
@@ -91,15 +96,51 @@ class KarmaModel(nn.Module):
         )  # fmt: skip
         return user.interest(states, prefix.layout), Decoded(text, targets, self.head_of(user.body))
 
+    def forward_with_images(
+        self, batch: Batch, items: Tensor, *, text: bool
+    ) -> tuple[Tensor, Decoded | None, Tensor]:
+        """As `forward_with_text`, where `text` is wanted, and Task 1's L_img of each row [R]."""
+        assert self.imagery is not None
+        user, images = self.interest.user_decoder, ImageTargets.of(batch)
+        prefix, targets = self.interest.prefix(batch, items), self.targets(batch)
+        words = text_branch(user.body, targets)
+        branch = self.imagery.branch(images.mask, words)
+        with_text = text or branch.after is not None
+        states, found = run_branches(
+            user.body, prefix, batch, [words, branch] if with_text else [branch],
+            see_readout=self.decodability.config.task1_see_readout,
+        )  # fmt: skip
+        decoded = Decoded(found[0], targets, self.head_of(user.body)) if text else None
+        losses = self.imagery.losses(found[-1], images)
+        return user.interest(states, prefix.layout), decoded, losses
+
+    def image_losses(self, vectors: Tensor, images: ImageTargets) -> Tensor:
+        """L_img from P(x) alone, of each row [R]: x [R, D] is h_t (Task 2) or e_i (warm-up)."""
+        assert self.imagery is not None
+        body = self.decodability.decoder(self.interest.user_decoder.body)
+        projected = self.decodability.project(self.interest.user_decoder.projector, vectors)
+        states = self.imagery.vector_states(body, projected, images.mask)
+        return self.imagery.losses(states, images)
+
+    def interest_image_losses(self, batch: Batch, interest: Tensor) -> Tensor:
+        """Task 2's L_img [R] from h_t alone; interest [R, D]."""
+        if self.decodability.config.recon_detach_h:
+            interest = interest.detach()
+        return self.image_losses(interest, ImageTargets.of(batch))
+
     def decode_interest(self, batch: Batch, interest: Tensor, *, dropout: bool = True) -> Decoded:
         """Task 2, equation 7: text of the target from h_t alone; interest [R, D].
 
-        Measurements ask without `dropout` of tokens, so that runs with and without it compare.
+        Measurements ask without `dropout` of tokens and with the target's own text, so that runs
+        with and without them compare.
         """
         config = self.decodability.config
         if config.recon_detach_h:
             interest = interest.detach()
         targets = self.targets(batch)
+        if dropout and config.recon_text == "shuffled":
+            item = batch.item_index.gather(1, batch.decode_step).flatten()
+            targets = strangers_text(targets, batch.item_rows[item], int(batch.row_key[0]))
         inputs = self._drop_tokens(targets, batch) if dropout else targets.inputs
         return self._decode(interest, inputs, targets, *self._query(batch, batch.decode_step))
 

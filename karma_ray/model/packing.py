@@ -30,6 +30,7 @@ class Packing:
     real: Tensor  # [B, S]
     visible: Tensor | None = None  # [B, S, S] row sees column; None: causal
     packed: bool = True
+    maps: list[Tensor] | None = None  # every layer adds its weights [B, H, S, S], if there is one
 
     @cached_property
     def index(self) -> Tensor:
@@ -89,7 +90,8 @@ def attend(
     if not packing.packed:
         return _on_grid(query, key, value, packing, scaling, dropout).transpose(1, 2), None
     queries, keys, values = (states[0].transpose(0, 1) for states in (query, key, value))
-    if packing.visible is None and query.is_cuda and query.dtype != torch.float32 and not dropout:
+    causal = packing.visible is None and packing.maps is None
+    if causal and query.is_cuda and query.dtype != torch.float32 and not dropout:
         return _variable_length(queries, keys, values, packing, scaling)[None], None
     grids = packing.spread(torch.cat([queries, keys, values], 1)).transpose(1, 2)
     heads, shared = query.shape[1], key.shape[1]
@@ -102,7 +104,7 @@ def _on_grid(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float, dropout: float
 ) -> Tensor:
     """[B, H, S, d], [B, K, S, d] -> [B, H, S, d]."""
-    if query.is_cuda:
+    if query.is_cuda and packing.maps is None:
         mask = None if packing.visible is None else packing.visible[:, None]
         return functional.scaled_dot_product_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
@@ -114,7 +116,10 @@ def _on_grid(
     rows, _, slots, width = query.shape
     grouped = (query * scaling).reshape(rows, shared, heads // shared, slots, width)
     scores = grouped @ key[:, :, None].transpose(-1, -2)
-    weights = (scores + packing.bias).softmax(-1, dtype=torch.float32).to(value.dtype)
+    weights = (scores + packing.bias).softmax(-1, dtype=torch.float32)
+    if packing.maps is not None:
+        packing.maps.append(weights.detach().flatten(1, 2))
+    weights = weights.to(value.dtype)
     weights = functional.dropout(weights, dropout) if dropout else weights
     return (weights @ value[:, :, None]).flatten(1, 2)
 

@@ -1,4 +1,7 @@
-"""The total objective, equations 4 and 9: L = L_act + lambda_dec (L_gen + L_recon)."""
+"""The total objective, equations 4 and 9:
+
+L = L_act + lambda_dec (L_gen + L_recon + lambda_img L_img).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Weights and variants of the three text terms. A weight of 0 means *not built*."""
+    """Weights and variants of the terms. A weight of 0 means *not built*."""
 
     action_loss: Literal["pairwise", "infonce", "bce", "mse"] = "pairwise"
     """Equation 5 or one of its rivals."""
@@ -30,6 +33,9 @@ class ObjectiveConfig:
     """Weight of L_gen, Task 1 (history to text)."""
     reconstruction: float = 1.0
     """Weight of L_recon, Task 2 (h_t to text)."""
+    lambda_img: float = 0.0
+    """Weight of L_img (frozen visual features of the target) beside the texts, in the warm-up
+    too; needs `collate.visual_features`."""
     ce_reduction: Literal["token_mean", "sum"] = "token_mean"
     """Cross-entropy averaged over an example's tokens, or summed as written."""
 
@@ -41,13 +47,15 @@ class LossTerms:
     action: Tensor
     generation: Tensor | None = None
     reconstruction: Tensor | None = None
+    image: Tensor | None = None
 
     def total(self, config: ObjectiveConfig) -> Tensor:
-        """Equation 9 without the image term: L_act + lambda_dec (L_gen + L_recon)."""
+        """Equation 9: L_act + lambda_dec (L_gen + L_recon + lambda_img L_img)."""
         total = self.action
         for term, weight in (
             (self.generation, config.generation),
             (self.reconstruction, config.reconstruction),
+            (self.image, config.lambda_img),
         ):
             if term is not None:
                 total = total + config.lambda_dec * weight * term
@@ -59,6 +67,7 @@ class LossTerms:
             "loss/action": self.action,
             "loss/generation": self.generation,
             "loss/reconstruction": self.reconstruction,
+            "loss/image": self.image,
         }
         return {name: term for name, term in terms.items() if term is not None}
 
@@ -83,3 +92,8 @@ def builds_generation(config: ObjectiveConfig) -> bool:
 def builds_reconstruction(config: ObjectiveConfig) -> bool:
     """Whether Task 2 exists in this run."""
     return config.lambda_dec * config.reconstruction != 0
+
+
+def builds_image(config: ObjectiveConfig) -> bool:
+    """Whether the visual term exists in this run."""
+    return config.lambda_dec * config.lambda_img != 0

@@ -13,6 +13,7 @@ from karma_ray.artifacts import RunFolder, join, open_filesystem
 from karma_ray.report.plots import PLOTS
 from karma_ray.report.record import RunRecord, number, read_run
 from karma_ray.report.standing import format_count, headline, sections
+from karma_ray.training.alarm import messages
 
 _DATA_FACTS = {
     "name": "name",
@@ -37,7 +38,7 @@ def render_report(run: str) -> str:
     pictures = {name: plot(record) for name, (_, plot) in PLOTS.items()}
     for name, picture in pictures.items():
         if picture is not None:
-            _write(join(report, f"{name}.png"), picture)
+            write_bytes(join(report, f"{name}.png"), picture)
     facts = _facts(record) | {
         "plots": [
             {"title": PLOTS[name][0], "base64": base64.b64encode(picture).decode()}
@@ -46,20 +47,21 @@ def render_report(run: str) -> str:
         ]
     }
     page = join(report, "report.html")
-    _write(page, _environment(True).get_template("report.html.jinja").render(facts).encode())
-    card = _environment(False).get_template("model_card.md.jinja").render(facts)
-    _write(join(report, "model_card.md"), card.encode())
+    write_bytes(page, environment(True).get_template("report.html.jinja").render(facts).encode())
+    card = environment(False).get_template("model_card.md.jinja").render(facts)
+    write_bytes(join(report, "model_card.md"), card.encode())
     return page
 
 
-def _environment(escape: bool) -> Environment:
-    environment = Environment(
+def environment(escape: bool) -> Environment:
+    """The templates; `escape` for HTML."""
+    templates = Environment(
         loader=PackageLoader("karma_ray.report", "templates"),
         autoescape=escape,
         undefined=StrictUndefined,
     )
-    environment.filters["score"] = _score
-    return environment
+    templates.filters["score"] = _score
+    return templates
 
 
 def _facts(record: RunRecord) -> dict[str, Any]:
@@ -68,6 +70,7 @@ def _facts(record: RunRecord) -> dict[str, Any]:
         "record": record,
         "num_test": format_count(record.metrics.get("num_test")),
         "labels": record.labels(),
+        "alarms": [message for line in record.lines for message in messages(line)],
         "headline": headline(record),
         "sections": sections(record),
         "has_ceilings": any(ranker.role == "ceiling" for ranker in record.rankers()),
@@ -131,7 +134,8 @@ def _score(value: object) -> str:
     return "" if score is None else f"{score:.2f}"
 
 
-def _write(uri: str, content: bytes) -> None:
+def write_bytes(uri: str, content: bytes) -> None:
+    """Write a file, and the folders above it."""
     fs, path = open_filesystem(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     with fs.open(path, "wb") as sink:

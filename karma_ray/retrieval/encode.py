@@ -24,19 +24,22 @@ from karma_ray.retrieval.index import check_parent
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-    from karma_ray.model.interest import InterestModel
+    from karma_ray.model.recall import RecallModel
 
 MANIFEST_KIND = "item_embeddings"
 
 
 def encode_catalog(
-    interest: InterestModel,
+    interest: RecallModel,
     tokens: NDArray[Any],  # [I, L]
     lengths: NDArray[Any],  # [I]
     batch_size: int = 256,
     precision: str = "float32",
+    rows: NDArray[np.int64] | None = None,  # [I]
 ) -> NDArray[np.float32]:  # [I, D]
     """Encode every item, in the order given. The model's mode is left as it was found.
+
+    `rows` are the catalogue's, for encoders that look at pictures (default: 0 to I - 1).
 
     Batches hold items of about equal length, so little of the work is padding; the result
     does not depend on the batch an item falls into beyond rounding.
@@ -45,14 +48,16 @@ def encode_catalog(
     was_training = interest.training
     interest.eval()
     order = np.argsort(lengths, kind="stable")
+    of_catalog = np.arange(len(lengths)) if rows is None else rows
     parts: list[NDArray[np.float32]] = []
     with torch.inference_mode(), autocast(device, precision):
         for start in range(0, len(order), batch_size):
-            rows = order[start : start + batch_size]
-            width = max(1, int(lengths[rows].max()))
-            batch = torch.from_numpy(tokens[rows, :width].astype(np.int64)).to(device)
-            sizes = torch.from_numpy(lengths[rows].astype(np.int64)).to(device)
-            parts.append(interest.encode_items(batch, sizes).float().cpu().numpy())
+            some = order[start : start + batch_size]
+            width = max(1, int(lengths[some].max()))
+            batch = torch.from_numpy(tokens[some, :width].astype(np.int64)).to(device)
+            sizes = torch.from_numpy(lengths[some].astype(np.int64)).to(device)
+            places = torch.from_numpy(of_catalog[some])
+            parts.append(interest.encode_items(batch, sizes, places).float().cpu().numpy())
     interest.train(was_training)
     if not parts:
         return np.zeros((0, 0), np.float32)

@@ -4,6 +4,7 @@ A bundle is `model.interest` written out: two Hugging Face bodies, the adapters 
 the tokenizer and the configuration. Nothing is deleted on the way, so nothing train-only can
 be left behind. Low-rank adapters of the bodies are added into the weights they stand beside, so
 a body is a plain folder; scores then agree to rounding (bit by bit where there are none).
+A baseline over item ids is written as its weights, without bodies.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor
 
 from karma_ray import __version__
@@ -28,6 +29,7 @@ from karma_ray.artifacts import (
     write_json,
     write_manifest,
 )
+from karma_ray.baselines.sequential import IdRecommender
 from karma_ray.data.collate import CollateConfig
 from karma_ray.data.prompts import Tokenizer
 from karma_ray.errors import KarmaRayError
@@ -41,9 +43,12 @@ from karma_ray.model.config import (
 )
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.lora import merged
+from karma_ray.model.recall import RecallModel
+from karma_ray.model.sight import can_see
+from karma_ray.model.vision import load_item_body, save_seeing_body
 
 ITEM_ENCODER, USER_DECODER, TOKENIZER = "item_encoder", "user_decoder", "tokenizer"
-ADAPTERS = "adapters.safetensors"
+ADAPTERS, WEIGHTS = "adapters.safetensors", "model.safetensors"
 _BODIES = (f"{ITEM_ENCODER}.body.", f"{USER_DECODER}.body.")
 
 
@@ -51,7 +56,7 @@ _BODIES = (f"{ITEM_ENCODER}.body.", f"{USER_DECODER}.body.")
 class Bundle:
     """A loaded bundle; the model is in evaluation mode."""
 
-    interest: InterestModel
+    interest: RecallModel
     tokenizer: Tokenizer
     collate_config: CollateConfig
     content_hash: str
@@ -59,7 +64,7 @@ class Bundle:
 
 
 def save_bundle(
-    interest: InterestModel,
+    interest: InterestModel | IdRecommender,
     tokenizer: Tokenizer,
     collate_config: CollateConfig,
     uri: str,
@@ -73,11 +78,13 @@ def save_bundle(
     if fs.exists(path):
         fs.rm(path, recursive=True)
     with _written_folder(uri) as folder:
-        save_body(merged(interest.item_encoder.body), str(folder / ITEM_ENCODER))
-        save_body(merged(interest.user_decoder.body), str(folder / USER_DECODER))
-        save_file(_adapters(interest), str(folder / ADAPTERS))
+        if isinstance(interest, IdRecommender):
+            save_model(interest, str(folder / WEIGHTS))
+            parts = interest.facts()
+        else:
+            parts = _save_parts(interest, folder)
         save_tokenizer(tokenizer, str(folder / TOKENIZER))
-        write_json(_config(interest.config, collate_config), str(folder / "config.json"))
+        write_json(_config(parts, collate_config), str(folder / "config.json"))
     return write_manifest(uri, "bundle", width=interest.width, **dict(facts or {}))
 
 
@@ -88,19 +95,12 @@ def load_bundle(uri: str) -> Bundle:
     with _read_folder(uri) as folder:
         config = read_json(str(folder / "config.json"))
         tokenizer = load_tokenizer(str(folder / TOKENIZER))
-        interest = InterestModel(
-            _model_config(config["model"]),
-            load_body(str(folder / ITEM_ENCODER)),
-            load_body(str(folder / USER_DECODER)),
-            tokenizer,
-        )
-        adapters = load_file(str(folder / ADAPTERS))
-    missing, unexpected = interest.load_state_dict(adapters, strict=False)
-    missing = [name for name in missing if not name.startswith(_BODIES)]
-    if missing or unexpected:
-        raise KarmaRayError(
-            f"{uri}: {ADAPTERS} lacks {missing} and holds {unexpected} that the model does not have"
-        )
+        interest: RecallModel
+        if "sizes" in config["model"]:
+            interest = IdRecommender.of_facts(config["model"])
+            load_model(interest, str(folder / WEIGHTS))
+        else:
+            interest = _load_parts(_model_config(config["model"]), folder, tokenizer, uri)
     return Bundle(
         interest=interest.eval(),
         tokenizer=tokenizer,
@@ -108,6 +108,32 @@ def load_bundle(uri: str) -> Bundle:
         content_hash=manifest["content_hash"],
         manifest=manifest,
     )
+
+
+def _save_parts(interest: InterestModel, folder: Path) -> dict[str, Any]:
+    """Bodies and adapters; returns their configuration."""
+    item = merged(interest.item_encoder.body)
+    (save_seeing_body if can_see(item) else save_body)(item, str(folder / ITEM_ENCODER))
+    save_body(merged(interest.user_decoder.body), str(folder / USER_DECODER))
+    save_file(_adapters(interest), str(folder / ADAPTERS))
+    return _parts(interest.config)
+
+
+def _load_parts(model: ModelConfig, folder: Path, tokenizer: Tokenizer, uri: str) -> InterestModel:
+    interest = InterestModel(
+        model,
+        load_item_body(str(folder / ITEM_ENCODER), model.item_encoder.modality, "bundle"),
+        load_body(str(folder / USER_DECODER)),
+        tokenizer,
+    )
+    adapters = load_file(str(folder / ADAPTERS))
+    missing, unexpected = interest.load_state_dict(adapters, strict=False)
+    missing = [name for name in missing if not name.startswith(_BODIES)]
+    if missing or unexpected:
+        raise KarmaRayError(
+            f"{uri}: {ADAPTERS} lacks {missing} and holds {unexpected} that the model does not have"
+        )
+    return interest
 
 
 def _adapters(interest: InterestModel) -> dict[str, Tensor]:
@@ -119,8 +145,8 @@ def _adapters(interest: InterestModel) -> dict[str, Tensor]:
     }
 
 
-def _config(model: ModelConfig, collate: CollateConfig) -> dict[str, Any]:
-    parts = {
+def _parts(model: ModelConfig) -> dict[str, Any]:
+    return {
         name: dataclasses.asdict(part)
         for name, part in (
             ("item_encoder", dataclasses.replace(model.item_encoder, checkpoint=ITEM_ENCODER)),
@@ -129,6 +155,9 @@ def _config(model: ModelConfig, collate: CollateConfig) -> dict[str, Any]:
             ("tiny", model.tiny),
         )
     }
+
+
+def _config(parts: Mapping[str, Any], collate: CollateConfig) -> dict[str, Any]:
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     return {
         "model": parts,

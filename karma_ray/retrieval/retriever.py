@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
-    from karma_ray.model.interest import InterestModel
+    from karma_ray.model.recall import RecallModel
 
 REQUEST_SCHEMA = pa.schema(
     [
@@ -88,7 +88,7 @@ class Retriever:
 
     def __init__(
         self,
-        interest: InterestModel,
+        interest: RecallModel,
         collator: Collator,
         table: ItemTable,
         index: ItemIndex,
@@ -122,7 +122,7 @@ class Retriever:
     @classmethod
     def from_model(
         cls,
-        interest: InterestModel,
+        interest: RecallModel,
         collator: Collator,
         catalog: Catalog,
         embeddings: NDArray[np.float32],  # [I, D]
@@ -230,7 +230,7 @@ def request_table(requests: Sequence[Request]) -> pa.Table:
 
 
 def build_index(
-    interest: InterestModel, table: ItemTable, kind: IndexKind | None = None, **parents: str
+    interest: RecallModel, table: ItemTable, kind: IndexKind | None = None, **parents: str
 ) -> ItemIndex:
     """Index `index_vectors(e)` of a table."""
     device = next(interest.parameters()).device

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from karma_ray.data.batch import Batch
-from karma_ray.model.interest import InterestModel
+from karma_ray.model.recall import RecallModel
 from karma_ray.objectives.action import ACTION_LOSSES, pair_weights
 from karma_ray.objectives.losses import ObjectiveConfig, hard_weight_at
 from karma_ray.objectives.negatives import hard_negative_mask, in_batch_mask
@@ -48,7 +48,7 @@ def trained_steps(batch: Batch, positions: str) -> Tensor:
 
 
 def action_term(
-    model: InterestModel,
+    model: RecallModel,
     batch: Batch,
     interest: Tensor,
     items: Tensor,

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from karma_ray.baselines.sequential import IdModel
 from karma_ray.data.catalog import Catalog
 from karma_ray.model.karma import KarmaModel
 from karma_ray.retrieval.retriever import Retriever
@@ -15,7 +16,7 @@ from karma_ray.training.requests import sampled
 
 def collect_cases(
     retriever: Retriever,
-    model: KarmaModel,
+    model: KarmaModel | IdModel,
     examples: pa.Table,
     catalog: Catalog,
     *,

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from karma_ray.data.batch import Batch
-from karma_ray.model.interest import InterestModel
+from karma_ray.model.recall import RecallModel
+from karma_ray.model.sight import NO_PICTURE
 
 
 def with_strangers_history(examples: pa.Table, seed: int) -> pa.Table:
@@ -39,16 +40,20 @@ def with_strangers_history(examples: pa.Table, seed: int) -> pa.Table:
 
 
 @torch.no_grad()
-def hidden_item_effect(model: InterestModel, batch: Batch) -> dict[str, float]:
+def hidden_item_effect(model: RecallModel, batch: Batch) -> dict[str, float]:
     """Largest change of any h_k when items it must not see are replaced; both must be 0.
 
     `future_perturbation_max_abs`: items of later groups than k's; `same_step_...`: items of
     k's own group (its target and the clicks of the same page).
     """
-    items = model.encode_items(batch.item_tokens, batch.item_lengths)
+    # Texts will do for a multimodal encoder too: only who sees whose vector is looked at.
+    rows = torch.full_like(batch.item_rows, NO_PICTURE)
+    items = model.encode_items(batch.item_tokens, batch.item_lengths, rows)
     # A second, different table behind the first; both runs go through the same sizes, because
-    # a matrix product's rounding may depend on them.
-    table = torch.cat([items, 3.0 * items.flip(0) + 1.0])
+    # a matrix product's rounding may depend on them. In directions of no pattern: a layer norm
+    # would not see a constant.
+    other = torch.randn(items.shape, generator=torch.Generator().manual_seed(0)).to(items)
+    table = torch.cat([items, 3.0 * items.flip(0) + other])
     before = model.interest(batch, table)
     return {
         "future_perturbation_max_abs": _effect(model, batch, table, before, torch.gt),
@@ -57,7 +62,7 @@ def hidden_item_effect(model: InterestModel, batch: Batch) -> dict[str, float]:
 
 
 def _effect(
-    model: InterestModel,
+    model: RecallModel,
     batch: Batch,
     table: Tensor,  # [2 U, D]
     before: Tensor,  # [B, T, D]

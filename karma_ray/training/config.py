@@ -111,6 +111,18 @@ class TrainingConfig:
         return self.threads_per_worker or max(1, (os.cpu_count() or 1) // max(1, self.num_workers))
 
 
+EXECUTION = frozenset(
+    f"training.{name}"
+    for name in (
+        "num_workers", "min_workers", "threads_per_worker", "parallelism", "micro_batch_size",
+        "micro_tokens", "activation_checkpointing", "compile", "checkpoint_every",
+        "keep_checkpoints", "best_metric", "report_every", "validate_every", "profile",
+    )
+)  # fmt: skip
+"""Fields that may differ when a run is resumed: they say on which machines, in which portions and
+how often something is written, not what is learnt. Losses stay equal up to the order of sums."""
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What METHOD leaves open about the metrics, with its defaults."""

@@ -25,8 +25,8 @@ from karma_ray.data.batch import Batch
 from karma_ray.training.item_table import SharedBatch
 from karma_ray.training.parallel import global_max, global_sum
 
-Encode = Callable[[Tensor, Tensor], Tensor]
-"""tokens [O, L], lengths [O] -> e [O, D]."""
+Encode = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""tokens [O, L], lengths [O], catalogue rows [O] -> e [O, D]."""
 
 
 class CachedItems:
@@ -109,6 +109,8 @@ def narrow(batch: Batch, rows: Tensor) -> tuple[Batch, Tensor]:
         decode_step=batch.decode_step[rows],
         decode_mask=batch.decode_mask[rows],
         row_key=batch.row_key[rows],
+        visual_feature=batch.visual_feature[rows],
+        visual_mask=batch.visual_mask[rows],
     )
     return part, used
 

@@ -55,19 +55,20 @@ class SharedBatch:
         everyone = all_gather_rows(own, [len(share) for share in self.shares])
         return everyone[torch.cat(self.shares).argsort()]
 
-    def encoded(self, encode: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-        """`encode(tokens [O, L], lengths [O]) -> [O, D]` on this worker's share, gathered."""
+    def encoded(self, encode: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+        """`encode(tokens [O, L], lengths [O], rows [O]) -> [O, D]` of this share, gathered."""
         return self.gathered(encode(*self.texts(self.own))[: len(self.own)])
 
-    def texts(self, items: Tensor) -> tuple[Tensor, Tensor]:
-        """Tokens [O, L] and lengths [O] of united items.
+    def texts(self, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens [O, L], lengths [O] and catalogue rows [O] of united items.
 
         Of one whose vector nobody takes where there is none: all workers run the layers equally
         often.
         """
         rows = items if len(items) else items.new_zeros(1)
         lengths = self.batch.item_lengths[rows]
-        return self.batch.item_tokens[rows, : int(lengths.max())], lengths
+        tokens = self.batch.item_tokens[rows, : int(lengths.max())]
+        return tokens, lengths, self.batch.item_rows[rows]
 
 
 def share_items(batch: Batch) -> SharedBatch:

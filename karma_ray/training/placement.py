@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from karma_ray.errors import InputError
+from karma_ray.model.sight import can_see
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.parallel import broadcast_parameters, global_sum, is_parallel, world_size
 from karma_ray.training.shards import is_sharded, local_part
@@ -67,6 +69,8 @@ def clip_gradients(model: nn.Module, bound: float) -> Tensor:
 
 
 def _shard(body: Any, precision: str, device: torch.device) -> None:
+    if can_see(body):  # workers without a picture in a step would not run the tower with others
+        raise InputError("training.parallelism", "shard", "is not for a multimodal item encoder")
     mesh = init_device_mesh(device.type, (world_size(),))
     # On a CPU autocast casts, as it does without sharding.
     half = precision == "bfloat16" and device.type == "cuda"

@@ -18,17 +18,20 @@ from torch import Tensor, nn
 from karma_ray.data.batch import Batch
 from karma_ray.metrics.collapse import effective_rank, mean_cosine
 from karma_ray.model.backbone import run_body, token_embeddings
+from karma_ray.model.imagery import ImageTargets
 from karma_ray.model.karma import Decoded, KarmaModel
 from karma_ray.objectives.losses import (
     LossTerms,
     ObjectiveConfig,
     builds_generation,
+    builds_image,
     builds_reconstruction,
 )
 from karma_ray.objectives.text import reduce_tokens, token_cross_entropy
+from karma_ray.training.accounting import work_done
 from karma_ray.training.action import Pool, action_term, trained_steps
-from karma_ray.training.flops import joint_flops
 from karma_ray.training.gradient_cache import CachedItems, micro_batches, run_backward
+from karma_ray.training.imagery_term import image_gap, image_means, num_images
 from karma_ray.training.item_table import SharedBatch, share_items
 from karma_ray.training.parallel import global_sum
 
@@ -51,10 +54,14 @@ class TokenBatch:
 
     tokens: Tensor  # [R, L]
     lengths: Tensor  # [R]
+    images: ImageTargets | None = None
+    rows: Tensor | None = None  # [R] of the catalogue, for item encoders that look at pictures
 
     def to(self, device: torch.device | str) -> TokenBatch:
         """The same batch on another device."""
-        return TokenBatch(self.tokens.to(device), self.lengths.to(device))
+        images = None if self.images is None else self.images.to(device)
+        rows = None if self.rows is None else self.rows.to(device)
+        return TokenBatch(self.tokens.to(device), self.lengths.to(device), images, rows)
 
 
 @dataclass(frozen=True)
@@ -76,26 +83,31 @@ class PretrainStep:
 
 @dataclass(frozen=True)
 class WarmupStep:
-    """Stage 1 (METHOD 1.10): decode an item's text from its isolated embedding."""
+    """Stage 1 (METHOD 1.10): decode an item's text, and image, from its isolated embedding."""
 
     train: str = "decoder"
+    lambda_img: float = 0.0  # L_warm = CE + lambda_img L_img
 
     def __call__(self, model: nn.Module, batch: TokenBatch) -> StepOutput:
-        """Mean over items of the token-mean cross-entropy."""
+        """Mean over items of the token-mean cross-entropy, and of L_img where it is built."""
         assert isinstance(model, KarmaModel)
-        items = model.interest.encode_items(batch.tokens, batch.lengths)
+        items = model.interest.encode_items(batch.tokens, batch.lengths, batch.rows)
         values = decoded_losses(
             model.decode_items(batch.tokens, batch.lengths, items), "token_mean"
         )
         loss = values.sum() / global_sum(values.new_tensor(float(len(values))))
-        return StepOutput(
-            loss, {"loss/warmup": global_sum(loss.detach()), "tokens": float(batch.lengths.sum())}
-        )
+        logs: dict[str, Tensor | float] = {"loss/warmup": global_sum(loss.detach())}
+        if self.lambda_img and batch.images is not None:
+            count = global_sum(batch.images.mask.sum()).clamp(min=1)
+            image = model.image_losses(items, batch.images).sum() / count
+            logs["loss/image"] = global_sum(image.detach())
+            loss = loss + self.lambda_img * image
+        return StepOutput(loss, {**logs, "tokens": float(batch.lengths.sum())})
 
     @torch.no_grad()
     def gap(self, model: KarmaModel, batch: TokenBatch) -> float:
         """CE(shuffled e) - CE(e) in nats per token: 0 when the decoder ignores the item."""
-        items = model.interest.encode_items(batch.tokens, batch.lengths)
+        items = model.interest.encode_items(batch.tokens, batch.lengths, batch.rows)
         own = decoded_losses(model.decode_items(batch.tokens, batch.lengths, items), "token_mean")
         other = items.roll(1, 0)
         shuffled = decoded_losses(
@@ -106,7 +118,7 @@ class WarmupStep:
 
 @dataclass(frozen=True)
 class JointStep:
-    """Stage 2: L_act + lambda_dec (L_gen + L_recon) on behaviour sequences.
+    """Stage 2, equation 9, on behaviour sequences.
 
     With `micro_batch_size` the users pass through memory so many at a time, by the gradient
     cache; loss and gradients are those of the whole batch, and the backward pass is done.
@@ -119,7 +131,7 @@ class JointStep:
     micro_tokens: int = 16_384
 
     def __call__(self, model: nn.Module, batch: Batch) -> StepOutput:
-        """Equations 5 to 7 on one batch."""
+        """Equations 5 to 8 on one batch."""
         assert isinstance(model, KarmaModel)
         shared = share_items(batch)
         batch, count = shared.batch, self._counts(shared.batch)
@@ -132,27 +144,8 @@ class JointStep:
             sums, total = self._sums(model, batch, items, history, pool, count)
         values = torch.stack([value.detach().float() for value in sums.values()])
         logs: dict[str, Tensor | float] = dict(zip(sums, global_sum(values), strict=True))
-        logs.update(self._work(model, shared))
+        logs.update(work_done(model, shared, self.objective, self.is_frozen(model.progress)))
         return StepOutput(total, logs)
-
-    def _work(self, model: KarmaModel, shared: SharedBatch) -> dict[str, Tensor | float]:
-        """What the step was made of: this worker's counts, and the work that was not done twice."""
-        batch, frozen = shared.batch, self.is_frozen(model.progress)
-        slots = batch.item_tokens.numel() + 2 * batch.step_mask.numel()
-        flops = joint_flops(
-            model, batch, generation=builds_generation(self.objective),
-            reconstruction=builds_reconstruction(self.objective),
-            encoder=("frozen" if model.bank is None else "bank") if frozen else "full",
-            positions=self.objective.act_positions, own=shared.own, pool=len(shared.pool),
-        )  # fmt: skip
-        return {
-            "negatives/pool": float(len(shared.pool)),
-            "work/duplicates_removed": 1.0 - shared.num_items / max(1, shared.num_uses),
-            "work/padding_removed": 1.0 - batch.num_tokens / max(1, slots),
-            "tokens": float(batch.item_lengths[shared.own].sum() + 2 * batch.step_mask.sum()),
-            "examples": float(batch.num_windows),
-            "flops": flops,
-        }
 
     def is_delayed(self, progress: float) -> bool:
         """Whether the item encoder has yet to start at this share of the training."""
@@ -204,9 +197,10 @@ class JointStep:
         return model.bank[batch.item_rows]
 
     def _counts(self, batch: Batch) -> Tensor:
-        """Trained and decoded steps over all workers [2], what the sums are divided by."""
+        """Trained, decoded and pictured steps over all workers [3], divisors of the sums."""
         trained = trained_steps(batch, self.objective.act_positions).sum()
-        return global_sum(torch.stack([trained, batch.decode_mask.sum()])).clamp(min=1)
+        counts = torch.stack([trained, batch.decode_mask.sum(), num_images(batch)])
+        return global_sum(counts).clamp(min=1)
 
     def _sums(
         self, model: KarmaModel, batch: Batch, items: Tensor, history: Tensor, pool: Pool,
@@ -218,8 +212,12 @@ class JointStep:
         inputs of the user decoder.
         """
         objective = self.objective
-        text: Decoded | None = None
-        if builds_generation(objective):
+        text, first = None, None
+        if builds_image(objective) and model.imagery is not None and model.imagery.in_task1:
+            interest, text, first = model.forward_with_images(
+                batch, history, text=builds_generation(objective)
+            )
+        elif builds_generation(objective):
             interest, text = model.forward_with_text(batch, history)
         else:
             interest = model.interest.interest(batch, history)
@@ -233,15 +231,19 @@ class JointStep:
             values = decoded_losses(task, objective.ce_reduction)
             return (values * decoded).sum() / count[1]
 
-        reconstruction = None
+        reconstruction, images = None, {}
+        rows = decoded_interest(batch, interest)
         if builds_reconstruction(objective):
-            reconstruction = mean(model.decode_interest(batch, decoded_interest(batch, interest)))
+            reconstruction = mean(model.decode_interest(batch, rows))
+        if builds_image(objective):
+            images = image_means(model, batch, rows, first, count[2])
         generation = None if text is None else mean(text)
-        terms = LossTerms(action.loss / count[0], generation, reconstruction)
+        image = images.get("loss/image")
+        terms = LossTerms(action.loss / count[0], generation, reconstruction, image)
         total = terms.total(objective)
         hard, in_batch = action.negatives / count[0]
         negatives = {"negatives/hard_per_step": hard, "negatives/surviving": hard + in_batch}
-        return {**terms.named(), "loss/total": total, **negatives}, total
+        return {**images, **terms.named(), "loss/total": total, **negatives}, total
 
     @torch.no_grad()
     def probe(self, model: KarmaModel, batch: Batch) -> dict[str, float]:
@@ -270,6 +272,7 @@ class JointStep:
         return {
             "decode_gap": float((shuffled - own).mean()),
             "decode_ce": float(own.mean()),
+            **image_gap(model, batch, rows, other),
             "collapse/effective_rank_e": float(effective_rank(items.float())),
             "collapse/effective_rank_h": float(effective_rank(trained)),
             "collapse/mean_cosine_e": float(mean_cosine(items.float())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from dataclasses import fields
 
@@ -12,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from karma_ray.cluster.batches import stream_batches
-from karma_ray.cluster.stages import TrainingCollate, collate_tokens
+from karma_ray.cluster.batches import local_blocks, ray_blocks, stream_batches
+from karma_ray.cluster.stage_images import TokenCollate
+from karma_ray.cluster.stages import TrainingCollate
 from karma_ray.data.batch import Batch
 from karma_ray.training.order import Order, Source
 from tests import tiny
@@ -139,8 +141,27 @@ def test_ray_data_streams_the_batches_of_this_process(
             assert torch.equal(getattr(one, field.name), getattr(other, field.name))
 
 
+@pytest.mark.ray
+def test_rows_come_when_training_holds_every_cpu(ray_cluster: None, source: Source) -> None:
+    import ray
+
+    everything = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
+    ray.get(everything.ready(), timeout=60)
+    order = Order(source, 7, BATCH, 0, 1, 1000)
+    windows = tuple(order.windows(0, STEPS))
+    found: list[pa.Table] = []
+    reading = threading.Thread(target=lambda: found.extend(ray_blocks(order, windows)), daemon=True)
+    try:
+        reading.start()
+        reading.join(60)
+        assert not reading.is_alive()
+    finally:
+        ray.util.remove_placement_group(everything)
+    assert pa.concat_tables(found).equals(pa.concat_tables(local_blocks(source, windows)))
+
+
 def test_item_tokens_are_padded_to_the_longest() -> None:
     lists = pa.array([[5, 6, 7], [8], [9, 1]], pa.list_(pa.int32()))
-    batch = collate_tokens(pa.table({"token_ids": lists}), np.zeros(3, np.int64))
+    batch = TokenCollate()(pa.table({"token_ids": lists}), np.zeros(3, np.int64))
     assert batch.tokens.tolist() == [[5, 6, 7], [8, 0, 0], [9, 1, 0]]
     assert batch.lengths.tolist() == [3, 1, 2]

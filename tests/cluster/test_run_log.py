@@ -102,3 +102,27 @@ def test_on_an_object_store_the_log_is_one_object_written_now_and_then(
     lines = [(line["step"], line["seconds"]) for line in read_lines(f"{run}/metrics.jsonl")]
     assert lines == [(1, 1.0), (2, 2.0), (3, 3.0)]
     store.rm("/log-of-a-run", recursive=True)
+
+
+def test_the_driver_tells_an_alarm_of_far_away_workers_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def write(step: int, start: int = 0, **more: float) -> None:
+        log = RunLog(str(tmp_path), "joint", start)
+        log.add({"step": step, "seconds": 1.0, "collapse/mean_cosine_e": 0.97, **more})
+        log.close()
+
+    told = {"alarm/mean_cosine_e": 0.9}
+    with ProgressLine(str(tmp_path), "joint", 2):
+        write(1, **told)
+        time.sleep(1.2)
+        write(2, start=1)
+    assert [m for m in caplog.messages if "collapse alarm at step 1" in m] == caplog.messages
+    assert len(caplog.messages) == 1
+    caplog.clear()
+    with ProgressLine(str(tmp_path), "joint", 3):  # the run goes on
+        write(3, start=2)
+    assert not caplog.messages
+    again = RunLog(str(tmp_path), "joint", 3)
+    again.close()
+    assert [line["step"] for line in again.earlier] == [1, 2, 3]

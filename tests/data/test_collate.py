@@ -114,7 +114,7 @@ RANDOM = {"num_decoded": 2, "drop_query": 0.3}
 HARD = ("hard_index", "hard_mask", "item_index", "item_rows", "item_tokens", "item_lengths",
         "item_content")  # fmt: skip
 QUERY = ("query_index", "query_tokens", "query_lengths")
-DECODE = ("decode_step", "decode_mask")
+DECODE = ("decode_step", "decode_mask", "visual_feature", "visual_mask")
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from karma_ray.metrics.collapse import effective_rank, linear_cka, mean_cosine
+from karma_ray.metrics.collapse import effective_rank, label_probe, linear_cka, mean_cosine
 
 
 @pytest.mark.parametrize("size", [1, 4, 17])
@@ -54,3 +54,42 @@ def test_half_precision_and_gradients_are_accepted() -> None:
     rows = torch.eye(4, dtype=torch.bfloat16, requires_grad=True)
     assert effective_rank(rows) == pytest.approx(4.0, rel=1e-4)
     assert mean_cosine(rows) == 0.0
+
+
+def _labelled(spread: float, num: int = 240) -> tuple[torch.Tensor, list[str | None], list[int]]:
+    """Vectors around one of four corners; every text is there twice."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = torch.arange(num) // 2 % 4
+    vectors = torch.eye(4)[kinds] + spread * torch.randn(num, 4, generator=generator)
+    return vectors, [f"label {kind}" for kind in kinds.tolist()], [n // 2 for n in range(num)]
+
+
+def test_the_probe_reads_a_label_that_is_there_and_not_one_that_is_not() -> None:
+    vectors, labels, groups = _labelled(0.1)
+    found = label_probe(vectors, labels, groups, seed=0)
+    assert found is not None
+    assert (found.accuracy, found.num_labels) == (100.0, 4)
+    assert found.num_tested == pytest.approx(0.3 * 240, abs=2)
+    noise = torch.randn(len(vectors), 4, generator=torch.Generator().manual_seed(1))
+    blind = label_probe(noise, labels, groups, seed=0)
+    assert blind is not None and blind.accuracy < 50
+    constant = label_probe(torch.ones(len(vectors), 4), labels, groups, seed=0)
+    assert constant is not None and constant.accuracy == pytest.approx(constant.majority)
+
+
+def test_the_probe_cannot_be_passed_by_remembering_a_text() -> None:
+    """Two copies of a text stand on one side: a vector that names the text is no use."""
+    _, labels, groups = _labelled(0.1)
+    names = torch.eye(120)[torch.tensor(groups)]
+    found = label_probe(names, labels, groups, seed=0)
+    assert found is not None and found.accuracy < 50
+
+
+def test_rare_and_missing_labels_are_left_out_of_the_probe() -> None:
+    vectors, labels, groups = _labelled(0.1)
+    some: list[str | None] = [None if n % 5 == 0 else label for n, label in enumerate(labels)]
+    some[1:4] = ["rare"] * 3
+    found = label_probe(vectors, some, groups, seed=0)
+    assert found is not None and found.num_labels == 4
+    assert label_probe(vectors, ["one"] * len(labels), groups, seed=0) is None
+    assert label_probe(vectors, [None] * len(labels), groups, seed=0) is None

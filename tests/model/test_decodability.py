@@ -12,7 +12,12 @@ from karma_ray.data.collate import Batch
 from karma_ray.data.prompts import SpecialIds
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import run_body, token_embeddings
-from karma_ray.model.decodability import TextTargets, history_to_text, text_targets
+from karma_ray.model.decodability import (
+    TextTargets,
+    history_to_text,
+    strangers_text,
+    text_targets,
+)
 from karma_ray.model.karma import Decoded, KarmaModel
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.training.step import JointStep, decoded_interest, decoded_losses
@@ -370,3 +375,53 @@ def test_full_token_dropout_leaves_only_h() -> None:
     said = task.targets.mask
     same = task.states[:1].expand_as(task.states)
     torch.testing.assert_close(task.states[said], same[said])
+
+
+# --- strangers' texts ------------------------------------------------------------------------
+
+
+def _decoded_items(batch: Batch) -> Tensor:
+    return batch.item_rows[batch.item_index.gather(1, batch.decode_step).flatten()]
+
+
+def test_shuffled_texts_are_other_items_texts_and_still_reach_h() -> None:
+    karma, batch = tiny.model(recon_text="shuffled"), tiny.batch()
+    h = _some_h(batch).requires_grad_()
+    task = karma.decode_interest(batch, h)
+    own, rows = karma.targets(batch), batch.decode_mask.flatten()
+    mine = [label[mask].tolist() for label, mask in zip(own.labels, own.mask, strict=True)]
+    found = [
+        label[mask].tolist()
+        for label, mask in zip(task.targets.labels, task.targets.mask, strict=True)
+    ]
+    assert not any(a == b for a, b, real in zip(found, mine, rows, strict=True) if real)
+    # the same texts are decoded, so the same tokens are computed
+    assert sorted(found) == sorted(mine)
+    _losses(task, batch).sum().backward()
+    assert h.grad is not None and bool((h.grad[rows].norm(dim=1) > 0).all())
+
+
+def test_every_batch_shuffles_anew_and_measurements_do_not() -> None:
+    karma, batch = tiny.model(recon_text="shuffled"), tiny.batch()
+    h = _some_h(batch)
+    first, again, other = (
+        karma.decode_interest(replace(batch, row_key=batch.row_key + shift), h).targets.labels
+        for shift in (0, 0, 1)
+    )
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    measured = karma.decode_interest(batch, h, dropout=False).targets
+    assert torch.equal(measured.labels, karma.targets(batch).labels)
+
+
+def test_no_position_decodes_its_own_item_however_often_it_stands_there() -> None:
+    items = torch.tensor([7, 7, 7, 3, 4, 5, 9, 7])
+    labels = items[:, None].clone()
+    mask = torch.ones(8, 1, dtype=torch.bool)
+    mask[6] = False
+    for key in range(20):
+        found = strangers_text(TextTargets(labels, labels, mask), items, key)
+        said = found.mask[:, 0]
+        assert not bool((found.labels[:, 0] == items)[said].any())
+        assert not bool(said[6])
+    # 4 of 7 rows hold one item: one of them at least has nobody else's text to take
+    assert int(said.sum()) == 6

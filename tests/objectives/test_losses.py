@@ -9,6 +9,7 @@ from karma_ray.objectives.losses import (
     LossTerms,
     ObjectiveConfig,
     builds_generation,
+    builds_image,
     builds_reconstruction,
 )
 
@@ -19,6 +20,15 @@ def test_the_total_is_the_papers_weighted_sum() -> None:
     config = ObjectiveConfig(lambda_dec=0.5, generation=2.0, reconstruction=0.1)
     total = LossTerms(ACTION, GENERATION, RECONSTRUCTION).total(config)
     assert total.item() == pytest.approx(1 + 0.5 * (2.0 * 10 + 0.1 * 100))
+
+
+def test_the_image_term_is_weighed_beside_the_texts() -> None:
+    config = ObjectiveConfig(lambda_dec=0.5, lambda_img=0.3)
+    terms = LossTerms(ACTION, image=torch.tensor(20.0))
+    assert terms.total(config).item() == pytest.approx(1 + 0.5 * 0.3 * 20)
+    assert terms.named()["loss/image"].item() == 20.0
+    assert builds_image(config) and not builds_image(ObjectiveConfig())
+    assert not builds_image(ObjectiveConfig(lambda_dec=0.0, lambda_img=0.3))
 
 
 def test_the_defaults_are_equation_nine_with_lambda_one() -> None:

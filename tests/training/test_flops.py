@@ -55,7 +55,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
 
     def watched(
         body: nn.Module, embeddings: Tensor, visible: Tensor | None = None,
-        positions: Tensor | None = None, real: Tensor | None = None,
+        positions: Tensor | None = None, real: Tensor | None = None, deep: tuple[Tensor, ...] = (),
     ) -> Tensor:  # fmt: skip
         rows, slots = embeddings.shape[:2]
         if real is None:
@@ -69,7 +69,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[Pass]:
         padding = 0 if worth_packing(real) else rows * slots - tokens
         # On a CPU attention runs on the padded grid.
         seen.append((body, tokens, pairs, padding, rows * slots * slots - pairs))
-        return run_body(body, embeddings, visible, positions, real)
+        return run_body(body, embeddings, visible, positions, real, deep)
 
     for module in (decodability, item_encoder, user_decoder):
         monkeypatch.setattr(module, "run_body", watched)

@@ -19,7 +19,7 @@ from karma_ray.training.item_table import share_items
 from karma_ray.training.meters import COUNTS
 from karma_ray.training.parallel import global_sum, sum_gradients
 from karma_ray.training.step import JointStep
-from tests import tiny
+from tests import pictures, tiny
 from tests.gloo import run_workers
 
 ROWS = [
@@ -30,11 +30,17 @@ ROWS = [
     tiny.window(["i20", "i0", "i21", "i9"], user="e"),
 ]
 STEP = JointStep(ObjectiveConfig())
+IMAGES = JointStep(ObjectiveConfig(lambda_img=0.5))
 Found = tuple[Tensor, dict[str, Tensor], dict[str, float]]
 
 
 def _batch(rows: slice = slice(None)) -> Batch:
     return tiny.batch(tiny.sequences(*ROWS[rows]))
+
+
+def _pictured(rows: slice = slice(None)) -> Batch:
+    """With images of most items; a row's random draws stay its own wherever it goes."""
+    return pictures.batch(tiny.sequences(*ROWS[rows]), first=rows.start or 0)
 
 
 def _step(step: JointStep, batch: Batch, build: Callable[[], KarmaModel] = tiny.model) -> Found:
@@ -91,6 +97,16 @@ def test_every_layout_goes_in_parts(layout: str, query_mode: str) -> None:
 
     parts = JointStep(ObjectiveConfig(), micro_batch_size=2, micro_tokens=30)
     _assert_close(_step(parts, _batch(), build), _step(STEP, _batch(), build))
+
+
+@pytest.mark.parametrize("head", ["fm", "mse"])
+@pytest.mark.parametrize("micro_batch_size", [1, 2])
+def test_the_visual_term_goes_in_parts(head: str, micro_batch_size: int) -> None:
+    def build() -> KarmaModel:
+        return pictures.model(imagery={"img_head": head})
+
+    parts = replace(IMAGES, micro_batch_size=micro_batch_size, micro_tokens=30)
+    _assert_close(_step(parts, _pictured(), build), _step(IMAGES, _pictured(), build))
 
 
 def test_the_encoders_random_numbers_are_replayed() -> None:
@@ -161,11 +177,14 @@ STEPS = {
     "frozen": JointStep(ObjectiveConfig(), encoder_grad="frozen", micro_batch_size=1),
     "targets_only": JointStep(ObjectiveConfig(), encoder_grad="targets_only"),
 }
+PICTURED = {"images": IMAGES, "images_in_parts": replace(IMAGES, micro_batch_size=1)}
 
 
 def _worker(rank: int, size: int) -> dict[str, Any]:
     batch = _batch(SHARES[size][rank])
     found: dict[str, Any] = {name: _step(step, batch) for name, step in STEPS.items()}
+    pictured = _pictured(SHARES[size][rank])
+    found |= {name: _step(step, pictured, pictures.model) for name, step in PICTURED.items()}
     shared = share_items(batch)
     found["own"] = shared.batch.item_rows[shared.own]
     return found
@@ -180,6 +199,13 @@ def workers(request: pytest.FixtureRequest) -> list[dict[str, Any]]:
 @pytest.mark.parametrize("name", list(STEPS))
 def test_many_workers_are_one_worker(workers: list[dict[str, Any]], name: str) -> None:
     wanted = _step(STEPS[name], _batch())
+    for found in workers:
+        _assert_close(found[name], wanted)
+
+
+@pytest.mark.parametrize("name", list(PICTURED))
+def test_many_workers_are_one_worker_with_images(workers: list[dict[str, Any]], name: str) -> None:
+    wanted = _step(PICTURED[name], _pictured(), pictures.model)
     for found in workers:
         _assert_close(found[name], wanted)
 

@@ -18,7 +18,7 @@ from karma_ray.training.parallel import global_sum, sum_gradients
 from karma_ray.training.placement import bodies, clip_gradients, needs_all_workers, place
 from karma_ray.training.shards import is_sharded, local_part, whole
 from karma_ray.training.step import JointStep
-from tests import tiny
+from tests import pictures, tiny
 from tests.gloo import run_workers
 
 CPU = torch.device("cpu")
@@ -31,10 +31,15 @@ STEPS = {
     "whole": JointStep(ObjectiveConfig()),
     "parts": JointStep(ObjectiveConfig(), micro_batch_size=1, micro_tokens=20),
 }
+IMAGES = JointStep(ObjectiveConfig(lambda_img=0.5))
 
 
 def _batch(rows: slice = slice(None)) -> Batch:
     return tiny.batch(tiny.sequences(*ROWS[rows]))
+
+
+def _pictured(rows: slice = slice(None)) -> Batch:
+    return pictures.batch(tiny.sequences(*ROWS[rows]), first=rows.start or 0)
 
 
 def _gradients(step: JointStep, model: KarmaModel, batch: Batch) -> dict[str, Tensor]:
@@ -56,11 +61,14 @@ def _trained(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def _worker(rank: int) -> dict[str, Any]:
-    batch = _batch((slice(0, 2), slice(2, 3))[rank])
+    share = (slice(0, 2), slice(2, 3))[rank]
+    batch = _batch(share)
     training = TrainingConfig(parallelism="shard", activation_checkpointing=True)
     model = place(tiny.model().train(), training, CPU)
     assert needs_all_workers(model)
     found: dict[str, Any] = {name: _gradients(step, model, batch) for name, step in STEPS.items()}
+    pictured = place(pictures.model().train(), training, CPU)
+    found["images"] = _gradients(IMAGES, pictured, _pictured(share))
     split = [value for value in model.parameters() if is_sharded(value)]
     found["share"] = sum(local_part(p).numel() for p in split) / sum(p.numel() for p in split)
     found["norm"] = clip_gradients(model, 1e-3)
@@ -83,6 +91,12 @@ def test_sharded_layers_give_the_loss_and_gradients_of_one_worker(
     for found in sharded:
         torch.testing.assert_close(found[name], wanted, atol=1e-5, rtol=1e-4)
         assert found["share"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_sharded_layers_leave_the_visual_term_as_it_is(sharded: list[dict[str, Any]]) -> None:
+    wanted = _gradients(IMAGES, pictures.model(), _pictured())
+    for found in sharded:
+        torch.testing.assert_close(found["images"], wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_sharded_gradients_are_clipped_by_the_norm_of_the_whole(

@@ -1,0 +1,77 @@
+"""The paper's tables: rows x seeds on Ray, each finished run a small committed file, one report.
+
+    python jobs/ablate.py table1 --data DATA --seeds 3
+    python jobs/ablate.py table2 --data DATA --seeds 3 --rows karma_text,ar_mse_add
+    python jobs/ablate.py baselines --data DATA --set model.user_decoder.query_mode=none
+    python jobs/ablate.py report
+
+A run that stands in --results with the same configuration and data is not made again, so a study
+can be stopped and continued, also on another machine. docs/ablations.md lists the rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from karma_ray.cli import parser, run
+from karma_ray.cluster.pipeline import CACHE, toy_shop
+from karma_ray.cluster.study import run_study
+from karma_ray.cluster.study_plan import Data, chosen_rows, parsed_seeds, planned
+from karma_ray.errors import InputError, KarmaRayError
+from karma_ray.report.paper import TABLES
+from karma_ray.report.study_page import write_report
+
+CHOICES = [*TABLES, "report"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = _arguments(argv)
+    failed: dict[str, str] = {}
+    if arguments.table not in CHOICES:
+        raise InputError("TABLE", arguments.table, choices=CHOICES)
+    if arguments.table != "report" and not arguments.report_only:
+        data = Data.open(arguments.data or toy_shop(CACHE))
+        assignments = arguments.assignments
+        rows, skipped = chosen_rows(arguments.table, arguments.rows, data, assignments)
+        trials = planned(rows, parsed_seeds(arguments.seeds), data, assignments)
+        for name, reason in skipped.items():
+            print(f"skipped  {name}: {reason}")
+        outcome = run_study(
+            trials, data, arguments.results, runs="runs/study", cache=CACHE,
+            concurrent=arguments.concurrent, max_minutes=arguments.max_minutes,
+        )  # fmt: skip
+        print(f"runs     {outcome.told()}")
+        failed = outcome.failed
+    markdown, page = write_report(arguments.results)
+    print(f"report   {markdown} {page}")
+    if failed:
+        raise KarmaRayError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    flags = parser(__doc__ or "")
+    flags.add_argument("table", metavar="TABLE", help="one of: " + ", ".join(CHOICES))
+    flags.add_argument("--data", metavar="URI", help="data folder (default: the toy shop)")
+    flags.add_argument("--seeds", default="3", help="a count, or a list such as 0,4 (default: 3)")
+    flags.add_argument("--rows", metavar="A,B", help="only these rows of the table")
+    flags.add_argument(
+        "--concurrent", type=int, metavar="N",
+        help="trials at a time (default: one a core, as far as memory goes)",
+    )  # fmt: skip
+    flags.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
+        help="set a field in every row, for example training.steps=500 (repeatable)",
+    )  # fmt: skip
+    flags.add_argument(
+        "--results", default="docs/results", metavar="DIR",
+        help="folder of the records (default: docs/results); the report lies in DIR.md",
+    )  # fmt: skip
+    flags.add_argument("--report-only", action="store_true", help="run nothing")
+    flags.add_argument(
+        "--max-minutes", type=float, metavar="M", help="stop after M minutes, runs under way too"
+    )
+    return flags.parse_args(argv)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,108 @@
+"""What the stages of a run with a visual term need: where features lie, and of what shape."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from karma_ray.artifacts import absolute, exists, join, open_filesystem, read_manifest
+from karma_ray.config import Config
+from karma_ray.data.catalog import Catalog
+from karma_ray.data.draws import hashed
+from karma_ray.data.steps import flattened, list_sizes
+from karma_ray.data.visual import KIND, VisualFeatures, features_uri
+from karma_ray.errors import InputError
+from karma_ray.model.backbone import token_embeddings
+from karma_ray.model.imagery import Imagery, ImageShape, ImageTargets
+from karma_ray.model.interest import InterestModel
+from karma_ray.objectives.losses import builds_image
+from karma_ray.training.step import TokenBatch
+
+
+def visual_uri(config: Config, items_uri: str) -> str:
+    """The run's visual features; raises InputError, naming the command, when there are none."""
+    named = config.collate.visual_features
+    uri = absolute(named) if named else features_uri(items_uri)
+    if not exists(join(uri, "manifest.json")):
+        message = f"does not exist; make it by: python jobs/features.py {items_uri}"
+        raise InputError("collate.visual_features", uri, message)
+    return uri
+
+
+def load_visual(config: Config, items_uri: str, catalog: Catalog) -> VisualFeatures | None:
+    """The features, of a run that reconstructs them."""
+    if not builds_image(config.objective):
+        return None
+    return VisualFeatures.load(visual_uri(config, items_uri), catalog)
+
+
+def build_imagery(
+    config: Config, items_uri: str, interest: InterestModel, trained: str | None
+) -> Imagery | None:
+    """Image queries and head, of a run that asks for them.
+
+    Of finished weights (`trained`) the shape is theirs: features need not be there any more.
+    """
+    if not builds_image(config.objective):
+        return None
+    if trained is None:
+        facts = read_manifest(visual_uri(config, items_uri), KIND)
+        shape = ImageShape(int(facts["num_tokens"]), int(facts["width"]))
+    else:
+        shape = _saved_shape(trained)
+    rows = token_embeddings(interest.user_decoder.body)
+    return Imagery(config.model.imagery, shape, rows, config.seed)
+
+
+def imagery_key(config: Config, items_uri: str) -> dict[str, object]:
+    """What warmed-up weights depend on besides, in a run with a visual term."""
+    if not builds_image(config.objective):
+        return {}
+    features = read_manifest(visual_uri(config, items_uri), KIND)["content_hash"]
+    return {
+        "visual_features": features,
+        "imagery": dataclasses.asdict(config.model.imagery),
+        "lambda_img": config.objective.lambda_img,
+    }
+
+
+@dataclass(frozen=True)
+class TokenCollate:
+    """`item_tokens` rows, keys -> TokenBatch of stage 1; noise of images is drawn by the key."""
+
+    catalog: Catalog | None = None
+    visual: VisualFeatures | None = None
+
+    def __call__(self, rows: pa.Table, keys: np.ndarray) -> TokenBatch:
+        """Collate; images only where there are features."""
+        lengths = list_sizes(rows.column("token_ids"))
+        tokens = np.zeros((len(lengths), int(lengths.max())), np.int64)
+        real = np.arange(tokens.shape[1]) < lengths[:, None]
+        tokens[real] = flattened(rows.column("token_ids")).to_numpy()
+        images, found = None, None
+        if self.catalog is not None:
+            places = self.catalog.rows(rows.column("item_id").to_pylist())
+            found = torch.from_numpy(places)
+        if self.visual is not None:
+            values, mask = self.visual.gather(places)
+            images = ImageTargets(
+                torch.from_numpy(values), torch.from_numpy(mask), torch.from_numpy(hashed(keys))
+            )
+        return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(lengths), images, found)
+
+
+def _saved_shape(folder: str) -> ImageShape:
+    """From the header of saved weights; raises InputError when they hold no image queries."""
+    fs, path = open_filesystem(folder)
+    with fs.open(f"{path}/model.safetensors", "rb") as source:
+        header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
+    try:
+        tokens = header["imagery.queries"]["shape"][0]
+        return ImageShape(tokens, header["imagery.head.output.weight"]["shape"][0])
+    except KeyError:
+        raise InputError("objective.lambda_img", folder, "has no image queries in it") from None

@@ -1,0 +1,277 @@
+"""A study: rows of a table x seeds on one data set, on Ray; every finished run leaves a record.
+
+Trials share the first stages of their seed, which are therefore made before them. A record that
+is there is not made again, and a run that was cut off goes on from its newest checkpoint, so a
+study can be stopped at any time and continued, also elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from karma_ray.artifacts import absolute, join, read_json, value_hash, write_json
+from karma_ray.cluster.session import connect
+from karma_ray.cluster.study_plan import Data
+from karma_ray.cluster.trial import Trial, first_stage, first_stage_key, train_trial
+from karma_ray.config import Config, override, to_dict
+from karma_ray.errors import InputError
+from karma_ray.report.results import OUTCOMES, Record, outcomes_of, read_records, run_key, same_run
+
+LOG = logging.getLogger(__name__)
+ROOT = Path(__file__).resolve().parents[2]
+STATUS_SECONDS = 60.0
+TRIAL_GIB = 4.0
+"""Memory that a trial of the sizes studied here is expected to need at most."""
+
+
+@dataclass
+class Outcome:
+    """How a study ended: names of trials."""
+
+    there: list[str] = field(default_factory=list)
+    done: list[str] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
+    left: list[str] = field(default_factory=list)
+
+    def told(self) -> str:
+        """One line."""
+        parts = [f"{len(self.done)} made", f"{len(self.there)} were there"]
+        parts += [f"{len(self.failed)} failed"] if self.failed else []
+        parts += [f"{len(self.left)} left: {', '.join(self.left)}"] if self.left else []
+        return "; ".join(parts)
+
+
+def run_study(
+    trials: Sequence[Trial],
+    data: Data,
+    results: str | Path,
+    *,
+    runs: str,
+    cache: str,
+    concurrent: int | None = None,
+    max_minutes: float | None = None,
+) -> Outcome:
+    """Run what has no record yet, `concurrent` trials at a time (default: `possible_trials`).
+
+    After `max_minutes` running trials are stopped too; the next call continues them. Raises
+    InputError on a limit that is no limit.
+    """
+    if concurrent is not None and concurrent < 1:
+        raise InputError("--concurrent", concurrent, "must be at least 1")
+    if max_minutes is not None and max_minutes <= 0:
+        raise InputError("--max-minutes", max_minutes, "must be above 0")
+    results, outcome = Path(results), Outcome()
+    commit()  # what is loaded now, whatever is committed while this runs
+    known = read_records(results)
+    missing: list[Trial] = []
+    for trial in trials:
+        if finished_record(trial.config, data, known, results) is None:
+            missing.append(trial)
+        else:
+            LOG.info("%s is there", trial.name)
+            outcome.there.append(trial.name)
+    if missing:
+        connect()
+        prepare(missing, data)
+        slots = concurrent or possible_trials()
+        queue = _Queue(missing, data, results, absolute(runs), absolute(cache), slots, outcome)
+        queue.work(max_minutes)
+    return outcome
+
+
+def prepare(trials: Iterable[Trial], data: Data) -> None:
+    """Sequences and examples, and every configuration held against them; raises InputError."""
+    from karma_ray.cluster.continuation import check_sizes
+    from karma_ray.cluster.sharding import ensure_prepared
+
+    for trial in trials:
+        source = ensure_prepared(data.uri, trial.config.prepare)
+        check_sizes(trial.config, source, with_warmup=True)
+
+
+def finished_record(
+    config: Config, data: Data, known: Iterable[Record], results: Path
+) -> Record | None:
+    """The record of this run, seed and data, with its values per example."""
+    for record in known:
+        if same_run(record, config, data.hash) and outcomes_of(record, results) is not None:
+            return record
+    return None
+
+
+def possible_trials() -> int:
+    """Trials at a time: one a core, as far as memory goes."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return max(1, min(os.cpu_count() or 1, int(memory / TRIAL_GIB)))
+
+
+@functools.cache
+def commit() -> str | None:
+    """HEAD, with `+` where the package differs from it; None outside a repository."""
+    told = "describe --always --abbrev=40 --match= --dirty=+"
+    command = ["git", "-C", str(ROOT), *told.split()]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+class _Queue:
+    """First stages and trials, as many at a time as there are slots."""
+
+    def __init__(
+        self, trials: Sequence[Trial], data: Data, results: Path, runs: str, cache: str,
+        slots: int, outcome: Outcome,
+    ) -> None:  # fmt: skip
+        self.data, self.results, self.runs, self.cache = data, results, runs, cache
+        self.outcome, self.waiting, self.total = outcome, list(trials), len(trials)
+        self.slots = min(slots, len(trials))
+        self.threads = max(1, (os.cpu_count() or 1) // self.slots)
+        self.keys = {trial.name: first_stage_key(trial.config, data.uri) for trial in trials}
+        self.stages: dict[str, bool] = {}  # key -> made
+        self.running: dict[Any, tuple[str, Trial, float]] = {}  # task -> (stage key or "", ...)
+        self.seconds: list[float] = []
+
+    def work(self, max_minutes: float | None) -> None:
+        """Until nothing waits, or the time is over."""
+        import ray
+
+        deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
+        told = time.monotonic()
+        while (self.waiting or self.running) and time.monotonic() < deadline:
+            while len(self.running) < self.slots and self._start():
+                pass
+            patience = min(5.0, max(0.0, deadline - time.monotonic()))
+            for task in ray.wait(list(self.running), timeout=patience)[0]:
+                self._finish(task)
+            if time.monotonic() - told > STATUS_SECONDS:
+                told = time.monotonic()
+                self._tell()
+        stopped = [trial for stage, trial, _ in self.running.values() if not stage]
+        for task in self.running:
+            ray.cancel(task, force=True)
+        self.outcome.left = [trial.name for trial in [*stopped, *self.waiting]]
+
+    def _start(self) -> bool:
+        """Start the first trial whose first stage is made, or a first stage that is not."""
+        for trial in self.waiting:
+            key = self.keys[trial.name]
+            if key not in self.stages:
+                self.stages[key] = False
+                task = self._remote(first_stage).remote(trial.config, self.data.uri, self.cache)
+                self.running[task] = (key, trial, time.monotonic())
+                LOG.info("first stages of seed %d start", trial.config.seed)
+                return True
+            if self.stages[key]:
+                self.waiting.remove(trial)
+                config = self._placed(trial.config)
+                task = self._remote(train_trial).remote(
+                    config, self.data.uri, self.folder(trial), self.cache
+                )
+                self.running[task] = ("", trial, time.monotonic())
+                LOG.info("%s starts", trial.name)
+                return True
+        return False
+
+    def _finish(self, task: Any) -> None:
+        import ray
+
+        stage, trial, started = self.running.pop(task)
+        took = time.monotonic() - started
+        try:
+            found = ray.get(task)
+        except Exception as error:
+            reason = str(error).strip().splitlines()[-1]
+            LOG.error("%s failed: %s", "first stages of " * bool(stage) + trial.name, reason)
+            if stage:
+                lost = [t for t in self.waiting if self.keys[t.name] == stage]
+                self.waiting = [t for t in self.waiting if t not in lost]
+                self.outcome.failed.update({t.name: reason for t in lost})
+            else:
+                self.outcome.failed[trial.name] = reason
+            return
+        if stage:
+            self.stages[stage] = True
+            LOG.info("first stages of seed %d are made, %.0f s", trial.config.seed, took)
+            return
+        self.seconds.append(took)
+        self.outcome.done.append(trial.name)
+        write_record(trial, found, self.data, self.results)
+        LOG.info(
+            "%s finished in %.0f s: HR@50 %.1f, %d of %d trials, about %.0f minutes left",
+            trial.name, took, found["metrics"].get("HR@50", float("nan")),
+            self.total - len(self.waiting) - self._num_trials(), self.total, self._left() / 60,
+        )  # fmt: skip
+
+    def _num_trials(self) -> int:
+        return sum(not stage for stage, _, _ in self.running.values())
+
+    def _left(self) -> float:
+        """Seconds until the end if all trials are like the finished ones."""
+        mean = sum(self.seconds) / max(1, len(self.seconds))
+        now = time.monotonic()
+        begun = sum(min(mean, now - t) for stage, _, t in self.running.values() if not stage)
+        work = mean * (len(self.waiting) + self._num_trials()) - begun
+        return max(0.0, work) / self.slots
+
+    def _tell(self) -> None:
+        for stage, trial, _ in self.running.values():
+            if not stage:
+                LOG.info("%s %s", trial.name, trial.progress(self.folder(trial)))
+
+    def folder(self, trial: Trial) -> str:
+        """The run folder: the same for the same run, wherever it is continued."""
+        digest = run_key(to_dict(trial.config), self.data.hash)[:8]
+        return join(self.runs, f"{self.data.name}-{trial.name}-{digest}")
+
+    def _placed(self, config: Config) -> Config:
+        return override(config, [f"training.threads_per_worker={self.threads}"])
+
+    def _remote(self, function: Any) -> Any:
+        """A task in a process of its own, so that its peak memory is that of one trial."""
+        import ray
+
+        resources = ray.cluster_resources()
+        return ray.remote(
+            num_cpus=max(1, int(resources["CPU"] / self.slots)),
+            num_gpus=min(1.0, resources.get("GPU", 0.0) / self.slots),
+            max_calls=1,
+            max_retries=0,
+        )(function)
+
+
+def write_record(trial: Trial, found: Record, data: Data, results: Path) -> None:
+    """Values per example first, so that a record never lacks them."""
+    stem = f"{data.name}-{trial.name}"
+    digest = run_key(to_dict(trial.config), data.hash)[:8]
+    path = results / f"{stem}.json"
+    # Another configuration of the same row and seed keeps its file.
+    if path.exists() and not same_run(read_json(str(path)), trial.config, data.hash):
+        stem, path = f"{stem}-{digest}", results / f"{stem}-{digest}.json"
+    examples, outcomes = found.pop("examples"), found.pop("outcomes")
+    folder = results / OUTCOMES
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {"examples": f"{data.name}-{value_hash(examples.hex())[:8]}.npz",
+             "outcomes": f"{stem}.npz"}  # fmt: skip
+    for name, content in zip(names.values(), (examples, outcomes), strict=True):
+        (folder / name).write_bytes(content)
+    record = {
+        "data": data.name,
+        "row": trial.row,
+        "recipe": trial.config.recipe,
+        "seed": trial.config.seed,
+        "set": list(trial.extra),
+        "assignments": list(trial.assignments),
+        **found,
+        **names,
+        "commit": commit(),
+        "data_hash": data.hash,
+        "config": to_dict(trial.config),
+    }
+    write_json(record, str(path))

@@ -1,0 +1,130 @@
+"""What a study runs: the data set, its settings, rows of a table x seeds as trials."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import pyarrow.dataset as ds
+
+from karma_ray import recipes
+from karma_ray.artifacts import absolute, exists, join, open_filesystem
+from karma_ray.cluster.trial import Trial
+from karma_ray.config import override
+from karma_ray.data.prepared import fingerprint, read_data_manifest, require_data
+from karma_ray.data.visual import features_uri
+from karma_ray.errors import InputError
+from karma_ray.report.paper import TABLES, Row
+
+HERE = ("training.num_workers=0", "training.threads_per_worker=1")
+"""A trial trains inside its own process."""
+_LONG = ("training.steps=1000", "training.validate_every=200", *HERE)
+SETTINGS: dict[str, tuple[str, ...]] = {
+    # The shape of the `toy` recipe, for longer: every recipe of the toy shop with the same one.
+    "toy_shop": (
+        "model.tiny.hidden_size=64", "model.tiny.intermediate_size=192",
+        "model.tiny.vocab_size=2048", "model.score.scale=10", "objective.hard_weight=2",
+        "objective.lambda_dec=0.1", "training.encoder_delay=0.4", "training.encoder_lr=0.3",
+        "pretrain.steps=200", "warmup.steps=200", "training.learning_rate=0.002",
+        "training.batch_size=64", "training.steps=1500", "training.validate_every=150", *HERE,
+    ),
+    # Without queries clicks alone collapse an encoder that learns from the start.
+    "amazon_industrial": ("training.encoder_delay=0.4", "training.encoder_lr=0.3", *_LONG),
+    "*": _LONG,
+}  # fmt: skip
+"""What a study sets for a data set by name (`*`: any other); --set comes after it."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set of a study."""
+
+    uri: str
+    name: str
+    hash: str
+
+    @classmethod
+    def open(cls, uri: str) -> Data:
+        """Raises InputError when there are no data."""
+        require_data(uri)
+        manifest = read_data_manifest(uri)
+        name = str(manifest.get("name") or absolute(uri).rstrip("/").rsplit("/", 1)[-1])
+        return cls(absolute(uri), name, str(manifest.get("data_hash") or fingerprint(uri)))
+
+    def has_images(self) -> bool:
+        """Whether any item has a picture."""
+        fs, path = open_filesystem(join(self.uri, "items"))
+        files = sorted(name for name in fs.find(path) if name.endswith(".parquet"))
+        items = ds.dataset(files, filesystem=fs, format="parquet")
+        if "image" not in items.schema.names:
+            return False
+        filled = items.head(1, columns=["image"], filter=ds.field("image").is_valid())
+        return bool(filled.num_rows)
+
+
+def chosen_rows(
+    table: str, names: str | None, data: Data, extra: Sequence[str] = ()
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows of a table to run, and those that cannot be with the reason.
+
+    `names` is comma-separated; `extra` is what will be set. Raises InputError on an unknown table
+    or row.
+    """
+    if table not in TABLES:
+        raise InputError("TABLE", table, choices=list(TABLES))
+    rows = {row.name: row for row in TABLES[table].rows}
+    wanted = list(rows) if names is None else [name.strip() for name in names.split(",")]
+    wanted = list(dict.fromkeys(wanted))
+    for name in wanted:
+        if name not in rows:
+            raise InputError("--rows", name, f"is no row of {table}", choices=list(rows))
+    skipped = {name: reason for name in wanted if (reason := _missing(rows[name], data, extra))}
+    return [rows[name] for name in wanted if name not in skipped], skipped
+
+
+def _missing(row: Row, data: Data, extra: Sequence[str]) -> str:
+    """Why a row cannot be run on these data; "" where it can."""
+    if row.built_from not in recipes.names():
+        return f"there is no recipe {row.built_from} yet"
+    if row.built_from in recipes.CEILINGS and not exists(join(data.uri, "truth")):
+        return f"nobody knows the truth of {data.name}"
+    if row.needs_images and not any(a.startswith("collate.visual_features=") for a in extra):
+        if not data.has_images():
+            return f"the items of {data.name} have no images"
+        if not exists(features_uri(data.uri)):
+            return f"the images have no features; make them by: python jobs/features.py {data.uri}"
+    return ""
+
+
+def parsed_seeds(text: str) -> list[int]:
+    """`3` -> [0, 1, 2]; `0,4` -> [0, 4]; `4,` -> [4]. Raises InputError."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+        if "," not in text:
+            numbers = list(range(numbers[0]))
+        if numbers and min(numbers) >= 0:
+            return list(dict.fromkeys(numbers))
+    except (ValueError, IndexError):
+        pass
+    message = "is neither a count nor a comma-separated list of seeds from 0"
+    raise InputError("--seeds", text, message, choices=["3", "0,1,2", "7,"])
+
+
+def planned(
+    rows: Iterable[Row], seeds: Sequence[int], data: Data, extra: Sequence[str] = (),
+    study: Sequence[str] | None = None,
+) -> list[Trial]:  # fmt: skip
+    """Every row x seed, seed by seed, built before the first starts so that a typo ends it at once.
+
+    `study` replaces the settings of the data set, `extra` comes after them.
+    """
+    base = SETTINGS.get(data.name, SETTINGS["*"]) if study is None else tuple(study)
+    trials = []
+    for row in rows:
+        config = override(recipes.build(row.built_from), [*base, *row.settings, *extra])
+        config.training.check()
+        trials += [
+            Trial(row.name, replace(config, seed=seed), (*base, *extra), tuple(extra))
+            for seed in seeds
+        ]
+    return sorted(trials, key=lambda trial: seeds.index(trial.config.seed))

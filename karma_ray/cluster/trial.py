@@ -1,0 +1,132 @@
+"""One run of a study, in a process of its own, and what is kept of it."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from karma_ray import recipes
+from karma_ray.artifacts import RunFolder, exists, open_filesystem, read_lines, value_hash
+from karma_ray.config import Config
+
+CURVE = ("HR@10", "HR@50", "HR@200", "gAUC", "JS@50_excl_gt", "cold/HR@50")
+"""Validation metrics kept at every validated step."""
+_PROBES = ("decode", "collapse/", "negatives/", "sink", "loss/")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A row with one seed."""
+
+    row: str
+    config: Config
+    assignments: tuple[str, ...]
+    """What was set beyond the row's own recipe and settings."""
+    extra: tuple[str, ...] = ()
+    """The part of them that is not the data set's study settings."""
+
+    @property
+    def name(self) -> str:
+        """`ROW-seedN`."""
+        return f"{self.row}-seed{self.config.seed}"
+
+    def progress(self, run: str) -> str:
+        """How far its run is, from the run's log."""
+        steps = [line["step"] for line in read_lines(RunFolder(run).metrics_lines)
+                 if line["stage"] == "joint"]  # fmt: skip
+        return f"is at step {max(steps, default=0)} of {self.config.training.steps}"
+
+
+def first_stage_key(config: Config, data: str) -> str:
+    """Equal for configurations that share what `first_stage` makes."""
+    from karma_ray.cluster.stages import pretrain_key, warmup_key
+
+    stages = [pretrain_key(config, ""), warmup_key(config, "", data)]
+    trained = config.recipe in recipes.TRAINED
+    return value_hash([stages if trained else None, vars(config.evaluation), config.seed])
+
+
+def first_stage(config: Config, data: str, cache: str) -> None:
+    """Pretraining, warm-up and floors into the cache."""
+    from karma_ray.cluster.assessment import Judge, floor_metrics
+    from karma_ray.cluster.pipeline import start_stage
+    from karma_ray.cluster.sharding import ensure_prepared
+
+    source = ensure_prepared(data, config.prepare)
+    if config.recipe in recipes.TRAINED:
+        start_stage(config, source, cache)
+    floor_metrics(Judge(config, source), cache)
+
+
+def train_trial(config: Config, data: str, out: str, cache: str) -> dict[str, Any]:
+    """Train and measure; returns the record's measured part, values per example included.
+
+    An interrupted run has its configuration and perhaps checkpoints: it goes on from there.
+    """
+    import torch
+
+    from karma_ray.cluster.pipeline import train_run
+
+    started = time.monotonic()
+    torch.set_num_threads(config.training.num_threads())
+    folder = RunFolder(out)
+    resumed = exists(folder.config)
+    metrics = train_run(config, data, out, resume=resumed, cache=cache)
+    lines = list(read_lines(folder.metrics_lines))
+    joint = [line for line in lines if line["stage"] == "joint"]
+    return {
+        "metrics": metrics,
+        "probes": _kept(joint[-1], _PROBES) if joint else {},
+        "curve": _curve(lines),
+        "stage_seconds": {
+            stage: max(line["seconds"] for line in lines if line["stage"] == stage)
+            for stage in dict.fromkeys(line["stage"] for line in lines if line["stage"] != "valid")
+        },
+        "steps": joint[-1]["step"] if joint else 0,
+        "seconds": round(time.monotonic() - started, 1),
+        "resumed": resumed,
+        "peak_gib": _peak_gib(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "examples": _content(folder.path("outcomes", "examples.npz")),
+        "outcomes": _content(folder.path("outcomes", "outcomes.npz")),
+    }
+
+
+def _curve(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Validated steps; their seconds are those of the joint stage's training alone.
+
+    Time is written with every report, and validations fall between reports.
+    """
+    joint = [(line["step"], line["seconds"]) for line in lines if line["stage"] == "joint"]
+    steps, seconds = zip((0, 0.0), *joint, strict=True)
+    return [
+        {"step": line["step"], "seconds": round(float(np.interp(line["step"], steps, seconds)), 1)}
+        | {name: line[name] for name in CURVE if name in line}
+        for line in lines
+        if line["stage"] == "valid"
+    ]
+
+
+def _kept(line: dict[str, Any], prefixes: tuple[str, ...]) -> dict[str, float]:
+    return {name: value for name, value in line.items() if name.startswith(prefixes)}
+
+
+def _peak_gib() -> dict[str, float]:
+    """Peak memory of this process, and of its part of the GPU."""
+    import torch
+
+    # Kilobytes on Linux.
+    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+    if torch.cuda.is_available():
+        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return peak
+
+
+def _content(uri: str) -> bytes:
+    fs, path = open_filesystem(uri)
+    return bytes(fs.cat_file(path))

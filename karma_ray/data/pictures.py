@@ -1,0 +1,242 @@
+"""Item images -> square pixels -> encoded parts of the `visual_features` table.
+
+An image that cannot be read stops nothing: it is set aside with its file, row and reason.
+
+Legend: n images, S pixels of a side, N_v tokens of an image, d_v width of a token.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from PIL import Image, UnidentifiedImageError
+
+from karma_ray.artifacts import (
+    exists,
+    join,
+    open_filesystem,
+    read_json,
+    write_json,
+    write_table,
+)
+from karma_ray.data.catalog import usable_items
+from karma_ray.data.fragments import Fragment, list_fragments, read_fragment
+from karma_ray.data.schema import ITEMS, check_columns
+from karma_ray.data.visual import Moments, feature_rows
+from karma_ray.errors import InputError
+
+READ_ROWS = 256
+"""Rows read at once: bounds the memory that images take before they are made small."""
+MAX_PIXELS = 50_000_000
+"""A larger image is a mistake, or a bomb that takes the node's memory when it is unpacked."""
+UNUSED, USABLE, FITTED = 0, 1, 2
+"""What a row of items/ is: no item; an item; an item that statistics are fitted on."""
+
+
+class BrokenImage(ValueError):
+    """Bytes that are no readable image; the message is the reason."""
+
+
+class ImageEncoder(Protocol):
+    """A frozen encoder: pixels [n, S, S, 3] uint8 -> features [n, N_v, d_v] float32."""
+
+    @property
+    def side(self) -> int:
+        """S."""
+
+    def __call__(self, images: np.ndarray) -> np.ndarray:
+        """Encode a batch."""
+
+
+def decode(data: bytes, side: int) -> np.ndarray:
+    """Bytes of any format Pillow reads -> pixels [S, S, 3] uint8; raises BrokenImage.
+
+    The whole picture is kept: it is squeezed into the square. Transparent parts become white.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image: Image.Image = Image.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise BrokenImage(f"{image.width} x {image.height} pixels are too many")
+            image.draft("RGB", (2 * side, 2 * side))  # JPEG is unpacked at an eighth to a half
+            image.load()
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                ground = Image.new("RGBA", image.size, "white")
+                image = Image.alpha_composite(ground, image)
+            square = image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC)
+            return np.asarray(square)
+    except BrokenImage:
+        raise
+    except UnidentifiedImageError:  # whose message holds an address of memory
+        raise BrokenImage("in no known format") from None
+    except Exception as error:  # Pillow's decoders raise whatever their format brings
+        raise BrokenImage(f"{type(error).__name__}: {error}") from None
+
+
+def source_rows(items_uri: str, fitted_ids: pa.Array | None) -> np.ndarray:
+    """What each row [rows] uint8 of items/ is (UNUSED, USABLE, FITTED), by the catalogue's rules.
+
+    With `fitted_ids` statistics are fitted on those items, without on all. Raises InputError
+    on wrong columns, and when no file has a column `image`.
+    """
+    fragments, schemas = list_fragments(items_uri)
+    for path, schema in schemas:
+        check_columns(schema.empty_table(), ITEMS, path)
+    if all("image" not in schema.names for _, schema in schemas):
+        raise InputError("items", items_uri, "have no column `image`")
+    tables = [
+        read_fragment(items_uri, f.path, f.row_group, ["item_id", "title"]) for f in fragments
+    ]
+    table = pa.concat_tables(
+        check_columns(part, ITEMS, items_uri).select(["item_id", "title"]) for part in tables
+    )
+    kinds = usable_items(table).astype(np.uint8)
+    if fitted_ids is not None:
+        fitted = pc.is_in(table.column("item_id"), value_set=fitted_ids)
+        kinds[kinds.astype(bool) & fitted.to_numpy(zero_copy_only=False)] = FITTED
+    else:
+        kinds[kinds == USABLE] = FITTED
+    return kinds
+
+
+Row = tuple[int, str, bytes | None]
+"""Row number inside the fragment, item id, image."""
+
+
+def read_images(fragment: Fragment, folder: str) -> Iterator[list[Row]]:
+    """The rows of a fragment, READ_ROWS at a time."""
+    fs, _ = open_filesystem(folder)
+    start = 0
+    with fs.open(fragment.path, "rb") as source:
+        file = pq.ParquetFile(source)
+        columns = [name for name in ("item_id", "image") if name in file.schema_arrow.names]
+        for batch in file.iter_batches(READ_ROWS, row_groups=[fragment.row_group], columns=columns):
+            rows = range(start, start + len(batch))
+            ids = batch.column("item_id").cast(pa.string()).to_pylist()
+            images: list[bytes | None] = [None] * len(batch)
+            if "image" in columns:
+                images = batch.column("image").cast(pa.binary()).to_pylist()
+            yield list(zip(rows, ids, images, strict=True))
+            start += len(batch)
+
+
+def sample_images(
+    items_uri: str, kinds: np.ndarray, side: int, count: int, seed: int, max_fragments: int = 64
+) -> np.ndarray:
+    """At most `count` readable pictures [n, S, S, 3] of FITTED items, drawn with `seed`.
+
+    They come from at most `max_fragments` row groups, as many from each, so that a large
+    catalogue is not read whole.
+    """
+    generator = np.random.default_rng(seed)
+    fragments, _ = list_fragments(items_uri)
+    chosen = [fragments[place] for place in generator.permutation(len(fragments))[:max_fragments]]
+    pictures: list[np.ndarray] = []
+    for done, fragment in enumerate(chosen):
+        rows = kinds[fragment.order : fragment.order + fragment.num_rows] == FITTED
+        wanted = -(-(count - len(pictures)) // (len(chosen) - done))
+        drawn = set(generator.permutation(np.flatnonzero(rows))[:wanted].tolist())
+        for row, _, data in chain.from_iterable(read_images(fragment, items_uri)):
+            if row not in drawn or not data:
+                continue
+            # A broken one is set aside and counted when its part is encoded.
+            with suppress(BrokenImage):
+                pictures.append(decode(data, side))
+    if not pictures:
+        raise InputError("items", items_uri, "hold no readable image to fit on")
+    return np.stack(pictures)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What became of one row group of items/."""
+
+    order: int
+    """Row number inside items/ of its first row; names its files."""
+    with_image: int
+    without_image: int
+    broken: list[dict[str, Any]]
+    """Quarantined images: item_id, source_file, row, reason."""
+    shape: list[int]
+    """(N_v, d_v); empty when no item has an image."""
+    fitted: int
+    """Tokens of FITTED items behind the sums."""
+    total: list[float]
+    squares: list[float]
+
+    @property
+    def moments(self) -> Moments:
+        """Sums over FITTED items."""
+        return Moments(self.fitted, np.array(self.total), np.array(self.squares))
+
+
+def part_name(fragment: Fragment) -> str:
+    """Name of a fragment's part, the same in every attempt."""
+    return f"part-{fragment.order:012d}"
+
+
+def standing_part(fragment: Fragment, work: str) -> Part | None:
+    """The part of an earlier attempt, or None: its facts are written after its rows."""
+    facts = join(work, f"{part_name(fragment)}.json")
+    return Part(**read_json(facts)) if exists(facts) else None
+
+
+def encode_fragment(
+    fragment: Fragment, items_uri: str, kinds: np.ndarray, encoder: ImageEncoder, work: str
+) -> Part:
+    """Encode the images of one row group and write its part below `work`.
+
+    `kinds` [fragment rows] as from `source_rows`. Statistics are of FITTED items.
+    """
+    tables: list[pa.Table] = []
+    broken: list[dict[str, Any]] = []
+    sums = Moments(0, np.zeros(1), np.zeros(1))
+    without, shape = 0, []
+    for rows in read_images(fragment, items_uri):
+        items = [row for row in rows if kinds[row[0]] != UNUSED]
+        pictured = [row for row in items if row[2]]
+        without += len(items) - len(pictured)
+        kept, pictures, refused = _decoded(pictured, encoder.side, fragment)
+        broken += refused
+        if not kept:
+            continue
+        values = encoder(np.stack(pictures))
+        tables.append(feature_rows([item_id for _, item_id, _ in kept], values))
+        shape = list(values.shape[1:])
+        sums += Moments.of(values[kinds[[row for row, _, _ in kept]] == FITTED])
+    if tables:
+        write_table(pa.concat_tables(tables), work, part_name(fragment))
+    part = Part(
+        fragment.order, sum(map(len, tables)), without, broken, shape,
+        sums.count, sums.total.tolist(), sums.squares.tolist(),
+    )  # fmt: skip
+    write_json(asdict(part), join(work, f"{part_name(fragment)}.json"))
+    return part
+
+
+def _decoded(
+    rows: list[Row], side: int, fragment: Fragment
+) -> tuple[list[Row], list[np.ndarray], list[dict[str, Any]]]:
+    """Rows with a readable image, their pixels, and the others for the quarantine."""
+    kept, pictures, broken = [], [], []
+    for row in rows:
+        number, item_id, data = row
+        try:
+            pictures.append(decode(data or b"", side))
+            kept.append(row)
+        except BrokenImage as error:
+            place = {"source_file": fragment.path, "row": fragment.first_row + number}
+            broken.append({"item_id": item_id, **place, "reason": str(error)})
+    return kept, pictures, broken

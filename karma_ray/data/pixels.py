@@ -1,0 +1,90 @@
+"""The catalogue's pictures as small squares: decoded once per node, memory-mapped by all its
+processes. For item encoders that see; frozen features of pictures are data/visual.py.
+
+Legend: I items, n rows, S pixels of a side.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from karma_ray.artifacts import join, locked
+from karma_ray.data.catalog import Catalog
+from karma_ray.data.fragments import list_fragments
+from karma_ray.data.pictures import UNUSED, BrokenImage, decode, read_images, source_rows
+
+FORMAT = 1
+"""Raised when the code makes other pixels of the same image: older files are then not found."""
+
+
+@dataclass(frozen=True)
+class PixelTable:
+    """Pictures by catalogue row; an item without a readable one has none."""
+
+    values: np.ndarray  # [I, 1 + S * S * 3] uint8: 1 where there is a picture, then its pixels
+
+    @property
+    def side(self) -> int:
+        """S."""
+        return math.isqrt((self.values.shape[1] - 1) // 3)
+
+    def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Catalogue rows [n] int64 -> which have a picture [n] bool, and those pixels
+        [pictures, S, S, 3] uint8. Row -1 has none."""
+        pictured = (rows >= 0) & self.values[rows, 0].astype(bool)
+        found = self.values[rows[pictured], 1:]
+        return pictured, found.reshape(-1, self.side, self.side, 3)
+
+
+def catalog_pixels(catalog: Catalog, data_uri: str, side: int) -> PixelTable:
+    """The pictures of the data folder that `catalog` was loaded from.
+
+    Raises InputError when its items have no column `image`. Pictures that cannot be read count
+    as absent.
+    """
+    if catalog.copy is None:
+        values = np.zeros(_shape(catalog, side), np.uint8)
+        _fill(values, catalog, data_uri, side)
+        return PixelTable(values)
+    path = catalog.copy.with_name(f"{catalog.copy.stem}-{side}-{FORMAT}.pixels.npy")
+    if not path.exists():
+        with locked(str(path)):
+            if not path.exists():
+                _write(catalog, data_uri, side, path)
+    return PixelTable(np.asarray(np.load(path, mmap_mode="r")))
+
+
+def _shape(catalog: Catalog, side: int) -> tuple[int, int]:
+    return catalog.num_items, 1 + side * side * 3
+
+
+def _write(catalog: Catalog, data_uri: str, side: int, path: Path) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    values = np.lib.format.open_memmap(temporary, "w+", np.uint8, _shape(catalog, side))
+    try:
+        _fill(values, catalog, data_uri, side)
+    except BaseException:
+        temporary.unlink()
+        raise
+    values.flush()
+    os.replace(temporary, path)
+
+
+def _fill(values: np.ndarray, catalog: Catalog, data_uri: str, side: int) -> None:
+    items = join(data_uri, "items")
+    kinds = source_rows(items, None)
+    for fragment in list_fragments(items)[0]:
+        for rows in read_images(fragment, items):
+            used = [row for row in rows if row[2] and kinds[fragment.order + row[0]] != UNUSED]
+            places = catalog.rows([item_id for _, item_id, _ in used])
+            for place, (_, _, data) in zip(places, used, strict=True):
+                try:
+                    values[place, 1:] = decode(data or b"", side).reshape(-1)
+                except BrokenImage:
+                    continue
+                values[place, 0] = 1

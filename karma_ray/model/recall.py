@@ -1,0 +1,53 @@
+"""What retrieval needs of a model, whatever it is made of: e of items, h of requests, a score.
+
+Legend: B windows, T steps, U items, L tokens, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from karma_ray.data.batch import Batch
+from karma_ray.data.catalog import Catalog
+from karma_ray.model.adapters import Score
+
+
+class RecallModel(nn.Module, ABC):
+    """One contract for training, evaluation, index and serving."""
+
+    score: Score
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """D."""
+
+    @abstractmethod
+    def look_at(self, catalog: Catalog, data_uri: str) -> None:
+        """Take what is needed of a data folder's catalogue besides tokens, before items of it are
+        encoded."""
+
+    @abstractmethod
+    def encode_items(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Tokens [U, L], lengths [U] and catalogue rows [U] -> e [U, D]."""
+
+    @abstractmethod
+    def interest(self, batch: Batch, items: Tensor) -> Tensor:
+        """Next-interest embeddings h [B, T, D] at every step; `items` [U, D]."""
+
+    def last_interest(self, batch: Batch, items: Tensor) -> Tensor:
+        """h [B, D] at the last existing step of each window (a request's current query)."""
+        last = batch.step_mask.sum(1) - 1
+        rows = torch.arange(len(last), device=last.device)
+        return self.interest(batch, items)[rows, last]
+
+    def query_vectors(self, interest: Tensor) -> Tensor:
+        """h -> the vectors a request searches with, float32."""
+        return self.score.query_vectors(interest)
+
+    def index_vectors(self, items: Tensor) -> Tensor:
+        """e -> the vectors an index holds, float32."""
+        return self.score.index_vectors(items)

@@ -1,0 +1,254 @@
+"""Rows of a table against their baseline: differences, spread over seeds, bootstrap over users.
+
+Only records that were made under the same settings on the same data are compared, and only seeds
+that both have.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import statistics
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from karma_ray.metrics.significance import BootstrapResult, paired_bootstrap
+from karma_ray.report.paper import Row, Table
+from karma_ray.report.record import number
+from karma_ray.report.results import Record, baseline_key, outcomes_of, run_key
+from karma_ray.training.config import EXECUTION
+from karma_ray.training.outcomes import Outcomes
+
+METRICS = (
+    "gAUC", "HR@10", "HR@50", "HR@200", "HR@1000", "JS@50", "cold/HR@50", "in_query/HR@10",
+)  # fmt: skip
+"""Compared metrics; values per example are kept for all of them."""
+_Z_TWO_SIDED, _Z_POWER = 1.960, 0.842  # 5 % level, 80 % power
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row under one setting: its records, one a seed."""
+
+    row: Row
+    label: str
+    key: str
+    """`results.run_key` of its configuration."""
+    records: Mapping[int, Record]
+    outcomes: Mapping[int, Outcomes]
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed -> test metric."""
+        found = {seed: number(r["metrics"].get(metric)) for seed, r in self.records.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def mean(self, metric: str) -> float | None:
+        """Mean over the seeds."""
+        values = self.values(metric)
+        return statistics.fmean(values.values()) if values else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is compared: one data set under one condition."""
+
+    data: str
+    condition: str
+    baseline: Variant | None
+    variants: tuple[Variant, ...]
+
+    def find(self, row: str) -> Variant | None:
+        """The first variant of a row."""
+        return next((v for v in self.variants if v.row.name == row), None)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Row minus baseline in one metric, in points."""
+
+    mean: float
+    seeds: tuple[float, ...]
+    """The difference of each seed that both have."""
+    bootstrap: BootstrapResult | None
+    """Over users, the seeds pooled; None without values per example."""
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation over seeds."""
+        return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
+
+    @property
+    def is_saturated(self) -> bool:
+        """Whether no example differs, as where K reaches the size of the catalogue."""
+        found = self.bootstrap
+        return found is not None and found.low == found.high == 0 and not any(self.seeds)
+
+    @property
+    def detectable(self) -> float | None:
+        """Smallest difference found in four of five repetitions at the 5 % level.
+
+        (1.96 + 0.84) sqrt(se_users^2 + s_seeds^2 / n); of the users alone with one seed.
+        """
+        if self.bootstrap is None:
+            return None
+        of_users = (self.bootstrap.high - self.bootstrap.low) / (2 * _Z_TWO_SIDED)
+        of_seeds = (self.spread or 0.0) ** 2 / len(self.seeds)
+        return (_Z_TWO_SIDED + _Z_POWER) * math.sqrt(of_users**2 + of_seeds)
+
+    @property
+    def direction(self) -> int:
+        """1 or -1 where the interval excludes 0 and all seeds agree in sign, else 0."""
+        if self.bootstrap is None or self.bootstrap.low <= 0 <= self.bootstrap.high:
+            return 0
+        sign = 1 if self.mean > 0 else -1
+        return sign if all(sign * value > 0 for value in self.seeds) else 0
+
+
+def grouped(records: Iterable[Record], results: Path, table: Table) -> list[Group]:
+    """The table's records by data and condition, rows in the table's order."""
+    rows = {row.name: row for row in table.rows}
+    recipe = rows[table.baseline].built_from
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        if record.get("row") in rows and (key := baseline_key(record, recipe)):
+            found.setdefault((record["data"], key), []).append(record)
+    result = []
+    for (data, key), members in sorted(found.items()):
+        variants = _variants(members, rows, recipe, results)
+        base = [v for v in variants if v.row.name == table.baseline and v.key == key]
+        result.append(Group(data, _condition(members, recipe), base[0] if base else None, variants))
+    return _told_apart(result)
+
+
+def difference(row: Variant, baseline: Variant, metric: str) -> Difference | None:
+    """Row minus baseline over the seeds that both have; None where there is none."""
+    mine, theirs = row.values(metric), baseline.values(metric)
+    seeds = sorted(set(mine) & set(theirs))
+    if not seeds:
+        return None
+    each = tuple(mine[seed] - theirs[seed] for seed in seeds)
+    return Difference(statistics.fmean(each), each, _bootstrap(row, baseline, metric, seeds))
+
+
+def _bootstrap(
+    row: Variant, baseline: Variant, metric: str, seeds: list[int]
+) -> BootstrapResult | None:
+    """Users drawn with replacement, each with its examples under all seeds."""
+    parts = []
+    for seed in seeds:
+        mine, theirs = row.outcomes.get(seed), baseline.outcomes.get(seed)
+        names = {v.records[seed].get("examples") for v in (row, baseline)}
+        if mine is None or theirs is None or len(names) > 1:
+            return None
+        left, right = mine.values(metric), theirs.values(metric)
+        if left is None or right is None or not _per_click(row.records[seed]):
+            return None
+        parts.append((left[0], right[0], left[1], left[2]))
+    mine_all, theirs_all, users, weights = map(np.concatenate, zip(*parts, strict=True))
+    return paired_bootstrap(mine_all, theirs_all, users.tolist(), seed=0, weights=weights)
+
+
+def _per_click(record: Record) -> bool:
+    """What is kept per example is per click: the mean over requests is another number."""
+    return bool(record["config"].get("evaluation", {}).get("hr_unit", "click") == "click")
+
+
+def at_seconds(variant: Variant, metric: str, seconds: float) -> float | None:
+    """Mean over seeds of the validation metric after `seconds` of joint training, between two
+    validated steps by a straight line; None where a seed was not validated that late."""
+    found = []
+    for record in variant.records.values():
+        points = [(p["seconds"], p[metric]) for p in record.get("curve", []) if metric in p]
+        if not points or points[-1][0] < seconds:
+            return None
+        times, values = zip(*points, strict=True)
+        found.append(float(np.interp(seconds, times, values)))
+    return statistics.fmean(found) if found else None
+
+
+def common_seconds(group: Group) -> float | None:
+    """The largest joint training time that every trained row of the group reached."""
+    ends = [
+        record["curve"][-1]["seconds"]
+        for variant in group.variants
+        for record in variant.records.values()
+        if record.get("curve")
+    ]
+    return min(ends) if len(ends) > 1 else None
+
+
+def late_gain(variant: Variant, metric: str) -> float | None:
+    """What the last quarter of the steps added on the validation examples, mean over seeds."""
+    found = []
+    for record in variant.records.values():
+        points = [(p["step"], p[metric]) for p in record.get("curve", []) if metric in p]
+        if len(points) > 1:
+            steps, values = zip(*points, strict=True)
+            found.append(values[-1] - float(np.interp(0.75 * steps[-1], steps, values)))
+    return statistics.fmean(found) if found else None
+
+
+def _variants(
+    members: list[Record], rows: Mapping[str, Row], recipe: str, results: Path
+) -> tuple[Variant, ...]:
+    by_run: dict[tuple[str, str], list[Record]] = {}
+    for record in members:
+        key = run_key(record["config"], record.get("data_hash"))
+        by_run.setdefault((record["row"], key), []).append(record)
+    found = []
+    for name, row in rows.items():
+        of_row = {key: found for (row_name, key), found in by_run.items() if row_name == name}
+        for key, records in of_row.items():
+            records.sort(key=lambda record: record["seed"])
+            told = [a for a in _settings(records[0]) if not _matters(records[0], recipe, a)]
+            label = ", ".join([row.title, *(told if len(of_row) > 1 else [])])
+            outcomes = {r["seed"]: o for r in records if (o := outcomes_of(r, results))}
+            found.append(Variant(row, label, key, {r["seed"]: r for r in records}, outcomes))
+    return tuple(found)
+
+
+def _settings(record: Record) -> list[str]:
+    """--set of a record, without what only says how it ran."""
+    return [a for a in record.get("set", []) if a.split("=")[0].strip() not in EXECUTION]
+
+
+@functools.lru_cache(maxsize=4096)
+def _key(assignments: tuple[str, ...], data_hash: str | None, recipe: str) -> str:
+    return baseline_key({"assignments": assignments, "data_hash": data_hash}, recipe)
+
+
+def _matters(record: Record, recipe: str, assignment: str) -> bool:
+    """Whether the baseline would be another one without this assignment."""
+    all_of_them = tuple(record.get("assignments", []))
+    rest = tuple(a for a in all_of_them if a != assignment)
+    data = record.get("data_hash")
+    return _key(all_of_them, data, recipe) != _key(rest, data, recipe)
+
+
+def _condition(members: list[Record], recipe: str) -> str:
+    """What was set, as far as the baseline depends on it."""
+    told = dict.fromkeys(
+        assignment
+        for record in members
+        for assignment in _settings(record)
+        if _matters(record, recipe, assignment)
+    )
+    return ", ".join(told)
+
+
+def _told_apart(groups: list[Group]) -> list[Group]:
+    """Groups of one data set whose conditions read the same get a number: settings that are not
+    in --set (the study's own) have changed between them."""
+    seen: dict[tuple[str, str], int] = {}
+    result = []
+    for group in groups:
+        place = (group.data, group.condition)
+        seen[place] = seen.get(place, 0) + 1
+        number_of = seen[place]
+        told = f"{group.condition or 'study settings'} ({number_of})"
+        condition = group.condition if number_of == 1 else told
+        result.append(Group(group.data, condition, group.baseline, group.variants))
+    return result

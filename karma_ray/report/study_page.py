@@ -1,0 +1,103 @@
+"""The report of all studies: docs/results.md, and a self-contained page beside its pictures.
+
+What somebody wrote into the Markdown file above the marker stays; what is below is generated.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from karma_ray.artifacts import value_hash
+from karma_ray.report.comparison import Group, grouped
+from karma_ray.report.paper import TABLES
+from karma_ray.report.results import read_records
+from karma_ray.report.sections import Section
+from karma_ray.report.study import Differences, differences, group_sections
+from karma_ray.report.study_plots import curve_picture, delta_picture
+
+COMMAND = "python jobs/ablate.py report"
+MARKER = "<!-- Everything below is generated; what is written above stays. -->"
+_TITLE = "# Results\n"
+
+
+def write_report(results: str | Path) -> tuple[Path, Path]:
+    """(Markdown, HTML) of every record in `results`; the former lies beside the folder."""
+    results = Path(results)
+    pictures: dict[str, bytes] = {}
+    sections: list[Section] = []
+    records = read_records(results)
+    for name, table in TABLES.items():
+        for group in grouped(records, results, table):
+            if len(group.variants) > 1 or name == "table1":
+                found = differences(group)
+                drawn = _drawn(group, name, found, pictures)
+                sections += group_sections(group, table, found, drawn)
+    command = COMMAND if results == Path("docs/results") else f"{COMMAND} --results {results}"
+    folder = results / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in pictures.items():
+        (folder / name).write_bytes(content)
+    markdown, page = results.with_name(f"{results.name}.md"), folder / "report.html"
+    markdown.write_text(_markdown(sections, markdown, f"{results.name}/report", command))
+    page.write_text(_page(sections, pictures, command))
+    return markdown, page
+
+
+def _drawn(
+    group: Group, table: str, found: Differences, pictures: dict[str, bytes]
+) -> list[tuple[str, str]]:
+    """Draw a group's pictures into `pictures`; returns their titles and names."""
+    digest = f"-{value_hash(group.condition)[:8]}" if group.condition else ""
+    stem = f"{table}-{group.data}{digest}"
+    drawn = {
+        f"{stem}-differences.png": (
+            "Differences: mean, 95 % interval over users, a stroke per seed",
+            delta_picture(group, found),
+        ),
+        f"{stem}-curves.png": ("Validation curves", curve_picture(group)),
+    }
+    kept = {name: (title, png) for name, (title, png) in drawn.items() if png is not None}
+    pictures.update({name: png for name, (_, png) in kept.items()})
+    return [(title, name) for name, (title, _) in kept.items()]
+
+
+def _markdown(sections: Sequence[Section], path: Path, pictures: str, command: str) -> str:
+    before = path.read_text().split(MARKER)[0] if path.exists() else _TITLE
+    lines = [before.rstrip(), "", MARKER, "", f"Made by `{command}`.", ""]
+    for section in sections:
+        heading = f"{'#' * section.level} {section.title}"
+        if section.folded:
+            lines += ["<details>", f"<summary>{section.title}</summary>", ""]
+        else:
+            lines += [heading, ""]
+        if len(section.notes) > 1:
+            lines += [*(f"- {note}" for note in section.notes), ""]
+        else:
+            lines += [line for note in section.notes for line in (note, "")]
+        if section.rows:
+            lines += [_line(section.header), "|" + "---|" * len(section.header)]
+            lines += [*(_line(row) for row in section.rows), ""]
+        if section.picture:
+            lines += [f"![{section.title}]({pictures}/{section.picture})", ""]
+        if section.folded:
+            lines += ["</details>", ""]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _page(sections: Sequence[Section], pictures: dict[str, bytes], command: str) -> str:
+    environment = Environment(
+        loader=PackageLoader("karma_ray.report", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    encoded = {name: base64.b64encode(content).decode() for name, content in pictures.items()}
+    template = environment.get_template("study.html.jinja")
+    return template.render(sections=sections, pictures=encoded, command=command)

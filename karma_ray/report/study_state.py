@@ -1,0 +1,96 @@
+"""What a study's rows went through: time to a score, collapse, cost."""
+
+from __future__ import annotations
+
+from karma_ray.report.comparison import (
+    Group,
+    Variant,
+    at_seconds,
+    common_seconds,
+    late_gain,
+)
+from karma_ray.report.record import number
+from karma_ray.report.sections import Section, mean_of, plain, signed, spread_of
+
+CURVE = ("HR@10", "HR@50", "HR@200", "gAUC")
+PROBES = {
+    "collapse/effective_rank_e": "effective rank e",
+    "collapse/effective_rank_h": "effective rank h",
+    "collapse/mean_cosine_e": "mean cosine e",
+    "collapse/mean_cosine_h": "mean cosine h",
+    "decode_gap": "decode gap, nats",
+    "negatives/surviving": "negatives a step",
+}
+
+
+def equal_seconds(group: Group) -> Section:
+    seconds = common_seconds(group)
+    if seconds is None:
+        return Section("Equal seconds")
+    rows = []
+    for variant in group.variants:
+        values = [at_seconds(variant, metric, seconds) for metric in CURVE]
+        ends = [r["curve"][-1] for r in variant.records.values() if r.get("curve")]
+        if not ends:
+            continue
+        last = [mean_of([end[m] for end in ends if m in end]) for m in CURVE]
+        gain = late_gain(variant, "HR@50")
+        cells = [f"{plain(a)} / {plain(b)}" for a, b in zip(values, last, strict=True)]
+        late = "–" if gain is None else signed(gain)
+        rows.append((variant.label, plain(mean_of([e["seconds"] for e in ends]), 0), *cells, late))
+    note = (
+        f"Validation examples after {seconds:.0f} s of joint training, which every row reached, "
+        "and after the last step; stage 1 is shared and not counted. Last column: what the last "
+        "quarter of the steps added; large values mean that the curve has not flattened. Seconds "
+        "compare only between runs of one machine with as many trials at a time."
+    )
+    header = ("row", "seconds in all", *(f"{m}: then / end" for m in CURVE), "late HR@50")
+    return Section("Equal seconds, equal steps", notes=(note,), header=header, rows=tuple(rows))
+
+
+def collapse(group: Group) -> Section:
+    def values(variant: Variant, name: str) -> list[float]:
+        sources = [{**r.get("probes", {}), **r["metrics"]} for r in variant.records.values()]
+        return [v for source in sources if (v := number(source.get(name))) is not None]
+
+    names = dict(PROBES)
+    for variant in group.variants:
+        for record in variant.records.values():
+            more = [n for n in record["metrics"] if n.startswith("collapse/") and n not in names]
+            names |= {name: name.removeprefix("collapse/") for name in more}
+    names = {n: told for n, told in names.items() if any(values(v, n) for v in group.variants)}
+    rows = [
+        (v.label, *(spread_of(values(v, n), 2) for n in names))
+        for v in group.variants
+        if any(values(v, n) for n in names)
+    ]
+    note = (
+        "Decode gap: cross-entropy of the target's text from another interest minus from one's "
+        "own, on the last batches of training; 0 means that h holds no words of the target."
+    )
+    return Section(
+        "Collapse probes", notes=(note,) if rows else (), header=("row", *names.values()),
+        rows=tuple(rows),
+    )  # fmt: skip
+
+
+def cost(group: Group) -> Section:
+    rows = []
+    for variant in group.variants:
+        records = list(variant.records.values())
+        joint = [r.get("stage_seconds", {}).get("joint") for r in records]
+        tried = {v.key for v in group.variants if v.row is variant.row}
+        rows.append((
+            variant.label,
+            ", ".join(str(seed) for seed in variant.records),
+            str(len(tried)),
+            spread_of([r["seconds"] for r in records if not r.get("resumed")], 0),
+            spread_of([s for s in joint if s is not None], 0),
+            spread_of([p["host"] for r in records if (p := r.get("peak_gib"))], 2),
+            spread_of([p["gpu"] for r in records if "gpu" in (p := r.get("peak_gib", {}))], 2),
+        ))  # fmt: skip
+    header = (
+        "row", "seeds", "settings tried", "wall seconds", "of them joint training",
+        "peak GiB", "peak GPU GiB",
+    )  # fmt: skip
+    return Section("Cost of a run", header=header, rows=tuple(rows))

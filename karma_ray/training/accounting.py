@@ -1,0 +1,33 @@
+"""What a joint step was made of, for its logs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from karma_ray.model.karma import KarmaModel
+from karma_ray.objectives.losses import ObjectiveConfig, builds_generation, builds_reconstruction
+from karma_ray.training.flops import joint_flops
+from karma_ray.training.imagery_term import image_flops
+from karma_ray.training.item_table import SharedBatch
+
+
+def work_done(
+    model: KarmaModel, shared: SharedBatch, objective: ObjectiveConfig, frozen: bool
+) -> dict[str, Tensor | float]:
+    """This worker's counts, and the work that was not done twice; `frozen` is the item encoder."""
+    batch = shared.batch
+    slots = batch.item_tokens.numel() + 2 * batch.step_mask.numel()
+    flops = joint_flops(
+        model, batch, generation=builds_generation(objective),
+        reconstruction=builds_reconstruction(objective),
+        encoder=("frozen" if model.bank is None else "bank") if frozen else "full",
+        positions=objective.act_positions, own=shared.own, pool=len(shared.pool),
+    )  # fmt: skip
+    return {
+        "negatives/pool": float(len(shared.pool)),
+        "work/duplicates_removed": 1.0 - shared.num_items / max(1, shared.num_uses),
+        "work/padding_removed": 1.0 - batch.num_tokens / max(1, slots),
+        "tokens": float(batch.item_lengths[shared.own].sum() + 2 * batch.step_mask.sum()),
+        "examples": float(batch.num_windows),
+        "flops": flops + image_flops(model, batch),
+    }

@@ -1,0 +1,80 @@
+"""Stage 2 of a model over item ids: equation 5 alone, on the batches and pool that KARMA has.
+
+Legend: B windows, T steps, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from karma_ray.baselines.sequential import IdModel
+from karma_ray.data.batch import Batch
+from karma_ray.metrics.collapse import effective_rank, mean_cosine
+from karma_ray.objectives.losses import ObjectiveConfig
+from karma_ray.training.action import Pool, action_term, trained_steps
+from karma_ray.training.item_table import SharedBatch, share_items
+from karma_ray.training.parallel import global_sum
+from karma_ray.training.step import StepOutput
+
+
+@dataclass(frozen=True)
+class ActionStep:
+    """L_act, as `JointStep` sums it with every decodability term absent."""
+
+    objective: ObjectiveConfig
+
+    def __call__(self, model: nn.Module, batch: Batch) -> StepOutput:
+        """Equation 5 on one batch."""
+        assert isinstance(model, IdModel)
+        shared = share_items(batch)
+        batch, items = shared.batch, shared.encoded(model.interest.encode_items)
+        pool = Pool(items[shared.pool], batch.item_content[shared.pool])
+        interest = model.interest.interest(batch, items)
+        trained = trained_steps(batch, self.objective.act_positions).sum()
+        count = global_sum(trained).clamp(min=1)
+        with torch.autocast(interest.device.type, enabled=False):
+            action = action_term(
+                model.interest, batch, interest, items.float(), pool, self.objective,
+                model.progress,
+            )  # fmt: skip
+        loss = action.loss / count
+        values = torch.cat([loss.detach().float()[None], action.negatives / count])
+        total, hard, in_batch = global_sum(values)
+        logs: dict[str, Tensor | float] = {
+            "loss/action": total,
+            "loss/total": total,
+            "negatives/hard_per_step": hard,
+            "negatives/surviving": hard + in_batch,
+            **_work_done(model, shared, float(trained)),
+        }
+        return StepOutput(loss, logs)
+
+    @torch.no_grad()
+    def probe(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        """Effective rank and mean cosine of e and h; words cannot be decoded from ids."""
+        assert isinstance(model, IdModel)
+        shared = share_items(batch)
+        items = shared.encoded(model.interest.encode_items).float()
+        interest = model.interest.interest(shared.batch, items)[batch.loss_mask].float()
+        return {
+            "collapse/effective_rank_e": float(effective_rank(items)),
+            "collapse/effective_rank_h": float(effective_rank(interest)),
+            "collapse/mean_cosine_e": float(mean_cosine(items)),
+            "collapse/mean_cosine_h": float(mean_cosine(interest)),
+        }
+
+
+def _work_done(model: IdModel, shared: SharedBatch, trained: float) -> dict[str, Tensor | float]:
+    """This worker's counts; operations are those of dense layers and scores, both ways."""
+    steps = shared.batch.step_mask.sum()
+    dense = sum(value.numel() for value in model.interest.network.parameters())
+    scores = model.interest.width * trained * len(shared.pool)
+    return {
+        "negatives/pool": float(len(shared.pool)),
+        "tokens": float(2 * steps),
+        "examples": float(shared.batch.num_windows),
+        "flops": float(6 * dense * 2 * steps + 6 * scores),
+    }
