@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 
-
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # mallopt(3)
 _LARGE = 2**30
 
