@@ -90,7 +90,9 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
                 node = node[part]
         if isinstance(node[parts[-1]], dict):
             raise InputError("--set", path, "is a group of fields", choices=list(node[parts[-1]]))
-        node[parts[-1]] = _literal(text)
+        # A text is taken as it is: `none` and `1` are words where the field holds words.
+        before = node[parts[-1]]
+        node[parts[-1]] = text.strip() if isinstance(before, str) else _literal(text)
     return from_dict(value)
 
 

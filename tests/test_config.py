@@ -116,3 +116,11 @@ def test_the_multimodal_recipe_is_the_text_recipe_with_a_visual_term() -> None:
     objective = dataclasses.replace(config.objective, lambda_img=0.0)
     assert config.objective.lambda_img == 0.3
     assert dataclasses.replace(config, recipe=base.recipe, objective=objective) == base
+
+
+def test_a_word_stays_a_word() -> None:
+    changed = override(
+        Config(), ["model.user_decoder.query_mode=none", "model.item_encoder.instruction=1"]
+    )
+    assert changed.model.user_decoder.query_mode == "none"
+    assert changed.model.item_encoder.instruction == "1"
