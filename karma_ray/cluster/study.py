@@ -172,7 +172,7 @@ class _Queue:
                 self.waiting.remove(trial)
                 config = self._placed(trial.config)
                 task = self._remote(train_trial).remote(
-                    config, self.data.uri, self.folder(trial), self.cache
+                    config, self.data.uri, self._folder(trial), self.cache
                 )
                 self.running[task] = ("", trial, time.monotonic())
                 LOG.info("%s starts", trial.name)
@@ -223,12 +223,10 @@ class _Queue:
     def _tell(self) -> None:
         for stage, trial, _ in self.running.values():
             if not stage:
-                LOG.info("%s %s", trial.name, trial.progress(self.folder(trial)))
+                LOG.info("%s %s", trial.name, trial.progress(self._folder(trial)))
 
-    def folder(self, trial: Trial) -> str:
-        """The run folder: the same for the same run, wherever it is continued."""
-        digest = run_key(to_dict(trial.config), self.data.hash)[:8]
-        return join(self.runs, f"{self.data.name}-{trial.name}-{digest}")
+    def _folder(self, trial: Trial) -> str:
+        return run_folder(trial, self.data, self.runs)
 
     def _placed(self, config: Config) -> Config:
         return override(config, [f"training.threads_per_worker={self.threads}"])
@@ -244,6 +242,12 @@ class _Queue:
             max_calls=1,
             max_retries=0,
         )(function)
+
+
+def run_folder(trial: Trial, data: Data, runs: str) -> str:
+    """Where a trial runs: the same for the same run, whenever it is continued."""
+    digest = run_key(to_dict(trial.config), data.hash)[:8]
+    return join(runs, f"{data.name}-{trial.name}-{digest}")
 
 
 def write_record(trial: Trial, found: Record, data: Data, results: Path) -> None:

@@ -10,12 +10,22 @@ from typing import Any
 import numpy as np
 
 from karma_ray import recipes
-from karma_ray.artifacts import RunFolder, exists, open_filesystem, read_lines, value_hash
+from karma_ray.artifacts import (
+    RunFolder,
+    exists,
+    join,
+    locked,
+    open_filesystem,
+    read_lines,
+    value_hash,
+)
 from karma_ray.config import Config
 
 CURVE = ("HR@10", "HR@50", "HR@200", "gAUC", "JS@50_excl_gt", "cold/HR@50")
 """Validation metrics kept at every validated step."""
-_PROBES = ("decode", "collapse/", "negatives/", "sink", "loss/")
+LAST_REPORTS = 5
+"""Reports at the end of the training whose probes are averaged: each is of one batch."""
+_PROBES = ("decode", "collapse/", "negatives/", "loss/")
 
 
 @dataclass(frozen=True)
@@ -46,8 +56,8 @@ def first_stage_key(config: Config, data: str) -> str:
     from karma_ray.cluster.stages import pretrain_key, warmup_key
 
     stages = [pretrain_key(config, ""), warmup_key(config, "", data)]
-    trained = config.recipe in recipes.TRAINED
-    return value_hash([stages if trained else None, vars(config.evaluation), config.seed])
+    kind = config.model.kind if config.recipe in recipes.TRAINED else ""
+    return value_hash([kind, stages if kind else None, vars(config.evaluation), config.seed])
 
 
 def first_stage(config: Config, data: str, cache: str) -> None:
@@ -59,7 +69,8 @@ def first_stage(config: Config, data: str, cache: str) -> None:
     source = ensure_prepared(data, config.prepare)
     if config.recipe in recipes.TRAINED:
         start_stage(config, source, cache)
-    floor_metrics(Judge(config, source), cache)
+    with locked(join(cache, "floors")):  # two that begin together share them
+        floor_metrics(Judge(config, source), cache)
 
 
 def train_trial(config: Config, data: str, out: str, cache: str) -> dict[str, Any]:
@@ -80,7 +91,13 @@ def train_trial(config: Config, data: str, out: str, cache: str) -> dict[str, An
     joint = [line for line in lines if line["stage"] == "joint"]
     return {
         "metrics": metrics,
-        "probes": _kept(joint[-1], _PROBES) if joint else {},
+        "probes": _probes(joint[-LAST_REPORTS:]),
+        "alarms": {
+            name.removeprefix("alarm/"): line["step"]
+            for line in reversed(joint)
+            for name in line
+            if name.startswith("alarm/")
+        },
         "curve": _curve(lines),
         "stage_seconds": {
             stage: max(line["seconds"] for line in lines if line["stage"] == stage)
@@ -112,8 +129,11 @@ def _curve(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
     ]
 
 
-def _kept(line: dict[str, Any], prefixes: tuple[str, ...]) -> dict[str, float]:
-    return {name: value for name, value in line.items() if name.startswith(prefixes)}
+def _probes(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Means of what the reports measured on their batches."""
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith(_PROBES))
+    found = {name: [line[name] for line in lines if line.get(name) is not None] for name in names}
+    return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
 def _peak_gib() -> dict[str, float]:

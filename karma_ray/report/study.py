@@ -73,11 +73,11 @@ def _in_words(group: Group, found: Differences) -> Section:
     """Where a row differs from the baseline and where it does not, in sentences."""
     sentences = []
     for variant in group.variants:
-        of_row = {
-            metric: d for metric in METRICS
-            if (d := found.get((variant.label, metric))) and not d.is_saturated
-        }  # fmt: skip
+        measured = {m: d for m in METRICS if (d := found.get((variant.label, m)))}
+        of_row = {metric: d for metric, d in measured.items() if not d.is_saturated}
         if not of_row:
+            if measured:
+                sentences.append(f"{variant.label}: the same on every test example.")
             continue
         parts = []
         for sign, words in ((1, "higher on"), (-1, "lower on"), (0, "no difference shown on")):

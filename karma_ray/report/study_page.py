@@ -39,6 +39,8 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
     command = COMMAND if results == Path("docs/results") else f"{COMMAND} --results {results}"
     folder = results / "report"
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):  # of groups that have since been renamed
+        old.unlink()
     for name, content in pictures.items():
         (folder / name).write_bytes(content)
     markdown, page = results.with_name(f"{results.name}.md"), folder / "report.html"

@@ -24,6 +24,7 @@ PROBES = {
 
 
 def equal_seconds(group: Group) -> Section:
+    """Validation metrics at the largest time that all rows reached, and at their last step."""
     seconds = common_seconds(group)
     if seconds is None:
         return Section("Equal seconds")
@@ -49,6 +50,8 @@ def equal_seconds(group: Group) -> Section:
 
 
 def collapse(group: Group) -> Section:
+    """Ranks, cosines, decode gap and whatever else was measured of it, and alarms."""
+
     def values(variant: Variant, name: str) -> list[float]:
         sources = [{**r.get("probes", {}), **r["metrics"]} for r in variant.records.values()]
         return [v for source in sources if (v := number(source.get(name))) is not None]
@@ -56,25 +59,34 @@ def collapse(group: Group) -> Section:
     names = dict(PROBES)
     for variant in group.variants:
         for record in variant.records.values():
-            more = [n for n in record["metrics"] if n.startswith("collapse/") and n not in names]
-            names |= {name: name.removeprefix("collapse/") for name in more}
+            found = [*record["metrics"], *record.get("probes", {})]
+            more = [n for n in found if n.startswith("collapse/") and n not in names]
+            names |= {name: name.removeprefix("collapse/").replace("_", " ") for name in more}
     names = {n: told for n, told in names.items() if any(values(v, n) for v in group.variants)}
     rows = [
-        (v.label, *(spread_of(values(v, n), 2) for n in names))
+        (v.label, *(spread_of(values(v, n), 2) for n in names), _alarms(v))
         for v in group.variants
         if any(values(v, n) for n in names)
     ]
     note = (
         "Decode gap: cross-entropy of the target's text from another interest minus from one's "
-        "own, on the last batches of training; 0 means that h holds no words of the target."
+        "own, mean of the last reports of training; 0 means that h holds no words of the target."
     )
     return Section(
-        "Collapse probes", notes=(note,) if rows else (), header=("row", *names.values()),
+        "Collapse probes", notes=(note,) if rows else (), header=("row", *names.values(), "alarms"),
         rows=tuple(rows),
     )  # fmt: skip
 
 
+def _alarms(variant: Variant) -> str:
+    """Kinds of the collapse alarm that were raised, and in how many runs."""
+    raised = [kind for record in variant.records.values() for kind in record.get("alarms", {})]
+    counted = {kind: raised.count(kind) for kind in sorted(raised)}
+    return ", ".join(f"{kind} ({count})" for kind, count in counted.items()) or "none"
+
+
 def cost(group: Group) -> Section:
+    """Seconds, memory and the number of settings tried."""
     rows = []
     for variant in group.variants:
         records = list(variant.records.values())

@@ -45,7 +45,8 @@ def write_record(
     record = {
         "data": "toy", "row": row, "recipe": config.recipe, "seed": seed, "data_hash": "d",
         "set": list(settings), "assignments": list(settings), "metrics": metrics,
-        "probes": {"decode_gap": 0.25}, "steps": 100, "seconds": 60.0, "resumed": False,
+        "probes": {"decode_gap": 0.25}, "alarms": {"gap": 60}, "steps": 100,
+        "seconds": 60.0, "resumed": False,
         "stage_seconds": {"joint": 40.0}, "peak_gib": {"host": 1.5}, "device": "cpu",
         "threads": 1, "commit": "0123456789abcdef", "examples": "toy-examples.npz",
         "outcomes": f"{stem}.npz", "config": to_dict(config),

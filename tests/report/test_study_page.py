@@ -45,10 +45,24 @@ def test_the_report_says_plainly_where_an_effect_does_not_show(results: Path) ->
     assert "higher on HR@10 (+40.00)" in text
 
 
+def test_a_row_that_changes_nothing_is_said_to_change_nothing(tmp_path: Path) -> None:
+    for row in ("action_only", "null_detached_separate"):
+        write_record(tmp_path / "r", row, 0, outcomes(2))
+    text = write_report(tmp_path / "r")[0].read_text()
+    assert "decoder separate (null): the same on every test example." in text
+
+
+def test_pictures_of_a_former_report_are_gone(results: Path) -> None:
+    write_report(results)
+    (results / "report" / "table1-renamed-curves.png").write_bytes(b"old")
+    write_report(results)
+    assert len(list((results / "report").glob("*.png"))) == 2
+
+
 def test_cost_collapse_and_time_are_told(results: Path) -> None:
     text = write_report(results)[0].read_text()
     assert "| with Task 2 | 0, 1 | 1 | 60 ± 0 | 40 ± 0 | 1.50 ± 0.00 | – |" in text
-    assert "| with Task 2 | 12.50 ± 0.00 | 0.25 ± 0.00 |" in text
+    assert "| with Task 2 | 12.50 ± 0.00 | 0.25 ± 0.00 | gap (2) |" in text
     assert "after 40 s of joint training" in text
     assert "commits 0123456789" in text
 

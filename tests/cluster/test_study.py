@@ -1,0 +1,295 @@
+"""A study runs what has no record yet, goes on where it was stopped, and ends in a report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.ablate import main
+from karma_ray import cli, recipes
+from karma_ray.artifacts import read_json, write_json
+from karma_ray.cluster.study import Outcome, finished_record, run_study
+from karma_ray.cluster.study_plan import HERE, Data, chosen_rows, parsed_seeds, planned
+from karma_ray.cluster.trial import Trial, first_stage_key
+from karma_ray.config import override
+from karma_ray.data.synthetic.config import ToyShopConfig
+from karma_ray.data.synthetic.shop import write_toy_shop
+from karma_ray.errors import InputError
+from karma_ray.report.paper import TABLES, Row
+from karma_ray.report.results import OUTCOMES, outcomes_of, read_records
+
+SMALL = (
+    "model.tiny.hidden_size=32", "model.tiny.num_heads=2", "model.tiny.intermediate_size=64",
+    "model.tiny.num_key_value_heads=1", "model.tiny.vocab_size=512", "pretrain.steps=4",
+    "warmup.steps=4", "training.steps=6", "training.batch_size=8", "training.report_every=2",
+    "training.checkpoint_every=2", "training.validate_every=3", "evaluation.max_examples=40",
+    *HERE,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = str(tmp_path_factory.mktemp("shop") / "toy")
+    write_toy_shop(folder, ToyShopConfig(num_items=240, num_users=60))
+    return Data.open(folder)
+
+
+# --- what is asked for -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "seeds"), [("3", [0, 1, 2]), ("0,4", [0, 4]), ("7,", [7]), ("1,1,0", [1, 0])]
+)
+def test_seeds_are_a_count_or_a_list(text: str, seeds: list[int]) -> None:
+    assert parsed_seeds(text) == seeds
+
+
+@pytest.mark.parametrize("text", ["", "0", "-1", "two", "1.5", ",", "0,-2"])
+def test_other_seeds_are_refused_with_examples(text: str) -> None:
+    with pytest.raises(InputError, match=r"--seeds.*0,1,2"):
+        parsed_seeds(text)
+
+
+def test_unknown_names_are_refused_with_the_choices(data: Data) -> None:
+    with pytest.raises(InputError, match=r"TABLE.*table1"):
+        chosen_rows("table9", None, data)
+    with pytest.raises(InputError, match=r"karma_txt.*action_only"):
+        chosen_rows("table1", "action_only,karma_txt", data)
+    with pytest.raises(InputError, match="--data"):
+        Data.open("/nowhere/at/all")
+    with pytest.raises(InputError, match="stepz"):
+        planned([Row("action_only", "")], [0], data, ["training.stepz=1"])
+    trials = planned([Row("action_only", "")], [0], data)
+    for limits in ({"concurrent": 0}, {"max_minutes": -1.0}):
+        with pytest.raises(InputError, match=next(iter(limits)).replace("_", "-")):
+            run_study(trials, data, "results", runs="runs", cache="cache", **limits)  # type: ignore[arg-type]
+
+
+def test_rows_that_cannot_run_are_skipped_with_the_reason(
+    data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, skipped = chosen_rows("table1", None, data)
+    names = {row.name for row in TABLES["table1"].rows}
+    assert {row.name for row in rows} == names - {"karma_multimodal"}
+    assert f"python jobs/features.py {data.uri}" in skipped["karma_multimodal"]
+    allowed, _ = chosen_rows(
+        "table1", "karma_multimodal", data, ["collate.visual_features=elsewhere"]
+    )
+    assert [row.name for row in allowed] == ["karma_multimodal"]
+    monkeypatch.delitem(recipes.TRAINED, "karma_text")
+    assert "karma_text" in chosen_rows("table1", "karma_text", data)[1]["karma_text"]
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_every_row_with_a_recipe_can_be_built(table: str, data: Data) -> None:
+    rows = [row for row in TABLES[table].rows if row.built_from in recipes.names()]
+    assert TABLES[table].baseline in {row.name for row in rows}
+    assert len(planned(rows, [0, 1], data)) == 2 * len(rows)
+    assert len({row.name for row in TABLES[table].rows}) == len(TABLES[table].rows)
+
+
+def test_trials_come_seed_by_seed_and_say_what_was_set(data: Data) -> None:
+    rows = [Row("action_only", ""), Row("a", "", "karma_text", ("objective.lambda_dec=0.3",))]
+    trials = planned(rows, [1, 0], data, ["training.steps=5"], study=SMALL)
+    assert [t.name for t in trials] == [
+        "action_only-seed1", "a-seed1", "action_only-seed0", "a-seed0",
+    ]  # fmt: skip
+    assert trials[1].config.objective.lambda_dec == 0.3
+    assert trials[1].config.training.steps == 5
+    assert trials[1].extra == ("training.steps=5",)
+    assert trials[1].assignments == (*SMALL, "training.steps=5")
+
+
+def test_recipes_that_are_compared_share_their_first_stages(data: Data) -> None:
+    def key(recipe: str, *more: str) -> str:
+        return first_stage_key(override(recipes.build(recipe), [*SMALL, *more]), data.uri)
+
+    assert key("action_only") == key("karma_text") == key("null_shuffled")
+    assert key("action_only", "seed=1") != key("action_only")
+    assert key("action_only_unwarmed") != key("action_only")
+    assert key("sasrec") != key("action_only")
+
+
+# --- what happens ----------------------------------------------------------------------------
+
+
+class Study:
+    """One study's folders."""
+
+    def __init__(self, root: Path, data: Data, cache: str) -> None:
+        self.results, self.runs, self.cache = root / "results", str(root / "runs"), cache
+        self.data = data
+
+    def trials(self, *rows: str, more: tuple[str, ...] = ()) -> list[Trial]:
+        return planned([Row(row, row) for row in rows], [0], self.data, more, study=SMALL)
+
+    def run(self, trials: list[Trial], **limits: Any) -> Outcome:
+        return run_study(
+            trials, self.data, self.results, runs=self.runs, cache=self.cache, **limits
+        )
+
+    def record(self, name: str) -> dict[str, Any]:
+        return dict(read_json(str(self.results / f"toy_shop-{name}.json")))
+
+
+@pytest.fixture(scope="module")
+def study(
+    ray_cluster: None, data: Data, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Study, Outcome]:
+    """One finished trial of two."""
+    root = tmp_path_factory.mktemp("study")
+    made = Study(root, data, str(root / "cache"))
+    return made, made.run(made.trials("action_only"), concurrent=2)
+
+
+@pytest.mark.ray
+def test_a_finished_run_leaves_all_that_the_report_needs(study: tuple[Study, Outcome]) -> None:
+    made, outcome = study
+    assert outcome.done == ["action_only-seed0"] and not outcome.failed
+    record = made.record("action_only-seed0")
+    assert record["row"] == record["recipe"] == "action_only" and record["seed"] == 0
+    assert record["steps"] == 6 and not record["resumed"] and record["peak_gib"]["host"] > 0.1
+    assert [point["step"] for point in record["curve"]] == [3, 6]
+    seconds = [point["seconds"] for point in record["curve"]]
+    assert 0 < seconds[0] < seconds[1] <= round(record["stage_seconds"]["joint"], 1)
+    assert set(record["stage_seconds"]) == {"pretrain", "warmup", "joint"}
+    assert {"decode_gap", "collapse/effective_rank_e"} <= set(record["probes"])
+    assert record["data_hash"] == made.data.hash and record["config"]["training"]["steps"] == 6
+    found = outcomes_of(record, made.results)
+    assert found is not None
+    values = found.values("HR@50")
+    assert values is not None
+    assert values[0].mean() == pytest.approx(record["metrics"]["HR@50"])
+    for path in (made.results / OUTCOMES).iterdir():
+        assert path.stat().st_size < 60_000
+
+
+@pytest.mark.ray
+def test_a_stopped_study_goes_on_and_makes_nothing_twice(study: tuple[Study, Outcome]) -> None:
+    made, _ = study
+    path = made.results / "toy_shop-action_only-seed0.json"
+    before = (path.stat().st_mtime_ns, path.read_bytes())
+    outcome = made.run(made.trials("action_only", "karma_text"), concurrent=1)
+    assert outcome.there == ["action_only-seed0"] and outcome.done == ["karma_text-seed0"]
+    assert before == (path.stat().st_mtime_ns, path.read_bytes())
+    again = made.run(made.trials("action_only", "karma_text"))
+    assert again.told() == "0 made; 2 were there"
+
+
+@pytest.mark.ray
+def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(
+    study: tuple[Study, Outcome], data: Data, tmp_path: Path
+) -> None:
+    from karma_ray.cluster.pipeline import train_run
+    from karma_ray.cluster.study import run_folder
+
+    made, _ = study
+    other = Study(tmp_path, data, made.cache)
+    (trial,) = other.trials("action_only")
+
+    class Killed(Exception):
+        pass
+
+    def die(step: int, metrics: object) -> None:
+        raise Killed
+
+    folder = run_folder(trial, data, other.runs)
+    with pytest.raises(Killed):
+        train_run(trial.config, data.uri, folder, on_validate=die, cache=made.cache)
+    assert (Path(folder) / "checkpoints" / "joint" / "step-0000002").exists()
+    assert other.run([trial]).done == [trial.name]
+    found, whole = other.record(trial.name), made.record(trial.name)
+    assert found["resumed"] and not whole["resumed"]
+    timed = ("seconds",)
+    for name, value in whole["metrics"].items():
+        if name not in timed:
+            assert found["metrics"][name] == pytest.approx(value, rel=1e-4, abs=1e-4), name
+
+
+@pytest.mark.ray
+def test_a_trial_that_fails_is_told_and_the_others_run(
+    study: tuple[Study, Outcome], data: Data, tmp_path: Path
+) -> None:
+    from karma_ray.cluster.study import run_folder
+
+    made, _ = study
+    other = Study(tmp_path, data, made.cache)
+    trials = other.trials("action_only", "karma_text")
+    # a run folder that was started with another configuration is not continued
+    changed = override(trials[0].config, ["training.learning_rate=0.5"])
+    folder = run_folder(trials[0], data, other.runs)
+    from karma_ray.config import to_dict
+
+    write_json(to_dict(changed), f"{folder}/config.json")
+    outcome = other.run(trials, concurrent=2)
+    assert outcome.done == ["karma_text-seed0"]
+    assert "training.learning_rate" in outcome.failed["action_only-seed0"]
+
+
+@pytest.mark.ray
+def test_another_setting_or_other_data_are_not_taken_for_the_same(
+    study: tuple[Study, Outcome],
+) -> None:
+    made, _ = study
+    known = read_records(made.results)
+    (trial,) = made.trials("action_only")
+    (longer,) = made.trials("action_only", more=("training.steps=8",))
+    (faster,) = made.trials("action_only", more=("training.threads_per_worker=2",))
+    assert finished_record(trial.config, made.data, known, made.results)
+    assert finished_record(faster.config, made.data, known, made.results)
+    assert finished_record(longer.config, made.data, known, made.results) is None
+    elsewhere = Data(made.data.uri, made.data.name, "other")
+    assert finished_record(trial.config, elsewhere, known, made.results) is None
+    without = [{**record, "outcomes": "gone.npz"} for record in known]
+    assert finished_record(trial.config, made.data, without, made.results) is None
+
+
+@pytest.mark.ray
+def test_when_the_time_is_over_the_rest_is_left(
+    study: tuple[Study, Outcome], data: Data, tmp_path: Path
+) -> None:
+    made, _ = study
+    other = Study(tmp_path, data, made.cache)
+    trials = other.trials("action_only", "karma_text", more=("training.steps=100000",))
+    outcome = other.run(trials, concurrent=1, max_minutes=0.02)
+    assert sorted(outcome.left) == ["action_only-seed0", "karma_text-seed0"]
+    assert not outcome.done and not outcome.failed and "2 left" in outcome.told()
+
+
+@pytest.mark.ray
+def test_the_job_ends_in_a_report(
+    study: tuple[Study, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    made, _ = study
+    monkeypatch.chdir(tmp_path)
+    sets = [flag for assignment in SMALL for flag in ("--set", assignment)]
+    main(["table1", "--data", made.data.uri, "--rows", "action_only,karma_text", "--seeds", "1",
+          *sets, "--set", "training.steps=20", "--results", "results"])  # fmt: skip
+    told = capsys.readouterr().out
+    assert "2 made; 0 were there" in told
+    text = Path("results.md").read_text()
+    assert "| with Tasks 1 and 2 | Pairwise CE, clicks alone |" in text
+    assert "python jobs/ablate.py report --results results" in text
+    assert Path("results/report/report.html").exists()
+    records = [json.loads(path.read_text()) for path in Path("results").glob("*.json")]
+    assert {record["steps"] for record in records} == {20}
+    before = Path("results.md").read_text()
+    main(["report", "--results", "results"])
+    assert Path("results.md").read_text() == before
+
+
+@pytest.mark.parametrize(
+    "flags", [["table9"], ["table1", "--seeds", "no"], ["table1", "--rows", "x"],
+              ["table1", "--set", "training.stepz=1"]],
+)  # fmt: skip
+def test_bad_input_ends_the_job_before_anything_starts(
+    flags: list[str], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, [*flags, "--data", data.uri])
+    assert ended.value.code == 2 and "error:" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
