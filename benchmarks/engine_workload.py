@@ -172,9 +172,10 @@ class Workload:
 
 def real_workload(config: Config, data: str | None, num_batches: int) -> Workload:
     """The first batches of the joint stage, through the pipeline; needs ray."""
-    from karma_ray.cluster.pipeline import CACHE, start_stage, toy_shop
+    from karma_ray.cluster.pipeline import start_stage
     from karma_ray.cluster.session import connect
     from karma_ray.cluster.sharding import ensure_prepared
+    from karma_ray.cluster.sources import CACHE, toy_shop
     from karma_ray.cluster.stage_jobs import joint_job
     from karma_ray.cluster.worker import WorkerContext
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 
 from karma_ray import cli, recipes
 from karma_ray.artifacts import value_hash
-from karma_ray.cluster.pipeline import toy_shop
+from karma_ray.cluster.sources import toy_shop
 from karma_ray.cluster.study import run_study
 from karma_ray.cluster.study_plan import HERE, Data, parsed_seeds, planned
 from karma_ray.errors import KarmaRayError

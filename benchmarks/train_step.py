@@ -30,9 +30,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from karma_ray import cli
 from karma_ray.artifacts import absolute, join, read_lines
-from karma_ray.cluster.pipeline import CACHE, start_stage, toy_shop
+from karma_ray.cluster.pipeline import start_stage
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.sharding import ensure_prepared
+from karma_ray.cluster.sources import CACHE, toy_shop
 from karma_ray.cluster.stage_jobs import joint_job
 from karma_ray.cluster.training import run_training
 from karma_ray.cluster.worker import TrainJob, WorkerContext

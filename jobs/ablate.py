@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 
 from karma_ray.cli import parser, run
-from karma_ray.cluster.pipeline import CACHE, toy_shop
+from karma_ray.cluster.sources import CACHE, toy_shop
 from karma_ray.cluster.study import run_study
 from karma_ray.cluster.study_plan import Data, chosen_rows, parsed_seeds, planned
 from karma_ray.errors import InputError, KarmaRayError

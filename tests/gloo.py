@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,4 +30,18 @@ def _run(rank: int, folder: str, size: int, worker: Worker, arguments: tuple[Any
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size
     )
     torch.save(worker(rank, *arguments), f"{folder}/rank-{rank}.pt")
-    dist.destroy_process_group()
+    leave()
+
+
+def leave() -> NoReturn:
+    """End a worker process that has nothing left to do.
+
+    Without the interpreter's own end: a thread of gloo that still holds a finished collective
+    frees its tensors then, finds no interpreter, and aborts the process (pytorch#179291).
+    """
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

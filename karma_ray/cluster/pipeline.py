@@ -44,6 +44,7 @@ from karma_ray.cluster.continuation import (
 from karma_ray.cluster.embedding import embed_items
 from karma_ray.cluster.run_log import RunLog
 from karma_ray.cluster.sharding import ensure_prepared
+from karma_ray.cluster.sources import CACHE, toy_shop
 from karma_ray.cluster.stage_jobs import OnValidate, joint_job, warmup_job
 from karma_ray.cluster.stages import (
     Stage,
@@ -59,8 +60,6 @@ from karma_ray.cluster.training import run_training
 from karma_ray.config import Config, from_dict, to_dict
 from karma_ray.data.prepared import PreparedData, read_data_manifest
 from karma_ray.data.prompts import SpecialIds
-from karma_ray.data.synthetic.config import ToyShopConfig
-from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import load_body, load_tokenizer
 from karma_ray.model.vision import build_seeing_body, save_seeing_body
@@ -71,7 +70,6 @@ from karma_ray.retrieval.retriever import check_run, index_run
 from karma_ray.training.language import pretrain
 
 LOG = logging.getLogger(__name__)
-CACHE = "runs/cache"
 
 
 def train_run(
@@ -148,17 +146,6 @@ def evaluate_run(run: str, data: str | None = None, cache: str = CACHE) -> dict[
     write_json(metrics, folder.metrics)
     render_report(run)
     return metrics
-
-
-def toy_shop(cache: str = CACHE) -> str:
-    """The built-in data: generated once, kept in the cache."""
-    shop = ToyShopConfig()
-    folder = absolute(join(cache, f"toy_shop-{value_hash(vars(shop))}"))
-    with locked(folder):
-        if not exists(join(folder, "manifest.json")):
-            LOG.info("toy shop: drawing items, people and their clicks")
-            write_toy_shop(folder, shop)
-    return folder
 
 
 def _first_stage(

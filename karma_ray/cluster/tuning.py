@@ -177,8 +177,9 @@ def _whole_run() -> Train:
 
 def _share_first_stages(base: Config, data: str | None) -> None:
     """Data, pretraining and warm-up once, into the cache: trials would race for them."""
-    from karma_ray.cluster.pipeline import CACHE, start_stage, toy_shop
+    from karma_ray.cluster.pipeline import start_stage
     from karma_ray.cluster.sharding import ensure_prepared
+    from karma_ray.cluster.sources import CACHE, toy_shop
 
     cache = absolute(CACHE)
     source = ensure_prepared(data or toy_shop(cache), base.prepare)

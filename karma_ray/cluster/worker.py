@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 
 LOG = logging.getLogger(__name__)
-TRIM_SECONDS = 5.0
-"""Between two returns of freed memory; one costs about a tenth of a second."""
+TRIM_SECONDS = 60.0
+"""Between two returns of freed memory: steps then fault it in anew (docs/log.md)."""
 
 
 @dataclass(frozen=True)

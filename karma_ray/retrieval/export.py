@@ -161,7 +161,8 @@ def _config(parts: Mapping[str, Any], collate: CollateConfig) -> dict[str, Any]:
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     return {
         "model": parts,
-        "collate": dataclasses.asdict(collate),
+        # Requests need no features of images, and where they lay is nobody's business.
+        "collate": dataclasses.asdict(dataclasses.replace(collate, visual_features="")),
         "versions": {"karma_ray": __version__, **packages},
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -165,6 +166,14 @@ def test_a_bundle_can_be_kept_on_any_fsspec_filesystem() -> None:
     for name, value in model.interest.state_dict().items():
         assert torch.equal(bundle.interest.state_dict()[name], value)
     assert bundle.collate_config == tiny_run.COLLATE and not bundle.interest.training
+
+
+def test_where_features_of_images_lay_is_not_told(tmp_path) -> None:
+    model, words = karma()
+    trained_with = replace(tiny_run.COLLATE, visual_features="s3://secret-bucket/features")
+    save_bundle(model.interest, words, trained_with, str(tmp_path))
+    assert load_bundle(str(tmp_path)).collate_config == tiny_run.COLLATE
+    assert "secret-bucket" not in (tmp_path / "config.json").read_text()
 
 
 def test_a_folder_that_is_no_bundle_is_refused(tmp_path) -> None:

@@ -17,6 +17,7 @@ from karma_ray.artifacts import read_json
 from karma_ray.training.checkpoint import Progress, load_checkpoint, load_weights, save_weights
 from karma_ray.training.shards import is_sharded
 from karma_ray.training.store import CheckpointStore
+from tests.gloo import leave
 
 STEPS = 3
 
@@ -89,9 +90,7 @@ def _part(rank: int, folder: str, workers: int, sharded: bool, first: int) -> No
     ended |= {f"exp_avg/{name}": value for name, value in _whole(moments).items()}
     if rank == 0:
         torch.save((started, ended, losses), f"{folder}/found-{first}.pt")
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
+    leave()
 
 
 def _run(folder: Path, workers: int, sharded: bool, first: int) -> Any:
