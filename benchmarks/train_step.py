@@ -3,10 +3,11 @@
     python benchmarks/train_step.py [--data URI] [--recipe NAME] [--rounds N] [--steps N] [--quick]
 
 Three ways over the very same batches, interleaved round by round so that a noisy machine hits
-all alike: `list` (collated beforehand), `stream` (read and collated ahead by a thread, in this
-process), `ray` (Ray Train worker fed from Ray Data). One point is the time per step between two
-reports; the first report of each run, with the first batch in it, is left out. `stream` minus
-`list` is collation, `ray` minus `stream` is Ray. JSON lines; the last one holds the headline.
+all alike: `list` (collated beforehand), `stream` (read and collated ahead by a thread), `ray`
+(Ray Train worker fed from Ray Data), each in a new process every round: one that has already
+grown to its size would be faster. One point is the time per step between two reports; the first
+report of each run, with the first batch in it, is left out. `stream` minus `list` is collation,
+`ray` minus `stream` is Ray. JSON lines; the last one holds the headline.
 """
 
 from __future__ import annotations
@@ -18,13 +19,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
+from ray import cloudpickle
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -58,7 +63,6 @@ def main(argv: list[str] | None = None) -> None:
     rounds, steps = (2, 40) if arguments.quick else (arguments.rounds, arguments.steps)
     config = _config(cli.load_config(arguments, "karma_text"), steps)
     torch.set_num_threads(config.training.num_threads())
-    keep_heap()  # as a worker does
     connect()
     source = ensure_prepared(
         absolute(arguments.data) if arguments.data else toy_shop(), config.prepare
@@ -71,14 +75,12 @@ def main(argv: list[str] | None = None) -> None:
 
 def measure(job: TrainJob, folder: str, rounds: int) -> None:
     """Interleave the ways, print each one's figures and the headline."""
-    context = WorkerContext(0, 1, 0, job.training.steps, use_ray=False)
-    batches = list(job.make_batches(context))
     points: dict[str, list[Record]] = {way: [] for way in WAYS}
     fits: list[float] = []
     peak = 0.0
     for number in range(rounds):
-        points["list"] += _plain(job, batches)
-        points["stream"] += _plain(job, job.make_batches(context))
+        for way in ("list", "stream"):
+            points[way] += _in_new_process(job, way)
         run = join(folder, f"round-{number}")
         started = time.perf_counter()
         summary = run_training(replace(job, run=run), progress=False)
@@ -86,7 +88,7 @@ def measure(job: TrainJob, folder: str, rounds: int) -> None:
         peak = max(peak, summary["valid"]["peak_gib"])
         lines = [line for line in read_lines(join(run, "metrics.jsonl")) if "lr" in line]
         points["ray"] += lines[1:]
-    flops = _step_flops(job, batches[:5])
+    flops = _step_flops(job)
     half = job.training.precision == "bfloat16"
     limit = peak_flops("cpu", torch.bfloat16 if half else torch.float32)
     medians = {}
@@ -140,8 +142,19 @@ def _config(config: Config, steps: int) -> Config:
     )
 
 
-def _plain(job: TrainJob, batches: Iterable[Any]) -> list[Record]:
+def _in_new_process(job: TrainJob, way: str) -> list[Record]:
+    with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+        return pool.submit(_plain, cloudpickle.dumps(job), way).result()
+
+
+def _plain(pickled: bytes, way: str) -> list[Record]:
     """The records of `fit` in this process, but the first."""
+    job: TrainJob = cloudpickle.loads(pickled)
+    torch.set_num_threads(job.training.num_threads())
+    keep_heap()  # as a worker does
+    batches = _batches(job)
+    if way == "list":
+        batches = list(batches)
     model = job.build()
     optimizer = _optimizer(job, model)
     records: list[Record] = []
@@ -168,13 +181,17 @@ def _optimizer(job: TrainJob, model: nn.Module) -> torch.optim.Optimizer:
     )
 
 
-def _step_flops(job: TrainJob, batches: list[Any]) -> float:
+def _batches(job: TrainJob) -> Iterable[Any]:
+    return job.make_batches(WorkerContext(0, 1, 0, job.training.steps, use_ray=False))
+
+
+def _step_flops(job: TrainJob, num_batches: int = 5) -> float:
     """Matrix-product operations of a step, forward and backward: mean over some batches."""
     model = job.build()
     with FlopCounterMode(display=False) as counter:
-        for batch in batches:
+        for batch in islice(_batches(job), num_batches):
             torch.autograd.backward(job.step(model, batch).loss)
-    return float(counter.get_total_flops()) / len(batches)
+    return float(counter.get_total_flops()) / num_batches
 
 
 def _peak_memory(model: nn.Module, step: int) -> Mapping[str, float]:
