@@ -70,6 +70,37 @@ def _with_null(name: str, **changes: Any) -> Config:
     return replace(base, model=replace(base.model, decodability=decodability))
 
 
+def ar_mse() -> Config:
+    """`karma_text` that searches with a regression of the clicked item's embedding (Table 2)."""
+    return _with_generator("ar_mse", kind="mse")
+
+
+def ar_ddpm() -> Config:
+    """The same by a diffusion that predicts its noise (DDPM)."""
+    return _with_generator("ar_ddpm", kind="ddpm_eps")
+
+
+def ar_ddpm_v() -> Config:
+    """DDPM that predicts the velocity."""
+    return _with_generator("ar_ddpm_v", kind="ddpm_v")
+
+
+def ar_edm() -> Config:
+    """EDM."""
+    return _with_generator("ar_edm", kind="edm")
+
+
+def ar_fm() -> Config:
+    """Flow matching."""
+    return _with_generator("ar_fm", kind="fm")
+
+
+def _with_generator(name: str, **changes: Any) -> Config:
+    base = _with_objective(name, 1.0, 1.0)
+    generator = replace(base.model.generator, **changes)
+    return replace(base, model=replace(base.model, generator=generator))
+
+
 def hllm() -> Config:
     """HLLM-style (2409.12740): InfoNCE over cosines with a learned temperature, no decodability.
 
@@ -142,6 +173,11 @@ TRAINED: dict[str, Callable[[], Config]] = {
     "null_detached": null_detached,
     "null_detached_separate": null_detached_separate,
     "null_shuffled": null_shuffled,
+    "ar_mse": ar_mse,
+    "ar_ddpm": ar_ddpm,
+    "ar_ddpm_v": ar_ddpm_v,
+    "ar_edm": ar_edm,
+    "ar_fm": ar_fm,
     "hllm": hllm,
     "frozen_encoder": frozen_encoder,
     "sasrec": sasrec,

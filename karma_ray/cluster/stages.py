@@ -30,6 +30,7 @@ from karma_ray.data.tokens import catalog_tokens
 from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import check_architecture, load_lm_head, load_tokenizer
+from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import set_trained
@@ -160,6 +161,7 @@ class Stage:
         if builds_reconstruction(objective) or (images is not None and images.in_task2):
             head = model.lm_head if hasattr(model, "lm_head") else None
             model = KarmaModel(model.interest, model.tokenizer, lm_head=head, imagery=images)
+        model.interest.generate_with(self.config.model.generator, self.config.seed)
         if self.config.training.encoder_grad == "frozen":
             model.interest.item_encoder.requires_grad_(False)
         return model
@@ -206,7 +208,8 @@ class Stage:
             message = "has no language models: it is a baseline over item ids"
             raise InputError("model.kind", config.kind, message)
         tokenizer = self.tokenizer()
-        interest = InterestModel.build(config, tokenizer, self.config.seed)
+        bare = replace(config, generator=GeneratorConfig())  # warm-up knows no generator
+        interest = InterestModel.build(bare, tokenizer, self.config.seed)
         interest.item_encoder.look_at(self.catalog(), self.items_uri)
         bundled = self.tokenizer_folder is not None
         head = load_lm_head(config.user_decoder.checkpoint, empty=bundled)

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-HARD, DROP, DECODED, TOKENS, TEXTS, LEVEL, NOISE = range(7)
+HARD, DROP, DECODED, TOKENS, TEXTS, LEVEL, NOISE, GEN_LEVEL, GEN_NOISE = range(9)
 """Purposes of a row's draws: hard negatives, dropped queries, decoded steps, dropped tokens,
-strangers' texts, noise levels of images, and their noise."""
+strangers' texts, noise levels of images, their noise, and both of generated embeddings."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)

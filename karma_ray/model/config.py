@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from karma_ray.errors import InputError
 from karma_ray.model.denoiser import DenoiserConfig
 
 
@@ -119,6 +120,40 @@ class ImageryConfig:
 
 
 @dataclass(frozen=True)
+class GeneratorConfig:
+    """What a request searches with, generated from h_t by a small head (METHOD 1.12, Table 2).
+
+    `objective.gen_mode` says whether L_act stays beside the head's loss.
+    """
+
+    kind: Literal["none", "mse", "ddpm_eps", "ddpm_v", "edm", "fm"] = "none"
+    """h_t itself, its regression onto the clicked item's embedding, or a diffusion of it."""
+    samples: int = 1
+    """Embeddings K drawn for a request."""
+    agg: Literal["single", "mean", "union"] = "single"
+    """One sample, the mean of K, or each item's best score over K (ComiRec, 2005.09347)."""
+    steps: int = 0
+    """Steps of the sampler; 0: flow matching 25, DDIM 50, EDM 18."""
+    draws: int = 4
+    """Times and noises drawn for each trained step, at the head alone; regression draws none."""
+    recon_src: Literal["condition", "x0"] = "condition"
+    """What Task 2 decodes: h_t, which the head is told, or the head's estimate in one step."""
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    """The head's network."""
+
+    def check(self) -> None:
+        """Raise InputError on numbers that mean nothing."""
+        for name, least in (("samples", 1), ("steps", 0), ("draws", 1)):
+            if getattr(self, name) < least:
+                message = f"must be at least {least}"
+                raise InputError(f"model.generator.{name}", getattr(self, name), message)
+        if self.agg == "single" and self.samples != 1:
+            message = "samples need an aggregation other than single"
+            choices = ["mean", "union"]
+            raise InputError("model.generator.agg", self.agg, message, choices=choices)
+
+
+@dataclass(frozen=True)
 class IdModelConfig:
     """Size of the baselines that learn a vector per item id and per query word (docs/baselines.md).
 
@@ -155,6 +190,8 @@ class ModelConfig:
     """Train-only decoders."""
     imagery: ImageryConfig = field(default_factory=ImageryConfig)
     """Train-only image queries and diffusion head."""
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """A head that generates what a request searches with; it serves."""
     peft: str = "full"
     """`full`: every weight learns; `lora:R`: rank-R adapters on both backbones (2106.09685), at
     `training.new_module_lr` times the learning rate."""

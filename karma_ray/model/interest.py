@@ -5,6 +5,7 @@ Legend: B windows, T steps, U items, L tokens, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import cast
 
 import torch
@@ -15,7 +16,8 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.model.adapters import Score
 from karma_ray.model.backbone import hidden_size, load_body
-from karma_ray.model.config import ModelConfig
+from karma_ray.model.config import GeneratorConfig, ModelConfig
+from karma_ray.model.generator import Generator
 from karma_ray.model.item_encoder import ItemEncoder
 from karma_ray.model.lora import adapt, parse_rank
 from karma_ray.model.recall import RecallModel
@@ -25,7 +27,10 @@ from karma_ray.model.vision import load_item_body
 
 
 class InterestModel(RecallModel):
-    """E_phi, D_theta and their score (METHOD 1.11's stripped graph)."""
+    """E_phi, D_theta and their score (METHOD 1.11's stripped graph); Table 2's rows also have a
+    generator of what a request searches with."""
+
+    generator: Generator | None
 
     def __init__(
         self, config: ModelConfig, item_body: nn.Module, user_body: nn.Module,
@@ -45,6 +50,7 @@ class InterestModel(RecallModel):
             )
             self.user_decoder = UserDecoder(user_body, config.user_decoder, prompt)
             self.score = Score(config.score, width)
+        self.generate_with(config.generator, seed)
 
     @classmethod
     def build(cls, config: ModelConfig, tokenizer: Tokenizer, seed: int = 0) -> InterestModel:
@@ -62,6 +68,14 @@ class InterestModel(RecallModel):
     def width(self) -> int:
         """D."""
         return hidden_size(self.user_decoder.body)
+
+    def generate_with(self, config: GeneratorConfig, seed: int) -> None:
+        """Search with what a new generator makes of h; `kind=none`: with h itself."""
+        self.config, self.generator = replace(self.config, generator=config), None
+        if config.kind != "none":
+            with torch.random.fork_rng():
+                torch.manual_seed(seed)
+                self.generator = Generator(config, self.width)
 
     def look_at(self, catalog: Catalog, data_uri: str) -> None:
         """Take the pictures of a data folder's items; nothing to do for an encoder of text."""
@@ -82,6 +96,19 @@ class InterestModel(RecallModel):
         """Next-interest embeddings h [B, T, D] at every step; `items` [U, D]."""
         prefix = self.prefix(batch, items)
         return self.user_decoder.interest(self.user_decoder.run(prefix), prefix.layout)
+
+    def decodable(self, interest: Tensor) -> Tensor:
+        """What of h [..., D] Task 2 decodes: itself, or under `recon_src=x0` the generator's
+        estimate of the clicked item's embedding."""
+        if self.generator is None or self.generator.config.recon_src == "condition":
+            return interest
+        return self.generator.estimate(interest)
+
+    def search_vectors(self, interest: Tensor) -> Tensor:
+        """h [B, D] -> the vectors that a request searches with [B, K, D], float32."""
+        if self.generator is not None:
+            return self.query_vectors(self.generator.search_with(interest))
+        return super().search_vectors(interest)
 
     def _encode_queries(self, batch: Batch) -> Tensor:
         rows = torch.arange(len(batch.query_lengths), device=batch.query_lengths.device)

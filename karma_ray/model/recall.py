@@ -45,8 +45,15 @@ class RecallModel(nn.Module, ABC):
         return self.interest(batch, items)[rows, last]
 
     def query_vectors(self, interest: Tensor) -> Tensor:
-        """h -> the vectors a request searches with, float32."""
+        """h -> its side of the score, float32."""
         return self.score.query_vectors(interest)
+
+    def search_vectors(self, interest: Tensor) -> Tensor:
+        """h [B, D] -> the vectors that a request searches with [B, K, D], float32.
+
+        An item's score is its best over the K.
+        """
+        return self.query_vectors(interest)[:, None]
 
     def index_vectors(self, items: Tensor) -> Tensor:
         """e -> the vectors an index holds, float32."""

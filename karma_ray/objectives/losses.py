@@ -36,6 +36,10 @@ class ObjectiveConfig:
     lambda_img: float = 0.0
     """Weight of L_img (frozen visual features of the target) beside the texts, in the warm-up
     too; needs `collate.visual_features`."""
+    gen_mode: Literal["add", "replace"] = "add"
+    """Of a model with a generator: whether L_act, on h_t, stays beside the generator's loss."""
+    gen_weight: float = 1.0
+    """Weight of the generator's loss."""
     ce_reduction: Literal["token_mean", "sum"] = "token_mean"
     """Cross-entropy averaged over an example's tokens, or summed as written."""
 
@@ -48,10 +52,17 @@ class LossTerms:
     generation: Tensor | None = None
     reconstruction: Tensor | None = None
     image: Tensor | None = None
+    generator: Tensor | None = None
 
     def total(self, config: ObjectiveConfig) -> Tensor:
-        """Equation 9: L_act + lambda_dec (L_gen + L_recon + lambda_img L_img)."""
+        """Equation 9: L_act + lambda_dec (L_gen + L_recon + lambda_img L_img).
+
+        With a generator its loss is added, or stands in L_act's place (METHOD 1.12).
+        """
         total = self.action
+        if self.generator is not None:
+            kept = 0.0 if config.gen_mode == "replace" else total
+            total = kept + config.gen_weight * self.generator
         for term, weight in (
             (self.generation, config.generation),
             (self.reconstruction, config.reconstruction),
@@ -68,6 +79,7 @@ class LossTerms:
             "loss/generation": self.generation,
             "loss/reconstruction": self.reconstruction,
             "loss/image": self.image,
+            "loss/generator": self.generator,
         }
         return {name: term for name, term in terms.items() if term is not None}
 

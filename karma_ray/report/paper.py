@@ -75,7 +75,7 @@ def _generated(mode: str) -> tuple[Row, ...]:
     return tuple(
         Row(
             f"{name}_{mode}", f"{title}, {mode}", recipe=name,
-            settings=(*settings, f"model.generator.mode={mode}"), published=published,
+            settings=(*settings, f"objective.gen_mode={mode}"), published=published,
         )
         for name, title, settings, published in _GENERATORS
     )  # fmt: skip

@@ -35,12 +35,14 @@ from karma_ray.data.prompts import Tokenizer
 from karma_ray.errors import KarmaRayError
 from karma_ray.model.backbone import load_body, load_tokenizer, save_body, save_tokenizer
 from karma_ray.model.config import (
+    GeneratorConfig,
     ItemEncoderConfig,
     ModelConfig,
     ScoreConfig,
     TinyBackboneConfig,
     UserDecoderConfig,
 )
+from karma_ray.model.denoiser import DenoiserConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.lora import merged
 from karma_ray.model.recall import RecallModel
@@ -153,7 +155,9 @@ def _parts(model: ModelConfig) -> dict[str, Any]:
             ("user_decoder", dataclasses.replace(model.user_decoder, checkpoint=USER_DECODER)),
             ("score", model.score),
             ("tiny", model.tiny),
+            ("generator", model.generator),
         )
+        if name != "generator" or model.generator.kind != "none"
     }
 
 
@@ -173,7 +177,12 @@ def _model_config(parts: Mapping[str, Any]) -> ModelConfig:
         item_encoder=ItemEncoderConfig(**parts["item_encoder"]),
         user_decoder=UserDecoderConfig(**parts["user_decoder"]),
         score=ScoreConfig(**parts["score"]),
+        generator=_generator(**parts.get("generator", {"denoiser": {}})),
     )
+
+
+def _generator(denoiser: Mapping[str, Any], **fields: Any) -> GeneratorConfig:
+    return GeneratorConfig(denoiser=DenoiserConfig(**denoiser), **fields)
 
 
 @contextmanager

@@ -234,3 +234,20 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+
+
+def merged(
+    rows: NDArray[np.int64], scores: NDArray[np.float32], k: int
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """The k best of several lists each: rows and scores [B, L] -> [B, k], best first.
+
+    What stands in more than one list counts once, with its best score. Row -1 is none.
+    """
+    found = np.full((len(rows), k), -1, np.int64), np.zeros((len(rows), k), np.float32)
+    for request, (places, values) in enumerate(zip(rows, scores, strict=True)):
+        order = np.argsort(-values, kind="stable")
+        order = order[places[order] >= 0]
+        first = np.sort(np.unique(places[order], return_index=True)[1])[:k]
+        found[0][request, : len(first)] = places[order[first]]
+        found[1][request, : len(first)] = values[order[first]]
+    return found

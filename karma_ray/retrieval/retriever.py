@@ -1,7 +1,7 @@
 """(query, history) -> items: the code that serves is the code that measures HR@K.
 
 `recall` answers a request through the index; `score` gives evaluation the same scores for
-the whole catalogue. Both go through `interests`, `query_vectors` and `index_vectors`.
+the whole catalogue. Both go through `interests`, `search_vectors` and `index_vectors`.
 
 Legend: B requests, I items, D width, K results.
 """
@@ -25,7 +25,7 @@ from karma_ray.data.schema import EXAMPLES
 from karma_ray.errors import InputError
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.export import load_bundle
-from karma_ray.retrieval.index import IndexKind, ItemIndex, check_parent
+from karma_ray.retrieval.index import IndexKind, ItemIndex, check_parent, merged
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -141,8 +141,11 @@ class Retriever:
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # [B, I]
         """Scores of the whole catalogue for rows of `examples`, in the table's order."""
         with torch.inference_mode():
-            queries = self.interest.query_vectors(self.interests(examples))
-            result: NDArray[np.float32] = (queries @ self._index_vectors.T).float().cpu().numpy()
+            queries = self.interest.search_vectors(self.interests(examples))  # [B, K, D]
+            best = (queries[:, 0] @ self._index_vectors.T).float()
+            for other in queries[:, 1:].unbind(1):
+                best = torch.maximum(best, (other @ self._index_vectors.T).float())
+            result: NDArray[np.float32] = best.cpu().numpy()
         return result
 
     def recall(
@@ -163,8 +166,7 @@ class Retriever:
             raise InputError("k", k, "must be at least 1")
         clicked = [{item.item_id for item in request.history} for request in requests]
         extra = max(map(len, clicked), default=0) if exclude_history else 0
-        queries = self._query_vectors(requests)
-        rows, scores = self.index.search(queries, k + extra)
+        rows, scores = self._search(self._search_vectors(requests), k + extra)
         answers = []
         for request, seen, found, values in zip(requests, clicked, rows, scores, strict=True):
             items = [
@@ -185,9 +187,9 @@ class Retriever:
         scores: list[float | None] = [None] * len(item_ids)
         with torch.inference_mode():
             items = self.interest.index_vectors(self._embeddings[torch.from_numpy(rows[known])])
-            values = items.float().cpu().numpy() @ self._query_vectors([request])[0]
+            values = items.float().cpu().numpy() @ self._search_vectors([request])[0].T
         for position, value in zip(known, values, strict=True):
-            scores[position] = float(value)
+            scores[position] = float(value.max())
         return Scores(scores, self._unknown(request))
 
     @cached_property
@@ -195,11 +197,24 @@ class Retriever:
         with torch.inference_mode():
             return self.interest.index_vectors(self._embeddings)
 
-    def _query_vectors(self, requests: Sequence[Request]) -> NDArray[np.float32]:  # [B, D]
+    def _search_vectors(self, requests: Sequence[Request]) -> NDArray[np.float32]:  # [B, K, D]
         with torch.inference_mode():
-            vectors = self.interest.query_vectors(self.interests(request_table(requests)))
+            vectors = self.interest.search_vectors(self.interests(request_table(requests)))
         result: NDArray[np.float32] = vectors.float().cpu().numpy()
         return result
+
+    def _search(
+        self, queries: NDArray[np.float32], k: int
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """The k best rows of each request and their scores [B, k]; queries [B, K, D].
+
+        An item that several of the K lists hold counts once, with its best score.
+        """
+        count, lists, _ = queries.shape
+        rows, scores = self.index.search(queries.reshape(count * lists, -1), k)
+        if lists == 1:
+            return rows, scores
+        return merged(rows.reshape(count, -1), scores.reshape(count, -1), k)
 
     def _unknown(self, request: Request) -> list[str]:
         ids = list(dict.fromkeys(item.item_id for item in request.history))

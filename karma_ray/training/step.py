@@ -30,6 +30,7 @@ from karma_ray.objectives.losses import (
 from karma_ray.objectives.text import reduce_tokens, token_cross_entropy
 from karma_ray.training.accounting import work_done
 from karma_ray.training.action import Pool, action_term, trained_steps
+from karma_ray.training.generator_term import generated_loss, observe_items
 from karma_ray.training.gradient_cache import CachedItems, micro_batches, run_backward
 from karma_ray.training.imagery_term import image_gap, image_means, num_images
 from karma_ray.training.item_table import SharedBatch, share_items
@@ -139,6 +140,7 @@ class JointStep:
             sums, total = self._in_parts(model, shared, count)
         else:
             items = self._items(model, shared)
+            observe_items(model.interest, items)
             pool = Pool(items[shared.pool], batch.item_content[shared.pool])
             history = self._history(model, batch, items)
             sums, total = self._sums(model, batch, items, history, pool, count)
@@ -176,6 +178,7 @@ class JointStep:
             items = cached.vectors
             if self.is_frozen(model.progress):
                 items, cached = items.detach(), None
+        observe_items(model.interest, items)
         history = self._history(model, batch, items)
         sums: dict[str, Tensor] = {}
         for part, used in micro_batches(batch, self.micro_batch_size):
@@ -232,14 +235,15 @@ class JointStep:
             return (values * decoded).sum() / count[1]
 
         reconstruction, images = None, {}
-        rows = decoded_interest(batch, interest)
+        rows = model.interest.decodable(decoded_interest(batch, interest))
         if builds_reconstruction(objective):
             reconstruction = mean(model.decode_interest(batch, rows))
         if builds_image(objective):
             images = image_means(model, batch, rows, first, count[2])
         generation = None if text is None else mean(text)
         image = images.get("loss/image")
-        terms = LossTerms(action.loss / count[0], generation, reconstruction, image)
+        generated = generated_loss(model.interest, batch, interest, items, objective, count[0])
+        terms = LossTerms(action.loss / count[0], generation, reconstruction, image, generated)
         total = terms.total(objective)
         hard, in_batch = action.negatives / count[0]
         negatives = {"negatives/hard_per_step": hard, "negatives/surviving": hard + in_batch}
@@ -259,7 +263,7 @@ class JointStep:
             items = items[used]
         interest = model.interest.interest(batch, self._history(model, batch, items))
         decoded = batch.decode_mask.flatten()
-        rows = decoded_interest(batch, interest)
+        rows = model.interest.decodable(decoded_interest(batch, interest))
         other = rows.clone()
         other[decoded] = rows[decoded].roll(1, 0)
 

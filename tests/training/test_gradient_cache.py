@@ -19,7 +19,7 @@ from karma_ray.training.item_table import share_items
 from karma_ray.training.meters import COUNTS
 from karma_ray.training.parallel import global_sum, sum_gradients
 from karma_ray.training.step import JointStep
-from tests import pictures, tiny
+from tests import generating, pictures, tiny
 from tests.gloo import run_workers
 
 ROWS = [
@@ -177,6 +177,10 @@ STEPS = {
     "frozen": JointStep(ObjectiveConfig(), encoder_grad="frozen", micro_batch_size=1),
     "targets_only": JointStep(ObjectiveConfig(), encoder_grad="targets_only"),
 }
+GENERATED = {
+    "generator": STEP,
+    "generator_in_parts": JointStep(ObjectiveConfig(gen_mode="replace"), micro_batch_size=2),
+}
 PICTURED = {"images": IMAGES, "images_in_parts": replace(IMAGES, micro_batch_size=1)}
 
 
@@ -185,6 +189,7 @@ def _worker(rank: int, size: int) -> dict[str, Any]:
     found: dict[str, Any] = {name: _step(step, batch) for name, step in STEPS.items()}
     pictured = _pictured(SHARES[size][rank])
     found |= {name: _step(step, pictured, pictures.model) for name, step in PICTURED.items()}
+    found |= {name: _step(step, pictured, generating.model) for name, step in GENERATED.items()}
     shared = share_items(batch)
     found["own"] = shared.batch.item_rows[shared.own]
     return found
@@ -206,6 +211,16 @@ def test_many_workers_are_one_worker(workers: list[dict[str, Any]], name: str) -
 @pytest.mark.parametrize("name", list(PICTURED))
 def test_many_workers_are_one_worker_with_images(workers: list[dict[str, Any]], name: str) -> None:
     wanted = _step(PICTURED[name], _pictured(), pictures.model)
+    for found in workers:
+        _assert_close(found[name], wanted)
+
+
+@pytest.mark.parametrize("name", list(GENERATED))
+def test_many_workers_are_one_worker_with_a_generator(
+    workers: list[dict[str, Any]], name: str
+) -> None:
+    whole = replace(GENERATED[name], micro_batch_size=0)
+    wanted = _step(whole, _pictured(), generating.model)
     for found in workers:
         _assert_close(found[name], wanted)
 

@@ -1,0 +1,114 @@
+"""Table 2 (METHOD 1.12): what a request searches with is generated from h_t, not h_t itself.
+
+A head learns p(z | h_t), z the standardised embedding of the item that was clicked. The target
+never gets a gradient: items could else all become the same, and the loss 0.
+
+EDM at its largest noise and flow matching at t = 1 answer E[z | h_t] in one step, as regression
+does; more steps go from the mean of what could be clicked to one of its modes.
+
+Legend: N trained steps, B requests, K samples, G items of a step, D width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from karma_ray.data.draws import GEN_LEVEL, GEN_NOISE, hashed, normal, uniform
+from karma_ray.model.adapters import rms_normalize
+from karma_ray.model.config import GeneratorConfig
+from karma_ray.model.denoiser import Denoiser
+from karma_ray.objectives.denoising import DENOISINGS
+
+MOMENTUM = 0.99
+"""Of the running mean and deviation of item embeddings, after as many steps."""
+SERVED_NOISE = 20_260_322
+"""Seed of the noise that every request is served with: one request, one answer."""
+
+
+class Generator(nn.Module):
+    """The head, the statistics of its targets, and the noise it serves with."""
+
+    mean: Tensor  # [D]
+    square: Tensor  # [D]
+    seen: Tensor  # scalar: steps observed
+    noise: Tensor  # [K, 1, D]
+
+    def __init__(self, config: GeneratorConfig, width: int) -> None:
+        super().__init__()
+        config.check()
+        self.config, self.denoising = config, DENOISINGS[config.kind]
+        self.head = Denoiser(width, width, config.denoiser, sees_noise=config.kind != "mse")
+        self.register_buffer("mean", torch.zeros(width))
+        self.register_buffer("square", torch.ones(width))
+        self.register_buffer("seen", torch.zeros(()))
+        stream = torch.Generator().manual_seed(SERVED_NOISE)
+        noise = torch.randn(config.samples, 1, width, generator=stream)
+        self.register_buffer("noise", noise, persistent=False)
+
+    @property
+    def num_draws(self) -> int:
+        """Times and noises for each trained step."""
+        return 1 if self.config.kind == "mse" else self.config.draws
+
+    @torch.no_grad()
+    def observe(self, items: Tensor) -> None:
+        """Follow the mean and deviation of item embeddings, e [G, D] of a step on all workers."""
+        keep = torch.clamp(self.seen / (self.seen + 1), max=MOMENTUM)
+        items = items.float()
+        self.mean.lerp_(items.mean(0), 1 - keep)
+        self.square.lerp_(items.square().mean(0), 1 - keep)
+        self.seen += 1
+
+    def losses(self, interest: Tensor, targets: Tensor, keys: np.ndarray) -> Tensor:
+        """Loss [N] of h [N, D] against e [N, D] of the clicked items, made in float32.
+
+        Noises and levels are drawn by `keys` [N], so that neither workers nor micro-batches change
+        them; the levels of a step are one from each of `num_draws` equal parts.
+        """
+        draws, device = self.num_draws, interest.device
+        levels = (uniform(keys, GEN_LEVEL)[:, None] + np.arange(draws)) / draws
+        level = torch.from_numpy(levels).flatten().to(device, torch.float32)
+        noise = normal(hashed(keys, GEN_NOISE), (draws, 1, interest.shape[-1]), device)
+        clean = self._standardised(targets.detach()).repeat_interleave(draws, 0)[:, None]
+        told = interest.repeat_interleave(draws, 0)[:, None]
+        values = self.denoising.loss(self.head, clean, told, level, noise.flatten(0, 1))
+        return values.view(-1, draws).mean(1)
+
+    def estimate(self, interest: Tensor) -> Tensor:
+        """h [..., D] -> E[e | h] [..., D] by one step of the sampler, with gradient."""
+        rows = interest.flatten(0, -2)
+        return self._sampled(rows, self.noise[0], steps=1).view_as(interest)
+
+    @torch.no_grad()
+    def search_with(self, interest: Tensor) -> Tensor:
+        """h [B, D] -> the embeddings that requests search with [B, K or 1, D].
+
+        Every request meets the same noise, so that it gets the same answer in any company.
+        """
+        config = self.config
+        samples = torch.stack(
+            [self._drawn(interest, noise, config.steps or None) for noise in self.noise], 1
+        )
+        if config.agg == "mean":
+            samples = samples.mean(1, keepdim=True)
+        return self._restored(samples)
+
+    def _sampled(self, interest: Tensor, noise: Tensor, steps: int | None) -> Tensor:
+        return self._restored(self._drawn(interest, noise, steps))
+
+    def _drawn(self, interest: Tensor, noise: Tensor, steps: int | None) -> Tensor:
+        """A standardised embedding [B, D] for each h [B, D]."""
+        eps = noise.expand(len(interest), -1, -1)
+        return self.denoising.denoise(self.head, interest[:, None], eps, steps)[:, 0]
+
+    def _deviation(self) -> Tensor:
+        return (self.square - self.mean.square()).clamp(min=1e-6).sqrt()
+
+    def _standardised(self, items: Tensor) -> Tensor:
+        return (items.float() - self.mean) / self._deviation()
+
+    def _restored(self, samples: Tensor) -> Tensor:
+        """Back on the sphere that the item encoder's embeddings lie on."""
+        return rms_normalize(samples * self._deviation() + self.mean)
