@@ -120,6 +120,7 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
     if training.keep_checkpoints < 1:
         raise InputError("training.keep_checkpoints", training.keep_checkpoints, "is below 1")
     training.check()
+    config.model.generator.check()
     parse_rank(config.model.peft)
     prepared = (source.facts.get("prepare") or {}).get("max_history", 0)
     if config.collate.max_history < prepared:

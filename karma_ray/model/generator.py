@@ -11,6 +11,9 @@ Legend: N trained steps, B requests, K samples, G items of a step, D width.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -51,6 +54,13 @@ class Generator(nn.Module):
     def num_draws(self) -> int:
         """Times and noises for each trained step."""
         return 1 if self.config.kind == "mse" else self.config.draws
+
+    def resampled(self, samples: int, agg: str, steps: int) -> Generator:
+        """The same weights, sampled another way."""
+        fields: dict[str, Any] = {"samples": samples, "agg": agg, "steps": steps}
+        made = Generator(replace(self.config, **fields), len(self.mean))
+        made.load_state_dict(self.state_dict())
+        return made.to(self.mean.device).train(self.training)
 
     @torch.no_grad()
     def observe(self, items: Tensor) -> None:
