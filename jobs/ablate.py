@@ -16,7 +16,7 @@ import argparse
 from karma_ray.cli import parser, run
 from karma_ray.cluster.sources import CACHE, toy_shop
 from karma_ray.cluster.study import run_study
-from karma_ray.cluster.study_plan import Data, chosen_rows, parsed_seeds, planned
+from karma_ray.cluster.study_plan import Data, named_rows, parsed_seeds, planned, possible_rows
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.report.paper import TABLES
 from karma_ray.report.study_page import write_report
@@ -30,10 +30,11 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.table not in CHOICES:
         raise InputError("TABLE", arguments.table, choices=CHOICES)
     if arguments.table != "report" and not arguments.report_only:
+        named = named_rows(arguments.table, arguments.rows)
+        seeds, assignments = parsed_seeds(arguments.seeds), arguments.assignments
         data = Data.open(arguments.data or toy_shop(CACHE))
-        assignments = arguments.assignments
-        rows, skipped = chosen_rows(arguments.table, arguments.rows, data, assignments)
-        trials = planned(rows, parsed_seeds(arguments.seeds), data, assignments)
+        rows, skipped = possible_rows(named, data, assignments)
+        trials = planned(rows, seeds, data, assignments)
         for name, reason in skipped.items():
             print(f"skipped  {name}: {reason}")
         outcome = run_study(

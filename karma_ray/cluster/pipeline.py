@@ -45,6 +45,7 @@ from karma_ray.cluster.embedding import embed_items
 from karma_ray.cluster.run_log import RunLog
 from karma_ray.cluster.sharding import ensure_prepared
 from karma_ray.cluster.sources import CACHE, toy_shop
+from karma_ray.cluster.stage_images import imagery_key
 from karma_ray.cluster.stage_jobs import OnValidate, joint_job, warmup_job
 from karma_ray.cluster.stages import (
     Stage,
@@ -163,6 +164,7 @@ def start_stage(config: Config, source: PreparedData, cache: str, run: str | Non
     Their log lines are copied into `run`, so that its report shows every stage.
     """
     items_hash = content_hash(join(source.items_uri, "items"))
+    imagery_key(config, source.items_uri)  # raises now rather than after the pretraining
     if over_ids(config):  # of a language model it needs the tokenizer only
         untrained, cold = replace(config.pretrain, steps=0), replace(config.warmup, skip=True)
         config = replace(config, pretrain=untrained, warmup=cold)

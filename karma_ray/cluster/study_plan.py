@@ -62,24 +62,28 @@ class Data:
         return bool(filled.num_rows)
 
 
-def chosen_rows(
-    table: str, names: str | None, data: Data, extra: Sequence[str] = ()
-) -> tuple[list[Row], dict[str, str]]:
-    """Rows of a table to run, and those that cannot be with the reason.
+def named_rows(table: str, names: str | None) -> list[Row]:
+    """Rows of a table by comma-separated names, without names all.
 
-    `names` is comma-separated; `extra` is what will be set. Raises InputError on an unknown table
-    or row.
+    Raises InputError on an unknown table or row.
     """
     if table not in TABLES:
         raise InputError("TABLE", table, choices=list(TABLES))
     rows = {row.name: row for row in TABLES[table].rows}
     wanted = list(rows) if names is None else [name.strip() for name in names.split(",")]
-    wanted = list(dict.fromkeys(wanted))
     for name in wanted:
         if name not in rows:
             raise InputError("--rows", name, f"is no row of {table}", choices=list(rows))
-    skipped = {name: reason for name in wanted if (reason := _missing(rows[name], data, extra))}
-    return [rows[name] for name in wanted if name not in skipped], skipped
+    return [rows[name] for name in dict.fromkeys(wanted)]
+
+
+def possible_rows(
+    rows: Sequence[Row], data: Data, extra: Sequence[str] = ()
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows that these data allow, and the others with the reason; `extra` is what will be set."""
+    reasons = {row.name: _missing(row, data, extra) for row in rows}
+    allowed = [row for row in rows if not reasons[row.name]]
+    return allowed, {name: reason for name, reason in reasons.items() if reason}
 
 
 def _missing(row: Row, data: Data, extra: Sequence[str]) -> str:

@@ -148,7 +148,7 @@ class GeneratorConfig:
                 message = f"must be at least {least}"
                 raise InputError(f"model.generator.{name}", getattr(self, name), message)
         if self.agg == "single" and self.samples != 1:
-            message = "samples need an aggregation other than single"
+            message = f"does not say how model.generator.samples={self.samples} become one list"
             choices = ["mean", "union"]
             raise InputError("model.generator.agg", self.agg, message, choices=choices)
 
