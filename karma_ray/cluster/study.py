@@ -170,7 +170,7 @@ class _Queue:
                 return True
             if self.stages[key]:
                 self.waiting.remove(trial)
-                config = self._placed(trial.config)
+                config = self._placed(trial)
                 task = self._remote(train_trial).remote(
                     config, self.data.uri, self._folder(trial), self.cache
                 )
@@ -228,8 +228,12 @@ class _Queue:
     def _folder(self, trial: Trial) -> str:
         return run_folder(trial, self.data, self.runs)
 
-    def _placed(self, config: Config) -> Config:
-        return override(config, [f"training.threads_per_worker={self.threads}"])
+    def _placed(self, trial: Trial) -> Config:
+        """With its share of the cores, unless the caller has said how many threads."""
+        field = "training.threads_per_worker"
+        if any(assignment.startswith(f"{field}=") for assignment in trial.extra):
+            return trial.config
+        return override(trial.config, [f"{field}={self.threads}"])
 
     def _remote(self, function: Any) -> Any:
         """A task in a process of its own, so that its peak memory is that of one trial."""
