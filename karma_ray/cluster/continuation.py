@@ -104,6 +104,7 @@ def check_resumed(config: Config, source: PreparedData, folder: RunFolder) -> No
 
 def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None:
     """What would otherwise fail on a worker, minutes later, or silently drop training clicks."""
+    config.evaluation.corpus_size()  # raises on what it cannot read
     if config.recipe not in recipes.TRAINED:
         return
     training, warmup = config.training, config.warmup

@@ -128,6 +128,7 @@ def planned(
         config = override(recipes.build(row.built_from), [*base, *row.settings, *extra])
         config.training.check()
         config.model.generator.check()
+        config.evaluation.corpus_size()
         trials += [
             Trial(row.name, replace(config, seed=seed), (*base, *extra), tuple(extra))
             for seed in seeds

@@ -79,6 +79,8 @@ class Measurement:
         # Ties in a top list go by a hash of the id: ids in order often mean likeness in order.
         hashes = [zlib.crc32(item_id.encode()) for item_id in catalog.item_ids]
         self.priority = np.argsort(np.argsort(hashes, kind="stable"))  # [I]
+        size = config.corpus_size()
+        self.left_out = self.priority >= size if 0 < size < self.num_items else None  # [I]
         num = examples.num_rows
         self.ranks = np.zeros(num, dtype=np.int64)
         self.query_ranks = np.zeros(num, dtype=np.int64)
@@ -104,8 +106,9 @@ class Measurement:
     def _take(self, start: int, scores: NDArray[np.floating]) -> None:  # scores [b, I]
         here = slice(start, start + len(scores))
         targets, mode = self.targets[here], self.config.js_mode
-        self.ranks[here] = ranking.pessimistic_ranks(scores, targets)
-        best = ranking.top_rows(scores, JS_DEPTH + 1, targets, self.priority)
+        corpus = self._within_corpus(scores, targets)
+        self.ranks[here] = ranking.pessimistic_ranks(corpus, targets)
+        best = ranking.top_rows(corpus, JS_DEPTH + 1, targets, self.priority)
         self.js[here] = self.terms.jaccard(targets, best[:, :JS_DEPTH], mode)
         self.js_excl[here] = self.terms.jaccard(targets, without_truth(targets, best), mode)
         for row, target in enumerate(targets):
@@ -117,6 +120,17 @@ class Measurement:
         first, last = np.searchsorted(self.pairs.example, [start, start + len(scores)])
         at = self.pairs.example[first:last] - start
         self.pair_scores[first:last] = scores[at, self.pairs.row[first:last]]
+
+    def _within_corpus(
+        self, scores: NDArray[np.floating], targets: NDArray[np.int64]
+    ) -> NDArray[np.floating]:  # [b, I], [b] -> [b, I]
+        """Scores with everything outside `evaluation.corpus` but the target last."""
+        if self.left_out is None:
+            return scores
+        known = np.flatnonzero(targets >= 0)
+        corpus = np.where(self.left_out, -np.inf, scores)
+        corpus[known, targets[known]] = scores[known, targets[known]]
+        return corpus
 
     def metrics(self, warm: NDArray[np.bool_]) -> dict[str, float]:
         """Averages over all examples and over every section."""

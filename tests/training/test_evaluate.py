@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,7 @@ import pytest
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prepared import QueryMatches
 from karma_ray.data.schema import EXAMPLES, QUERY_MATCHES
-from karma_ray.errors import KarmaRayError
+from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.metrics import ranking
 from karma_ray.training.config import EvaluationConfig
 from karma_ray.training.evaluate import evaluate
@@ -236,6 +237,52 @@ def test_any_hit_counts_a_request_once_by_its_best_click() -> None:
     assert result.metrics["num_test"] == len(best) == 40
     assert result.metrics["HR@10"] == pytest.approx(100 * np.mean(np.array([*best.values()]) <= 10))
     assert result.metrics["HR@10"] >= run()["HR@10"]
+
+
+def test_a_sampled_corpus_ranks_the_target_among_the_same_items_for_everyone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("karma_ray.training.config.SMALLEST_CORPUS", 10)
+    catalog, examples = make_catalog(), make_examples()
+    order = np.argsort([zlib.crc32(item_id.encode()) for item_id in catalog.item_ids])
+    sample = set(order[:20].tolist())
+    scores = Likes(catalog).score(examples)
+    targets = catalog.rows(examples.column("positive_item_id").to_pylist()).tolist()
+    expected = [
+        sum(row[item] >= row[target] for item in {*sample, target})
+        for row, target in zip(scores, targets, strict=True)
+    ]
+    whole = run(return_details=True)
+    result = run(config=replace(CONFIG, corpus="sampled:20"), return_details=True)
+    assert result.details.ranks.tolist() == expected != whole.details.ranks.tolist()
+    # The page's own judgements and the query's own items are what they were.
+    for unchanged in ("query_ranks", "group_auc"):
+        assert np.array_equal(getattr(result.details, unchanged), getattr(whole.details, unchanged))
+    assert result.metrics["JS@50"] != whole.metrics["JS@50"]
+    shuffled = make_catalog(np.random.default_rng(3).permutation(NUM_ITEMS))
+    assert run(catalog=shuffled, config=replace(CONFIG, corpus="sampled:20")) == result.metrics
+    for everything in ("sampled:60", "sampled:100"):
+        assert run(config=replace(CONFIG, corpus=everything)) == whole.metrics
+
+
+@pytest.mark.parametrize("corpus", ["", "ful", "sampled", "sampled:", "sampled:99", "sampled:-5"])
+def test_a_corpus_that_cannot_be_read_is_refused_with_the_choices(corpus: str) -> None:
+    with pytest.raises(InputError, match=r"evaluation\.corpus.*full.*sampled:N.*100"):
+        run(config=replace(CONFIG, corpus=corpus))
+
+
+def changed(**switch: str) -> set[str]:
+    """The names of the whole test set's metrics that a switch of the evaluation changes."""
+    before, after = run(), run(config=replace(CONFIG, **switch))
+    assert before.keys() == after.keys()
+    return {name for name in before if "/" not in name and before[name] != after[name]}
+
+
+def test_switches_of_the_metrics_change_what_they_name_and_nothing_else() -> None:
+    assert changed(gauc_weight="uniform") == changed(gauc_weight="positives") == {"gAUC"}
+    assert changed(js_mode="pooled") == {"JS@50", "JS@50_excl_gt"}
+    rates = {"HR@10", "HR@50", "NDCG@10", "MRR", "num_test"}
+    assert changed(hr_unit="any_hit") == rates
 
 
 def test_without_pages_every_example_is_its_own_request() -> None:
