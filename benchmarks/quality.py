@@ -26,8 +26,8 @@ from karma_ray.cluster.sources import toy_shop
 from karma_ray.cluster.study import run_study
 from karma_ray.cluster.study_plan import HERE, Data, parsed_seeds, planned
 from karma_ray.errors import KarmaRayError
-from karma_ray.report.paper import Row
 from karma_ray.report.results import Record, Spread, learnt_from, read_records, spread
+from karma_ray.report.rows import Row
 
 CACHE = str(ROOT / "runs" / "cache")
 

@@ -8,9 +8,14 @@ from ray import tune
 SPACE = {
     "model.generator.kind": tune.choice(["mse", "ddpm_eps", "ddpm_v", "edm", "fm"]),
     "model.generator.steps": tune.choice([1, 4, 0]),
+    "model.generator.samples": tune.choice([1, 4, 16]),
+    "model.generator.agg": tune.choice(["mean", "union"]),  # of one sample: itself
+    "model.generator.recon_src": tune.choice(["condition", "x0"]),
     "objective.gen_mode": tune.choice(["add", "replace"]),
     "objective.gen_weight": tune.loguniform(0.1, 3.0),
 }
 METRIC = "valid/HR@50"
 BASE_RECIPE = "ar_fm"
-FIXED = ("training.steps=1000", "training.validate_every=250")
+FIXED = (
+    "model.generator.agg=mean", "training.steps=1000", "training.validate_every=250",
+)  # fmt: skip

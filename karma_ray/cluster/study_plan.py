@@ -14,7 +14,8 @@ from karma_ray.config import override
 from karma_ray.data.prepared import fingerprint, read_data_manifest, require_data
 from karma_ray.data.visual import features_uri
 from karma_ray.errors import InputError
-from karma_ray.report.paper import TABLES, Row
+from karma_ray.report.paper import TABLES
+from karma_ray.report.rows import Row
 
 HERE = ("training.num_workers=0", "training.threads_per_worker=1")
 """A trial trains inside its own process."""

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from karma_ray.metrics.significance import BootstrapResult, paired_bootstrap
-from karma_ray.report.paper import Row, Table
 from karma_ray.report.record import number
 from karma_ray.report.results import Record, baseline_key, outcomes_of, run_key
+from karma_ray.report.rows import Row, Table
 from karma_ray.training.config import EXECUTION
 from karma_ray.training.outcomes import Outcomes
 

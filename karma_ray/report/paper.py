@@ -1,4 +1,4 @@
-"""The paper's two tables and the baselines: which rows there are, and what was published.
+"""The paper's two tables, the baselines and the switches: the rows, and what was published.
 
 Published numbers are differences in points (arXiv 2603.22779, Tables 1 and 2); no absolute value
 is. Rows without numbers are controls, nulls and rivals that the paper does not report.
@@ -6,40 +6,9 @@ is. Rows without numbers are controls, nulls and rivals that the paper does not 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-
 from karma_ray import recipes
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row: a recipe, and settings beyond it."""
-
-    name: str
-    title: str
-    recipe: str = ""
-    """Default: the name."""
-    settings: tuple[str, ...] = ()
-    published: Mapping[str, float] = field(default_factory=dict)
-    """Metric -> difference to the row `published_over`."""
-    published_over: str = ""
-    """Default: the table's baseline."""
-    needs_images: bool = False
-
-    @property
-    def built_from(self) -> str:
-        """Name of the recipe."""
-        return self.recipe or self.name
-
-
-@dataclass(frozen=True)
-class Table:
-    """Rows and the row that all others are compared with."""
-
-    title: str
-    baseline: str
-    rows: tuple[Row, ...]
+from karma_ray.report import switches
+from karma_ray.report.rows import Row, Table
 
 
 def _published(gauc: float, hr200: float, hr1000: float, js50: float) -> dict[str, float]:
@@ -103,5 +72,6 @@ TABLES = {
             *(Row(name, f"{name} (ceiling)") for name in recipes.CEILINGS),
         ),
     ),
+    **switches.TABLES,
 }  # fmt: skip
 """The choices of `jobs/ablate.py`."""

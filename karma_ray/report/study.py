@@ -13,7 +13,7 @@ from karma_ray.report.comparison import (
     Group,
     difference,
 )
-from karma_ray.report.paper import Table
+from karma_ray.report.rows import Table
 from karma_ray.report.sections import Section, signed, spread_of
 from karma_ray.report.study_state import collapse, cost, equal_seconds
 

@@ -25,8 +25,9 @@ from karma_ray.config import override
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
-from karma_ray.report.paper import TABLES, Row
+from karma_ray.report.paper import TABLES
 from karma_ray.report.results import OUTCOMES, outcomes_of, read_records
+from karma_ray.report.rows import Row
 
 SMALL = (
     "model.tiny.hidden_size=32", "model.tiny.num_heads=2", "model.tiny.intermediate_size=64",
