@@ -3,6 +3,7 @@
     python jobs/ablate.py table1 --data DATA --seeds 3
     python jobs/ablate.py table2 --data DATA --seeds 3 --rows karma_text,ar_mse_add
     python jobs/ablate.py baselines --data DATA --set model.user_decoder.query_mode=none
+    python jobs/ablate.py baselines --data DATA --search 4
     python jobs/ablate.py report
 
 A run that stands in --results with the same configuration and data is not made again, so a study
@@ -12,11 +13,17 @@ can be stopped and continued, also on another machine. docs/ablations.md lists t
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
 from karma_ray.cli import parser, run
+from karma_ray.cluster.search_space import load_space
 from karma_ray.cluster.sources import CACHE, toy_shop
-from karma_ray.cluster.study import run_study
+from karma_ray.cluster.study import Outcome, run_study
 from karma_ray.cluster.study_plan import Data, named_rows, parsed_seeds, planned, possible_rows
+from karma_ray.cluster.study_search import SPACE, candidates, chosen_trials, search_trials
+from karma_ray.cluster.trial import Trial
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.report.paper import TABLES
 from karma_ray.report.study_page import write_report
@@ -34,19 +41,37 @@ def main(argv: list[str] | None = None) -> None:
         seeds, assignments = parsed_seeds(arguments.seeds), arguments.assignments
         data = Data.open(arguments.data or toy_shop(CACHE))
         rows, skipped = possible_rows(named, data, assignments)
-        trials = planned(rows, seeds, data, assignments)
         for name, reason in skipped.items():
             print(f"skipped  {name}: {reason}")
-        outcome = run_study(
-            trials, data, arguments.results, runs="runs/study", cache=CACHE,
-            concurrent=arguments.concurrent, max_minutes=arguments.max_minutes,
-        )  # fmt: skip
-        print(f"runs     {outcome.told()}")
-        failed = outcome.failed
+        begun = time.monotonic()
+        if arguments.search is None:
+            outcomes = [_run(planned(rows, seeds, data, assignments), data, arguments, begun)]
+        else:
+            found = candidates(load_space(SPACE), arguments.search)
+            trials = search_trials(rows, seeds[0], data, assignments, found)
+            outcomes = [_run(trials, data, arguments, begun)]
+            if not outcomes[0].left:  # nothing is chosen from a part of the candidates
+                results = Path(arguments.results)
+                trials = chosen_trials(rows, seeds, data, assignments, found, results)
+                outcomes.append(_run(trials, data, arguments, begun))
+        failed = {name: reason for o in outcomes for name, reason in o.failed.items()}
     markdown, page = write_report(arguments.results)
     print(f"report   {markdown} {page}")
     if failed:
         raise KarmaRayError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
+
+
+def _run(trials: Sequence[Trial], data: Data, flags: argparse.Namespace, begun: float) -> Outcome:
+    """Run what is missing within what is left of --max-minutes, and tell how it ended."""
+    minutes = flags.max_minutes
+    if minutes and minutes > 0:
+        minutes = max(1e-3, minutes - (time.monotonic() - begun) / 60)
+    outcome = run_study(
+        trials, data, flags.results, runs="runs/study", cache=CACHE, concurrent=flags.concurrent,
+        max_minutes=minutes,
+    )  # fmt: skip
+    print(f"runs     {outcome.told()}")
+    return outcome
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -55,6 +80,11 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     flags.add_argument("--data", metavar="URI", help="data folder (default: the toy shop)")
     flags.add_argument("--seeds", default="3", help="a count, or a list such as 0,4 (default: 3)")
     flags.add_argument("--rows", metavar="A,B", help="only these rows of the table")
+    flags.add_argument(
+        "--search", type=int, metavar="N",
+        help="give every trained row its best of N settings, chosen with the first seed by HR@50 "
+        "on validation (the study's own and N - 1 drawn from tune_spaces/baselines.py)",
+    )  # fmt: skip
     flags.add_argument(
         "--concurrent", type=int, metavar="N",
         help="trials at a time (default: one a core, as far as memory goes)",

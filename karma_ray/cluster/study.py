@@ -276,6 +276,7 @@ def write_record(trial: Trial, found: Record, data: Data, results: Path) -> None
         "seed": trial.config.seed,
         "set": list(trial.extra),
         "assignments": list(trial.assignments),
+        **({"searched": list(trial.searched)} if trial.searched else {}),
         **found,
         **names,
         "commit": commit(),

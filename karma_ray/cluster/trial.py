@@ -38,11 +38,14 @@ class Trial:
     """What was set beyond the row's own recipe and settings."""
     extra: tuple[str, ...] = ()
     """The part of them that is not the data set's study settings."""
+    searched: tuple[str, ...] = ()
+    """What a search gave this row alone, in the configuration too."""
 
     @property
     def name(self) -> str:
-        """`ROW-seedN`."""
-        return f"{self.row}-seed{self.config.seed}"
+        """`ROW-seedN`, with a short hash of what was searched."""
+        name = f"{self.row}-seed{self.config.seed}"
+        return f"{name}-{value_hash(list(self.searched))[:4]}" if self.searched else name
 
     def progress(self, run: str) -> str:
         """How far its run is, from the run's log."""

@@ -10,14 +10,14 @@ import functools
 import math
 import statistics
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from karma_ray.metrics.significance import BootstrapResult, paired_bootstrap
 from karma_ray.report.record import number
-from karma_ray.report.results import Record, baseline_key, outcomes_of, run_key
+from karma_ray.report.results import Record, baseline_key, chosen, outcomes_of, record_key
 from karma_ray.report.rows import Row, Table
 from karma_ray.training.config import EXECUTION
 from karma_ray.training.outcomes import Outcomes
@@ -26,6 +26,8 @@ METRICS = (
     "gAUC", "HR@10", "HR@50", "HR@200", "HR@1000", "JS@50", "cold/HR@50", "in_query/HR@10",
 )  # fmt: skip
 """Compared metrics; values per example are kept for all of them."""
+SEARCHED = "each row at its best setting"
+"""Condition of a group whose trained rows had a search of their own."""
 _Z_TWO_SIDED, _Z_POWER = 1.960, 0.842  # 5 % level, 80 % power
 
 
@@ -39,6 +41,13 @@ class Variant:
     """`results.run_key` of its configuration."""
     records: Mapping[int, Record]
     outcomes: Mapping[int, Outcomes]
+    tried: int = 1
+    """Settings that it was chosen from."""
+
+    @property
+    def searched(self) -> str:
+        """The settings that a search gave it."""
+        return ", ".join(next(iter(self.records.values())).get("searched", []))
 
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> test metric."""
@@ -117,9 +126,21 @@ def grouped(records: Iterable[Record], results: Path, table: Table) -> list[Grou
             found.setdefault((record["data"], key), []).append(record)
     result = []
     for (data, key), members in sorted(found.items()):
-        variants = _variants(members, rows, recipe, results)
-        base = [v for v in variants if v.row.name == table.baseline and v.key == key]
-        result.append(Group(data, _condition(members, recipe), base[0] if base else None, variants))
+        condition = _condition(members, recipe)
+        plain = [record for record in members if not record.get("searched")]
+        if plain:
+            variants = _variants(plain, rows, recipe, results)
+            base = [v for v in variants if v.row.name == table.baseline and v.key == key]
+            result.append(Group(data, condition, base[0] if base else None, variants))
+        if len(plain) < len(members):
+            best, tried = chosen(members)
+            variants = tuple(
+                replace(v, tried=tried.get(v.row.name, 1))
+                for v in _variants(best, rows, recipe, results)
+            )
+            base = [v for v in variants if v.row.name == table.baseline]
+            told = ", ".join(part for part in (condition, SEARCHED) if part)
+            result.append(Group(data, told, base[0] if base else None, variants))
     return _told_apart(result)
 
 
@@ -196,8 +217,7 @@ def _variants(
 ) -> tuple[Variant, ...]:
     by_run: dict[tuple[str, str], list[Record]] = {}
     for record in members:
-        key = run_key(record["config"], record.get("data_hash"))
-        by_run.setdefault((record["row"], key), []).append(record)
+        by_run.setdefault((record["row"], record_key(record)), []).append(record)
     found = []
     for name, row in rows.items():
         of_row = {key: found for (row_name, key), found in by_run.items() if row_name == name}

@@ -7,7 +7,7 @@ every test example lies beside it (training/outcomes.py). Records without `row` 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,8 @@ Record = dict[str, Any]
 Spread = dict[str, float | None]
 OUTCOMES = "outcomes"
 """Folder of the values per example, below the records."""
+METRIC = "HR@50"
+"""What settings are chosen by, on the validation examples."""
 
 _MEASURED = ("prepare.", "evaluation.")
 _ALWAYS = ("model.decodability.max_target_tokens",)
@@ -87,12 +89,15 @@ def run_key(saved: Record, data_hash: str | None) -> str:
     return value_hash([learnt_from(saved), data_hash])
 
 
+def record_key(record: Record) -> str:
+    """`run_key` of a record."""
+    return run_key(record["config"], record.get("data_hash"))
+
+
 def same_run(record: Record, config: Config, data_hash: str | None) -> bool:
     """Whether a record was made with this configuration, seed included."""
     mine = run_key(to_dict(config), data_hash)
-    return record["seed"] == config.seed and mine == run_key(
-        record["config"], record.get("data_hash")
-    )
+    return record["seed"] == config.seed and mine == record_key(record)
 
 
 def baseline_key(record: Record, baseline: str) -> str:
@@ -105,6 +110,39 @@ def baseline_key(record: Record, baseline: str) -> str:
     except InputError:
         return ""
     return run_key(to_dict(config), record.get("data_hash"))
+
+
+def validated(record: Record, metric: str = METRIC) -> float | None:
+    """The metric on the validation examples at the last validated step."""
+    curve = record.get("curve") or [{}]
+    value = curve[-1].get(metric)
+    return None if value is None else float(value)
+
+
+def chosen(members: Iterable[Record]) -> tuple[list[Record], dict[str, int]]:
+    """Records of every searched row's best setting and of rows that train nothing; row -> settings.
+
+    Settings are compared by the validation of the first searched seed.
+    """
+    members = list(members)
+    kept: list[Record] = []
+    tried: dict[str, int] = {}
+    for row in dict.fromkeys(record["row"] for record in members):
+        of_row = [record for record in members if record["row"] == row]
+        seeds = [record["seed"] for record in of_row if record.get("searched")]
+        if not seeds:
+            kept += [r for r in of_row if r["config"]["recipe"] not in recipes.TRAINED]
+            continue
+        values = {
+            record_key(record): value
+            for record in of_row
+            if record["seed"] == min(seeds) and (value := validated(record)) is not None
+        }
+        if values:
+            tried[row] = len(values)
+            best = max(values, key=values.__getitem__)
+            kept += [record for record in of_row if record_key(record) == best]
+    return kept, tried
 
 
 def spread(records: list[Record]) -> dict[str, Spread]:

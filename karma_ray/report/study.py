@@ -64,6 +64,14 @@ def _facts(group: Group) -> tuple[str, ...]:
         f"{len(records)} runs, {' or '.join(f'{n:,}' for n in clicks)} test clicks; data "
         f"{records[0].get('data_hash')}; commits {', '.join(commits)}; {'; '.join(devices)}."
     ]
+    searched = [v for v in group.variants if v.tried > 1]
+    if searched:
+        facts.append(
+            "Settings chosen by HR@50 on validation with the first seed, out of as many as "
+            "`settings tried` says (tune_spaces/baselines.py); `–`: the study's own were best. "
+            + "; ".join(f"{v.label}: {v.searched or '–'}" for v in searched)
+            + "."
+        )
     if group.baseline is None:
         facts.append("The baseline is missing: nothing is compared yet.")
     return tuple(facts)

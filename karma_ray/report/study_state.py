@@ -95,7 +95,7 @@ def cost(group: Group) -> Section:
         rows.append((
             variant.label,
             ", ".join(str(seed) for seed in variant.records),
-            str(len(tried)),
+            str(max(variant.tried, len(tried))),
             spread_of([r["seconds"] for r in records if not r.get("resumed")], 0),
             spread_of([s for s in joint if s is not None], 0),
             spread_of([p["host"] for r in records if (p := r.get("peak_gib"))], 2),

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from karma_ray.report.comparison import (
+    SEARCHED,
     Group,
     at_seconds,
     common_seconds,
@@ -165,3 +166,42 @@ def test_the_clock_is_read_between_validations(tmp_path: Path) -> None:
 def test_the_small_study_is_as_large_as_it_says(study: Group) -> None:
     assert study.baseline is not None
     assert study.baseline.records[0]["metrics"]["num_test"] == NUM_CLICKS
+
+
+def test_searched_rows_are_compared_at_the_setting_that_validation_chose(tmp_path: Path) -> None:
+    def record(row: str, seed: int, hits: int, valid: float, *searched: str) -> None:
+        curve = [{"step": 100, "seconds": 40.0, "HR@50": valid}]
+        more = {"searched": list(searched)} if searched else {}
+        write_record(tmp_path, row, seed, outcomes(hits), *searched, curve=curve, set=[],
+                     assignments=[], **more)  # fmt: skip
+
+    fast, slow = "training.learning_rate=0.01", "training.learning_rate=0.003"
+    record("action_only", 0, 2, 30.0)
+    record("action_only", 0, 1, 40.0, fast)  # better on validation, worse on test
+    record("action_only", 0, 4, 20.0, slow)
+    record("karma_text", 0, 3, 50.0)
+    record("karma_text", 0, 4, 49.0, fast)
+    record("sasrec", 0, 1, 10.0)  # no search: not among those that had one
+    record("query_filter", 0, 1, 0.0)
+    plain, searched = groups(tmp_path, "baselines")
+    assert SEARCHED in searched.condition and SEARCHED not in plain.condition
+    found = {v.row.name: (v.searched, v.tried, v.mean("HR@50")) for v in searched.variants}
+    assert found == {
+        "query_filter": ("", 1, 20.0), "action_only": (fast, 3, 20.0), "karma_text": ("", 2, 60.0),
+    }  # fmt: skip
+    assert searched.baseline is not None and searched.baseline.searched == fast
+    assert {v.mean("HR@50") for v in plain.variants if v.row.name == "action_only"} == {40.0}
+
+
+def test_seeds_of_the_chosen_setting_are_pooled_though_only_the_first_chose_it(
+    tmp_path: Path,
+) -> None:
+    for seed, valid in ((0, 40.0), (1, 5.0)):
+        curve = [{"step": 100, "seconds": 40.0, "HR@50": valid}]
+        fast = "training.learning_rate=0.01"
+        write_record(tmp_path, "karma_text", seed, outcomes(3), fast, curve=curve, set=[],
+                     assignments=[], searched=[fast])  # fmt: skip
+        write_record(tmp_path, "karma_text", seed, outcomes(1))  # 30 on validation
+    _, searched = groups(tmp_path, "baselines")
+    (karma,) = searched.variants
+    assert sorted(karma.records) == [0, 1] and karma.tried == 2 and karma.mean("HR@50") == 60.0

@@ -1,0 +1,89 @@
+"""A search of a study: the same settings for every row, chosen on validation alone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jobs.ablate import main
+from karma_ray import cli
+from karma_ray.cluster.search_space import load_space
+from karma_ray.cluster.study_plan import Data, named_rows
+from karma_ray.cluster.study_search import SPACE, candidates, chosen_trials, search_trials
+from karma_ray.data.synthetic.config import ToyShopConfig
+from karma_ray.data.synthetic.shop import write_toy_shop
+from karma_ray.errors import InputError
+from tests.cluster.test_study import ONE_THREAD, SMALL
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    folder = str(tmp_path_factory.mktemp("shop") / "toy")
+    write_toy_shop(folder, ToyShopConfig(num_items=240, num_users=60))
+    return Data.open(folder)
+
+
+def test_candidates_are_the_same_at_every_call_and_begin_with_the_studys_own() -> None:
+    space = load_space(SPACE)
+    found = candidates(space, 5)
+    assert found == candidates(space, 5) and found[:3] == candidates(space, 3)
+    assert found[0] == () and len(set(found)) == 5
+    for settings in found[1:]:
+        assert [a.split("=")[0] for a in settings] == list(space.domains)
+    with pytest.raises(InputError, match=r"--search.*at least 2"):
+        candidates(space, 1)
+
+
+def test_every_trained_row_gets_every_candidate_and_names_differ(data: Data) -> None:
+    found = candidates(load_space(SPACE), 3)
+    rows = named_rows("baselines", "popularity,sasrec,karma_text")
+    trials = search_trials(rows, 0, data, (), found)
+    assert [t.row for t in trials] == ["sasrec", "karma_text"] * 3
+    assert len({t.name for t in trials}) == 6
+    rate = float(found[1][0].split("=")[1])
+    assert {t.config.training.learning_rate for t in trials if t.searched == found[1]} == {rate}
+    # what was searched is not a condition of the comparison
+    assert all(t.assignments == trials[0].assignments and not t.extra for t in trials)
+
+
+@pytest.mark.ray
+def test_the_search_ends_with_the_best_candidate_for_every_seed(
+    ray_cluster: None, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sets = [flag for assignment in (*SMALL, *ONE_THREAD) for flag in ("--set", assignment)]
+    command = ["baselines", "--data", data.uri, "--rows", "popularity,sasrec", "--seeds", "2",
+               "--search", "3", *sets, "--results", "results"]  # fmt: skip
+    main(command)
+    told = capsys.readouterr().out
+    assert "3 made; 0 were there" in told  # three candidates of the trained row
+    assert "3 made; 1 were there" in told  # its other seed, the floor's two
+    records = [json.loads(path.read_text()) for path in Path("results").glob("*.json")]
+    first = [r for r in records if r["row"] == "sasrec" and r["seed"] == 0]
+    best = max(first, key=lambda r: r["curve"][-1]["HR@50"])
+    (second,) = [r for r in records if r["row"] == "sasrec" and r["seed"] == 1]
+    assert second.get("searched") == best.get("searched")
+    text = Path("results.md").read_text()
+    assert "each row at its best setting" in text and "| SASRec (ids) | 0, 1 | 3 |" in text
+    main(command)
+    assert "0 made; 3 were there" in capsys.readouterr().out
+
+
+def test_nothing_is_chosen_where_nothing_was_validated(data: Data, tmp_path: Path) -> None:
+    found = candidates(load_space(SPACE), 2)
+    rows = named_rows("baselines", "popularity,sasrec")
+    trials = chosen_trials(rows, [0, 1], data, (), found, tmp_path)
+    assert [t.name for t in trials] == ["popularity-seed0", "popularity-seed1"]
+
+
+def test_a_search_of_one_setting_is_refused_before_anything_starts(
+    data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(main, ["baselines", "--data", data.uri, "--search", "1"])
+    assert ended.value.code == 2 and "--search" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
