@@ -29,6 +29,10 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "pretrain.steps=200", "warmup.steps=200", "training.learning_rate=0.002",
         "training.batch_size=64", "training.steps=1500", "training.validate_every=150", *HERE,
     ),
+    # Few clicks: hard negatives that count fully, or early, drown the query (docs/log.md).
+    "hm": (
+        "model.score.scale=10", "objective.hard_weight=0.3", "objective.hard_ramp=0.3", *_LONG,
+    ),
     # Without queries clicks alone collapse an encoder that learns from the start.
     "amazon_industrial": ("training.encoder_delay=0.4", "training.encoder_lr=0.3", *_LONG),
     "*": _LONG,
