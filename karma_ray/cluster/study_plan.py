@@ -29,9 +29,11 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "pretrain.steps=200", "warmup.steps=200", "training.learning_rate=0.002",
         "training.batch_size=64", "training.steps=1500", "training.validate_every=150", *HERE,
     ),
-    # Few clicks: hard negatives that count fully, or early, drown the query (docs/log.md).
+    # Few clicks: hard negatives that count fully drown the query, and an encoder that learns from
+    # the start forgets the person (docs/log.md).
     "hm": (
-        "model.score.scale=10", "objective.hard_weight=0.3", "objective.hard_ramp=0.3", *_LONG,
+        "model.score.scale=10", "objective.hard_weight=0.3", "training.encoder_delay=0.25",
+        "training.encoder_lr=0.5", "training.steps=1600", "training.validate_every=200", *HERE,
     ),
     # Without queries clicks alone collapse an encoder that learns from the start.
     "amazon_industrial": ("training.encoder_delay=0.4", "training.encoder_lr=0.3", *_LONG),
