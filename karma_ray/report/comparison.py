@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from scipy.stats import t as student_t
 
 from karma_ray.metrics.significance import BootstrapResult, paired_bootstrap
 from karma_ray.report.record import number
@@ -28,7 +29,8 @@ METRICS = (
 """Compared metrics; values per example are kept for all of them."""
 SEARCHED = "each row at its best setting"
 """Condition of a group whose trained rows had a search of their own."""
-_Z_TWO_SIDED, _Z_POWER = 1.960, 0.842  # 5 % level, 80 % power
+_NORMAL = (1.960, 0.842)
+"""Quantiles of a two-sided 5 % level and of 80 % power."""
 
 
 @dataclass(frozen=True)
@@ -97,23 +99,40 @@ class Difference:
 
     @property
     def detectable(self) -> float | None:
-        """Smallest difference found in four of five repetitions at the 5 % level.
+        """Smallest difference found in about four of five repetitions at the 5 % level.
 
-        (1.96 + 0.84) sqrt(se_users^2 + s_seeds^2 / n); of the users alone with one seed.
+        sqrt((2.80 se_users)^2 + (t se_seeds)^2), 2.80 and t being the sums of the .975 and .8
+        quantiles of the normal and of Student's distribution; of the users alone with one seed.
         """
         if self.bootstrap is None:
             return None
-        of_users = (self.bootstrap.high - self.bootstrap.low) / (2 * _Z_TWO_SIDED)
-        of_seeds = (self.spread or 0.0) ** 2 / len(self.seeds)
-        return (_Z_TWO_SIDED + _Z_POWER) * math.sqrt(of_users**2 + of_seeds)
+        of_users = (self.bootstrap.high - self.bootstrap.low) / (2 * _NORMAL[0]) * sum(_NORMAL)
+        if self.spread is None:
+            return of_users
+        number = len(self.seeds)
+        t = float(sum(student_t.ppf([0.975, 0.8], number - 1)))
+        return math.hypot(of_users, t * self.spread / math.sqrt(number))
+
+    @property
+    def over_seeds(self) -> tuple[float, float] | None:
+        """95 % t interval over seeds; None with one seed."""
+        if self.spread is None:
+            return None
+        number = len(self.seeds)
+        half = float(student_t.ppf(0.975, number - 1)) * self.spread / math.sqrt(number)
+        return self.mean - half, self.mean + half
 
     @property
     def direction(self) -> int:
-        """1 or -1 where the interval excludes 0 and all seeds agree in sign, else 0."""
+        """1 or -1 where the intervals over users and, from two seeds on, over seeds exclude 0.
+
+        That over users says nothing of another run of the same recipe, that over seeds nothing of
+        other users.
+        """
         if self.bootstrap is None or self.bootstrap.low <= 0 <= self.bootstrap.high:
             return 0
-        sign = 1 if self.mean > 0 else -1
-        return sign if all(sign * value > 0 for value in self.seeds) else 0
+        low, high = self.over_seeds or (self.mean, self.mean)
+        return 0 if low <= 0 <= high else (1 if self.mean > 0 else -1)
 
 
 def grouped(records: Iterable[Record], results: Path, table: Table) -> list[Group]:

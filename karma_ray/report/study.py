@@ -96,9 +96,9 @@ def _in_words(group: Group, found: Differences) -> Section:
         warning = " One seed: its spread is unknown." if seeds == 1 else ""
         sentences.append(f"{variant.label}: {'; '.join(parts)}.{warning}")
     note = (
-        "Shown means: the 95 % interval (users drawn with replacement, seeds pooled) excludes 0 "
-        f"and all seeds agree in sign. {len(found)} differences are looked at and p-values are not "
-        "corrected for that. In parentheses: the difference, and where none is shown the smallest "
+        "Shown means: the 95 % interval over users (drawn with replacement, seeds pooled) excludes "
+        f"0, and so does that over seeds (Student's t). {len(found)} differences are looked at and "
+        "p-values are not corrected for that. In parentheses: the difference, and where none is shown the smallest "
         "that the design can detect."
     )
     return Section("In plain words", notes=(*sentences, note) if sentences else ())
@@ -188,16 +188,20 @@ def _details(group: Group, found: Differences) -> Section:
         boot = d.bootstrap
         rows.append((
             label, metric, signed(d.mean), " ".join(signed(value) for value in d.seeds),
-            f"[{signed(boot.low)}, {signed(boot.high)}]" if boot else "–",
+            _interval((boot.low, boot.high) if boot else None), _interval(d.over_seeds),
             f"{boot.p_value:.4f}" if boot else "–",
             "–" if d.detectable is None else f"{d.detectable:.2f}",
             f"{boot.num_users:,}" if boot else "–",
         ))  # fmt: skip
-    header = ("row", "metric", "difference", "each seed", "95 % interval", "p", "detectable",
-              "users")  # fmt: skip
+    header = ("row", "metric", "difference", "each seed", "95 % over users", "95 % over seeds",
+              "p", "detectable", "users")  # fmt: skip
     return Section(
         "Every difference with its interval", header=header, rows=tuple(rows), folded=True
     )
+
+
+def _interval(found: tuple[float, float] | None) -> str:
+    return f"[{signed(found[0])}, {signed(found[1])}]" if found else "–"
 
 
 def _delta(found: Difference | None) -> str:

@@ -62,7 +62,9 @@ def test_the_interval_is_over_users_with_the_seeds_pooled(study: Group) -> None:
     assert boot.low == pytest.approx(mean - 1.96 * error, abs=0.7)
     assert boot.high == pytest.approx(mean + 1.96 * error, abs=0.7)
     assert found.direction == 1
-    expected = 2.802 * (((boot.high - boot.low) / 3.92) ** 2 + 1.5**2 / 3) ** 0.5
+    assert found.over_seeds == pytest.approx((18.5 - 3.726, 18.5 + 3.726), abs=1e-2)
+    of_users = 2.802 * (boot.high - boot.low) / 3.92
+    expected = (of_users**2 + (4.303 + 1.061) ** 2 * 1.5**2 / 3) ** 0.5
     assert found.detectable == pytest.approx(expected, rel=1e-3)
 
 
@@ -74,8 +76,9 @@ def test_no_difference_has_no_direction(study: Group) -> None:
     assert found.is_saturated
 
 
-def test_seeds_that_disagree_in_sign_show_nothing(tmp_path: Path) -> None:
-    for seed, hits in ((0, 4), (1, 1)):
+@pytest.mark.parametrize("hits_of", [(4, 1), (3, 5)])
+def test_seeds_that_differ_too_much_show_nothing(tmp_path: Path, hits_of: tuple[int, int]) -> None:
+    for seed, hits in enumerate(hits_of):
         write_record(tmp_path, "action_only", seed, outcomes(2))
         write_record(tmp_path, "karma_text", seed, outcomes(hits))
     (group,) = groups(tmp_path)
