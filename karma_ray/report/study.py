@@ -98,8 +98,8 @@ def _in_words(group: Group, found: Differences) -> Section:
     note = (
         "Shown means: the 95 % interval over users (drawn with replacement, seeds pooled) excludes "
         f"0, and so does that over seeds (Student's t). {len(found)} differences are looked at and "
-        "p-values are not corrected for that. In parentheses: the difference, and where none is shown the smallest "
-        "that the design can detect."
+        "p-values are not corrected for that. In parentheses: the difference, and where none is "
+        "shown the smallest that the design can detect."
     )
     return Section("In plain words", notes=(*sentences, note) if sentences else ())
 
