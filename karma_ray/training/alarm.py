@@ -3,9 +3,10 @@
 A crossed bound is told once per run and kind: as a warning, as `alarm/KIND` in the record (the
 bound; the value stands beside it) and in the report. Training goes on: the numbers decide nothing.
 
-The bounds come from runs on the toy shop (docs/diagnosis.md). Healthy ones kept a third of their
-width as effective rank of e, a sixth as that of h, and cosines below .6; those that collapsed fell
-to a twelfth, or to cosines above .9, within tens of steps.
+The bounds come from runs on the toy shop and `hm` (docs/diagnosis.md). Healthy ones kept a third
+of their width as effective rank of e, a sixth as that of h, and cosines below .6; those that
+collapsed fell to a twelfth, or to cosines above .9, within tens of steps. Healthy ones too cross a
+bound for a moment: h at the first steps, e when its encoder starts to learn.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # processes that only read records do without torch
     from torch import nn
 
+PATIENCE = 3
+"""Reports in a row that must cross a bound before it is told."""
 LEAST_RANK_E = 0.1
 """Effective rank of e as a share of the width (or of the number of items, if that is less)."""
 LEAST_RANK_H = 0.05
@@ -79,6 +82,8 @@ class Alarm:
     told: set[str] = field(default_factory=set)
     highest: dict[str, float] = field(default_factory=dict)
     lowest: dict[str, float] = field(default_factory=dict)
+    in_a_row: dict[str, int] = field(default_factory=dict)
+    """Reports up to the newest that cross a kind's bound."""
 
     @classmethod
     def of(cls, model: nn.Module, steps: int, lines: Iterable[Mapping[str, Any]]) -> Alarm | None:
@@ -101,7 +106,8 @@ class Alarm:
             self.highest[kind] = max(value, self.highest.get(kind, -math.inf))
             self.lowest[kind] = min(value, self.lowest.get(kind, math.inf))
             bound = watched.bound(self, value, record)
-            if bound is not None and kind not in self.told:
+            self.in_a_row[kind] = 0 if bound is None else self.in_a_row.get(kind, 0) + 1
+            if bound is not None and self.in_a_row[kind] >= PATIENCE and kind not in self.told:
                 found[f"alarm/{kind}"] = bound
                 self.told.add(kind)
         return found

@@ -61,13 +61,19 @@ def test_a_bound_is_told_once_with_the_numbers(
     watched = alarm()
     assert watched(record(10)) == {}
     assert watched(record(20, **{quantity: just_there})) == {}
-    crossed = record(30, **{quantity: too_far})
+    for step in (30, 40):  # for a moment only
+        assert watched(record(step, **{quantity: too_far})) == {}
+    assert watched(record(50)) == {}
+    for step in (60, 70):
+        assert watched(record(step, **{quantity: too_far})) == {}
+    crossed = record(80, **{quantity: too_far})
     found = watched(crossed)
     assert found == {f"alarm/{kind}": pytest.approx(bound)}
     (message,) = messages({**crossed, **found})
-    assert f"at step 30: {KINDS[kind].name} is {too_far:.3g}" in message
+    assert f"at step 80: {KINDS[kind].name} is {too_far:.3g}" in message
     assert f"{bound:.3g}" in message and "What usually helps: " in message
-    assert watched(record(40)) == watched(record(50, **{quantity: too_far})) == {}
+    assert watched(record(90)) == {}
+    assert [watched(record(step, **{quantity: too_far})) for step in range(91, 100)] == [{}] * 9
 
 
 def test_few_items_bound_the_rank_that_can_be_asked_for() -> None:
@@ -77,8 +83,8 @@ def test_few_items_bound_the_rank_that_can_be_asked_for() -> None:
 
 def test_a_gap_that_never_opens_is_told_in_the_second_half() -> None:
     watched = alarm()
-    assert watched(record(50, decode_gap=0.01)) == {}
-    assert watched(record(60, decode_gap=0.01)) == {"alarm/decode_gap": 0.02}
+    found = [watched(record(step, decode_gap=0.01)) for step in (40, 50, 60, 70, 80)]
+    assert found == [{}, {}, {}, {}, {"alarm/decode_gap": 0.02}]
 
 
 def test_sinks_that_the_checkpoint_brought_along_are_no_collapse() -> None:
@@ -93,14 +99,16 @@ def test_what_was_not_measured_says_nothing() -> None:
 
 def test_a_continued_training_knows_what_was_told() -> None:
     first, lines = alarm(), []
-    for step, cosine in ((10, 0.3), (20, 0.95)):
+    for step, cosine in ((10, 0.3), (20, 0.95), (30, 0.95), (40, 0.95), (50, 0.95)):
         line = record(step, mean_cosine_e=cosine)
         lines.append({**line, **first(line)})
     model = tiny.model()
     again = Alarm.of(model, 100, lines)
     assert again is not None
     assert (again.width, again.told, again.highest) == (32, first.told, first.highest)
-    assert again(record(30, mean_cosine_e=0.95)) == {}
+    assert first.told == {"mean_cosine_e"} and again(record(60, mean_cosine_e=0.95)) == {}
+    cut = Alarm.of(model, 100, lines[:3])  # in the middle of a row
+    assert cut is not None and cut(lines[3]).keys() == {"alarm/mean_cosine_e"}
     assert Alarm.of(nn.Linear(2, 2), 100, lines) is None
 
 
@@ -118,7 +126,7 @@ def build(collapsed: bool) -> nn.Module:
 
 
 def batches(context: WorkerContext) -> Iterator[Any]:
-    return (tiny.batch(tiny.shop(8, seed), seed) for seed in range(context.start_step, 4))
+    return (tiny.batch(tiny.shop(8, seed), seed) for seed in range(context.start_step, 6))
 
 
 def job(run: str, collapsed: bool, steps: int = 4) -> TrainJob:
@@ -147,12 +155,12 @@ def test_a_training_that_collapses_warns_once_in_log_record_and_report(
     told = [name for line in lines for name in line if name.startswith("alarm/")]
     assert {"alarm/effective_rank_e", "alarm/mean_cosine_e"} <= set(told)
     assert len(told) == len(set(told))
-    assert {"alarm/effective_rank_e", "alarm/mean_cosine_e"} <= lines[0].keys()
+    assert {"alarm/effective_rank_e", "alarm/mean_cosine_e"} <= lines[2].keys()
     warnings = [message for message in caplog.messages if "collapse alarm" in message]
     assert warnings == [message for line in lines for message in messages(line)]
     write_json({"recipe": "action_only"}, f"{run}/config.json")
     text = Path(render_report(run)).read_text()
-    assert "Collapse alarm at step 1: the effective rank of the items e is" in text
+    assert "Collapse alarm at step 3: the effective rank of the items e is" in text
 
 
 def test_a_training_that_does_not_collapse_does_not_warn(
@@ -171,14 +179,14 @@ def test_a_resumed_training_does_not_warn_again(
     run = str(tmp_path / "run")
 
     def cut(model: nn.Module, step: int) -> None:
-        if step == 3:
+        if step == 5:
             raise KeyboardInterrupt
 
     from dataclasses import replace
 
     with pytest.raises(KeyboardInterrupt):
-        run_training(replace(job(run, True), on_step=cut), progress=False)
+        run_training(replace(job(run, True, steps=6), on_step=cut), progress=False)
     caplog.clear()
-    run_training(job(run, True), resume=True, progress=False)
-    assert [line["step"] for line in read_lines(f"{run}/metrics.jsonl")][:4] == [1, 2, 3, 4]
+    run_training(job(run, True, steps=6), resume=True, progress=False)
+    assert [line["step"] for line in read_lines(f"{run}/metrics.jsonl")][:6] == [1, 2, 3, 4, 5, 6]
     assert not [message for message in caplog.messages if "items e" in message]
