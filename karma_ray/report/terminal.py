@@ -7,6 +7,7 @@ import textwrap
 from karma_ray.artifacts import RunFolder, exists
 from karma_ray.report.record import Ranked, RunRecord, number, read_run
 from karma_ray.report.standing import format_count, format_metric, headline
+from karma_ray.training.alarm import messages
 
 COLUMNS = ("HR@10", "HR@50", "NDCG@10", "MRR", "gAUC", "JS@50")
 PARTS = {"in_query/": "inside the query", "warm/": "warm items", "cold/": "cold items"}
@@ -22,7 +23,7 @@ def summary(run: str) -> str:
         "",
         *_table(record),
         "",
-        *_wrapped([*headline(record), *record.labels(), *_quarantine(record)]),
+        *_wrapped([*headline(record), *record.labels(), *_quarantine(record), *_alarms(record)]),
         "",
         f"run folder  {record.run}",
     ]
@@ -74,6 +75,12 @@ def _quarantine(record: RunRecord) -> list[str]:
         return []
     counts = ", ".join(f"{reason} {format_count(count)}" for reason, count in reasons.items())
     return [f"Quarantined rows: {counts}."]
+
+
+def _alarms(record: RunRecord) -> list[str]:
+    """What usually helps stands in the log and in the report."""
+    found = (told for line in record.lines for told in messages(line, with_help=False))
+    return [told[0].upper() + told[1:] for told in found]
 
 
 def _next_command(record: RunRecord) -> str:

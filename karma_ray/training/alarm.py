@@ -117,12 +117,13 @@ class Alarm:
         return min(float(self.width), float(record.get("negatives/pool", math.inf)))
 
 
-def messages(line: Mapping[str, Any]) -> list[str]:
+def messages(line: Mapping[str, Any], *, with_help: bool = True) -> list[str]:
     """The alarms of a line of metrics.jsonl as sentences."""
     return [
         f"collapse alarm at step {int(line.get('step', 0))}: {watched.name} is "
-        f"{line[watched.key]:.3g}, {watched.side} {line[f'alarm/{kind}']:.3g}: {watched.meaning}. "
-        f"What usually helps: {watched.helps}."
+        f"{line[watched.key]:.3g}, {watched.side} {line[f'alarm/{kind}']:.3g}: {watched.meaning}."
+        + f" What usually helps: {watched.helps}."
+        * with_help
         for kind, watched in KINDS.items()
         if f"alarm/{kind}" in line and watched.key in line
     ]

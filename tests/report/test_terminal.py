@@ -47,3 +47,10 @@ def test_a_floor_run_is_not_offered_for_serving(write_run) -> None:
 def test_empty_sections_take_no_line(write_run) -> None:
     run = write_run(**{"metrics.json": {"HR@10": 1.0, "num_test": 5, "cold/num_test": 0}})
     assert "cold items" not in summary(run)
+
+
+def test_a_collapse_alarm_is_on_the_screen(write_run) -> None:
+    lines = [{"stage": "joint", "step": 80, "decode_gap": 0.01, "alarm/decode_gap": 0.02}]
+    text = " ".join(summary(write_run(**{"metrics.jsonl": lines})).split())
+    assert "Collapse alarm at step 80: the decode gap (nats per token) is 0.01, below 0.02" in text
+    assert "Collapse alarm" not in summary(write_run())
