@@ -18,11 +18,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from karma_ray.cli import parser, run
-from karma_ray.cluster.search_space import load_space
 from karma_ray.cluster.sources import CACHE, toy_shop
 from karma_ray.cluster.study import Outcome, run_study
 from karma_ray.cluster.study_plan import Data, named_rows, parsed_seeds, planned, possible_rows
-from karma_ray.cluster.study_search import SPACE, candidates, chosen_trials, search_trials
+from karma_ray.cluster.study_search import chosen_trials, search_trials
 from karma_ray.cluster.trial import Trial
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.report.paper import TABLES
@@ -47,12 +46,12 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.search is None:
             outcomes = [_run(planned(rows, seeds, data, assignments), data, arguments, begun)]
         else:
-            found = candidates(load_space(SPACE), arguments.search)
-            trials = search_trials(rows, seeds[0], data, assignments, found)
+            number = arguments.search
+            trials = search_trials(rows, seeds[0], data, assignments, number)
             outcomes = [_run(trials, data, arguments, begun)]
             if not outcomes[0].left:  # nothing is chosen from a part of the candidates
                 results = Path(arguments.results)
-                trials = chosen_trials(rows, seeds, data, assignments, found, results)
+                trials = chosen_trials(rows, seeds, data, assignments, number, results)
                 outcomes.append(_run(trials, data, arguments, begun))
         failed = {name: reason for o in outcomes for name, reason in o.failed.items()}
     markdown, page = write_report(arguments.results)
@@ -82,8 +81,8 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     flags.add_argument("--rows", metavar="A,B", help="only these rows of the table")
     flags.add_argument(
         "--search", type=int, metavar="N",
-        help="give every trained row its best of N settings, chosen with the first seed by HR@50 "
-        "on validation (the study's own and N - 1 drawn from tune_spaces/baselines.py)",
+        help="give every trained row its best of N settings (learning rate and weight of hard "
+        "negatives around the study's own), chosen with the first seed by HR@50 on validation",
     )  # fmt: skip
     flags.add_argument(
         "--concurrent", type=int, metavar="N",

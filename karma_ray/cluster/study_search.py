@@ -12,37 +12,41 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from karma_ray import recipes
-from karma_ray.cluster.search_space import Space, assignments
 from karma_ray.cluster.study_plan import Data, planned
 from karma_ray.cluster.trial import Trial
-from karma_ray.config import override
+from karma_ray.config import Config, override
 from karma_ray.errors import InputError
 from karma_ray.report.results import METRIC, read_records, same_run, validated
 from karma_ray.report.rows import Row
 
 LOG = logging.getLogger(__name__)
-SPACE = str(Path(__file__).resolve().parents[2] / "tune_spaces" / "baselines.py")
-"""What is drawn from."""
+FACTORS = (
+    (1, 1), (1 / 3, 1), (3, 1), (1, 1 / 3), (1, 3), (1 / 3, 1 / 3), (3, 3), (1 / 3, 3), (3, 1 / 3),
+)  # fmt: skip
+"""What the study's own learning rate and weight of hard negatives are multiplied by, in turn."""
 Settings = tuple[str, ...]
 
 
-def candidates(space: Space, number: int) -> list[Settings]:
-    """`number` settings, the same at every call: the study's own first, the others drawn.
+def candidates(config: Config, number: int) -> list[Settings]:
+    """The first `number` settings around a configuration; its own are ().
 
-    A longer list begins with the shorter one. Raises InputError on a number below 2.
+    Raises InputError on a number that is no search, or more than there are.
     """
-    if number < 2:
-        raise InputError("--search", number, "must be at least 2: the study's own settings and one")
-    draws = np.random.RandomState(0)
-    drawn: list[Settings] = [()]
-    for _ in range(number - 1):
-        values = {path: domain.sample(random_state=draws) for path, domain in space.domains.items()}
-        rounded = {p: float(f"{v:.3g}") if isinstance(v, float) else v for p, v in values.items()}
-        drawn.append(tuple(assignments(rounded)))
-    return drawn
+    if not 2 <= number <= len(FACTORS):
+        raise InputError("--search", number, f"must be 2 to {len(FACTORS)} settings a row")
+    around = {
+        "training.learning_rate": config.training.learning_rate,
+        "objective.hard_weight": config.objective.hard_weight,
+    }
+    return [
+        tuple(
+            f"{path}={float(f'{value * factor:.3g}')}"
+            for (path, value), factor in zip(around.items(), factors, strict=True)
+            if factor != 1
+        )
+        for factors in FACTORS[:number]
+    ]
 
 
 def with_settings(trial: Trial, settings: Settings) -> Trial:
@@ -53,28 +57,31 @@ def with_settings(trial: Trial, settings: Settings) -> Trial:
 
 
 def search_trials(
-    rows: Sequence[Row], seed: int, data: Data, extra: Sequence[str], found: Sequence[Settings]
+    rows: Sequence[Row], seed: int, data: Data, extra: Sequence[str], number: int
 ) -> list[Trial]:
-    """Every trained row with every candidate, candidate by candidate."""
+    """Every trained row with each of its `number` candidates, candidate by candidate."""
     trained = [row for row in rows if row.built_from in recipes.TRAINED]
-    trials = planned(trained, [seed], data, extra)
-    return [with_settings(trial, settings) for settings in found for trial in trials]
+    found = [
+        [with_settings(trial, settings) for settings in candidates(trial.config, number)]
+        for trial in planned(trained, [seed], data, extra)
+    ]
+    return [trial for of_place in zip(*found, strict=True) for trial in of_place]
 
 
 def chosen_trials(
-    rows: Sequence[Row], seeds: Sequence[int], data: Data, extra: Sequence[str],
-    found: Sequence[Settings], results: Path,
+    rows: Sequence[Row], seeds: Sequence[int], data: Data, extra: Sequence[str], number: int,
+    results: Path,
 ) -> list[Trial]:  # fmt: skip
     """Every row x seed, trained rows with their best candidate; rows without a validated
     candidate are left out."""
     records = read_records(results)
     best: dict[str, Settings] = {}
     for row in rows:
-        values: dict[Settings, float] = {}
         if row.built_from not in recipes.TRAINED:
             best[row.name] = ()
             continue
-        for trial in search_trials([row], seeds[0], data, extra, found):
+        values: dict[Settings, float] = {}
+        for trial in search_trials([row], seeds[0], data, extra, number):
             of_trial = (r for r in records if same_run(r, trial.config, data.hash))
             value = next((v for r in of_trial if (v := validated(r)) is not None), None)
             if value is not None:

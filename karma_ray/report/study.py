@@ -68,7 +68,7 @@ def _facts(group: Group) -> tuple[str, ...]:
     if searched:
         facts.append(
             "Settings chosen by HR@50 on validation with the first seed, out of as many as "
-            "`settings tried` says (tune_spaces/baselines.py); `–`: the study's own were best. "
+            "`settings tried` says (docs/ablations.md); `–`: the study's own were best. "
             + "; ".join(f"{v.label}: {v.searched or '–'}" for v in searched)
             + "."
         )

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from jobs.ablate import main
-from karma_ray import cli
-from karma_ray.cluster.search_space import load_space
+from karma_ray import cli, recipes
 from karma_ray.cluster.study_plan import Data, named_rows
-from karma_ray.cluster.study_search import SPACE, candidates, chosen_trials, search_trials
+from karma_ray.cluster.study_search import FACTORS, candidates, chosen_trials, search_trials
+from karma_ray.config import override
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
@@ -26,25 +26,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
     return Data.open(folder)
 
 
-def test_candidates_are_the_same_at_every_call_and_begin_with_the_studys_own() -> None:
-    space = load_space(SPACE)
-    found = candidates(space, 5)
-    assert found == candidates(space, 5) and found[:3] == candidates(space, 3)
-    assert found[0] == () and len(set(found)) == 5
-    for settings in found[1:]:
-        assert [a.split("=")[0] for a in settings] == list(space.domains)
-    with pytest.raises(InputError, match=r"--search.*at least 2"):
-        candidates(space, 1)
+def test_candidates_lie_around_a_configuration_and_begin_with_its_own() -> None:
+    config = override(recipes.build("sasrec"), SMALL)
+    rate, weight = config.training.learning_rate, config.objective.hard_weight
+    found = candidates(config, len(FACTORS))
+    assert found[0] == () and found[:3] == candidates(config, 3)
+    assert len(set(found)) == len(FACTORS)
+    made = [override(config, settings) for settings in found]
+    assert made[1].training.learning_rate == pytest.approx(rate / 3, rel=1e-2)
+    assert made[2].training.learning_rate == pytest.approx(3 * rate, rel=1e-2)
+    assert [c.objective.hard_weight for c in made[:3]] == [weight] * 3
+    assert made[3].objective.hard_weight == pytest.approx(weight / 3, rel=1e-2)
+    for number in (1, len(FACTORS) + 1):
+        with pytest.raises(InputError, match=r"--search.*2 to 9"):
+            candidates(config, number)
 
 
 def test_every_trained_row_gets_every_candidate_and_names_differ(data: Data) -> None:
-    found = candidates(load_space(SPACE), 3)
     rows = named_rows("baselines", "popularity,sasrec,karma_text")
-    trials = search_trials(rows, 0, data, (), found)
+    trials = search_trials(rows, 0, data, (), 3)
     assert [t.row for t in trials] == ["sasrec", "karma_text"] * 3
     assert len({t.name for t in trials}) == 6
-    rate = float(found[1][0].split("=")[1])
-    assert {t.config.training.learning_rate for t in trials if t.searched == found[1]} == {rate}
+    assert [t.searched for t in trials[::2]] == [t.searched for t in trials[1::2]]
     # what was searched is not a condition of the comparison
     assert all(t.assignments == trials[0].assignments and not t.extra for t in trials)
 
@@ -73,9 +76,8 @@ def test_the_search_ends_with_the_best_candidate_for_every_seed(
 
 
 def test_nothing_is_chosen_where_nothing_was_validated(data: Data, tmp_path: Path) -> None:
-    found = candidates(load_space(SPACE), 2)
     rows = named_rows("baselines", "popularity,sasrec")
-    trials = chosen_trials(rows, [0, 1], data, (), found, tmp_path)
+    trials = chosen_trials(rows, [0, 1], data, (), 2, tmp_path)
     assert [t.name for t in trials] == ["popularity-seed0", "popularity-seed1"]
 
 
