@@ -1,8 +1,9 @@
-r"""A public dataset, or any row-per-exposure log, -> a data folder.
+r"""A public dataset, any row-per-exposure log, or a toy shop of your own -> a data folder.
 
 python jobs/import_data.py hm ../shared/data/hm DATA
 python jobs/import_data.py long log.csv DATA --columns user_id=uid,item_id=sku,timestamp=ts \
     --items items.csv --item-columns item_id=sku,title=name
+python jobs/import_data.py toy_shop few_users.json DATA     # {"num_users": 1000}: docs/toy-shop.md
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     """Import and print a one-screen summary; returns the manifest."""
     parser = cli.parser(__doc__ or "")
     parser.add_argument("format", metavar="FORMAT", help="one of: " + ", ".join(FORMATS))
-    parser.add_argument("src", metavar="SRC", help="folder (long: file or folder) to read")
+    parser.add_argument(
+        "src", metavar="SRC", help="folder (long: file or folder; toy_shop: JSON file) to read"
+    )
     parser.add_argument("out", metavar="OUT", help="data folder to write, path or URI")
     parser.add_argument("--seed", type=int, default=0, help="seed of drawn negatives (default 0)")
     parser.add_argument(

@@ -39,7 +39,8 @@ SETTINGS: dict[str, tuple[str, ...]] = {
     "amazon_industrial": ("training.encoder_delay=0.4", "training.encoder_lr=0.3", *_LONG),
     "*": _LONG,
 }  # fmt: skip
-"""What a study sets for a data set by name (`*`: any other); --set comes after it."""
+"""What a study sets for a data set by name, `toy_shop-NAME` as for `toy_shop` (`*`: any other);
+--set comes after it."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,8 @@ def planned(
 
     `study` replaces the settings of the data set, `extra` comes after them.
     """
-    base = SETTINGS.get(data.name, SETTINGS["*"]) if study is None else tuple(study)
+    kind = data.name.partition("-")[0]
+    base = SETTINGS.get(kind, SETTINGS["*"]) if study is None else tuple(study)
     trials = []
     for row in rows:
         config = override(recipes.build(row.built_from), [*base, *row.settings, *extra])

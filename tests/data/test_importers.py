@@ -207,6 +207,13 @@ def test_an_import_depends_on_nothing_but_source_and_seed(name: str, tmp_path: P
 
 
 @pytest.mark.parametrize("name", WRITERS)
+def test_the_hash_of_the_data_is_the_same_wherever_they_lie(name: str, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    here, there = run(name, tmp_path)[0], run(name, tmp_path / "elsewhere")[0]
+    assert here["data_hash"] == there["data_hash"]
+
+
+@pytest.mark.parametrize("name", WRITERS)
 def test_a_missing_file_is_named(name: str, tmp_path: Path) -> None:
     source = WRITERS[name](tmp_path / "source")
     gone = sorted(p for p in source.iterdir() if not p.name.startswith("images"))[0]

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from karma_ray.artifacts import read_manifest, read_table
+from karma_ray.data.importers.toy_shop import import_toy_shop
 from karma_ray.data.schema import EVENTS, ITEMS, QUERY_MATCHES, check_columns
 from karma_ray.data.synthetic import ToyShop, ToyShopConfig, make_toy_shop, write_toy_shop
 from karma_ray.data.synthetic.pictures import draw_items
@@ -23,8 +24,8 @@ from karma_ray.data.synthetic.words import (
 from karma_ray.errors import InputError
 
 SMALL = ToyShopConfig(num_items=240, num_users=200)
-SMALL_HASH = "ce5e44d28392f60c"
-DEFAULT_HASH = "5eebbb9df819b93f"
+SMALL_HASH = "550007640afa8e97"
+DEFAULT_HASH = "e3279c522d234d1d"
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,37 @@ def test_the_default_shop_is_the_same_on_every_machine(tmp_path: Path) -> None:
 def test_another_seed_is_another_shop(folder: str, tmp_path: Path) -> None:
     other = write_toy_shop(str(tmp_path), ToyShopConfig(seed=1, num_items=240, num_users=200))
     assert other["data_hash"] != read_manifest(folder)["data_hash"]
+
+
+def test_a_file_describes_another_shop(folder: str, tmp_path: Path) -> None:
+    few = tmp_path / "few_users.json"
+    few.write_text('{"num_items": 240, "num_users": 200}')
+    manifest = import_toy_shop(str(few), str(tmp_path / "shop"))
+    assert manifest["name"] == "toy_shop-few_users"
+    assert manifest["data_hash"] == SMALL_HASH
+    assert manifest["counts"] == read_manifest(folder)["counts"]
+    other = import_toy_shop(str(few), str(tmp_path / "shop"), seed=1)
+    assert other["data_hash"] != SMALL_HASH
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "is no JSON file"),
+        ("[1]", "no JSON object"),
+        ('{"num_user": 5}', r"num_user in .*not a known field; choices: .*num_users"),
+        ('{"num_users": "many"}', r"num_users in .*'many' should be a valid integer"),
+        ('{"num_users": 0}', "num_users: 0 is not between 1"),
+        ('{"promo_factor": -1}', "promo_factor"),
+        ('{"click_shares": [1, 1, 1, 1]}', "do not add up to 1"),
+        ('{"sessions": [9, 3]}', "least is more than most"),
+    ],
+)
+def test_an_impossible_shop_is_refused_by_field(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "shop.json").write_text(text)
+    with pytest.raises(InputError, match=message):
+        import_toy_shop(str(tmp_path / "shop.json"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_tables_have_the_contracts_columns(folder: str) -> None:

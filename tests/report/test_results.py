@@ -10,7 +10,7 @@ from karma_ray import recipes
 from karma_ray.config import Config, override, to_dict
 from karma_ray.report.results import baseline_key, learnt_from, run_key, same_run, spread
 
-SHOP = "5eebbb9df819b93f"
+SHOP = "e3279c522d234d1d"
 
 
 def made(recipe: str, *assignments: str, seed: int = 0) -> dict[str, Any]:

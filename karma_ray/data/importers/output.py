@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from dataclasses import asdict
 from typing import Any
@@ -28,6 +29,7 @@ from karma_ray.data.schema import (
     check_columns,
 )
 from karma_ray.data.sessions import PrepareConfig
+from karma_ray.data.table_hash import table_hash
 from karma_ray.errors import InputError
 
 _SCHEMAS = {
@@ -42,7 +44,7 @@ _SCHEMAS = {
 # Everything an import or a later preparation leaves here; an import starts from none of it.
 _OWNED = (
     "items", "events", "query_matches", "quarantine_import", "sequences", "examples",
-    "quarantine", "prepared.json", "manifest.json",
+    "quarantine", "truth", "prepared.json", "manifest.json",
 )  # fmt: skip
 
 
@@ -57,6 +59,7 @@ class DataFolder:
         self._counts: Counter[str] = Counter()
         self._parts: Counter[str] = Counter()
         self._users: set[str] = set()
+        self._digest = hashlib.sha256()
         _clear(uri)
 
     def add(self, name: str, table: pl.DataFrame | pa.Table) -> None:
@@ -66,6 +69,8 @@ class DataFolder:
             return
         arrow = check_columns(arrow, _SCHEMAS[name], f"{name} of {self.uri}")
         write_table(arrow, join(self.uri, name), f"part-{self._parts[name]:05d}")
+        if name != "quarantine_import":  # rejected rows name the file that they were read from
+            self._digest.update(f"{name} {table_hash(arrow)}".encode())
         self._parts[name] += 1
         self.rows[name] += arrow.num_rows
         if name == "items":
@@ -110,7 +115,11 @@ class DataFolder:
         notes: list[str],
         presplit: bool = False,
     ) -> dict[str, Any]:
-        """Write the manifest (and `prepared.json` of a pre-split source); return the manifest."""
+        """Write the manifest (and `prepared.json` of a pre-split source); return the manifest.
+
+        Its `data_hash` is of the tables' values, the same on every machine: by it records of
+        finished runs know their data.
+        """
         counts = {"users": len(self._users), "items": self.rows["items"]}
         counts |= {k: self.rows[k] for k in ("events", "sequences") if self._parts[k]}
         for split in ("valid", "test"):
@@ -128,8 +137,9 @@ class DataFolder:
             prepared = {"prepare": asdict(PrepareConfig()), "presplit": True, **times, **facts}
             write_json(prepared, join(self.uri, "prepared.json"))
         return write_manifest(
-            self.uri, "data", name=name, **facts, licence=licence, notes=notes, presplit=presplit
-        )
+            self.uri, "data", name=name, **facts, data_hash=self._digest.hexdigest()[:16],
+            licence=licence, notes=notes, presplit=presplit,
+        )  # fmt: skip
 
 
 def _clear(uri: str) -> None:

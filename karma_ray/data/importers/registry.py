@@ -11,6 +11,7 @@ from karma_ray.data.importers.jdsearch import import_jdsearch
 from karma_ray.data.importers.kuaisearch import import_kuaisearch
 from karma_ray.data.importers.movielens import import_movielens
 from karma_ray.data.importers.online_retail import import_online_retail
+from karma_ray.data.importers.toy_shop import import_toy_shop
 from karma_ray.errors import InputError
 
 IMPORTERS: dict[str, Callable[..., dict[str, Any]]] = {
@@ -20,14 +21,15 @@ IMPORTERS: dict[str, Callable[..., dict[str, Any]]] = {
     "movielens": import_movielens,
     "kuaisearch": import_kuaisearch,
     "jdsearch": import_jdsearch,
+    "toy_shop": import_toy_shop,
 }
-"""Public datasets: (src, out, seed=) -> manifest. `long` takes column mappings besides."""
+"""(src, out, seed=) -> manifest. `long` takes column mappings besides."""
 
 FORMATS = (*IMPORTERS, "long")
 
 
 def importer(name: str) -> Callable[..., dict[str, Any]]:
-    """The importer of a public dataset; raises InputError naming all formats."""
+    """The importer of a format; raises InputError naming all formats."""
     if name not in IMPORTERS:
         raise InputError("FORMAT", name, choices=FORMATS)
     return IMPORTERS[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -65,10 +66,17 @@ class ToyShopConfig:
                 (self.valid_day, self.test_day, self.num_days),
                 "must rise from above 0",
             )
-        if self.num_items < 240:
-            raise InputError("num_items", self.num_items, "is too few: at least 240")
-        if self.num_personas < 2:
-            raise InputError("num_personas", self.num_personas, "is too few: at least 2")
+        for name, (low, high) in self._bounds().items():
+            value = getattr(self, name)
+            numbers = value if isinstance(value, (tuple, list)) else (value,)
+            if not all(low <= number <= high for number in numbers):
+                raise InputError(name, value, f"is not between {low:g} and {high:g}")
+        for name in ("sessions", "pages_per_session"):
+            least, most = getattr(self, name)
+            if least > most:
+                raise InputError(name, (least, most), "least is more than most")
+        if not math.isclose(sum(self.click_shares), 1):
+            raise InputError("click_shares", self.click_shares, "do not add up to 1")
         if self.page_size != len(POSITION_FACTORS):
             raise InputError(
                 "page_size",
@@ -76,6 +84,27 @@ class ToyShopConfig:
                 "has no position factors",
                 choices=[len(POSITION_FACTORS)],
             )
+
+    def _bounds(self) -> dict[str, tuple[float, float]]:
+        """Least and most of what has them; factors of 0 would empty pages."""
+        share, factor = (0.0, 1.0), (2.0**-20, 2.0**20)
+        return {
+            "num_items": (240, math.inf),
+            "num_users": (1, math.inf),
+            "num_personas": (2, math.inf),
+            "sessions": (1, self.num_days),
+            "pages_per_session": (1, math.inf),
+            "click_shares": share,
+            "switch_per_day": share,
+            "liked_factor": factor,
+            "disliked_factor": factor,
+            "promo_share": share,
+            "promo_factor": factor,
+            "cold_share": (0.0, 0.5),
+            "rebuy_share": share,
+            "familiar_factor": factor,
+            "image_size": (8, 4096),
+        }
 
 
 POSITION_FACTORS = np.array([64, 56, 50, 44, 40, 36, 33, 30, 28, 26]) / 64.0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from karma_ray.data.synthetic.pages import Pages, make_pages
 from karma_ray.data.synthetic.people import Visits, item_weights, make_tastes, make_visits
 from karma_ray.data.synthetic.pictures import draw_items, encode_png
 from karma_ray.data.synthetic.words import CATEGORIES, DEPARTMENTS, value_names
+from karma_ray.data.table_hash import table_hash
 
 NOTES = [
     "synthetic: the toy shop, a seeded generator whose truth lies in truth/",
@@ -46,39 +46,46 @@ def make_toy_shop(config: ToyShopConfig) -> ToyShop:
     return ToyShop(config, items, needs, tastes, visits, pages)
 
 
-def write_toy_shop(uri: str, config: ToyShopConfig | None = None) -> dict[str, Any]:
+def write_toy_shop(
+    uri: str, config: ToyShopConfig | None = None, *, name: str = "toy_shop"
+) -> dict[str, Any]:
     """Write items, events, query_matches, truth/ and manifest.json; returns the manifest.
 
-    `data_hash` in the manifest is of the tables' values and the pictures' pixels, not of
-    Parquet or PNG bytes, so it is the same on every machine.
+    `name` is the data set's in records and reports. `data_hash` in the manifest is of the tables'
+    values and the pictures' pixels, not of Parquet or PNG bytes: the same on every machine.
     """
     shop = make_toy_shop(config or ToyShopConfig())
     config = shop.config
     pixels = draw_items(shop.items, config.image_size)
     tables = shop_tables(shop)
     digest = hashlib.sha256(pixels.tobytes())
-    for name, table in tables.items():
-        digest.update(f"{name} {table_hash(table)}".encode())
+    for part, table in tables.items():
+        digest.update(f"{part} {table_hash(table)}".encode())
     pictures = pa.array([encode_png(picture) for picture in pixels], pa.binary())
     items = tables["items"]
     tables["items"] = items.set_column(items.schema.get_field_index("image"), "image", pictures)
-    for name, table in tables.items():
-        write_table(table, join(uri, name))
+    for part, table in tables.items():
+        write_table(table, join(uri, part))
     write_json(dataclasses.asdict(config), join(uri, "truth", "config.json"))
     return write_manifest(
         uri,
         "data",
-        name="toy_shop",
+        name=name,
         query_source="real",
         negative_source="exposed",
         valid_start=_iso(config.valid_day),
         test_start=_iso(config.test_day),
-        num_items=config.num_items,
-        num_users=config.num_users,
-        num_pages=len(shop.visits.user),
-        num_clicks=int(shop.pages.clicked.sum()),
-        num_queries=tables["query_matches"].num_rows,
+        counts={
+            "users": config.num_users,
+            "items": config.num_items,
+            "with_image": config.num_items,
+            "events": len(shop.visits.user),
+            "clicks": int(shop.pages.clicked.sum()),
+            "queries": tables["query_matches"].num_rows,
+        },
+        quarantined={},
         data_hash=digest.hexdigest()[:16],
+        licence="none needed: synthetic",
         notes=NOTES,
         toy_shop=dataclasses.asdict(config),
     )
@@ -101,16 +108,6 @@ def shop_tables(shop: ToyShop) -> dict[str, pa.Table]:
 def item_ids(config: ToyShopConfig) -> np.ndarray:
     """Ids in catalogue order, [I]."""
     return np.array([f"item{number:05d}" for number in range(config.num_items)])
-
-
-def table_hash(table: pa.Table) -> str:
-    """SHA-256 (16 hex digits) of a table's column names and values."""
-    digest = hashlib.sha256()
-    for name, column in zip(table.column_names, table.columns, strict=True):
-        if pa.types.is_timestamp(column.type):
-            column = column.cast(pa.int64())
-        digest.update(json.dumps([name, column.to_pylist()]).encode())
-    return digest.hexdigest()[:16]
 
 
 def _iso(day: int) -> str:

@@ -1,0 +1,54 @@
+"""A toy shop of other size or rules: what it plants made stronger, rarer, or scarcer."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields
+from pathlib import PurePosixPath
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from karma_ray.artifacts import exists, open_filesystem
+from karma_ray.data.importers.output import DataFolder
+from karma_ray.data.synthetic.config import ToyShopConfig
+from karma_ray.data.synthetic.shop import write_toy_shop
+from karma_ray.errors import InputError
+
+
+def import_toy_shop(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
+    """Draw the shop that the JSON file `src` describes; returns its manifest.
+
+    The data set is called `toy_shop-NAME` after the file. Raises InputError as `read_shop` does.
+    """
+    config = read_shop(src, seed)
+    DataFolder(out)  # what an earlier import left goes; a folder of something else is refused
+    return write_toy_shop(out, config, name=f"toy_shop-{PurePosixPath(src).stem}")
+
+
+def read_shop(src: str, seed: int = 0) -> ToyShopConfig:
+    """A shop's parameters from a JSON file, for example `{"num_users": 1000}`.
+
+    Fields that it does not name keep their defaults, `seed` that of the call. Raises InputError
+    on an unknown field or an impossible value.
+    """
+    if not exists(src):
+        raise InputError("SRC", src, "does not exist; a JSON file of fields of ToyShopConfig")
+    fs, path = open_filesystem(src)
+    try:
+        values = json.loads(fs.cat_file(path))
+    except (OSError, ValueError) as error:
+        raise InputError("SRC", src, f"is no JSON file: {error}") from None
+    names = [field.name for field in fields(ToyShopConfig)]
+    if not isinstance(values, dict):
+        raise InputError("SRC", src, "holds no JSON object of fields", choices=names)
+    for name, value in values.items():
+        if name not in names:
+            raise InputError(f"{name} in {src}", value, "is not a known field", choices=names)
+    try:
+        return TypeAdapter(ToyShopConfig).validate_python({"seed": seed, **values})
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        message = first["msg"].replace("Input should be", "should be")
+        raise InputError(f"{where} in {src}", first["input"], message) from None
