@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from scipy.stats import t as student_t
 
+from karma_ray import recipes
 from karma_ray.metrics.significance import BootstrapResult, paired_bootstrap
 from karma_ray.report.record import number
 from karma_ray.report.results import Record, baseline_key, chosen, outcomes_of, record_key
@@ -50,6 +51,17 @@ class Variant:
     def searched(self) -> str:
         """The settings that a search gave it."""
         return ", ".join(next(iter(self.records.values())).get("searched", []))
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether nothing is trained: one seed's record then stands for every seed."""
+        return self.row.built_from not in recipes.TRAINED
+
+    def record_of(self, seed: int) -> int | None:
+        """The seed whose record speaks for `seed`; None where there is none."""
+        if seed in self.records:
+            return seed
+        return next(iter(self.records), None) if self.is_counted else None
 
     def values(self, metric: str) -> dict[int, float]:
         """Seed -> test metric."""
@@ -166,25 +178,30 @@ def grouped(records: Iterable[Record], results: Path, table: Table) -> list[Grou
 def difference(row: Variant, baseline: Variant, metric: str) -> Difference | None:
     """Row minus baseline over the seeds that both have; None where there is none."""
     mine, theirs = row.values(metric), baseline.values(metric)
-    seeds = sorted(set(mine) & set(theirs))
-    if not seeds:
+    pairs = [
+        (one, other)
+        for seed in sorted({*row.records, *baseline.records})
+        if (one := row.record_of(seed)) in mine and (other := baseline.record_of(seed)) in theirs
+    ]
+    if not pairs:
         return None
-    each = tuple(mine[seed] - theirs[seed] for seed in seeds)
-    return Difference(statistics.fmean(each), each, _bootstrap(row, baseline, metric, seeds))
+    each = tuple(mine[one] - theirs[other] for one, other in pairs)
+    return Difference(statistics.fmean(each), each, _bootstrap(row, baseline, metric, pairs))
 
 
 def _bootstrap(
-    row: Variant, baseline: Variant, metric: str, seeds: list[int]
+    row: Variant, baseline: Variant, metric: str, pairs: list[tuple[int, int]]
 ) -> BootstrapResult | None:
-    """Users drawn with replacement, each with its examples under all seeds."""
+    """Users drawn with replacement, each with its examples under all seeds; `pairs` are the seeds
+    of the row's and of the baseline's record."""
     parts = []
-    for seed in seeds:
-        mine, theirs = row.outcomes.get(seed), baseline.outcomes.get(seed)
-        names = {v.records[seed].get("examples") for v in (row, baseline)}
+    for one, other in pairs:
+        mine, theirs = row.outcomes.get(one), baseline.outcomes.get(other)
+        names = {row.records[one].get("examples"), baseline.records[other].get("examples")}
         if mine is None or theirs is None or len(names) > 1:
             return None
         left, right = mine.values(metric), theirs.values(metric)
-        if left is None or right is None or not _per_click(row.records[seed]):
+        if left is None or right is None or not _per_click(row.records[one]):
             return None
         parts.append((left[0], right[0], left[1], left[2]))
     mine_all, theirs_all, users, weights = map(np.concatenate, zip(*parts, strict=True))
@@ -194,41 +211,6 @@ def _bootstrap(
 def _per_click(record: Record) -> bool:
     """What is kept per example is per click: the mean over requests is another number."""
     return bool(record["config"].get("evaluation", {}).get("hr_unit", "click") == "click")
-
-
-def at_seconds(variant: Variant, metric: str, seconds: float) -> float | None:
-    """Mean over seeds of the validation metric after `seconds` of joint training, between two
-    validated steps by a straight line; None where a seed was not validated that late."""
-    found = []
-    for record in variant.records.values():
-        points = [(p["seconds"], p[metric]) for p in record.get("curve", []) if metric in p]
-        if not points or points[-1][0] < seconds:
-            return None
-        times, values = zip(*points, strict=True)
-        found.append(float(np.interp(seconds, times, values)))
-    return statistics.fmean(found) if found else None
-
-
-def common_seconds(group: Group) -> float | None:
-    """The largest joint training time that every trained row of the group reached."""
-    ends = [
-        record["curve"][-1]["seconds"]
-        for variant in group.variants
-        for record in variant.records.values()
-        if record.get("curve")
-    ]
-    return min(ends) if len(ends) > 1 else None
-
-
-def late_gain(variant: Variant, metric: str) -> float | None:
-    """What the last quarter of the steps added on the validation examples, mean over seeds."""
-    found = []
-    for record in variant.records.values():
-        points = [(p["step"], p[metric]) for p in record.get("curve", []) if metric in p]
-        if len(points) > 1:
-            steps, values = zip(*points, strict=True)
-            found.append(values[-1] - float(np.interp(0.75 * steps[-1], steps, values)))
-    return statistics.fmean(found) if found else None
 
 
 def _variants(

@@ -60,7 +60,7 @@ TABLES = {
     ),
     "baselines": Table(
         "Baselines",
-        "action_only",
+        "karma_text",
         (
             *(Row(name, name) for name in recipes.FLOORS),
             Row("sasrec", "SASRec (ids)"),

@@ -6,6 +6,8 @@ import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from karma_ray.report.comparison import Difference
+
 
 @dataclass(frozen=True)
 class Section:
@@ -30,6 +32,14 @@ def spread_of(values: Iterable[float], digits: int = 2) -> str:
         return "–"
     mean = f"{statistics.fmean(found):.{digits}f}"
     return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.{digits}f}"
+
+
+def delta(found: Difference | None) -> str:
+    """A difference with its spread over seeds, starred where it is shown."""
+    if found is None:
+        return "–"
+    spread = "" if found.spread is None else f" ± {found.spread:.2f}"
+    return f"{signed(found.mean)}{spread}{' *' if found.direction else ''}"
 
 
 def mean_of(values: Sequence[float]) -> float | None:

@@ -14,7 +14,7 @@ from karma_ray.report.comparison import (
     difference,
 )
 from karma_ray.report.rows import Table
-from karma_ray.report.sections import Section, signed, spread_of
+from karma_ray.report.sections import Section, delta, signed, spread_of
 from karma_ray.report.study_state import collapse, cost, equal_seconds
 
 ABSOLUTE = (*METRICS, "NDCG@10", "JS@50_excl_gt")
@@ -121,7 +121,7 @@ def _beside_the_paper(group: Group, found: Differences) -> Section:
         for metric, published in row.published.items():
             known = found.get((variant.label, metric)) if over is group.baseline else None
             ours = known or difference(variant, over, metric)
-            cells += [signed(published), _delta(ours), _agreement(published, ours)]
+            cells += [signed(published), delta(ours), _agreement(published, ours)]
         rows.append(tuple(cells))
     if not rows:
         return Section("The paper beside ours")
@@ -164,7 +164,7 @@ def _agreement(published: float, ours: Difference | None) -> str:
 def _delta_table(group: Group, found: Differences) -> Section:
     variants = [v for v in group.variants if any((v.label, m) in found for m in METRICS)]
     metrics = [m for m in METRICS if any((v.label, m) in found for v in variants)]
-    rows = [(v.label, *(_delta(found.get((v.label, m))) for m in metrics)) for v in variants]
+    rows = [(v.label, *(delta(found.get((v.label, m))) for m in metrics)) for v in variants]
     base = group.baseline.label if group.baseline else ""
     note = "Mean ± standard deviation over seeds; * where the difference is shown (above)."
     return Section(
@@ -202,10 +202,3 @@ def _details(group: Group, found: Differences) -> Section:
 
 def _interval(found: tuple[float, float] | None) -> str:
     return f"[{signed(found[0])}, {signed(found[1])}]" if found else "–"
-
-
-def _delta(found: Difference | None) -> str:
-    if found is None:
-        return "–"
-    spread = "" if found.spread is None else f" ± {found.spread:.2f}"
-    return f"{signed(found.mean)}{spread}{' *' if found.direction else ''}"

@@ -13,6 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from karma_ray.artifacts import value_hash
 from karma_ray.report.comparison import Group, grouped
+from karma_ray.report.overview import overview
 from karma_ray.report.paper import TABLES
 from karma_ray.report.results import read_records
 from karma_ray.report.sections import Section
@@ -30,8 +31,10 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
     pictures: dict[str, bytes] = {}
     sections: list[Section] = []
     records = read_records(results)
+    groups = {name: grouped(records, results, table) for name, table in TABLES.items()}
+    sections += overview(groups["table1"], groups["baselines"])
     for name, table in TABLES.items():
-        for group in grouped(records, results, table):
+        for group in groups[name]:
             if len(group.variants) > 1 or name == "table1":
                 found = differences(group)
                 drawn = _drawn(group, name, found, pictures)

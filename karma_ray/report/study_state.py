@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-from karma_ray.report.comparison import (
-    Group,
-    Variant,
-    at_seconds,
-    common_seconds,
-    late_gain,
-)
+from karma_ray.report.comparison import Group, Variant
+from karma_ray.report.curves import at_seconds, common_seconds, late_gain
 from karma_ray.report.record import number
 from karma_ray.report.sections import Section, mean_of, plain, signed, spread_of
 

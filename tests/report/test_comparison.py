@@ -6,15 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from karma_ray.report.comparison import (
-    SEARCHED,
-    Group,
-    at_seconds,
-    common_seconds,
-    difference,
-    grouped,
-    late_gain,
-)
+from karma_ray.report.comparison import SEARCHED, Group, difference, grouped
+from karma_ray.report.curves import at_seconds, common_seconds, late_gain
 from karma_ray.report.paper import TABLES
 from karma_ray.report.results import read_records
 from tests.report.study_records import NUM_CLICKS, outcomes, write_record
@@ -100,6 +93,20 @@ def test_only_seeds_that_both_have_are_compared(tmp_path: Path) -> None:
     found = difference(karma, group.baseline, "HR@10")
     assert found is not None and len(found.seeds) == 1
     assert found.bootstrap is not None and found.spread is None
+
+
+def test_what_is_not_trained_stands_for_every_seed(tmp_path: Path) -> None:
+    write_record(tmp_path, "affinity", 0, outcomes(1))
+    for seed in (1, 2):
+        write_record(tmp_path, "karma_text", seed, outcomes(2 + seed))
+        write_record(tmp_path, "sasrec", 0, outcomes(1))
+    (group,) = groups(tmp_path, "baselines")
+    affinity, sasrec = group.find("affinity"), group.find("sasrec")
+    assert affinity is not None and sasrec is not None and group.baseline is not None
+    found = difference(affinity, group.baseline, "HR@50")
+    assert found is not None and found.seeds == pytest.approx((-40.0, -60.0))
+    assert found.bootstrap is not None and found.bootstrap.difference == pytest.approx(-50.0)
+    assert difference(sasrec, group.baseline, "HR@50") is None  # another seed is another run
 
 
 def test_records_without_values_per_example_have_no_interval(tmp_path: Path) -> None:
@@ -192,7 +199,9 @@ def test_searched_rows_are_compared_at_the_setting_that_validation_chose(tmp_pat
     assert found == {
         "query_filter": ("", 1, 20.0), "action_only": (fast, 3, 20.0), "karma_text": ("", 2, 60.0),
     }  # fmt: skip
-    assert searched.baseline is not None and searched.baseline.searched == fast
+    clicks = searched.find("action_only")
+    assert clicks is not None and clicks.searched == fast
+    assert searched.baseline is not None and searched.baseline.row.name == "karma_text"
     assert {v.mean("HR@50") for v in plain.variants if v.row.name == "action_only"} == {40.0}
 
 
