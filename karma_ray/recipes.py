@@ -55,8 +55,11 @@ def null_detached() -> Config:
 
 
 def null_detached_separate() -> Config:
-    """Null: Task 2 reaches neither h_t nor the user decoder."""
-    return _with_null("null_detached_separate", recon_detach_h=True, recon_decoder="separate")
+    """Null: Task 2 has a decoder and a projector of its own and reaches nothing that serves."""
+    return _with_null(
+        "null_detached_separate", recon_detach_h=True, recon_decoder="separate",
+        share_projector=False,
+    )  # fmt: skip
 
 
 def null_shuffled() -> Config:
@@ -64,8 +67,13 @@ def null_shuffled() -> Config:
     return _with_null("null_shuffled", recon_text="shuffled")
 
 
-def _with_null(name: str, **changes: Any) -> Config:
-    base = _with_objective(name, 0.0, 1.0)
+def null_both_shuffled() -> Config:
+    """Null of `karma_text`: Task 1 as it is, Task 2 with other items' texts."""
+    return _with_null("null_both_shuffled", generation=1.0, recon_text="shuffled")
+
+
+def _with_null(name: str, generation: float = 0.0, **changes: Any) -> Config:
+    base = _with_objective(name, generation, 1.0)
     decodability = replace(base.model.decodability, **changes)
     return replace(base, model=replace(base.model, decodability=decodability))
 
@@ -173,6 +181,7 @@ TRAINED: dict[str, Callable[[], Config]] = {
     "null_detached": null_detached,
     "null_detached_separate": null_detached_separate,
     "null_shuffled": null_shuffled,
+    "null_both_shuffled": null_both_shuffled,
     "ar_mse": ar_mse,
     "ar_ddpm": ar_ddpm,
     "ar_ddpm_v": ar_ddpm_v,

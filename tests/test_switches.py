@@ -26,6 +26,7 @@ SEARCHED: dict[str, tuple[Any, ...]] = {
     "model.score.kind": ("rms_dot", "dot", "cos_learned"),
     "objective.act_reduction": ("mean_by_type", "paper_sum"),
     "objective.hard_weight": (1.0, 0.5),
+    "objective.batch_weight": (1.0, 0.1),
     "objective.action_loss": ("pairwise", "infonce", "bce", "mse"),
     "training.encoder_grad": ("full", "targets_only", "frozen"),
     "model.decodability.recon_decoder": ("shared", "separate", "light:1", "frozen"),
@@ -123,7 +124,7 @@ def test_a_row_of_the_switches_differs_in_what_it_names(name: str) -> None:
 
 
 def test_the_rows_cover_every_named_value_of_the_searched_switches() -> None:
-    has_no_row = re.compile(r"^(objective\.(lambda|hard|gen|recon)|model\.generator)")
+    has_no_row = re.compile(r"^(objective\.(lambda|hard|batch|gen|recon)|model\.generator)")
     settings = {setting for row in ROWS.values() for setting in row.settings}
     for path, values in SEARCHED.items():
         if has_no_row.match(path):  # a number, or a row of Table 1 or 2

@@ -120,6 +120,14 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
         raise InputError("training.min_workers", training.min_workers, message)
     if training.keep_checkpoints < 1:
         raise InputError("training.keep_checkpoints", training.keep_checkpoints, "is below 1")
+    if config.model.decodability.recon_text == "shuffled" and (
+        training.micro_batch_size or training.num_workers > 1
+    ):
+        message = (
+            "exchanges the texts of one whole batch: needs training.micro_batch_size=0 and "
+            "training.num_workers=0 or 1"
+        )
+        raise InputError("model.decodability.recon_text", "shuffled", message)
     training.check()
     config.model.generator.check()
     parse_rank(config.model.peft)

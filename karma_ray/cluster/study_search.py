@@ -16,6 +16,7 @@ from karma_ray import recipes
 from karma_ray.cluster.study_plan import Data, planned
 from karma_ray.cluster.trial import Trial
 from karma_ray.config import Config, override
+from karma_ray.data.prepared import read_data_manifest
 from karma_ray.errors import InputError
 from karma_ray.report.results import METRIC, read_records, same_run, validated
 from karma_ray.report.rows import Row
@@ -25,16 +26,19 @@ FACTORS = (
     (1, 1), (1 / 3, 1), (3, 1), (1, 1 / 3), (1, 3), (1 / 3, 1 / 3), (3, 3), (1 / 3, 3), (3, 1 / 3),
 )  # fmt: skip
 """What the study's own learning rate and weight of hard negatives are multiplied by, in turn."""
+RATES = (1, 1 / 3, 3, 1 / 2, 2, 1 / 6, 6, 1 / 10, 10)
+"""The same where the weight changes nothing: under InfoNCE, and on data without negatives."""
 Settings = tuple[str, ...]
 
 
-def candidates(config: Config, number: int) -> list[Settings]:
-    """The first `number` settings around a configuration; its own are ().
+def candidates(config: Config, number: int, *, has_negatives: bool = True) -> list[Settings]:
+    """The first `number` settings around a configuration, all different; its own are ().
 
     Raises InputError on a number that is no search, or more than there are.
     """
     if not 2 <= number <= len(FACTORS):
         raise InputError("--search", number, f"must be 2 to {len(FACTORS)} settings a row")
+    weighs = has_negatives and config.objective.action_loss != "infonce"
     around = {
         "training.learning_rate": config.training.learning_rate,
         "objective.hard_weight": config.objective.hard_weight,
@@ -45,7 +49,7 @@ def candidates(config: Config, number: int) -> list[Settings]:
             for (path, value), factor in zip(around.items(), factors, strict=True)
             if factor != 1
         )
-        for factors in FACTORS[:number]
+        for factors in (FACTORS if weighs else [(rate, 1) for rate in RATES])[:number]
     ]
 
 
@@ -61,8 +65,12 @@ def search_trials(
 ) -> list[Trial]:
     """Every trained row with each of its `number` candidates, candidate by candidate."""
     trained = [row for row in rows if row.built_from in recipes.TRAINED]
+    has_negatives = read_data_manifest(data.uri).get("negative_source") != "none"
     found = [
-        [with_settings(trial, settings) for settings in candidates(trial.config, number)]
+        [
+            with_settings(trial, settings)
+            for settings in candidates(trial.config, number, has_negatives=has_negatives)
+        ]
         for trial in planned(trained, [seed], data, extra)
     ]
     return [trial for of_place in zip(*found, strict=True) for trial in of_place]

@@ -151,6 +151,11 @@ class GeneratorConfig:
             message = f"does not say how model.generator.samples={self.samples} become one list"
             choices = ["mean", "union"]
             raise InputError("model.generator.agg", self.agg, message, choices=choices)
+        if self.recon_src == "x0" and self.kind == "ddpm_eps":
+            # From near pure noise the error of a predicted noise is multiplied by 34.
+            message = "is no estimate in one step where noise is predicted: take kind ddpm_v"
+            choices = ["condition"]
+            raise InputError("model.generator.recon_src", "x0", message, choices=choices)
 
 
 @dataclass(frozen=True)

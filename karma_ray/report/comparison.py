@@ -110,20 +110,33 @@ class Difference:
         return found is not None and found.low == found.high == 0 and not any(self.seeds)
 
     @property
-    def detectable(self) -> float | None:
-        """Smallest difference found in about four of five repetitions at the 5 % level.
-
-        sqrt((2.80 se_users)^2 + (t se_seeds)^2), 2.80 and t being the sums of the .975 and .8
-        quantiles of the normal and of Student's distribution; of the users alone with one seed.
-        """
+    def errors(self) -> tuple[float, float] | None:
+        """Standard errors of the mean from drawing other users, and from drawing other seeds (0
+        where one seed cannot say); None without values per example."""
         if self.bootstrap is None:
             return None
-        of_users = (self.bootstrap.high - self.bootstrap.low) / (2 * _NORMAL[0]) * sum(_NORMAL)
-        if self.spread is None:
-            return of_users
-        number = len(self.seeds)
-        t = float(sum(student_t.ppf([0.975, 0.8], number - 1)))
-        return math.hypot(of_users, t * self.spread / math.sqrt(number))
+        of_users = (self.bootstrap.high - self.bootstrap.low) / (2 * _NORMAL[0])
+        spread = self.spread
+        return of_users, 0.0 if spread is None else spread / math.sqrt(len(self.seeds))
+
+    @property
+    def detectable(self) -> float | None:
+        """Smallest difference found in about four of five repetitions at the 5 % level."""
+        return self._reach(sum(_NORMAL), (0.975, 0.8))
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval for other users and other runs of both recipes at once; with one seed for
+        other users alone."""
+        reach = self._reach(_NORMAL[0], (0.975,))
+        return None if reach is None else (self.mean - reach, self.mean + reach)
+
+    def _reach(self, normal: float, quantiles: tuple[float, ...]) -> float | None:
+        """sqrt((z se_users)^2 + (t se_seeds)^2), t the sum of Student's `quantiles`."""
+        if (errors := self.errors) is None:
+            return None
+        t = float(sum(student_t.ppf(quantiles, len(self.seeds) - 1))) if errors[1] else 0.0
+        return math.hypot(normal * errors[0], t * errors[1])
 
     @property
     def over_seeds(self) -> tuple[float, float] | None:
@@ -136,15 +149,18 @@ class Difference:
 
     @property
     def direction(self) -> int:
-        """1 or -1 where the intervals over users and, from two seeds on, over seeds exclude 0.
-
-        That over users says nothing of another run of the same recipe, that over seeds nothing of
-        other users.
-        """
-        if self.bootstrap is None or self.bootstrap.low <= 0 <= self.bootstrap.high:
+        """1 or -1 where `interval` excludes 0, else 0."""
+        found = self.interval
+        if found is None or found[0] <= 0 <= found[1]:
             return 0
-        low, high = self.over_seeds or (self.mean, self.mean)
-        return 0 if low <= 0 <= high else (1 if self.mean > 0 else -1)
+        return 1 if self.mean > 0 else -1
+
+    @property
+    def mark(self) -> str:
+        """`*` where a difference is shown, `(*)` where one seed shows it for other users alone."""
+        if not self.direction:
+            return ""
+        return "*" if len(self.seeds) > 1 else "(*)"
 
 
 def grouped(records: Iterable[Record], results: Path, table: Table) -> list[Group]:

@@ -8,14 +8,17 @@ from karma_ray import recipes
 from karma_ray.report.comparison import Difference, Group, Variant, difference
 from karma_ray.report.sections import Section, delta, signed, spread_of
 
-KARMA = ("embedding_to_text", "karma_text", "karma_multimodal")
-"""Rows that decode the clicked item from h_t."""
-NULLS = ("null_shuffled", "null_detached", "null_detached_separate")
+NULLS = {
+    "embedding_to_text": ("null_shuffled", "null_detached", "null_detached_separate"),
+    "karma_text": ("null_both_shuffled",),
+    "karma_multimodal": ("null_both_shuffled",),
+}
+"""Rows that decode the clicked item from h_t -> the same tasks with that link cut."""
 GAINS = ("HR@10", "HR@50", "HR@200", "gAUC", "cold/HR@50")
-RANKS = ("HR@50", "HR@200", "cold/HR@50")
+AIMS = ("HR@50", "HR@200", "cold/HR@50", "gAUC")
 """Where KARMA should be first of all rankers."""
 OURS = "karma_text"
-_PERSON, _NOT_RIVALS = "affinity", (*recipes.CEILINGS, "action_only", OURS)
+_NOT_RIVALS = (*recipes.CEILINGS, "action_only", OURS)
 
 
 def overview(table1: Iterable[Group], baselines: Iterable[Group]) -> list[Section]:
@@ -30,23 +33,24 @@ def _gains(groups: Sequence[Group]) -> Section:
     for group in groups:
         for variant in group.variants:
             base = group.baseline
-            if variant.row.name not in KARMA or base is None:
+            if variant.row.name not in NULLS or base is None:
                 continue
             found = {m: d for m in GAINS if (d := difference(variant, base, m)) is not None}
             seeds = str(max((len(d.seeds) for d in found.values()), default=0))
             cells = [delta(found.get(metric)) for metric in GAINS]
             rows.append((_told(group), variant.label, seeds, *cells, _beyond(variant, group)))
     note = (
-        "Points over clicks alone, mean ± standard deviation over seeds; * shown over users and "
-        "over seeds. Beyond its nulls: metrics in which it is shown to be ahead of every null that "
-        "was run under the same settings (the same work without the meaning)."
+        "Points over clicks alone, mean ± standard deviation over seeds; * shown for other users "
+        "and other seeds, (*) one seed, shown for other users alone. Beyond its nulls: metrics in "
+        "which it is shown to be ahead of every null with the same other tasks, run under the same "
+        "settings (the same work without the meaning)."
     )
     header = ("data", "row", "seeds", *GAINS, "beyond its nulls")
     return Section("KARMA against clicks alone", notes=(note,), header=header, rows=tuple(rows))
 
 
 def _beyond(variant: Variant, group: Group) -> str:
-    nulls = [null for name in NULLS if (null := group.find(name)) is not None]
+    nulls = [null for name in NULLS[variant.row.name] if (null := group.find(name)) is not None]
     ahead = []
     for metric in GAINS:
         found = [difference(variant, null, metric) for null in nulls]
@@ -64,17 +68,15 @@ def _rivals(groups: Sequence[Group]) -> Section:
         if ours is None or not rivals:
             continue
         trained = [v.row.title for v in rivals if not v.is_counted]
-        cells = [_beside(ours, _best(rivals, metric), metric) for metric in RANKS]
-        person = [v for v in rivals if v.row.name == _PERSON]
-        cells.append(_beside(ours, _best(person, "gAUC"), "gAUC"))
+        cells = [_beside(ours, _best(rivals, metric), metric) for metric in AIMS]
         rows.append((
             _told(group), str(len(ours.records)), *cells, ", ".join(trained) or "none"
         ))  # fmt: skip
     note = (
-        "`karma_text`, then its margin to the best rival in that metric (for gAUC: to counting the "
-        "user's attributes), chosen on the test split in the rival's favour; * the margin is shown."
+        "`karma_text`, then its margin to the best rival in that metric, picked on the test split "
+        "in the rival's favour; * and (*) as above."
     )
-    header = ("data", "seeds", *RANKS, "gAUC", "trained rivals")
+    header = ("data", "seeds", *AIMS, "trained rivals")
     return Section("KARMA against baselines", notes=(note,), header=header, rows=tuple(rows))
 
 
@@ -88,8 +90,7 @@ def _beside(ours: Variant, rival: Variant | None, metric: str) -> str:
     found: Difference | None = difference(ours, rival, metric) if rival is not None else None
     if found is None or rival is None:
         return mine
-    star = " *" if found.direction else ""
-    return f"{mine}; {signed(found.mean)}{star} to {rival.row.title}"
+    return f"{mine}; {f'{signed(found.mean)} {found.mark}'.rstrip()} to {rival.row.title}"
 
 
 def _told(group: Group) -> str:

@@ -28,6 +28,7 @@ _TABLE1 = (
     Row("null_detached", "Task 2, h detached, decoder shared (null)"),
     Row("null_detached_separate", "Task 2, h detached, decoder separate (null)"),
     Row("null_shuffled", "Task 2 with other items' texts (null)"),
+    Row("null_both_shuffled", "Task 1, and Task 2 with other items' texts (null)"),
 )  # fmt: skip
 
 _GENERATORS: tuple[tuple[str, str, tuple[str, ...], dict[str, float]], ...] = (

@@ -27,6 +27,8 @@ METRIC = "HR@50"
 """What settings are chosen by, on the validation examples."""
 
 _MEASURED = ("prepare.", "evaluation.")
+_WARMED_UP_BY = ("training.report_every",)
+"""What changes nothing in the joint stage, but says when the warm-up has reached its plateau."""
 _ALWAYS = ("model.decodability.max_target_tokens",)
 """Decodability settings that the warm-up, and so every row, depends on."""
 
@@ -73,7 +75,7 @@ def learnt_from(saved: Record) -> dict[str, Any]:
     unused = _unused(saved)
     fields.pop("seed", None)
     recipe = fields.pop("recipe", "")
-    kept = {name: value for name, value in fields.items() if name not in EXECUTION}
+    kept = {n: value for n, value in fields.items() if n not in EXECUTION or n in _WARMED_UP_BY}
     if recipe not in recipes.TRAINED:
         kept = {name: value for name, value in kept.items() if name.startswith(_MEASURED)}
         return {"recipe": recipe, **kept}
@@ -113,7 +115,10 @@ def baseline_key(record: Record, baseline: str) -> str:
 
 
 def validated(record: Record, metric: str = METRIC) -> float | None:
-    """The metric on the validation examples at the last validated step."""
+    """The metric on all validation examples after the last step; of records that lack it, on the
+    examples of the curve."""
+    if (whole := record["metrics"].get(f"valid/{metric}")) is not None:
+        return float(whole)
     curve = record.get("curve") or [{}]
     value = curve[-1].get(metric)
     return None if value is None else float(value)

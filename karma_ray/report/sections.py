@@ -35,11 +35,11 @@ def spread_of(values: Iterable[float], digits: int = 2) -> str:
 
 
 def delta(found: Difference | None) -> str:
-    """A difference with its spread over seeds, starred where it is shown."""
+    """A difference with its spread over seeds, marked where it is shown."""
     if found is None:
         return "–"
     spread = "" if found.spread is None else f" ± {found.spread:.2f}"
-    return f"{signed(found.mean)}{spread}{' *' if found.direction else ''}"
+    return f"{signed(found.mean)}{spread} {found.mark}".rstrip()
 
 
 def mean_of(values: Sequence[float]) -> float | None:

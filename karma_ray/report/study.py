@@ -96,10 +96,11 @@ def _in_words(group: Group, found: Differences) -> Section:
         warning = " One seed: its spread is unknown." if seeds == 1 else ""
         sentences.append(f"{variant.label}: {'; '.join(parts)}.{warning}")
     note = (
-        "Shown means: the 95 % interval over users (drawn with replacement, seeds pooled) excludes "
-        f"0, and so does that over seeds (Student's t). {len(found)} differences are looked at and "
-        "p-values are not corrected for that. In parentheses: the difference, and where none is "
-        "shown the smallest that the design can detect."
+        "Shown means: the 95 % interval excludes 0, which adds what other users (drawn with "
+        "replacement, seeds pooled) and other seeds (Student's t) would change; with one seed "
+        f"other users alone. {len(found)} differences are looked at and intervals are not widened "
+        "for that. In parentheses: the difference, and where none is shown the smallest that the "
+        "design can detect."
     )
     return Section("In plain words", notes=(*sentences, note) if sentences else ())
 
@@ -158,6 +159,8 @@ def _agreement(published: float, ours: Difference | None) -> str:
         return "–"
     if not ours.direction:
         return "not shown"
+    if len(ours.seeds) == 1:
+        return "one seed"
     return "same" if ours.direction * published > 0 else "opposite"
 
 
@@ -166,7 +169,10 @@ def _delta_table(group: Group, found: Differences) -> Section:
     metrics = [m for m in METRICS if any((v.label, m) in found for v in variants)]
     rows = [(v.label, *(delta(found.get((v.label, m))) for m in metrics)) for v in variants]
     base = group.baseline.label if group.baseline else ""
-    note = "Mean ± standard deviation over seeds; * where the difference is shown (above)."
+    note = (
+        "Mean ± standard deviation over seeds; * where the difference is shown (above), (*) where "
+        "one seed shows it for other users alone."
+    )
     return Section(
         f"Differences to: {base}", notes=(note,) if rows else (), header=("row", *metrics),
         rows=tuple(rows),
@@ -189,12 +195,12 @@ def _details(group: Group, found: Differences) -> Section:
         rows.append((
             label, metric, signed(d.mean), " ".join(signed(value) for value in d.seeds),
             _interval((boot.low, boot.high) if boot else None), _interval(d.over_seeds),
-            f"{boot.p_value:.4f}" if boot else "–",
+            _interval(d.interval),
             "–" if d.detectable is None else f"{d.detectable:.2f}",
             f"{boot.num_users:,}" if boot else "–",
         ))  # fmt: skip
     header = ("row", "metric", "difference", "each seed", "95 % over users", "95 % over seeds",
-              "p", "detectable", "users")  # fmt: skip
+              "95 % over both", "detectable", "users")  # fmt: skip
     return Section(
         "Every difference with its interval", header=header, rows=tuple(rows), folded=True
     )

@@ -182,7 +182,7 @@ KINDS = {
     ),
     "decode_gap": Kind(
         "decode_gap", "the decode gap (nats per token)", _gap,
-        "below", "h_t does not hold the words of what the user wants", _WORDS,
+        "below", "Task 2's decoder does not read the target's words from h_t", _WORDS,
     ),
     "content_sink": Kind(
         "collapse/content_sink", "the share of content sinks in the item encoder (percent)", _sinks,

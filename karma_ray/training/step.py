@@ -254,7 +254,9 @@ class JointStep:
         """Collapse probes of one batch: decode gap, effective rank and mean cosine of e and h.
 
         The gap, CE(shuffled h) - CE(h) in nats per token, is measured through Task 2's decoder
-        whether or not this run trains it: it says whether h still holds the target's words.
+        whether or not this run trains it: it says whether that decoder can still read the target's
+        words from h. Where Task 2 is off the decoder drifts away with the trunk, so a gap of 0 does
+        not say that the words are gone (docs/diagnosis.md).
         """
         shared = share_items(batch)
         batch, items = shared.batch, self._items(model, shared)
@@ -265,7 +267,8 @@ class JointStep:
         decoded = batch.decode_mask.flatten()
         rows = model.interest.decodable(decoded_interest(batch, interest))
         other = rows.clone()
-        other[decoded] = rows[decoded].roll(1, 0)
+        # As far as a window has decoded steps: what is exchanged is never the same user's.
+        other[decoded] = rows[decoded].roll(batch.decode_step.shape[1], 0)
 
         def losses(interest: Tensor) -> Tensor:
             task = model.decode_interest(batch, interest, dropout=False)

@@ -42,6 +42,14 @@ def test_candidates_lie_around_a_configuration_and_begin_with_its_own() -> None:
             candidates(config, number)
 
 
+@pytest.mark.parametrize(("recipe", "has_negatives"), [("hllm", True), ("sasrec", False)])
+def test_a_weight_that_changes_nothing_is_not_searched(recipe: str, has_negatives: bool) -> None:
+    config = override(recipes.build(recipe), SMALL)
+    found = candidates(config, len(FACTORS), has_negatives=has_negatives)
+    assert found[0] == () and len(set(found)) == len(FACTORS)
+    assert all(s.startswith("training.learning_rate=") for settings in found for s in settings)
+
+
 def test_every_trained_row_gets_every_candidate_and_names_differ(data: Data) -> None:
     rows = named_rows("baselines", "popularity,sasrec,karma_text")
     trials = search_trials(rows, 0, data, (), 3)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from karma_ray import recipes
 from karma_ray.data.collate import Batch
 from karma_ray.data.prompts import SpecialIds
 from karma_ray.errors import InputError
@@ -282,6 +283,15 @@ def test_a_detached_h_leaves_the_encoders_task_2_gradient_exactly_zero(recon_dec
         assert _moves(free, part) and not _moves(null, part)
     assert _moves(null, "interest.user_decoder.projector")
     assert _moves(null, "interest.user_decoder.body") == (recon_decoder == "shared")
+
+
+def test_a_null_with_a_decoder_and_a_projector_of_its_own_moves_nothing_that_serves() -> None:
+    null = recipes.build("null_detached_separate").model.decodability
+    assert null.recon_detach_h and null.recon_decoder == "separate" and not null.share_projector
+    karma = tiny.model(recon_detach_h=True, recon_decoder="separate", share_projector=False)
+    found = _task2_gradients(karma, tiny.batch())
+    assert _moves(found, "decodability.body") and _moves(found, "decodability.projector")
+    assert not _moves(found, "interest")
 
 
 def test_a_shared_decoder_has_no_weights_of_its_own() -> None:

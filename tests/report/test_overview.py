@@ -26,16 +26,19 @@ def test_a_gain_counts_only_beyond_every_null(tmp_path: Path) -> None:
         write_record(tmp_path, "karma_text", seed, outcomes(3))
         write_record(tmp_path, "null_detached", seed, outcomes(2))
         write_record(tmp_path, "null_shuffled", seed, outcomes(3))
+        write_record(tmp_path, "null_both_shuffled", seed, outcomes(3))
     task2, both = lines(tmp_path)[:2]
     assert task2[:4] == ["toy", "with Task 2", "2", "+40.00 ± 0.00 *"]
     assert task2[-1] == "HR@10, HR@50, HR@200"
     assert both[3] == "+20.00 ± 0.00 *" and both[-1] == "nowhere"
 
 
-def test_without_nulls_nothing_is_said_of_them(tmp_path: Path) -> None:
+def test_without_a_null_of_the_same_tasks_nothing_is_said_of_it(tmp_path: Path) -> None:
     write_record(tmp_path, "action_only", 0, outcomes(2))
     write_record(tmp_path, "karma_text", 0, outcomes(3))
+    write_record(tmp_path, "null_shuffled", 0, outcomes(2))  # a null of Task 2 alone
     (line,) = lines(tmp_path)
+    assert line[3] == "+20.00 (*)"  # one seed
     assert line[-1] == "no null"
 
 
@@ -50,5 +53,5 @@ def test_karma_stands_beside_the_best_rival_of_each_metric(tmp_path: Path) -> No
     assert line[:2] == ["toy", "2"]
     # 60 against 40 and, where one user of 40 has lost two hits, 39
     assert line[2] == "60.0 ± 0.0; +20.50 * to SASRec (ids)"
-    assert line[5] == "50.0 ± 0.0"  # no affinity to compare with
+    assert line[5] == "50.0 ± 0.0; +0.00 to popularity"
     assert line[6] == "SASRec (ids)"
