@@ -35,6 +35,7 @@ from karma_ray.training.specimens import (
     item_sample,
     request_sample,
     vector_sample,
+    word_sample,
 )
 
 LOG = logging.getLogger(__name__)
@@ -171,7 +172,8 @@ def _specimens(opened: list[OpenedRun], source: PreparedData, num_items: int) ->
             raise InputError("RUN", run.run, message)
     vectors = vector_sample(first, catalog, VECTORS_PER_ITEM * num_items, SAMPLE_SEED)
     requests = request_sample(first, source.examples("valid"), num_items, SAMPLE_SEED)
-    return Specimens(items, vectors, requests, SAMPLE_SEED)
+    words = word_sample(first, source.examples("valid"), SAMPLE_SEED)
+    return Specimens(items, vectors, requests, words, SAMPLE_SEED)
 
 
 def _measured(

@@ -111,6 +111,36 @@ def label_probe(
     )
 
 
+def words_probe(
+    vectors: Tensor,  # [n, d]
+    words: np.ndarray,  # [n, V] 0 or 1
+    groups: Sequence[str],  # [n]
+    seed: int,
+) -> float | None:
+    """Percent of the variance of `words` that a ridge regression reads off held-out vectors.
+
+    It is fitted anew on 70 % of the groups, so it reads what the vectors hold, whatever decoder
+    they were or were not trained with; about 0 where they hold none of the words. `groups` must not
+    stand on both sides (users). None with fewer than two groups, or words that do not vary.
+    """
+    from sklearn.linear_model import RidgeCV
+
+    kinds = np.unique(np.asarray(groups))
+    drawn = np.random.default_rng(seed).permutation(kinds)
+    fitted = np.isin(np.asarray(groups), drawn[: round(TRAINED_SHARE * len(drawn))])
+    train, test = words[fitted].astype(np.float64), words[~fitted].astype(np.float64)
+    if not len(train) or not len(test):
+        return None
+    spread = ((test - train.mean(0)) ** 2).sum()
+    if spread == 0:
+        return None
+    values = _full_precision(vectors).double().cpu().numpy()
+    mean, scale = values[fitted].mean(0), values[fitted].std(0)
+    values = (values - mean) / np.where(scale > 1e-9, scale, 1.0)
+    model = RidgeCV(alphas=np.logspace(0, 5, 11)).fit(values[fitted], train)
+    return 100.0 * float(1.0 - ((test - model.predict(values[~fitted])) ** 2).sum() / spread)
+
+
 def _full_precision(vectors: Tensor) -> Tensor:
     detached = vectors.detach()
     return detached if detached.dtype == torch.float64 else detached.float()

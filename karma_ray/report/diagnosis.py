@@ -33,7 +33,13 @@ ROWS: tuple[tuple[str, str, str], ...] = (
     ("collapse/cka_frozen", "CKA(e, frozen e)", "1: the items still lie as they did at the start"),
     ("collapse/category_accuracy", "category from e, %", "linear probe on held-out items"),
     ("collapse/category_majority", "  always the commonest", "its floor"),
-    ("collapse/decode_gap", "decode gap of h, nats", "what the text decoder reads from h"),
+    ("collapse/words_from_h", "words of the click from h, %", "variance that a fresh probe reads"),
+    ("collapse/words_from_query", "  from the query alone", "its floor"),
+    (
+        "collapse/decode_gap",
+        "decode gap of h, nats",
+        "what the run's own text decoder reads from h",
+    ),
 )
 """(key, label, meaning) of the table; a row without a label is a heading."""
 ABSENT = "–"

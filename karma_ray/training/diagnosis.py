@@ -18,12 +18,12 @@ from torch import Tensor
 from karma_ray.data.prompts import Tokenizer
 from karma_ray.errors import InputError
 from karma_ray.metrics.attention import MEASURES, content_columns, sink_measures
-from karma_ray.metrics.collapse import effective_rank, label_probe, mean_cosine
+from karma_ray.metrics.collapse import effective_rank, label_probe, mean_cosine, words_probe
 from karma_ray.model.attention_maps import item_attention, user_attention
 from karma_ray.model.karma import KarmaModel
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.retrieval.encode import encode_catalog
-from karma_ray.training.specimens import ItemSample, RequestSample, VectorSample
+from karma_ray.training.specimens import ItemSample, RequestSample, VectorSample, WordSample
 from karma_ray.training.step import JointStep
 
 Head = tuple[int, int]
@@ -44,6 +44,7 @@ class Specimens:
     items: ItemSample
     vectors: VectorSample
     requests: RequestSample | None
+    words: WordSample | None
     seed: int
 
 
@@ -111,7 +112,27 @@ def diagnose(
             metrics[name] = probed[name]
         metrics["collapse/decode_gap"] = probed["decode_gap"]
         metrics["collapse/decode_ce"] = probed["decode_ce"]
+    if specimens.words is not None:
+        metrics |= diagnose_words(model, specimens.words, specimens.seed)
     return ModelDiagnosis(metrics, items, user, vectors)
+
+
+@torch.no_grad()
+def diagnose_words(model: KarmaModel, sample: WordSample, seed: int) -> dict[str, float]:
+    """What a probe reads of the clicked item's words from h, and from the query alone."""
+    interest, found = model.interest, []
+    device = next(interest.parameters()).device
+    for chunk in sample.chunks:
+        batch = chunk.to(device)
+        texts = chunk.item_tokens.numpy(), chunk.item_lengths.numpy()
+        vectors = encode_catalog(interest, *texts, rows=chunk.item_rows.numpy())
+        found.append(interest.last_interest(batch, torch.from_numpy(vectors).to(device)))
+    asked = torch.from_numpy(sample.queries.astype(np.float32))
+    read = {
+        "collapse/words_from_h": words_probe(torch.cat(found), sample.words, sample.users, seed),
+        "collapse/words_from_query": words_probe(asked, sample.words, sample.users, seed),
+    }
+    return {name: value for name, value in read.items() if value is not None}
 
 
 @torch.no_grad()

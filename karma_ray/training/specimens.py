@@ -29,6 +29,10 @@ VECTORS_PER_ITEM = 8
 """Further items whose vectors alone are compared, for each of these."""
 MOST_DECODED = 256
 """Requests behind the decode gap; their histories are encoded at once."""
+MOST_PROBED = 2048
+"""Requests whose clicked items' words are read from h by a probe."""
+FEWEST_OF_A_WORD = 20
+"""Rarer tokens are left out of the probe."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,16 @@ class RequestSample:
     requests: Batch  # histories of equal length
     num_history: int
     targets: Batch  # other histories too, with the clicked item at the last step, to be decoded
+
+
+@dataclass(frozen=True)
+class WordSample:
+    """Valid examples, for what a probe reads from h of the clicked item's words."""
+
+    chunks: list[Batch]  # R requests in all
+    words: np.ndarray  # [R, V] whether the clicked item's text has the token
+    queries: np.ndarray  # [R, Q] which query was asked, one-hot: what anybody knows
+    users: list[str]  # [R]
 
 
 def item_sample(
@@ -121,6 +135,29 @@ def request_sample(
     plain = _like(collator, drop_query=0.0, num_decoded=1)
     targets = plain.training(rows, row_keys(rows.num_rows, seed))
     return RequestSample(exact, history, targets)
+
+
+def word_sample(collator: Collator, examples: pa.Table, seed: int) -> WordSample | None:
+    """At most MOST_PROBED examples in a drawn order; None where too few share a token."""
+    drawn = np.random.default_rng(seed).permutation(examples.num_rows)[:MOST_PROBED]
+    table = examples.take(pa.array(np.sort(drawn)))
+    tokens, lengths = collator.catalog_tokens()
+    rows = collator.catalog.rows(table.column("positive_item_id").to_pylist())
+    words = np.zeros((len(rows), int(tokens.max()) + 1), dtype=bool)
+    for number, row in enumerate(rows):
+        words[number, tokens[row, : lengths[row]]] = True
+    words[:, sorted(template_tokens(collator.tokenizer))] = False
+    count = words.sum(0)
+    words = words[:, (count >= FEWEST_OF_A_WORD) & (count <= len(rows) - FEWEST_OF_A_WORD)]
+    if not words.shape[1]:
+        return None
+    asked = [query or "" for query in table.column("query").to_pylist()]
+    queries = np.equal(np.array(asked)[:, None], np.unique(asked)[None, :])
+    chunks = [
+        collator.requests(table.slice(start, MOST_DECODED))
+        for start in range(0, table.num_rows, MOST_DECODED)
+    ]
+    return WordSample(chunks, words, queries, table.column("user_id").to_pylist())
 
 
 def template_tokens(tokenizer: Tokenizer) -> set[int]:

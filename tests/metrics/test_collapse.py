@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
-from karma_ray.metrics.collapse import effective_rank, label_probe, linear_cka, mean_cosine
+from karma_ray.metrics.collapse import (
+    effective_rank,
+    label_probe,
+    linear_cka,
+    mean_cosine,
+    words_probe,
+)
 
 
 @pytest.mark.parametrize("size", [1, 4, 17])
@@ -93,3 +100,38 @@ def test_rare_and_missing_labels_are_left_out_of_the_probe() -> None:
     assert found is not None and found.num_labels == 4
     assert label_probe(vectors, ["one"] * len(labels), groups, seed=0) is None
     assert label_probe(vectors, [None] * len(labels), groups, seed=0) is None
+
+
+def words_and_users(num: int = 600) -> tuple[np.ndarray, list[str]]:
+    generator = np.random.default_rng(0)
+    return generator.random((num, 6)) < 0.4, [f"u{n // 2}" for n in range(num)]
+
+
+def test_words_that_the_vectors_hold_are_read_and_noise_is_not() -> None:
+    words, users = words_and_users()
+    mixed = torch.from_numpy(words.astype(np.float32)) @ torch.randn(
+        6, 16, generator=torch.Generator().manual_seed(0)
+    )
+    held = words_probe(mixed, words, users, seed=0)
+    noise = torch.randn(len(words), 16, generator=torch.Generator().manual_seed(1))
+    none = words_probe(noise, words, users, seed=0)
+    assert held is not None and held > 99.0
+    assert none is not None and -10.0 < none < 2.0
+    half = words_probe(mixed[:, :2], words, users, seed=0)  # two of six directions
+    assert half is not None and 15.0 < half < 60.0
+
+
+def test_what_a_user_alone_tells_is_not_read() -> None:
+    """Users stand on one side of the split: their numbers are of no use on the other."""
+    words, users = words_and_users()
+    words = np.repeat(words[::2], 2, axis=0)  # both rows of a user have the same words
+    whose = torch.from_numpy(np.equal.outer(np.array(users), np.unique(users)).astype(np.float32))
+    found = words_probe(whose, words, users, seed=0)
+    assert found is not None and found < 2.0
+
+
+def test_words_that_never_vary_are_no_probe() -> None:
+    vectors = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    users = [f"u{n}" for n in range(40)]
+    assert words_probe(vectors, np.ones((40, 2), bool), users, seed=0) is None
+    assert words_probe(vectors[:1], np.ones((1, 2), bool), users[:1], seed=0) is None

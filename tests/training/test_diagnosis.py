@@ -20,17 +20,19 @@ from karma_ray.training.diagnosis import (
     content_sink,
     diagnose,
     diagnose_items,
+    diagnose_words,
     shown_heads,
 )
-from karma_ray.training.specimens import item_sample, vector_sample
+from karma_ray.training.specimens import item_sample, vector_sample, word_sample
 from tests import tiny
-from tests.training.test_specimens import COLD, sample
+from tests.training.test_specimens import COLD, clicks, sample
 
 
 def specimens() -> Specimens:
     requests = sample([2, 4, 4, 5, 6, 7, 9, 9])
     items = item_sample(tiny.collator(), tiny.catalog(), COLD, 24, seed=0)
-    return Specimens(items, vector_sample(tiny.collator(), tiny.catalog(), 49, 0), requests, 0)
+    vectors = vector_sample(tiny.collator(), tiny.catalog(), 49, 0)
+    return Specimens(items, vectors, requests, None, 0)
 
 
 def whitened(**options: str) -> KarmaModel:
@@ -142,3 +144,17 @@ def test_wanted_heads_are_taken_or_refused() -> None:
     with pytest.raises(InputError, match=r"--layers: '9:1' .* layers 0 to 1, heads 0 to 1"):
         chosen_heads([(9, 1)], 2, 2)
     assert chosen_heads([(9, 1)], 2, 2, strict=False) == shown_heads(2, 2)
+
+
+@torch.no_grad()
+def test_words_of_the_click_are_read_from_the_interest_at_the_request() -> None:
+    """A user decoder that passes its query on: the probe reads the words that go with it."""
+    items = [f"i{n % 5}" for n in range(200)]  # the query asked is a function of the click
+    found = word_sample(tiny.collator(), clicks(items), seed=0)
+    assert found is not None
+    model = whitened().eval()
+    read = diagnose_words(model, found, seed=0)
+    assert read["collapse/words_from_query"] > 99.0
+    assert read["collapse/words_from_h"] > 90.0
+    blind = whitened(query_mode="none").eval()
+    assert diagnose_words(blind, found, seed=0)["collapse/words_from_h"] < 10.0

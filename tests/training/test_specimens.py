@@ -15,6 +15,7 @@ from karma_ray.training.specimens import (
     request_sample,
     template_tokens,
     vector_sample,
+    word_sample,
 )
 from tests import tiny
 
@@ -114,3 +115,28 @@ def test_without_histories_there_is_nothing_to_look_at(lengths: list[int]) -> No
         assert request_sample(tiny.collator(), EXAMPLES.empty_table(), 8, seed=0) is None
     else:
         assert sample(lengths) is None
+
+
+def clicks(items: list[str]) -> pa.Table:
+    """An example for every clicked item, with a history of two."""
+    table = examples([2] * len(items))
+    place = table.schema.get_field_index("positive_item_id")
+    return table.set_column(place, "positive_item_id", pa.array(items, pa.string()))
+
+
+def test_words_are_the_clicked_items_common_tokens() -> None:
+    items = ["i0"] * 25 + ["i1"] * 30 + ["i7"] * 3  # i7's words are too rare to be asked for
+    found = word_sample(tiny.collator(), clicks(items), seed=0)
+    assert found is not None
+    assert sum(chunk.num_windows for chunk in found.chunks) == len(found.words) == 58
+    assert (np.unique(found.words[:25], axis=0).shape[0]) == 1
+    assert (found.words[0] != found.words[25]).all()  # what both have, or nearly all, is left out
+    counts = found.words.sum(0)
+    assert (counts >= 20).all() and (counts <= 38).all()
+    assert found.queries.sum(1).tolist() == [1] * 58 and found.queries.shape[1] == 5
+    assert found.users[:2] == ["u0", "u1"]
+
+
+def test_a_handful_of_clicks_has_no_words_to_ask_for() -> None:
+    assert word_sample(tiny.collator(), clicks(["i0"] * 5), seed=0) is None
+    assert word_sample(tiny.collator(), EXAMPLES.empty_table(), seed=0) is None
