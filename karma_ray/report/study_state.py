@@ -36,9 +36,11 @@ def equal_seconds(group: Group) -> Section:
         rows.append((variant.label, plain(mean_of([e["seconds"] for e in ends]), 0), *cells, late))
     note = (
         f"Validation examples after {seconds:.0f} s of joint training, which every row reached, "
-        "and after the last step; stage 1 is shared and not counted. Last column: what the last "
-        "quarter of the steps added; large values mean that the curve has not flattened. Seconds "
-        "compare only between runs of one machine with as many trials at a time."
+        "and after the last step; stage 1 is not counted (shared, but for the visual term's own). "
+        "The learning rate falls over the steps: a slower row is read before its own has. Last "
+        "column: what the last quarter of the steps added; large values mean that the curve has "
+        "not flattened. Seconds compare only between runs of one machine with as many trials at a "
+        "time."
     )
     header = ("row", "seconds in all", *(f"{m}: then / end" for m in CURVE), "late HR@50")
     return Section("Equal seconds, equal steps", notes=(note,), header=header, rows=tuple(rows))
@@ -65,7 +67,9 @@ def collapse(group: Group) -> Section:
     ]
     note = (
         "Decode gap: cross-entropy of the target's text from another interest minus from one's "
-        "own, mean of the last reports of training; 0 means that h holds no words of the target."
+        "own, mean of the last reports of training. It is read by Task 2's decoder, which in rows "
+        "without Task 2 has not learnt along: 0 there does not say that h holds no words "
+        "(docs/diagnosis.md)."
     )
     return Section(
         "Collapse probes", notes=(note,) if rows else (), header=("row", *names.values(), "alarms"),

@@ -186,3 +186,10 @@ def test_a_model_without_generator_searches_with_h() -> None:
     rows = torch.randn(2, interest.width)
     torch.testing.assert_close(interest.search_vectors(rows)[:, 0], interest.query_vectors(rows))
     assert interest.decodable(rows) is rows
+
+
+def test_a_predicted_noise_is_no_estimate_in_one_step() -> None:
+    """At t = 980 its error is multiplied by 1 / sqrt(abar), about 34."""
+    GeneratorConfig(kind="ddpm_v", recon_src="x0").check()
+    with pytest.raises(InputError, match=r"recon_src: 'x0' .*ddpm_v; choices: condition"):
+        GeneratorConfig(kind="ddpm_eps", recon_src="x0").check()

@@ -11,6 +11,7 @@ from karma_ray.objectives.losses import (
     builds_generation,
     builds_image,
     builds_reconstruction,
+    hard_weight_at,
 )
 
 ACTION, GENERATION, RECONSTRUCTION = (torch.tensor(value) for value in (1.0, 10.0, 100.0))
@@ -65,3 +66,10 @@ def test_a_weight_of_zero_means_not_built(
 ) -> None:
     config = ObjectiveConfig(**weights)  # type: ignore[arg-type]
     assert (builds_generation(config), builds_reconstruction(config)) == built
+
+
+def test_hard_negatives_wait_then_count_more_and_more() -> None:
+    config = ObjectiveConfig(hard_weight=2.0, hard_ramp=0.1)
+    at = [hard_weight_at(config, progress) for progress in (0.0, 0.1, 0.15, 0.2, 1.0)]
+    assert at == pytest.approx([0.0, 0.0, 1.0, 2.0, 2.0])
+    assert hard_weight_at(ObjectiveConfig(hard_weight=2.0, hard_ramp=0.0), 0.0) == 2.0

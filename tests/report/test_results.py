@@ -8,7 +8,7 @@ import pytest
 
 from karma_ray import recipes
 from karma_ray.config import Config, override, to_dict
-from karma_ray.report.results import baseline_key, learnt_from, run_key, same_run, spread
+from karma_ray.report.results import baseline_key, learnt_from, run_key, same_run, spread, validated
 
 SHOP = "e3279c522d234d1d"
 
@@ -48,6 +48,7 @@ def test_a_field_that_changes_nothing_changes_no_run(recipe: str, assignment: st
         ("karma_text", "objective.lambda_dec=0.3"),
         ("action_only", "model.decodability.max_target_tokens=5"),  # the warm-up decodes
         ("action_only", "training.steps=7"),
+        ("action_only", "training.report_every=7"),  # the warm-up ends at a plateau of reports
         ("popularity", "evaluation.max_examples=7"),
         ("embedding_to_text", "model.decodability.recon_text=shuffled"),
     ],
@@ -100,3 +101,10 @@ def test_the_spread_over_one_seed_is_unknown() -> None:
     assert found["HR@10"] == {"mean": 2.5, "std": pytest.approx(2.1213, abs=1e-4)}
     assert found["gAUC"] == {"mean": 50.0, "std": None}
     assert "name" not in found
+
+
+def test_settings_are_chosen_by_all_validation_examples_where_they_were_measured() -> None:
+    record = {"metrics": {}, "curve": [{"HR@50": 10.0}, {"HR@50": 12.0}]}
+    assert validated(record) == 12.0
+    assert validated({**record, "metrics": {"valid/HR@50": 11.0, "HR@50": 99.0}}) == 11.0
+    assert validated({"metrics": {"HR@50": 99.0}}) is None

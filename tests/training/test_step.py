@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from karma_ray.data.collate import Batch
 from karma_ray.model.backbone import build_tiny, run_body, token_embeddings
-from karma_ray.model.karma import KarmaModel
+from karma_ray.model.karma import Decoded, KarmaModel
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.training.action import Pool, action_term, trained_steps
 from karma_ray.training.item_table import share_items
@@ -96,6 +96,26 @@ def test_after_training_task_2_the_wrong_h_costs_words() -> None:
         exists = batch.decode_mask.flatten()
         own = decoded_losses(karma.decode_interest(batch, rows), "token_mean")[exists]
     assert probe["decode_ce"] == pytest.approx(own.mean().item(), rel=1e-4)
+
+
+@torch.no_grad()
+def test_the_gap_compares_with_another_users_interest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not with the same user's at another decoded step."""
+    karma, batch = tiny.model(), tiny.batch(tiny.shop(4), num_decoded=2)
+    asked: list[Tensor] = []
+    decode = karma.decode_interest
+
+    def noted(batch: Batch, interest: Tensor, **options: bool) -> Decoded:
+        asked.append(interest)
+        return decode(batch, interest, **options)
+
+    monkeypatch.setattr(karma, "decode_interest", noted)
+    JointStep(ObjectiveConfig()).probe(karma, batch)
+    own, other = asked
+    window = torch.arange(4).repeat_interleave(2)
+    exists = batch.decode_mask.flatten()
+    source = (other[exists][:, None] == own[exists][None]).all(-1).int().argmax(1)
+    assert (window[exists][source] != window[exists]).all()
 
 
 def _action(
