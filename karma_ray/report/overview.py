@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from karma_ray import recipes
 from karma_ray.report.comparison import Difference, Group, Variant, difference
 from karma_ray.report.sections import Section, delta, signed, spread_of
+from karma_ray.report.study_plots import delta_picture
 
 NULLS = {
     "embedding_to_text": ("null_shuffled", "null_detached", "null_detached_separate"),
@@ -21,24 +23,55 @@ OURS = "karma_text"
 _NOT_RIVALS = (*recipes.CEILINGS, "action_only", OURS)
 
 
-def overview(table1: Iterable[Group], baselines: Iterable[Group]) -> list[Section]:
-    """The two tables, for the groups of Table 1 and of the baselines; empty ones are left out."""
-    sections = [_gains(list(table1)), _rivals(list(baselines))]
-    found = [section for section in sections if section.rows]
-    return [Section("At a glance", level=2), *found] if found else []
+@dataclass(frozen=True)
+class Gain:
+    """A row of Table 1 over clicks alone, under one condition."""
+
+    group: Group
+    variant: Variant
+    found: dict[str, Difference]  # metric -> difference
 
 
-def _gains(groups: Sequence[Group]) -> Section:
+def gains(table1: Iterable[Group]) -> list[Gain]:
+    """KARMA's rows and their nulls, of every group with a baseline."""
+    shown = {*NULLS, *(null for nulls in NULLS.values() for null in nulls)}
+    return [
+        Gain(group, variant, {m: d for m in GAINS if (d := difference(variant, base, m))})
+        for group in table1
+        if (base := group.baseline) is not None
+        for variant in group.variants
+        if variant.row.name in shown
+    ]
+
+
+def picture(found: Iterable[Gain]) -> bytes | None:
+    """A panel per metric, a line per gain."""
+    named = {f"{_told(g.group)}: {g.variant.label}": g.found for g in found}
+    flat = {(label, m): d for label, of_row in named.items() for m, d in of_row.items()}
+    return delta_picture(list(named), flat)
+
+
+def overview(
+    found: Sequence[Gain], baselines: Iterable[Group], pictured: str = ""
+) -> list[Section]:
+    """Two tables, and the gains' picture by its file name; empty ones are left out."""
+    sections = [
+        _gains(found),
+        Section("Gains, with 95 % intervals over users and seeds", picture=pictured),
+        _rivals(list(baselines)),
+    ]
+    kept = [section for section in sections if section.rows or section.picture]
+    return [Section("At a glance", level=2), *kept] if kept else []
+
+
+def _gains(found: Iterable[Gain]) -> Section:
     rows = []
-    for group in groups:
-        for variant in group.variants:
-            base = group.baseline
-            if variant.row.name not in NULLS or base is None:
-                continue
-            found = {m: d for m in GAINS if (d := difference(variant, base, m)) is not None}
-            seeds = str(max((len(d.seeds) for d in found.values()), default=0))
-            cells = [delta(found.get(metric)) for metric in GAINS]
-            rows.append((_told(group), variant.label, seeds, *cells, _beyond(variant, group)))
+    for gain in found:
+        variant = gain.variant
+        seeds = str(max((len(d.seeds) for d in gain.found.values()), default=0))
+        cells = [delta(gain.found.get(metric)) for metric in GAINS]
+        beyond = _beyond(variant, gain.group) if variant.row.name in NULLS else ""
+        rows.append((_told(gain.group), variant.label, seeds, *cells, beyond))
     note = (
         "Points over clicks alone, mean ± standard deviation over seeds; * shown for other users "
         "and other seeds, (*) one seed, shown for other users alone. Beyond its nulls: metrics in "
@@ -57,7 +90,10 @@ def _beyond(variant: Variant, group: Group) -> str:
         known = [one for one in found if one is not None]
         if known and all(one.direction == 1 for one in known):
             ahead.append(metric)
-    return (", ".join(ahead) or "nowhere") if nulls else "no null"
+    if not nulls:
+        return "no null"
+    few = " (one seed)" if any(len(null.records) == 1 for null in nulls) else ""
+    return (", ".join(ahead) or "nowhere") + few
 
 
 def _rivals(groups: Sequence[Group]) -> Section:

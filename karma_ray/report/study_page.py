@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from karma_ray.artifacts import value_hash
 from karma_ray.report.comparison import Group, grouped
-from karma_ray.report.overview import overview
+from karma_ray.report.overview import gains, overview, picture
 from karma_ray.report.paper import TABLES
 from karma_ray.report.results import read_records
 from karma_ray.report.sections import Section
@@ -22,6 +22,7 @@ from karma_ray.report.study_plots import curve_picture, delta_picture
 
 COMMAND = "python jobs/ablate.py report"
 MARKER = "<!-- Everything below is generated; what is written above stays. -->"
+GAINS = "gains.png"
 _TITLE = "# Results\n"
 
 
@@ -32,7 +33,10 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
     sections: list[Section] = []
     records = read_records(results)
     groups = {name: grouped(records, results, table) for name, table in TABLES.items()}
-    sections += overview(groups["table1"], groups["baselines"])
+    found_gains = gains(groups["table1"])
+    if (drawn_gains := picture(found_gains)) is not None:
+        pictures[GAINS] = drawn_gains
+    sections += overview(found_gains, groups["baselines"], GAINS if drawn_gains else "")
     for name, table in TABLES.items():
         for group in groups[name]:
             if len(group.variants) > 1 or name == "table1":
@@ -60,8 +64,8 @@ def _drawn(
     stem = f"{table}-{group.data}{digest}"
     drawn = {
         f"{stem}-differences.png": (
-            "Differences: mean, 95 % interval over users, a stroke per seed",
-            delta_picture(group, found),
+            "Differences: mean, 95 % interval over users and seeds, a stroke per seed",
+            delta_picture([variant.label for variant in group.variants], found),
         ),
         f"{stem}-curves.png": ("Validation curves", curve_picture(group)),
     }

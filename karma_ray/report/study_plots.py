@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from matplotlib import colormaps
@@ -17,9 +17,12 @@ CURVES = ("HR@10", "HR@50", "HR@200", "gAUC")
 _GREY, _BLUE = "#57606a", "#1f6feb"
 
 
-def delta_picture(group: Group, found: Mapping[tuple[str, str], Difference]) -> bytes | None:
-    """A panel per metric: mean difference, 95 % interval over users, a dot per seed."""
-    labels = [v.label for v in group.variants if any((v.label, m) in found for m in SHOWN)]
+def delta_picture(
+    labels: Sequence[str], found: Mapping[tuple[str, str], Difference]
+) -> bytes | None:
+    """A panel per metric, a line per label: mean, 95 % interval over users and seeds (users alone
+    where there is one seed), a stroke per seed. `found` is (label, metric) -> difference."""
+    labels = [label for label in labels if any((label, m) in found for m in SHOWN)]
     metrics = [m for m in SHOWN if any((label, m) in found for label in labels)]
     if not labels:
         return None
@@ -72,10 +75,8 @@ def _curve(variant: Variant, metric: str) -> list[tuple[float, float, float, flo
 
 def _bar(axes: Axes, place: int, found: Difference) -> None:
     colour = _BLUE if found.direction else _GREY
-    if found.bootstrap is not None:
-        axes.plot(
-            [found.bootstrap.low, found.bootstrap.high], [place, place], color=colour, linewidth=2
-        )
+    if found.interval is not None:
+        axes.plot(found.interval, [place, place], color=colour, linewidth=2)
     axes.plot([found.mean], [place], "o", color=colour, ms=6)
     axes.plot(found.seeds, [place] * len(found.seeds), "|", color="black", ms=7)
 

@@ -37,9 +37,10 @@ def test_without_a_null_of_the_same_tasks_nothing_is_said_of_it(tmp_path: Path) 
     write_record(tmp_path, "action_only", 0, outcomes(2))
     write_record(tmp_path, "karma_text", 0, outcomes(3))
     write_record(tmp_path, "null_shuffled", 0, outcomes(2))  # a null of Task 2 alone
-    (line,) = lines(tmp_path)
-    assert line[3] == "+20.00 (*)"  # one seed
-    assert line[-1] == "no null"
+    karma, null = lines(tmp_path)[:2]
+    assert karma[3] == "+20.00 (*)"  # one seed
+    assert karma[-1] == "no null"
+    assert null[1] == "Task 2 with other items' texts (null)" and null[-1] == ""
 
 
 def test_karma_stands_beside_the_best_rival_of_each_metric(tmp_path: Path) -> None:
@@ -55,3 +56,12 @@ def test_karma_stands_beside_the_best_rival_of_each_metric(tmp_path: Path) -> No
     assert line[2] == "60.0 ± 0.0; +20.50 * to SASRec (ids)"
     assert line[5] == "50.0 ± 0.0; +0.00 to popularity"
     assert line[6] == "SASRec (ids)"
+
+
+def test_a_null_of_one_seed_is_said_to_be_one(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_record(tmp_path, "action_only", seed, outcomes(2))
+        write_record(tmp_path, "embedding_to_text", seed, outcomes(4))
+    write_record(tmp_path, "null_shuffled", 0, outcomes(2))
+    assert lines(tmp_path)[0][-1] == "HR@10, HR@50, HR@200 (one seed)"
+    assert (tmp_path / "report" / "gains.png").exists()

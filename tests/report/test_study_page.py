@@ -32,9 +32,9 @@ def test_the_report_sets_our_differences_beside_the_papers(results: Path) -> Non
     assert cells[5:8] == ["+19.19", "+40.00 ± 0.00 *", "same"]
     assert cells[8:11] == ["+19.31", "–", "–"]
     assert "Order by HR@200, paper: with Task 2 > with Task 1; here: the same." in text
-    assert page.read_text().count("data:image/png;base64,") == 2
+    assert page.read_text().count("data:image/png;base64,") == 3
     assert all((results / "report" / name).exists() for name in (
-        "table1-toy-differences.png", "table1-toy-curves.png"))  # fmt: skip
+        "gains.png", "table1-toy-differences.png", "table1-toy-curves.png"))  # fmt: skip
 
 
 def test_the_report_says_plainly_where_an_effect_does_not_show(results: Path) -> None:
@@ -56,7 +56,7 @@ def test_pictures_of_a_former_report_are_gone(results: Path) -> None:
     write_report(results)
     (results / "report" / "table1-renamed-curves.png").write_bytes(b"old")
     write_report(results)
-    assert len(list((results / "report").glob("*.png"))) == 2
+    assert len(list((results / "report").glob("*.png"))) == 3
 
 
 def test_cost_collapse_and_time_are_told(results: Path) -> None:
