@@ -21,7 +21,7 @@ def delta_picture(
     labels: Sequence[str], found: Mapping[tuple[str, str], Difference]
 ) -> bytes | None:
     """A panel per metric, a line per label: mean, 95 % interval over users and seeds (users alone
-    where there is one seed), a stroke per seed. `found` is (label, metric) -> difference."""
+    and a hollow mark where there is one seed), a stroke per seed. `found` is (label, metric) -> difference."""
     labels = [label for label in labels if any((label, m) in found for m in SHOWN)]
     metrics = [m for m in SHOWN if any((label, m) in found for label in labels)]
     if not labels:
@@ -77,7 +77,8 @@ def _bar(axes: Axes, place: int, found: Difference) -> None:
     colour = _BLUE if found.direction else _GREY
     if found.interval is not None:
         axes.plot(found.interval, [place, place], color=colour, linewidth=2)
-    axes.plot([found.mean], [place], "o", color=colour, ms=6)
+    inside = "white" if len(found.seeds) == 1 else colour
+    axes.plot([found.mean], [place], "o", color=colour, markerfacecolor=inside, ms=6)
     axes.plot(found.seeds, [place] * len(found.seeds), "|", color="black", ms=7)
 
 
