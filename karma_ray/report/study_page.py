@@ -39,7 +39,7 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
     sections += overview(found_gains, groups["baselines"], GAINS if drawn_gains else "")
     for name, table in TABLES.items():
         for group in groups[name]:
-            if len(group.variants) > 1 or name == "table1":
+            if name == "table1" or _has_its_own(group):
                 found = differences(group)
                 drawn = _drawn(group, name, found, pictures)
                 sections += group_sections(group, table, found, drawn)
@@ -54,6 +54,12 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
     markdown.write_text(_markdown(sections, markdown, f"{results.name}/report", command))
     page.write_text(_page(sections, pictures, command))
     return markdown, page
+
+
+def _has_its_own(group: Group) -> bool:
+    """Whether a group compares anything that Table 1 does not have."""
+    shared = {row.name for row in TABLES["table1"].rows}
+    return len(group.variants) > 1 and any(v.row.name not in shared for v in group.variants)
 
 
 def _drawn(

@@ -86,3 +86,11 @@ def test_no_records_make_an_empty_report(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     markdown, page = write_report(tmp_path / "none")
     assert "No records." in page.read_text() and markdown.exists()
+
+
+def test_a_table_that_has_only_rows_of_table_1_is_not_told_twice(tmp_path: Path) -> None:
+    for row in ("action_only", "karma_text"):
+        write_record(tmp_path / "r", row, 0, outcomes(2))
+    assert "## Baselines" not in write_report(tmp_path / "r")[0].read_text()
+    write_record(tmp_path / "r", "popularity", 0, outcomes(1))
+    assert "## Baselines" in write_report(tmp_path / "r")[0].read_text()
