@@ -79,13 +79,12 @@ def write_data(root: Path) -> str:
     return data
 
 
-def write_run(root: Path, seed: int = 0) -> str:
+def write_run(root: Path, seed: int = 0, interest: InterestModel | None = None) -> str:
     """A finished run folder (bundle, item_embeddings, index) beside its data; returns RUN."""
     run = RunFolder(str(root / "run"))
     words = tokenizer()
-    saved = save_bundle(
-        interest_model(words, seed), words, COLLATE, run.bundle, {"recipe": "tiny", "seed": seed}
-    )
+    interest = interest or interest_model(words, seed)
+    saved = save_bundle(interest, words, COLLATE, run.bundle, {"recipe": "tiny", "seed": seed})
     bundle = load_bundle(run.bundle)
     items = catalog()
     vectors = encode_catalog(bundle.interest, *item_tokens(words, items))
