@@ -114,6 +114,21 @@ def test_a_batch_without_any_image_has_no_image_loss_and_keeps_its_graph() -> No
             assert name in found and not found[name].any()
 
 
+@torch.no_grad()
+def test_more_draws_are_the_same_loss_with_less_noise() -> None:
+    batch = pictures.batch()
+
+    def losses(draws: int) -> list[float]:
+        step = JointStep(WITH_IMAGES)
+        karma = pictures.model(imagery={"img_draws": draws})
+        keys = [replace(batch, row_key=batch.row_key + 1000 * n) for n in range(24)]
+        return [float(step(karma, other).logs["loss/image"]) for other in keys]
+
+    one, many = torch.tensor(losses(1)), torch.tensor(losses(16))
+    assert float(many.std()) < 0.5 * float(one.std())
+    assert float(many.mean()) == pytest.approx(float(one.mean()), rel=0.1)
+
+
 def test_half_precision_leaves_the_loss_in_float32_and_about_the_same() -> None:
     karma, batch = pictures.model(imagery={"img_connector": 1}), pictures.batch()
     exact = JointStep(WITH_IMAGES)(karma, batch).logs["loss/image"]

@@ -272,6 +272,16 @@ def test_summed_tokens_weigh_long_texts_more_than_token_means() -> None:
     assert total > 2 * mean
 
 
+def test_the_reduction_of_texts_leaves_the_clicks_alone() -> None:
+    karma, batch = tiny.model(), tiny.batch()
+    mean, total = (
+        JointStep(ObjectiveConfig(ce_reduction=reduction))(karma, batch).logs
+        for reduction in ("token_mean", "sum")
+    )
+    assert mean["loss/action"] == total["loss/action"]
+    assert mean["loss/reconstruction"] != total["loss/reconstruction"]
+
+
 # --- the item encoder's gradient -------------------------------------------------------------
 
 
