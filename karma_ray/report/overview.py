@@ -57,7 +57,9 @@ def overview(
     """Two tables, and the gains' picture by its file name; empty ones are left out."""
     sections = [
         _gains(found),
-        Section("Gains, with 95 % intervals over users and seeds; hollow: one seed", picture=pictured),
+        Section(
+            "Gains, with 95 % intervals over users and seeds; hollow: one seed", picture=pictured
+        ),
         _rivals(list(baselines)),
     ]
     kept = [section for section in sections if section.rows or section.picture]
