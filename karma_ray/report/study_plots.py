@@ -20,8 +20,9 @@ _GREY, _BLUE = "#57606a", "#1f6feb"
 def delta_picture(
     labels: Sequence[str], found: Mapping[tuple[str, str], Difference]
 ) -> bytes | None:
-    """A panel per metric, a line per label: mean, 95 % interval over users and seeds (users alone
-    and a hollow mark where there is one seed), a stroke per seed. `found` is (label, metric) -> difference."""
+    """A panel per metric, a line per label of `found` {(label, metric): difference}: mean, 95 %
+    interval over users and seeds (users alone and a hollow mark where there is one seed), a stroke
+    per seed."""
     labels = [label for label in labels if any((label, m) in found for m in SHOWN)]
     metrics = [m for m in SHOWN if any((label, m) in found for label in labels)]
     if not labels:
