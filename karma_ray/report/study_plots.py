@@ -27,9 +27,9 @@ def delta_picture(
     metrics = [m for m in SHOWN if any((label, m) in found for label in labels)]
     if not labels:
         return None
-    figure = Figure(
-        figsize=(3.0 + 2.3 * len(metrics), 1.0 + 0.36 * len(labels)), layout="constrained"
-    )
+    words = 0.5 + 0.07 * max(map(len, labels))  # inches beside the panels
+    size = (words + 2.3 * len(metrics), 1.0 + 0.36 * len(labels))
+    figure = Figure(figsize=size, layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False, sharey=True)[0]
     for axes, metric in zip(panels, metrics, strict=True):
         for place, label in enumerate(labels):
