@@ -90,15 +90,11 @@ def label_probe(
     values, counts = np.unique(names, return_counts=True)
     common = values[(counts >= FEWEST_OF_A_LABEL) & (values != "")]
     known = np.isin(names, common)
-    kinds = np.unique(np.asarray(groups))
-    drawn = np.random.default_rng(seed).permutation(kinds)
-    fitted = np.isin(np.asarray(groups), drawn[: round(TRAINED_SHARE * len(drawn))])
+    fitted = _fitted_side(groups, seed)
     train, test = known & fitted, known & ~fitted
     if len(np.unique(names[train])) < 2 or not test.any():
         return None
-    values = _full_precision(vectors).double().cpu().numpy()
-    mean, spread = values[train].mean(0), values[train].std(0)
-    values = (values - mean) / np.where(spread > 1e-9, spread, 1.0)
+    values = _standardised(vectors, train)
     with warnings.catch_warnings():  # collapsed vectors converge late, and to little
         warnings.simplefilter("ignore", ConvergenceWarning)
         model = LogisticRegression(max_iter=500).fit(values[train], names[train])
@@ -125,20 +121,30 @@ def words_probe(
     """
     from sklearn.linear_model import RidgeCV
 
-    kinds = np.unique(np.asarray(groups))
-    drawn = np.random.default_rng(seed).permutation(kinds)
-    fitted = np.isin(np.asarray(groups), drawn[: round(TRAINED_SHARE * len(drawn))])
+    fitted = _fitted_side(groups, seed)
     train, test = words[fitted].astype(np.float64), words[~fitted].astype(np.float64)
     if not len(train) or not len(test):
         return None
     spread = ((test - train.mean(0)) ** 2).sum()
     if spread == 0:
         return None
-    values = _full_precision(vectors).double().cpu().numpy()
-    mean, scale = values[fitted].mean(0), values[fitted].std(0)
-    values = (values - mean) / np.where(scale > 1e-9, scale, 1.0)
+    values = _standardised(vectors, fitted)
     model = RidgeCV(alphas=np.logspace(0, 5, 11)).fit(values[fitted], train)
     return 100.0 * float(1.0 - ((test - model.predict(values[~fitted])) ** 2).sum() / spread)
+
+
+def _fitted_side(groups: Sequence[int] | Sequence[str], seed: int) -> np.ndarray:
+    """Mask [n] of the vectors that a probe is fitted on: those of TRAINED_SHARE of the groups."""
+    drawn = np.random.default_rng(seed).permutation(np.unique(np.asarray(groups)))
+    return np.isin(np.asarray(groups), drawn[: round(TRAINED_SHARE * len(drawn))])
+
+
+def _standardised(vectors: Tensor, fitted: np.ndarray) -> np.ndarray:
+    """[n, d] by mean and deviation of the fitted rows."""
+    values = _full_precision(vectors).double().cpu().numpy()
+    mean, spread = values[fitted].mean(0), values[fitted].std(0)
+    result: np.ndarray = (values - mean) / np.where(spread > 1e-9, spread, 1.0)
+    return result
 
 
 def _full_precision(vectors: Tensor) -> Tensor:

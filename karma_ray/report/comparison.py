@@ -83,6 +83,11 @@ class Group:
     baseline: Variant | None
     variants: tuple[Variant, ...]
 
+    @property
+    def name(self) -> str:
+        """Data and condition, as a heading has them."""
+        return f"{self.data}, {self.condition}" if self.condition else self.data
+
     def find(self, row: str) -> Variant | None:
         """The first variant of a row."""
         return next((v for v in self.variants if v.row.name == row), None)

@@ -46,7 +46,7 @@ def gains(table1: Iterable[Group]) -> list[Gain]:
 
 def picture(found: Iterable[Gain]) -> bytes | None:
     """A panel per metric, a line per gain."""
-    named = {f"{_told(g.group)}: {g.variant.label}": g.found for g in found}
+    named = {f"{g.group.name}: {g.variant.label}": g.found for g in found}
     flat = {(label, m): d for label, of_row in named.items() for m, d in of_row.items()}
     return delta_picture(list(named), flat)
 
@@ -73,7 +73,7 @@ def _gains(found: Iterable[Gain]) -> Section:
         seeds = str(max((len(d.seeds) for d in gain.found.values()), default=0))
         cells = [delta(gain.found.get(metric)) for metric in GAINS]
         beyond = _beyond(variant, gain.group) if variant.row.name in NULLS else ""
-        rows.append((_told(gain.group), variant.label, seeds, *cells, beyond))
+        rows.append((gain.group.name, variant.label, seeds, *cells, beyond))
     note = (
         "Points over clicks alone, mean ± standard deviation over seeds; * shown for other users "
         "and other seeds, (*) one seed, shown for other users alone. Beyond its nulls: metrics in "
@@ -108,7 +108,7 @@ def _rivals(groups: Sequence[Group]) -> Section:
         trained = [v.row.title for v in rivals if not v.is_counted]
         cells = [_beside(ours, _best(rivals, metric), metric) for metric in AIMS]
         rows.append((
-            _told(group), str(len(ours.records)), *cells, ", ".join(trained) or "none"
+            group.name, str(len(ours.records)), *cells, ", ".join(trained) or "none"
         ))  # fmt: skip
     note = (
         "`karma_text`, then its margin to the best rival in that metric, picked on the test split "
@@ -129,7 +129,3 @@ def _beside(ours: Variant, rival: Variant | None, metric: str) -> str:
     if found is None or rival is None:
         return mine
     return f"{mine}; {f'{signed(found.mean)} {found.mark}'.rstrip()} to {rival.row.title}"
-
-
-def _told(group: Group) -> str:
-    return f"{group.data}, {group.condition}" if group.condition else group.data

@@ -39,9 +39,8 @@ def group_sections(
     group: Group, table: Table, found: Differences, pictures: Iterable[tuple[str, str]] = ()
 ) -> list[Section]:
     """All that is told of one group; `found` are its differences, pictures (title, file name)."""
-    condition = f", {group.condition}" if group.condition else ""
     sections = [
-        Section(f"{table.title}: {group.data}{condition}", level=2, notes=_facts(group)),
+        Section(f"{table.title}: {group.name}", level=2, notes=_facts(group)),
         _in_words(group, found),
         _beside_the_paper(group, found),
         _delta_table(group, found),

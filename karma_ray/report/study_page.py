@@ -22,7 +22,7 @@ from karma_ray.report.study_plots import curve_picture, delta_picture
 
 COMMAND = "python jobs/ablate.py report"
 MARKER = "<!-- Everything below is generated; what is written above stays. -->"
-GAINS = "gains.png"
+PICTURED_GAINS = "gains.png"
 _TITLE = "# Results\n"
 
 
@@ -35,8 +35,8 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
     groups = {name: grouped(records, results, table) for name, table in TABLES.items()}
     found_gains = gains(groups["table1"])
     if (drawn_gains := picture(found_gains)) is not None:
-        pictures[GAINS] = drawn_gains
-    sections += overview(found_gains, groups["baselines"], GAINS if drawn_gains else "")
+        pictures[PICTURED_GAINS] = drawn_gains
+    sections += overview(found_gains, groups["baselines"], PICTURED_GAINS if drawn_gains else "")
     for name, table in TABLES.items():
         for group in groups[name]:
             if name == "table1" or _has_its_own(group):

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from karma_ray.data.batch import Batch
 from karma_ray.data.prompts import Tokenizer
 from karma_ray.errors import InputError
 from karma_ray.metrics.attention import MEASURES, content_columns, sink_measures
-from karma_ray.metrics.collapse import effective_rank, label_probe, mean_cosine, words_probe
+from karma_ray.metrics.collapse import effective_rank, label_probe, mean_cosine
 from karma_ray.model.attention_maps import item_attention, user_attention
+from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.retrieval.encode import encode_catalog
@@ -113,24 +115,21 @@ def diagnose(
         metrics["collapse/decode_gap"] = probed["decode_gap"]
         metrics["collapse/decode_ce"] = probed["decode_ce"]
     if specimens.words is not None:
-        metrics |= diagnose_words(model, specimens.words, specimens.seed)
+        metrics |= diagnose_words(model, specimens.words)
     return ModelDiagnosis(metrics, items, user, vectors)
 
 
 @torch.no_grad()
-def diagnose_words(model: KarmaModel, sample: WordSample, seed: int) -> dict[str, float]:
+def diagnose_words(model: KarmaModel, sample: WordSample) -> dict[str, float]:
     """What a probe reads of the clicked item's words from h, and from the query alone."""
     interest, found = model.interest, []
     device = next(interest.parameters()).device
     for chunk in sample.chunks:
         batch = chunk.to(device)
-        texts = chunk.item_tokens.numpy(), chunk.item_lengths.numpy()
-        vectors = encode_catalog(interest, *texts, rows=chunk.item_rows.numpy())
-        found.append(interest.last_interest(batch, torch.from_numpy(vectors).to(device)))
-    asked = torch.from_numpy(sample.queries.astype(np.float32))
+        found.append(interest.last_interest(batch, _encoded(interest, batch)))
     read = {
-        "collapse/words_from_h": words_probe(torch.cat(found), sample.words, sample.users, seed),
-        "collapse/words_from_query": words_probe(asked, sample.words, sample.users, seed),
+        "collapse/words_from_h": sample.read_from(torch.cat(found)),
+        "collapse/words_from_query": sample.read_from_query,
     }
     return {name: value for name, value in read.items() if value is not None}
 
@@ -167,9 +166,7 @@ def diagnose_users(
     interest = model.interest
     device = next(interest.parameters()).device
     batch = sample.requests.to(device)
-    texts = batch.item_tokens.cpu().numpy(), batch.item_lengths.cpu().numpy()
-    vectors = encode_catalog(interest, *texts, rows=batch.item_rows.cpu().numpy())
-    items = torch.from_numpy(vectors).to(device)
+    items = _encoded(interest, batch)
     gathered = _Gathered(lambda layers, heads: chosen_heads(wanted, layers, heads, strict=False))
     content = torch.zeros(0)
     for start in range(0, batch.num_windows, CHUNK):
@@ -184,6 +181,13 @@ def diagnose_users(
         slots += [*[f"query {step}"] * (block - 1), f"item {step}"]
     # The last slot is the item of the current step, which is not there.
     return gathered.finished(slots[:-1], content[0, :-1].cpu())
+
+
+def _encoded(interest: InterestModel, batch: Batch) -> Tensor:
+    """e [U, D] of a batch's items, in portions."""
+    texts = batch.item_tokens.cpu().numpy(), batch.item_lengths.cpu().numpy()
+    vectors = encode_catalog(interest, *texts, rows=batch.item_rows.cpu().numpy())
+    return torch.from_numpy(vectors).to(batch.item_rows.device)
 
 
 def content_sink(model: KarmaModel, sample: ItemSample) -> float:

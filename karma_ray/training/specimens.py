@@ -10,6 +10,7 @@ Legend: N items, L tokens, n vectors, B requests, T steps.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +23,7 @@ from karma_ray.data.collate import Collator
 from karma_ray.data.draws import row_keys
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.data.schema import SEQUENCES
+from karma_ray.metrics.collapse import words_probe
 
 NUM_ITEMS = 512
 """Items whose attention is looked at (METHOD 1.13)."""
@@ -78,6 +80,16 @@ class WordSample:
     words: np.ndarray  # [R, V] whether the clicked item's text has the token
     queries: np.ndarray  # [R, Q] which query was asked, one-hot: what anybody knows
     users: list[str]  # [R]
+    seed: int
+
+    def read_from(self, vectors: Tensor) -> float | None:
+        """What a probe reads of the words from vectors [R, d], in percent of their variance."""
+        return words_probe(vectors, self.words, self.users, self.seed)
+
+    @cached_property
+    def read_from_query(self) -> float | None:
+        """The same from the query alone: no model changes it."""
+        return self.read_from(torch.from_numpy(self.queries.astype(np.float32)))
 
 
 def item_sample(
@@ -157,7 +169,7 @@ def word_sample(collator: Collator, examples: pa.Table, seed: int) -> WordSample
         collator.requests(table.slice(start, MOST_DECODED))
         for start in range(0, table.num_rows, MOST_DECODED)
     ]
-    return WordSample(chunks, words, queries, table.column("user_id").to_pylist())
+    return WordSample(chunks, words, queries, table.column("user_id").to_pylist(), seed)
 
 
 def template_tokens(tokenizer: Tokenizer) -> set[int]:

@@ -201,9 +201,12 @@ def test_a_batch_that_workers_cannot_share_is_refused_before_anything_is_trained
     [
         ("training.min_workers=1", r"min_workers: 1 is not between 0 and training\.num_workers=0"),
         ("training.keep_checkpoints=0", "keep_checkpoints: 0 is below 1"),
-        (
-            "training.micro_batch_size=4",
-            r"recon_text: 'shuffled' .*needs training\.micro_batch_size=0",
+        *(
+            (
+                f"model.decodability.recon_text=shuffled {parted}",
+                r"recon_text: 'shuffled' .*needs training\.micro_batch_size=0",
+            )
+            for parted in ("training.micro_batch_size=4", "training.num_workers=2")
         ),
     ],
 )
@@ -213,8 +216,7 @@ def test_settings_of_execution_that_cannot_be_are_refused(
     from karma_ray.cluster.pipeline import train_run
 
     with pytest.raises(InputError, match=message):
-        shuffled = "model.decodability.recon_text=shuffled"
-        train_run(_config("toy", change, shuffled), shop, str(tmp_path / "x"), cache=finished[1])
+        train_run(_config("toy", *change.split()), shop, str(tmp_path / "x"), cache=finished[1])
 
 
 def test_a_run_is_not_resumed_under_another_configuration(
@@ -267,8 +269,7 @@ def test_an_encoder_that_would_never_learn_is_refused(
     from karma_ray.cluster.pipeline import train_run
 
     with pytest.raises(InputError, match=message):
-        shuffled = "model.decodability.recon_text=shuffled"
-        train_run(_config("toy", change, shuffled), shop, str(tmp_path / "x"), cache=finished[1])
+        train_run(_config("toy", change), shop, str(tmp_path / "x"), cache=finished[1])
 
 
 def test_a_run_is_not_resumed_on_rows_that_were_prepared_anew(

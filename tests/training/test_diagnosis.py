@@ -153,8 +153,8 @@ def test_words_of_the_click_are_read_from_the_interest_at_the_request() -> None:
     found = word_sample(tiny.collator(), clicks(items), seed=0)
     assert found is not None
     model = whitened().eval()
-    read = diagnose_words(model, found, seed=0)
+    read = diagnose_words(model, found)
     assert read["collapse/words_from_query"] > 99.0
     assert read["collapse/words_from_h"] > 90.0
     blind = whitened(query_mode="none").eval()
-    assert diagnose_words(blind, found, seed=0)["collapse/words_from_h"] < 10.0
+    assert diagnose_words(blind, found)["collapse/words_from_h"] < 10.0
