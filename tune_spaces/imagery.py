@@ -8,10 +8,12 @@ from ray import tune
 SPACE = {
     "objective.lambda_img": tune.loguniform(0.01, 2.0),
     "model.imagery.img_cond": tune.choice(["both", "task1", "task2"]),
-    "model.imagery.img_head": tune.choice(["fm", "ddpm_eps", "ddpm_v", "edm", "mse"]),
+    "model.imagery.img_head": tune.choice(["fm", "ddpm_eps", "ddpm_v", "ddpm_x0", "edm", "mse"]),
     "model.imagery.img_sees_text": tune.choice([False, True]),
     "model.imagery.img_connector": tune.choice([0, 1, 2]),
     "model.imagery.img_draws": tune.choice([1, 4]),
+    "model.imagery.denoiser.times": tune.choice(["uniform", "logit_normal"]),
+    "model.imagery.denoiser.shift": tune.choice([0.0, 1.0, 3.0]),
 }
 METRIC = "valid/HR@50"
 BASE_RECIPE = "karma_multimodal"

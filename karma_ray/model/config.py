@@ -106,8 +106,9 @@ class ImageryConfig:
     img_cond: Literal["both", "task1", "task2"] = "both"
     """Image queries stand behind the history (Task 1), behind h_t alone (Task 2), or both; L_img
     is then the mean of the two."""
-    img_head: Literal["fm", "ddpm_eps", "ddpm_v", "edm", "mse"] = "fm"
-    """Flow matching, DDPM that predicts noise or velocity, EDM, or plain regression (control)."""
+    img_head: Literal["fm", "ddpm_eps", "ddpm_v", "ddpm_x0", "edm", "mse"] = "fm"
+    """Flow matching, DDPM that predicts noise, velocity or the clean feature, EDM, or plain
+    regression (control)."""
     img_sees_text: bool = False
     """Whether Task 1's image queries see the target's text, which gives the answer away."""
     img_connector: Literal[0, 1, 2] = 0
@@ -126,7 +127,7 @@ class GeneratorConfig:
     `objective.gen_mode` says whether L_act stays beside the head's loss.
     """
 
-    kind: Literal["none", "mse", "ddpm_eps", "ddpm_v", "edm", "fm"] = "none"
+    kind: Literal["none", "mse", "ddpm_eps", "ddpm_v", "ddpm_x0", "edm", "fm"] = "none"
     """h_t itself, its regression onto the clicked item's embedding, or a diffusion of it."""
     samples: int = 1
     """Embeddings K drawn for a request."""
@@ -147,6 +148,7 @@ class GeneratorConfig:
             if getattr(self, name) < least:
                 message = f"must be at least {least}"
                 raise InputError(f"model.generator.{name}", getattr(self, name), message)
+        self.denoiser.check("model.generator.denoiser")
         if self.agg == "single" and self.samples != 1:
             message = f"does not say how model.generator.samples={self.samples} become one list"
             choices = ["mean", "union"]

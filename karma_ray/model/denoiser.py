@@ -17,18 +17,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from karma_ray.errors import InputError
+from karma_ray.objectives.denoising import Times
+
 FREQUENCIES = 256
 
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """Size of the network."""
+    """The network, and the times at which flow matching asks it."""
 
     num_layers: int = 3
     """Residual blocks (MAR's own has 12)."""
     width: int = 0
     """Width w of the blocks; 0: the wider of the token and of the condition. Narrower than a
     token it could not carry the noise through (RAE, 2510.11690)."""
+    times: Times = "uniform"
+    """Times t at which flow matching is trained: even, or logit-normal (2403.03206), which has
+    more of the middle. The other heads have their own."""
+    shift: float = 0.0
+    """Flow matching's a in t' = a t / (1 + (a - 1) t), above 1 for more noise; 0: by the
+    dimensions of a target, sqrt(N_v d_v / 4096) and at least 1 (RAE, 2510.11690)."""
+
+    def check(self, path: str) -> None:
+        """Raise InputError on numbers that mean nothing; `path` is that of this config."""
+        for name, least in (("num_layers", 1), ("width", 0), ("shift", 0)):
+            value = getattr(self, name)
+            if not least <= value < math.inf:
+                raise InputError(f"{path}.{name}", value, f"must be at least {least}, and finite")
 
 
 class Denoiser(nn.Module):

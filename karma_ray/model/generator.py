@@ -22,7 +22,7 @@ from karma_ray.data.draws import GEN_LEVEL, GEN_NOISE, hashed, normal, uniform
 from karma_ray.model.adapters import rms_normalize
 from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.denoiser import Denoiser
-from karma_ray.objectives.denoising import DENOISINGS
+from karma_ray.objectives.denoising import denoising
 
 MOMENTUM = 0.99
 """Of the running mean and deviation of item embeddings, after as many steps."""
@@ -41,7 +41,8 @@ class Generator(nn.Module):
     def __init__(self, config: GeneratorConfig, width: int) -> None:
         super().__init__()
         config.check()
-        self.config, self.denoising = config, DENOISINGS[config.kind]
+        self.config = config
+        self.denoising = denoising(config.kind, config.denoiser.times, config.denoiser.shift)
         self.head = Denoiser(width, width, config.denoiser, sees_noise=config.kind != "mse")
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("square", torch.ones(width))

@@ -24,7 +24,7 @@ from karma_ray.model.backbone import run_body
 from karma_ray.model.config import ImageryConfig
 from karma_ray.model.decodability import Branch
 from karma_ray.model.denoiser import Denoiser
-from karma_ray.objectives.denoising import DENOISINGS
+from karma_ray.objectives.denoising import denoising
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class Imagery(nn.Module):
         """Queries start at the scale of the decoder's input-embedding rows [V, D]."""
         super().__init__()
         self.config, self.shape = config, shape
-        self.denoising = DENOISINGS[config.img_head]
+        config.denoiser.check("model.imagery.denoiser")
+        self.denoising = denoising(config.img_head, config.denoiser.times, config.denoiser.shift)
         if config.img_draws < 1:
             raise InputError("model.imagery.img_draws", config.img_draws, "must be at least 1")
         self.num_draws = 1 if config.img_head == "mse" else config.img_draws

@@ -1,8 +1,7 @@
 """Diffusion of a vector given a condition (METHOD 1.9): noise it, ask a network, sample it back.
 
-What a network is asked for differs by variant; the loss does not: with `Noised` as returned by
-`noise()`, it is weight * ||network(noisy, time, condition) - target||^2, and the sampler inverts
-it. All data are standardised (unit variance per dimension).
+What a network is asked for differs by variant; the loss does not: by what `noise()` returns it is
+weight * ||network(noisy, time, condition) - target||^2. All data are standardised.
 
     z0 = clean, eps ~ N(0, I):    flow    x_t = (1 - t) z0 + t eps              target eps - z0
                                   DDPM    x_t = sqrt(abar) z0 + sqrt(1-abar) eps  target eps, v, z0
@@ -26,6 +25,8 @@ from torch import Tensor
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
 """noisy [N, V, d], time [N] (0 to 1000 in size), condition [N, V, C] -> [N, V, d]."""
+
+Times = Literal["uniform", "logit_normal"]
 
 TIME_SCALE = 1000.0
 """The times of all variants reach the network on the scale of DDPM's 1000 steps."""
@@ -91,7 +92,7 @@ class FlowMatching(Denoising):
 
     shift: float = 0.0
     """a in t' = a t / (1 + (a - 1) t); 0: sqrt(V d / 4096), at least 1 (RAE, 2510.11690)."""
-    times: Literal["uniform", "logit_normal"] = "uniform"
+    times: Times = "uniform"
     """Where t is drawn before the shift: U(0, 1), or sigmoid of N(0, 1) (2403.03206)."""
 
     def noise(self, clean: Tensor, level: Tensor, eps: Tensor) -> Noised:
@@ -263,12 +264,14 @@ class Regression(Denoising):
 
 
 DENOISINGS: dict[str, Denoising] = {
-    "fm": FlowMatching(),
-    "ddpm_eps": DDPM("eps"),
-    "ddpm_v": DDPM("v"),
-    "edm": EDM(),
-    "mse": Regression(),
-}
+    "fm": FlowMatching(), "ddpm_eps": DDPM("eps"), "ddpm_v": DDPM("v"), "ddpm_x0": DDPM("x0"),
+    "edm": EDM(), "mse": Regression(),
+}  # fmt: skip
+
+
+def denoising(kind: str, times: Times = "uniform", shift: float = 0.0) -> Denoising:
+    """The variant of this name; `times` and `shift` are flow matching's alone."""
+    return FlowMatching(shift, times) if kind == "fm" else DENOISINGS[kind]
 
 
 @cache

@@ -64,8 +64,10 @@ TEXT = (
 
 IMAGE = (
     Switch("model.imagery.img_cond", ("task1", "task2")),
-    Switch("model.imagery.img_head", ("ddpm_eps", "ddpm_v", "edm", "mse")),
+    Switch("model.imagery.img_head", ("ddpm_eps", "ddpm_v", "ddpm_x0", "edm", "mse")),
     Switch("model.imagery.img_sees_text", ("true",)),
+    Switch("model.imagery.denoiser.times", ("logit_normal",)),
+    Switch("model.imagery.denoiser.shift", ("3.0",)),
 )
 """Over `karma_multimodal`. What is reconstructed is the folder in `collate.visual_features`."""
 

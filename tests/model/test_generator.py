@@ -13,11 +13,17 @@ from karma_ray.errors import InputError
 from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.denoiser import DenoiserConfig
 from karma_ray.model.generator import Generator
-from karma_ray.objectives.denoising import DENOISINGS, EDM, TIME_SCALE, cosine_schedule
+from karma_ray.objectives.denoising import (
+    DENOISINGS,
+    EDM,
+    TIME_SCALE,
+    FlowMatching,
+    cosine_schedule,
+)
 from tests import tiny
 
 WIDTH, SPREAD = 16, 0.4
-DIFFUSIONS = ["fm", "edm", "ddpm_eps", "ddpm_v"]
+DIFFUSIONS = ["fm", "edm", "ddpm_eps", "ddpm_v", "ddpm_x0"]
 
 
 def generator(kind: str = "fm", **fields: Any) -> Generator:
@@ -55,6 +61,7 @@ class Exact(nn.Module):
         eps = noise / total * (noisy - signal * mean)
         return {
             "fm": eps - clean, "ddpm_eps": eps, "ddpm_v": signal * eps - noise * clean,
+            "ddpm_x0": clean,
         }[self.kind]  # fmt: skip
 
 
@@ -116,7 +123,7 @@ def test_a_request_is_answered_alike_in_any_company(kind: str) -> None:
     alone = torch.cat([made.search_with(row[None]) for row in interest])
     torch.testing.assert_close(together, alone)
     torch.testing.assert_close(together, made.search_with(interest))
-    torch.testing.assert_close(together.square().mean(-1), torch.ones(5, 3))
+    torch.testing.assert_close(together.square().mean(-1), torch.ones(5, 3), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["mse", *DIFFUSIONS])
@@ -168,6 +175,14 @@ def test_numbers_that_mean_nothing_are_refused(
     with pytest.raises(InputError, match=words) as refused:
         generator("fm", **fields)
     assert name in str(refused.value)
+
+
+def test_times_and_shift_reach_the_head_of_flow_matching() -> None:
+    denoiser = DenoiserConfig(times="logit_normal", shift=3.0)
+    made = Generator(GeneratorConfig(kind="fm", denoiser=denoiser), WIDTH)
+    assert made.denoising == FlowMatching(shift=3.0, times="logit_normal")
+    with pytest.raises(InputError, match=r"model\.generator\.denoiser\.shift: -2"):
+        GeneratorConfig(kind="fm", denoiser=DenoiserConfig(shift=-2)).check()
 
 
 def test_every_variant_is_a_denoising() -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from karma_ray.data.batch import Batch
+from karma_ray.errors import InputError
 from karma_ray.model.backbone import run_body
 from karma_ray.model.decodability import run_branches, text_branch
-from karma_ray.model.imagery import ImageTargets
+from karma_ray.model.denoiser import DenoiserConfig
+from karma_ray.model.imagery import Imagery, ImageTargets
 from karma_ray.model.karma import KarmaModel
-from karma_ray.objectives.denoising import DENOISINGS
+from karma_ray.objectives.denoising import DENOISINGS, FlowMatching
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.training.step import JointStep, decoded_interest
 from tests import pictures, tiny
@@ -212,16 +216,53 @@ def test_img_cond_says_where_image_queries_stand(cond: str, tasks: set[str]) -> 
     assert _moves(found, "decodability.body") == ("2" in tasks)
 
 
-@pytest.mark.parametrize("head", ["fm", "ddpm_eps", "ddpm_v", "edm", "mse"])
+@pytest.mark.parametrize("head", ["fm", "ddpm_eps", "ddpm_v", "ddpm_x0", "edm", "mse"])
 def test_img_head_is_the_named_denoising_of_the_same_states(head: str) -> None:
     karma, plain = pictures.model(imagery={"img_head": head}), pictures.model()
     assert karma.imagery is not None and plain.imagery is not None
-    assert karma.imagery.denoising is DENOISINGS[head]
+    assert karma.imagery.denoising == DENOISINGS[head]
     assert torch.equal(karma.imagery.queries, plain.imagery.queries)
     batch = pictures.batch()
     h = _some_h(batch)
     same = torch.equal(karma.interest_image_losses(batch, h), plain.interest_image_losses(batch, h))
     assert same == (head == "fm")
+
+
+@pytest.mark.parametrize(
+    "fields", [{"times": "logit_normal"}, {"shift": 3.0}], ids=["times", "shift"]
+)
+def test_flow_matching_learns_at_the_times_that_are_set(fields: dict[str, Any]) -> None:
+    """With the same weights and draws its losses are others; a head without these times keeps."""
+    batch = pictures.batch()
+
+    def found(head: str, denoiser: DenoiserConfig) -> tuple[Imagery, Tensor]:
+        karma = pictures.model(imagery={"img_head": head, "denoiser": denoiser})
+        assert karma.imagery is not None
+        torch.nn.init.constant_(karma.imagery.head.output.weight, 0.1)  # 0: answers 0 at any time
+        return karma.imagery, karma.interest_image_losses(batch, _some_h(batch))
+
+    for head in ("fm", "edm"):
+        (plain, before), (changed, after) = (
+            found(head, config) for config in (DenoiserConfig(), DenoiserConfig(**fields))
+        )
+        pairs = zip(plain.parameters(), changed.parameters(), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
+        assert torch.equal(before, after) == (head == "edm")
+        assert head == "edm" or changed.denoising == FlowMatching(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"shift": -1.0}, "model.imagery.denoiser.shift: -1.0 must be at least 0"),
+        ({"shift": float("inf")}, "model.imagery.denoiser.shift: inf"),
+        ({"num_layers": 0}, "model.imagery.denoiser.num_layers: 0 must be at least 1"),
+        ({"width": -4}, "model.imagery.denoiser.width: -4"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        pictures.model(imagery={"denoiser": DenoiserConfig(**fields)})
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2])

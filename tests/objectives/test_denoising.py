@@ -21,7 +21,6 @@ from karma_ray.objectives.denoising import (
 
 VARIANTS: dict[str, Denoising] = {
     **DENOISINGS,
-    "ddpm_x0": DDPM("x0"),
     "fm_shifted": FlowMatching(shift=2.5),
     "fm_logit_normal": FlowMatching(times="logit_normal"),
     "edm_images": EDM(p_mean=-1.2, sigma_data=0.5),

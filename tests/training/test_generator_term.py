@@ -74,7 +74,7 @@ def test_the_statistics_follow_training_and_not_probes() -> None:
     assert generator.seen == 1 and generator.mean.abs().sum() > 0
 
 
-@pytest.mark.parametrize("kind", ["mse", "fm", "edm", "ddpm_eps", "ddpm_v"])
+@pytest.mark.parametrize("kind", ["mse", "fm", "edm", "ddpm_eps", "ddpm_v", "ddpm_x0"])
 def test_training_lowers_the_loss(kind: str) -> None:
     model, batch = generating.model(kind=kind), _batch()
     model.interest.requires_grad_(False)

@@ -29,7 +29,7 @@ def _warmup_batch(count: int = 16) -> TokenBatch:
     return collate(table, row_keys(count, 0))
 
 
-@pytest.mark.parametrize("head", ["fm", "ddpm_eps", "ddpm_v", "edm", "mse"])
+@pytest.mark.parametrize("head", ["fm", "ddpm_eps", "ddpm_v", "ddpm_x0", "edm", "mse"])
 @pytest.mark.parametrize("more", [{}, {"img_connector": 1, "img_cond": "task2"}])
 def test_thirty_steps_lower_the_image_term(head: str, more: dict[str, Any]) -> None:
     karma = pictures.model(imagery={"img_head": head, **more})
