@@ -110,6 +110,33 @@ def test_recipes_that_are_compared_start_from_the_same_weights(
     assert action.warm == karma.warm
 
 
+def test_without_a_warm_up_a_run_starts_from_the_pretrained_weights(
+    finished: tuple[str, str, dict[str, Any]], shop: str
+) -> None:
+    from karma_ray.cluster.pipeline import start_stage
+    from karma_ray.data.prepared import PreparedData
+    from karma_ray.model.backbone import load_body
+
+    source, cache = PreparedData.load(shop), finished[1]
+    folders = sorted(Path(cache).iterdir())
+    cold = start_stage(_config("toy", "warmup.skip=true"), source, cache)
+    warm = start_stage(_config("toy"), source, cache)
+    assert cold.warm is None and warm.warm is not None
+    assert sorted(Path(cache).iterdir()) == folders, "neither made anything anew"
+
+    def same(one: nn.Module, other: nn.Module) -> bool:
+        pairs = zip(one.parameters(), other.parameters(), strict=True)
+        return all(torch.equal(*pair) for pair in pairs)
+
+    built = cold.build_joint().interest, warm.build_joint().interest
+    pretrained = load_body(cold.config.model.user_decoder.checkpoint)
+    for part, changed in (("item_encoder.body", False), ("user_decoder.body", True)):
+        first, second = (model.get_submodule(part) for model in built)
+        assert same(first, pretrained)
+        assert same(second, pretrained) != changed
+    assert not same(*(model.user_decoder.projector for model in built))
+
+
 def test_a_delayed_encoder_stands_still_then_learns_also_when_the_run_is_cut(
     finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
 ) -> None:
