@@ -12,7 +12,7 @@ import logging
 import os
 import shutil
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from karma_ray import __version__, recipes
@@ -114,6 +114,9 @@ def train_run(
         found = noted_stage(folder, config, source.items_uri) if resume else None
         stage = found or _first_stage(config, source, cache, run, parent)
         note_start(folder, stage, init)
+        if not over_ids(config):
+            facts = _data_facts(source) | {"item_texts": asdict(stage.text_lengths())}
+            write_json(facts, folder.path("data.json"))
         stage = _train(stage, source, run, on_validate, resume)
         _serve_side(stage, folder)
     write_manifest(
@@ -175,6 +178,8 @@ def start_stage(config: Config, source: PreparedData, cache: str, run: str | Non
         _copy_lines(f"{folder}-log", run)
         config = with_checkpoints(config, _with_eyes(config, folder), folder)
     stage = Stage(config, source.items_uri)
+    if not over_ids(config) and (warning := stage.text_lengths().warning()):
+        LOG.warning(warning)  # before minutes are spent on what is left of the texts
     if config.warmup.skip:
         return stage
     warm = join(cache, f"warmup-{value_hash(warmup_key(config, items_hash, source.items_uri))}")

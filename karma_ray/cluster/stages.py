@@ -26,7 +26,7 @@ from karma_ray.data.batch import Batch
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.collate import Collator
 from karma_ray.data.prompts import Tokenizer
-from karma_ray.data.tokens import catalog_tokens
+from karma_ray.data.tokens import TextLengths, catalog_tokens
 from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import check_architecture, load_lm_head, load_tokenizer
@@ -123,6 +123,11 @@ class Stage:
         """The tokenizer that both LLMs share."""
         folder = self.tokenizer_folder or self.config.model.user_decoder.checkpoint
         return cast(Tokenizer, load_tokenizer(folder))
+
+    def text_lengths(self) -> TextLengths:
+        """How much of the catalogue's texts is read."""
+        limit = self.config.collate.max_item_tokens
+        return TextLengths.of(self.catalog(), self.tokenizer(), limit)
 
     def collator(self, visual: VisualFeatures | None = None) -> Collator:
         """Collator with item tokens, which the workers of a node share."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,44 @@ FORMAT = 1
 
 CHUNK = 65_536
 """Items tokenized at once; bounds the memory of the process that writes the file."""
+
+
+WORTH_TELLING = 0.1
+"""Share of the texts that lose their end."""
+SAMPLED = 2_000
+"""Items whose texts are measured; a large catalogue is not tokenized twice."""
+
+
+@dataclass(frozen=True)
+class TextLengths:
+    """How long the catalogue's texts are, in tokens, and how many lose their end."""
+
+    median: int
+    p95: int
+    read: int
+    """Tokens of a text that are read; its end token takes the last place."""
+    share_cut: float
+
+    @classmethod
+    def of(cls, catalog: Catalog, tokenizer: Tokenizer, max_tokens: int) -> TextLengths:
+        """Of at most `SAMPLED` items, evenly spaced over the catalogue."""
+        rows = np.unique(np.linspace(0, catalog.num_items - 1, SAMPLED).round().astype(int))
+        texts = [catalog.texts(row, row + 1)[0] for row in rows.tolist()]
+        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        counts, read = np.array([len(ids) for ids in encoded]), max_tokens - 1
+        middle, late = (int(np.ceil(np.quantile(counts, share))) for share in (0.5, 0.95))
+        return cls(middle, late, read, round(float((counts > read).mean()), 4))
+
+    def warning(self) -> str:
+        """What to tell when many texts lose their end; "" when few do."""
+        if self.share_cut < WORTH_TELLING:
+            return ""
+        return (
+            f"{self.share_cut:.0%} of the item texts lose their end: they have {self.median} "
+            f"tokens in the middle and {self.p95} at the 95th percentile, and {self.read} are read. To "
+            "read 95% of them whole, at the cost of longer steps: --set "
+            f"collate.max_item_tokens={self.p95 + 1}"
+        )
 
 
 def catalog_tokens(

@@ -20,6 +20,7 @@ _DATA_FACTS = {
     "query_source": "queries",
     "negative_source": "negatives",
     "counts": "counts",
+    "item_texts": "item texts, tokens",
     "quarantined": "quarantined rows",
     "valid_start": "validation starts",
     "test_start": "test starts",

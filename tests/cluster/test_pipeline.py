@@ -67,6 +67,16 @@ def test_a_run_folder_is_complete(finished: tuple[str, str, dict[str, Any]]) -> 
     assert index["bundle"] == read_manifest(f"{run}/bundle", "bundle")["content_hash"]
 
 
+def test_the_report_says_how_much_of_the_texts_is_read(
+    finished: tuple[str, str, dict[str, Any]],
+) -> None:
+    run = finished[0]
+    told = read_json(f"{run}/data.json")["item_texts"]
+    assert told["read"] == recipes.build("toy").collate.max_item_tokens - 1
+    assert 0 < told["median"] <= told["p95"] and 0 <= told["share_cut"] <= 1
+    assert f"median: {told['median']}" in Path(run, "report/report.html").read_text()
+
+
 def test_every_stage_and_term_is_in_the_log(finished: tuple[str, str, dict[str, Any]]) -> None:
     lines = list(read_lines(f"{finished[0]}/metrics.jsonl"))
     assert {line["stage"] for line in lines} == {"pretrain", "warmup", "joint", "valid"}

@@ -13,7 +13,7 @@ from karma_ray.artifacts import join, write_table
 from karma_ray.data import tokens
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import encode_texts
-from karma_ray.data.tokens import catalog_tokens
+from karma_ray.data.tokens import TextLengths, catalog_tokens
 from karma_ray.model.backbone import load_tokenizer, save_tokenizer, train_tokenizer
 from tests import tiny
 
@@ -96,3 +96,35 @@ def test_other_words_lengths_or_items_make_other_files(catalog: Catalog, tmp_pat
 def test_a_catalogue_in_memory_leaves_no_file() -> None:
     assert tiny.catalog().copy is None
     _assert_tokens(tiny.catalog(), tiny.tokenizer(), 10)
+
+
+@pytest.mark.parametrize(("limit", "told"), [(3, True), (64, False)])
+def test_texts_that_lose_their_end_are_counted_and_told(
+    catalog: Catalog, limit: int, told: bool
+) -> None:
+    words = tiny.tokenizer()
+    counts = [len(words([text])["input_ids"][0]) for text in catalog.texts()]
+    found = TextLengths.of(catalog, words, limit)
+    assert found.read == limit - 1
+    assert found.share_cut == pytest.approx(np.mean([n > limit - 1 for n in counts]), abs=1e-4)
+    assert found.median == np.ceil(np.median(counts))
+    assert bool(found.warning()) == told
+    if told:
+        assert f"--set collate.max_item_tokens={found.p95 + 1}" in found.warning()
+        enough = TextLengths.of(catalog, words, found.p95 + 1)
+        assert enough.share_cut <= 0.05
+
+
+def test_only_a_sample_of_a_large_catalogue_is_measured(
+    catalog: Catalog, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    words = tiny.tokenizer()
+
+    def watched(texts: list[str], **options: Any) -> Any:
+        asked.append(len(texts))
+        return words(texts, **options)
+
+    monkeypatch.setattr(tokens, "SAMPLED", 5)
+    TextLengths.of(catalog, watched, 8)  # type: ignore[arg-type]
+    assert asked == [5]
