@@ -39,8 +39,8 @@ class CollateConfig:
     max_history: int = 20
     """History steps in front of the current query."""
     max_item_tokens: int = 24
-    """Tokens of an item's text that are read, its end token included; a run tells how many texts are
-    longer, and how long most are."""
+    """Tokens of an item's text that are read, its end token included; a run tells how long the
+    texts are."""
     max_query_tokens: int = 12
     """Tokens of a query."""
     num_hard_negatives: int = 2

@@ -52,8 +52,8 @@ class TextLengths:
             return ""
         return (
             f"{self.share_cut:.0%} of the item texts lose their end: they have {self.median} "
-            f"tokens in the middle and {self.p95} at the 95th percentile, and {self.read} are read. To "
-            "read 95% of them whole, at the cost of longer steps: --set "
+            f"tokens in the middle and {self.p95} at the 95th percentile, and {self.read} are read. "
+            "To read 95% of them whole, at the cost of longer steps: --set "
             f"collate.max_item_tokens={self.p95 + 1}"
         )
 
