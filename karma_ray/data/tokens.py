@@ -51,8 +51,8 @@ class TextLengths:
         if self.share_cut < WORTH_TELLING:
             return ""
         return (
-            f"{self.share_cut:.0%} of the item texts lose their end: {self.read} tokens of each are "
-            f"read, and they have {self.median} in the middle, {self.p95} at the 95th percentile. "
+            f"{self.share_cut:.0%} of the item texts lose their end: {self.read} tokens of each "
+            f"are read, they have {self.median} in the middle, {self.p95} at the 95th percentile. "
             "To read 95% of them whole, at the cost of longer steps: --set "
             f"collate.max_item_tokens={self.p95 + 1}"
         )
