@@ -26,7 +26,8 @@ from safetensors import safe_open
 from karma_ray import cli
 from karma_ray.artifacts import RunFolder, absolute
 from karma_ray.errors import InputError
-from karma_ray.retrieval.retriever import HistoryItem, Request, Retriever
+from karma_ray.retrieval.requests import HistoryItem, Request
+from karma_ray.retrieval.retriever import Retriever
 
 HISTORIES = (1, 5, 20)
 TOP = 200

@@ -29,7 +29,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from karma_ray import __version__
 from karma_ray.cluster.session import connect
 from karma_ray.errors import InputError
-from karma_ray.retrieval.retriever import HistoryItem, Retriever, check_run
+from karma_ray.retrieval.requests import HistoryItem
+from karma_ray.retrieval.retriever import Retriever, check_run
 
 LOG = logging.getLogger(__name__)
 

@@ -7,15 +7,18 @@ drawn, the draw is the same.
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-HARD, DROP, DECODED, TOKENS, TEXTS, LEVEL, NOISE, GEN_LEVEL, GEN_NOISE = range(9)
+HARD, DROP, DECODED, TOKENS, TEXTS, LEVEL, NOISE, GEN_LEVEL, GEN_NOISE, SERVED = range(10)
 """Purposes of a row's draws: hard negatives, dropped queries, decoded steps, dropped tokens,
-strangers' texts, noise levels of images, their noise, and both of generated embeddings."""
+strangers' texts, noise levels of images, their noise, both of generated embeddings in training,
+and the noise that a request is served with."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
@@ -47,6 +50,12 @@ def normal(keys: np.ndarray, shape: tuple[int, ...], device: torch.device | str)
     for row, key in zip(found, keys.tolist(), strict=True):
         row.normal_(generator=generator.manual_seed(key))
     return found
+
+
+def text_keys(texts: Sequence[str]) -> np.ndarray:
+    """Keys [N] int64 of texts, the same on every machine."""
+    digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
+    return np.frombuffer(b"".join(digests), "<i8")
 
 
 def row_keys(count: int, seed: int) -> np.ndarray:

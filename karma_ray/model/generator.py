@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from karma_ray.data.draws import GEN_LEVEL, GEN_NOISE, hashed, normal, uniform
+from karma_ray.data.draws import GEN_LEVEL, GEN_NOISE, SERVED, hashed, normal, uniform
 from karma_ray.model.adapters import rms_normalize
 from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.denoiser import Denoiser
@@ -26,17 +26,17 @@ from karma_ray.objectives.denoising import denoising
 
 MOMENTUM = 0.99
 """Of the running mean and deviation of item embeddings, after as many steps."""
-SERVED_NOISE = 20_260_322
-"""Seed of the noise that every request is served with: one request, one answer."""
+ORIGIN = 20_260_322
+"""Seed of the noise that one-step estimates start from."""
 
 
 class Generator(nn.Module):
-    """The head, the statistics of its targets, and the noise it serves with."""
+    """The head and the statistics of its targets."""
 
     mean: Tensor  # [D]
     square: Tensor  # [D]
     seen: Tensor  # scalar: steps observed
-    noise: Tensor  # [K, 1, D]
+    origin: Tensor  # [1, D]
 
     def __init__(self, config: GeneratorConfig, width: int) -> None:
         super().__init__()
@@ -47,9 +47,14 @@ class Generator(nn.Module):
         self.register_buffer("mean", torch.zeros(width))
         self.register_buffer("square", torch.ones(width))
         self.register_buffer("seen", torch.zeros(()))
-        stream = torch.Generator().manual_seed(SERVED_NOISE)
-        noise = torch.randn(config.samples, 1, width, generator=stream)
-        self.register_buffer("noise", noise, persistent=False)
+        stream = torch.Generator().manual_seed(ORIGIN)
+        origin = torch.randn(1, width, generator=stream)
+        self.register_buffer("origin", origin, persistent=False)
+
+    @property
+    def draws(self) -> bool:
+        """Whether noise decides what is generated: not in a regression."""
+        return self.config.kind != "mse"
 
     @property
     def num_draws(self) -> int:
@@ -90,29 +95,34 @@ class Generator(nn.Module):
     def estimate(self, interest: Tensor) -> Tensor:
         """h [..., D] -> E[e | h] [..., D] by one step of the sampler, with gradient."""
         rows = interest.flatten(0, -2)
-        return self._sampled(rows, self.noise[0], steps=1).view_as(interest)
+        noise = self.origin.expand(len(rows), -1)
+        return self._restored(self._drawn(rows, noise, steps=1)).view_as(interest)
 
     @torch.no_grad()
-    def search_with(self, interest: Tensor) -> Tensor:
-        """h [B, D] -> the embeddings that requests search with [B, K or 1, D].
+    def search_with(self, interest: Tensor, keys: np.ndarray | None = None) -> Tensor:
+        """h [B, D] and keys [B] of the requests -> what they search with [B, K or 1, D].
 
-        Every request meets the same noise, so that it gets the same answer in any company.
+        Noise is drawn by the key of a request: it gets the same answer in any company, and no
+        two requests share the luck of one draw. Raises ValueError without keys where it matters.
         """
         config = self.config
+        if keys is None:
+            if self.draws:
+                raise ValueError("a model that draws needs the keys of the requests")
+            keys = np.zeros(len(interest), np.int64)
+        # On the CPU, whose draws are the same wherever the model runs.
+        shape = (config.samples, interest.shape[-1])
+        noise = normal(hashed(keys, SERVED), shape, "cpu").to(interest.device)  # [B, K, D]
         samples = torch.stack(
-            [self._drawn(interest, noise, config.steps or None) for noise in self.noise], 1
+            [self._drawn(interest, draw, config.steps or None) for draw in noise.unbind(1)], 1
         )
         if config.agg == "mean":
             samples = samples.mean(1, keepdim=True)
         return self._restored(samples)
 
-    def _sampled(self, interest: Tensor, noise: Tensor, steps: int | None) -> Tensor:
-        return self._restored(self._drawn(interest, noise, steps))
-
     def _drawn(self, interest: Tensor, noise: Tensor, steps: int | None) -> Tensor:
-        """A standardised embedding [B, D] for each h [B, D]."""
-        eps = noise.expand(len(interest), -1, -1)
-        return self.denoising.denoise(self.head, interest[:, None], eps, steps)[:, 0]
+        """A standardised embedding [B, D] for each h [B, D], from noise [B, D]."""
+        return self.denoising.denoise(self.head, interest[:, None], noise[:, None], steps)[:, 0]
 
     def _deviation(self) -> Tensor:
         return (self.square - self.mean.square()).clamp(min=1e-6).sqrt()

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -104,11 +105,16 @@ class InterestModel(RecallModel):
             return interest
         return self.generator.estimate(interest)
 
-    def search_vectors(self, interest: Tensor) -> Tensor:
+    @property
+    def draws(self) -> bool:
+        """Whether what a request searches with is drawn."""
+        return self.generator is not None and self.generator.draws
+
+    def search_vectors(self, interest: Tensor, keys: np.ndarray | None = None) -> Tensor:
         """h [B, D] -> the vectors that a request searches with [B, K, D], float32."""
         if self.generator is not None:
-            return self.query_vectors(self.generator.search_with(interest))
-        return super().search_vectors(interest)
+            return self.query_vectors(self.generator.search_with(interest, keys))
+        return super().search_vectors(interest, keys)
 
     def _encode_queries(self, batch: Batch) -> Tensor:
         rows = torch.arange(len(batch.query_lengths), device=batch.query_lengths.device)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -19,6 +20,11 @@ class RecallModel(nn.Module, ABC):
     """One contract for training, evaluation, index and serving."""
 
     score: Score
+
+    @property
+    def draws(self) -> bool:
+        """Whether a request's answer depends on noise, and so on the request's key."""
+        return False
 
     @property
     @abstractmethod
@@ -48,10 +54,10 @@ class RecallModel(nn.Module, ABC):
         """h -> its side of the score, float32."""
         return self.score.query_vectors(interest)
 
-    def search_vectors(self, interest: Tensor) -> Tensor:
+    def search_vectors(self, interest: Tensor, keys: np.ndarray | None = None) -> Tensor:
         """h [B, D] -> the vectors that a request searches with [B, K, D], float32.
 
-        An item's score is its best over the K.
+        An item's score is its best over the K. `keys` [B] of the requests, for models that draw.
         """
         return self.query_vectors(interest)[:, None]
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -21,41 +20,17 @@ import torch
 from karma_ray.artifacts import RunFolder, exists, read_manifest
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.collate import Collator
-from karma_ray.data.schema import EXAMPLES
 from karma_ray.errors import InputError
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.index import IndexKind, ItemIndex, check_parent, merged
+from karma_ray.retrieval.requests import HistoryItem, Request, request_keys, request_table
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch import Tensor
 
     from karma_ray.model.recall import RecallModel
-
-REQUEST_SCHEMA = pa.schema(
-    [
-        EXAMPLES.field(name)
-        for name in ("query", "history_queries", "history_item_ids", "history_timestamps")
-    ]
-)
-
-
-@dataclass(frozen=True)
-class HistoryItem:
-    """One past click: the item, the query it was found with, and when."""
-
-    item_id: str
-    query: str | None = None
-    timestamp: datetime | None = None
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a user asks now and what they clicked before, oldest first."""
-
-    query: str | None = None
-    history: Sequence[HistoryItem] = ()
 
 
 @dataclass(frozen=True)
@@ -141,7 +116,7 @@ class Retriever:
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # [B, I]
         """Scores of the whole catalogue for rows of `examples`, in the table's order."""
         with torch.inference_mode():
-            queries = self.interest.search_vectors(self.interests(examples))  # [B, K, D]
+            queries = self._vectors(examples)  # [B, K, D]
             best = (queries[:, 0] @ self._index_vectors.T).float()
             for other in queries[:, 1:].unbind(1):
                 best = torch.maximum(best, (other @ self._index_vectors.T).float())
@@ -192,6 +167,10 @@ class Retriever:
             scores[position] = float(value.max())
         return Scores(scores, self._unknown(request))
 
+    def _vectors(self, examples: pa.Table) -> Tensor:  # [B, K, D]
+        keys = request_keys(examples) if self.interest.draws else None
+        return self.interest.search_vectors(self.interests(examples), keys)
+
     @cached_property
     def _index_vectors(self) -> Tensor:  # [I, D]
         with torch.inference_mode():
@@ -199,7 +178,7 @@ class Retriever:
 
     def _search_vectors(self, requests: Sequence[Request]) -> NDArray[np.float32]:  # [B, K, D]
         with torch.inference_mode():
-            vectors = self.interest.search_vectors(self.interests(request_table(requests)))
+            vectors = self._vectors(request_table(requests))
         result: NDArray[np.float32] = vectors.float().cpu().numpy()
         return result
 
@@ -219,29 +198,6 @@ class Retriever:
     def _unknown(self, request: Request) -> list[str]:
         ids = list(dict.fromkeys(item.item_id for item in request.history))
         return [i for i, row in zip(ids, self.table.rows(ids), strict=True) if row < 0]
-
-
-def request_table(requests: Sequence[Request]) -> pa.Table:
-    """Requests as the columns of `examples` that a model may see.
-
-    A history with a time at every step is put in order of time; one without is taken as it
-    comes, oldest first.
-    """
-    rows = []
-    for request in requests:
-        history = list(request.history)
-        stamps = [item.timestamp for item in history]
-        if all(stamp is not None for stamp in stamps):
-            history.sort(key=lambda item: item.timestamp or datetime.min)
-        rows.append(
-            {
-                "query": request.query,
-                "history_queries": [item.query for item in history],
-                "history_item_ids": [item.item_id for item in history],
-                "history_timestamps": [item.timestamp for item in history],
-            }
-        )
-    return pa.Table.from_pylist(rows, schema=REQUEST_SCHEMA)
 
 
 def build_index(

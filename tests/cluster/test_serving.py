@@ -14,7 +14,8 @@ from fastapi.testclient import TestClient
 
 from karma_ray.cluster.serving import MAX_K, build_app, curl_example, serve_run
 from karma_ray.errors import InputError, SkewError
-from karma_ray.retrieval.retriever import HistoryItem, Retriever
+from karma_ray.retrieval.requests import HistoryItem
+from karma_ray.retrieval.retriever import Retriever
 from tests import tiny_run
 
 BODY = {

@@ -69,7 +69,7 @@ class Exact(nn.Module):
 def test_one_step_from_pure_noise_is_the_conditional_mean(kind: str) -> None:
     made, mean = generator(kind, samples=64, agg="union", steps=1), torch.randn(3, WIDTH)
     made.head = Exact(kind)
-    drawn = torch.stack([made._drawn(mean, noise, 1) for noise in made.noise])
+    drawn = torch.stack([made._drawn(mean, noise, 1) for noise in torch.randn(64, 3, WIDTH)])
     torch.testing.assert_close(drawn, mean.expand_as(drawn), atol=0.02, rtol=0)
     torch.testing.assert_close(
         made.estimate(mean), torch.nn.functional.rms_norm(mean, (WIDTH,)), atol=0.03, rtol=0.01
@@ -80,7 +80,7 @@ def test_one_step_from_pure_noise_is_the_conditional_mean(kind: str) -> None:
 def test_many_steps_draw_from_the_conditional_distribution(kind: str) -> None:
     made, mean = generator(kind, samples=256, agg="union"), torch.randn(3, WIDTH)
     made.head = Exact(kind)
-    drawn = torch.stack([made._drawn(mean, noise, None) for noise in made.noise])
+    drawn = torch.stack([made._drawn(mean, noise, None) for noise in torch.randn(256, 3, WIDTH)])
     assert (drawn.mean(0) - mean).abs().max() < 4 * SPREAD / 16
     assert drawn.std(0).mean().item() == pytest.approx(SPREAD, rel=0.08)
 
@@ -92,7 +92,8 @@ def test_the_mean_of_samples_comes_nearer_than_one() -> None:
     for samples, agg in ((1, "single"), (4, "mean"), (64, "mean")):
         made = generator("fm", samples=samples, agg=agg)
         made.head = Exact("fm")
-        errors.append((made.search_with(mean)[:, 0] - wanted).square().mean().sqrt().item())
+        found = made.search_with(mean, np.arange(200))[:, 0]
+        errors.append((found - wanted).square().mean().sqrt().item())
     assert errors[0] > 1.5 * errors[1] and errors[1] > 1.5 * errors[2]
 
 
@@ -109,7 +110,7 @@ def test_a_sample_is_a_mode_where_regression_is_their_mean() -> None:
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-        found[kind] = made._drawn(told[:1], made.noise[0], None)[0].detach()
+        found[kind] = made._drawn(told[:1], made.origin, None)[0].detach()
     assert found["mse"].norm() < 0.2 * mode.norm()
     assert torch.cosine_similarity(found["fm"], mode, dim=0).abs() > 0.9
     assert 0.6 < found["fm"].norm() / mode.norm() < 1.4
@@ -118,12 +119,26 @@ def test_a_sample_is_a_mode_where_regression_is_their_mean() -> None:
 @pytest.mark.parametrize("kind", ["mse", *DIFFUSIONS])
 def test_a_request_is_answered_alike_in_any_company(kind: str) -> None:
     made, interest = generator(kind, samples=3, agg="union", steps=4), torch.randn(5, WIDTH)
-    together = made.search_with(interest)
+    keys = np.array([8, -3, 5, 2**40, 1])
+    together = made.search_with(interest, keys)
     assert together.shape == (5, 3, WIDTH)
-    alone = torch.cat([made.search_with(row[None]) for row in interest])
-    torch.testing.assert_close(together, alone)
-    torch.testing.assert_close(together, made.search_with(interest))
+    alone = [made.search_with(interest[n : n + 1], keys[n : n + 1]) for n in range(5)]
+    torch.testing.assert_close(together, torch.cat(alone))
+    torch.testing.assert_close(together, made.search_with(interest, keys))
     torch.testing.assert_close(together.square().mean(-1), torch.ones(5, 3), atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("kind", ["mse", *DIFFUSIONS])
+def test_requests_share_no_draw(kind: str) -> None:
+    """The same h under 40 keys: regression gives one answer, a diffusion 40 independent ones."""
+    made = generator(kind, samples=2, agg="union", steps=4)
+    found = made.search_with(torch.ones(1, WIDTH).expand(40, -1), np.arange(40)).flatten(0, 1)
+    distinct = len(found.unique(dim=0))
+    assert distinct == (1 if kind == "mse" else 80)
+    assert made.draws == (kind != "mse")
+    if made.draws:
+        with pytest.raises(ValueError, match="keys of the requests"):
+            made.search_with(torch.ones(1, WIDTH))
 
 
 @pytest.mark.parametrize("kind", ["mse", *DIFFUSIONS])

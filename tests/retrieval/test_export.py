@@ -17,7 +17,8 @@ from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import adapt, is_low_rank
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle, save_bundle
-from karma_ray.retrieval.retriever import HistoryItem, Request, Retriever, request_table
+from karma_ray.retrieval.requests import HistoryItem, Request, request_table
+from karma_ray.retrieval.retriever import Retriever
 from tests import tiny_run
 
 REQUESTS = [

@@ -13,7 +13,8 @@ import torch
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle, save_bundle
 from karma_ray.retrieval.index import merged
-from karma_ray.retrieval.retriever import HistoryItem, Request, Retriever, request_table
+from karma_ray.retrieval.requests import HistoryItem, Request, request_keys, request_table
+from karma_ray.retrieval.retriever import Retriever
 from tests import generating, tiny_run
 
 REQUESTS = [
@@ -21,6 +22,10 @@ REQUESTS = [
     Request(None, [HistoryItem("i30")]),
     Request("blue cup", []),
 ]
+
+
+KEY_OF_THE_FIRST = 7215818933172166496
+"""blake2b of `red lamp`, `i1` and `i7`, 0x1f between them, 8 bytes, little-endian."""
 
 
 def _retriever(**fields: Any) -> Retriever:
@@ -58,7 +63,7 @@ def test_recall_score_and_score_items_agree(fields: dict[str, Any]) -> None:
 def test_it_is_not_h_that_searches() -> None:
     generated = _retriever(kind="fm")
     h = generated.interests(request_table(REQUESTS))
-    found = generated.interest.search_vectors(h)[:, 0]
+    found = generated._vectors(request_table(REQUESTS))[:, 0]
     cosine = torch.cosine_similarity(found, generated.interest.query_vectors(h))
     assert cosine.abs().max() < 0.9
 
@@ -70,7 +75,21 @@ def test_a_bundle_brings_the_generator_with_its_statistics(tmp_path: Path, kind:
     save_bundle(interest, words, tiny_run.COLLATE, str(tmp_path))  # type: ignore[arg-type]
     loaded = load_bundle(str(tmp_path)).interest
     rows = torch.randn(3, interest.width)
-    torch.testing.assert_close(loaded.search_vectors(rows), interest.search_vectors(rows))
+    keys = np.arange(3)
+    torch.testing.assert_close(
+        loaded.search_vectors(rows, keys), interest.search_vectors(rows, keys)
+    )
+
+
+def test_a_request_draws_by_what_it_is() -> None:
+    asked, repeated = REQUESTS[:1], [REQUESTS[1], REQUESTS[0]]
+    keys = request_keys(request_table(asked)), request_keys(request_table(repeated))
+    assert keys[0][0] == keys[1][1] != keys[1][0]
+    assert keys[0].dtype == np.int64
+    assert keys[0].tolist() == [KEY_OF_THE_FIRST], "another key on another day or machine"
+    retriever = _retriever(kind="fm", steps=3)
+    (alone,), (_, beside) = (retriever.recall_batch(rows, k=5) for rows in (asked, repeated))
+    assert [item.item_id for item in alone.items] == [item.item_id for item in beside.items]
 
 
 def test_a_bundle_without_generator_says_nothing_of_it(tmp_path: Path) -> None:

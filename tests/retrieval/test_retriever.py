@@ -11,14 +11,8 @@ import pytest
 
 from karma_ray.errors import InputError, SkewError
 from karma_ray.retrieval.encode import encode_catalog
-from karma_ray.retrieval.retriever import (
-    HistoryItem,
-    Request,
-    Retriever,
-    check_run,
-    index_run,
-    request_table,
-)
+from karma_ray.retrieval.requests import HistoryItem, Request, request_table
+from karma_ray.retrieval.retriever import Retriever, check_run, index_run
 from tests import tiny_run
 
 HISTORY = [HistoryItem("i3", "shirt"), HistoryItem("i21", "scarf"), HistoryItem("i8", None)]
