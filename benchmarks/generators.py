@@ -27,7 +27,6 @@ from karma_ray.config import from_dict
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.model.interest import InterestModel
-from karma_ray.retrieval.requests import request_keys
 from karma_ray.retrieval.retriever import Retriever
 
 METRICS = ("HR@10", "HR@50", "HR@200", "NDCG@10", "gAUC", "JS@50_excl_gt")
@@ -76,7 +75,7 @@ def _spread(retriever: Retriever, interest: InterestModel, examples: pa.Table) -
     with torch.inference_mode():
         h = retriever.interests(examples)
         assert interest.generator is not None
-        samples = interest.generator.search_with(h, request_keys(examples))  # [B, K, D]
+        samples = interest.generator.search_with(h, retriever.keys(examples))  # [B, K, D]
     return round(float((samples - samples.mean(1, keepdim=True)).square().mean().sqrt()), 3)
 
 

@@ -9,8 +9,6 @@ SPACE = {
     # Not ddpm_eps: it has no estimate in one step, which recon_src=x0 decodes.
     "model.generator.kind": tune.choice(["mse", "ddpm_v", "ddpm_x0", "edm", "fm"]),
     "model.generator.steps": tune.choice([1, 4, 0]),
-    "model.generator.denoiser.times": tune.choice(["uniform", "logit_normal"]),
-    "model.generator.denoiser.shift": tune.choice([0.0, 3.0]),
     "model.generator.samples": tune.choice([1, 4, 16]),
     "model.generator.agg": tune.choice(["mean", "union"]),  # of one sample: itself
     "model.generator.recon_src": tune.choice(["condition", "x0"]),

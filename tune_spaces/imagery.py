@@ -12,8 +12,6 @@ SPACE = {
     "model.imagery.img_sees_text": tune.choice([False, True]),
     "model.imagery.img_connector": tune.choice([0, 1, 2]),
     "model.imagery.img_draws": tune.choice([1, 4]),
-    "model.imagery.denoiser.times": tune.choice(["uniform", "logit_normal"]),
-    "model.imagery.denoiser.shift": tune.choice([0.0, 1.0, 3.0]),
 }
 METRIC = "valid/HR@50"
 BASE_RECIPE = "karma_multimodal"

@@ -27,6 +27,7 @@ from karma_ray.config import Config, from_dict, to_dict
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.model.lora import parse_rank
+from karma_ray.objectives.losses import builds_image
 from karma_ray.training.config import EXECUTION
 
 LOG = logging.getLogger(__name__)
@@ -130,6 +131,8 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
         raise InputError("model.decodability.recon_text", "shuffled", message)
     training.check()
     config.model.generator.check()
+    if builds_image(config.objective):
+        config.model.imagery.check()
     parse_rank(config.model.peft)
     prepared = (source.facts.get("prepare") or {}).get("max_history", 0)
     if config.collate.max_history < prepared:

@@ -115,8 +115,11 @@ def train_run(
         stage = found or _first_stage(config, source, cache, run, parent)
         note_start(folder, stage, init)
         if not over_ids(config):
-            facts = _data_facts(source) | {"item_texts": asdict(stage.text_lengths())}
+            lengths = stage.text_lengths()
+            facts = _data_facts(source) | {"item_texts": asdict(lengths)}
             write_json(facts, folder.path("data.json"))
+            if warning := lengths.warning():
+                LOG.warning(warning)
         stage = _train(stage, source, run, on_validate, resume)
         _serve_side(stage, folder)
     write_manifest(
@@ -178,8 +181,6 @@ def start_stage(config: Config, source: PreparedData, cache: str, run: str | Non
         _copy_lines(f"{folder}-log", run)
         config = with_checkpoints(config, _with_eyes(config, folder), folder)
     stage = Stage(config, source.items_uri)
-    if not over_ids(config) and (warning := stage.text_lengths().warning()):
-        LOG.warning(warning)  # before minutes are spent on what is left of the texts
     if config.warmup.skip:
         return stage
     warm = join(cache, f"warmup-{value_hash(warmup_key(config, items_hash, source.items_uri))}")

@@ -80,12 +80,12 @@ class Catalog:
         """A column as a list, or None when the catalogue does not have it."""
         return self.table.column(name).to_pylist() if name in self.table.column_names else None
 
-    def texts(self, start: int = 0, stop: int | None = None) -> list[str]:
-        """`title | brand | category | text` of every item, or of rows `start` to `stop`.
+    def texts(self, start: int = 0, stop: int | None = None, step: int = 1) -> list[str]:
+        """`title | brand | category | text` of every item, or of a slice of the rows.
 
         Empty parts are left out.
         """
-        rows = self.table[start:stop]
+        rows = self.table[start:stop:step]
         columns = [rows.column(name).to_pylist() for name in _TEXT_COLUMNS]
         return [" | ".join(part for part in parts if part) for parts in zip(*columns, strict=True)]
 

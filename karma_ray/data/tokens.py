@@ -38,9 +38,8 @@ class TextLengths:
 
     @classmethod
     def of(cls, catalog: Catalog, tokenizer: Tokenizer, max_tokens: int) -> TextLengths:
-        """Of at most `SAMPLED` items, evenly spaced over the catalogue."""
-        rows = np.unique(np.linspace(0, catalog.num_items - 1, SAMPLED).round().astype(int))
-        texts = [catalog.texts(row, row + 1)[0] for row in rows.tolist()]
+        """Of about `SAMPLED` items at most, evenly spaced over the catalogue."""
+        texts = catalog.texts(step=-(-catalog.num_items // SAMPLED))
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
         counts, read = np.array([len(ids) for ids in encoded]), max_tokens - 1
         middle, late = (int(np.ceil(np.quantile(counts, share))) for share in (0.5, 0.95))

@@ -119,6 +119,12 @@ class ImageryConfig:
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     """The head's network."""
 
+    def check(self) -> None:
+        """Raise InputError on numbers that mean nothing."""
+        if self.img_draws < 1:
+            raise InputError("model.imagery.img_draws", self.img_draws, "must be at least 1")
+        self.denoiser.check("model.imagery.denoiser", self.img_head)
+
 
 @dataclass(frozen=True)
 class GeneratorConfig:
@@ -148,14 +154,17 @@ class GeneratorConfig:
             if getattr(self, name) < least:
                 message = f"must be at least {least}"
                 raise InputError(f"model.generator.{name}", getattr(self, name), message)
-        self.denoiser.check("model.generator.denoiser")
+        if self.kind != "none":
+            self.denoiser.check("model.generator.denoiser", self.kind)
         if self.agg == "single" and self.samples != 1:
             message = f"does not say how model.generator.samples={self.samples} become one list"
             choices = ["mean", "union"]
             raise InputError("model.generator.agg", self.agg, message, choices=choices)
         if self.recon_src == "x0" and self.kind == "ddpm_eps":
             # From near pure noise the error of a predicted noise is multiplied by 34.
-            message = "is no estimate in one step where noise is predicted: take kind ddpm_v"
+            message = (
+                "is no estimate in one step where noise is predicted: take kind ddpm_v or ddpm_x0"
+            )
             choices = ["condition"]
             raise InputError("model.generator.recon_src", "x0", message, choices=choices)
 

@@ -25,7 +25,7 @@ FREQUENCIES = 256
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """The network, and the times at which flow matching asks it."""
+    """The network, and the times at which flow matching asks it in training and sampling."""
 
     num_layers: int = 3
     """Residual blocks (MAR's own has 12)."""
@@ -34,13 +34,18 @@ class DenoiserConfig:
     token it could not carry the noise through (RAE, 2510.11690)."""
     times: Times = "uniform"
     """Times t at which flow matching is trained: even, or logit-normal (2403.03206), which has
-    more of the middle. The other heads have their own."""
+    more of the middle. Other heads have their own times."""
     shift: float = 0.0
-    """Flow matching's a in t' = a t / (1 + (a - 1) t), above 1 for more noise; 0: by the
-    dimensions of a target, sqrt(N_v d_v / 4096) and at least 1 (RAE, 2510.11690)."""
+    """Flow matching's a in t' = a t / (1 + (a - 1) t), above 1 for more noise, in training and in
+    the sampler; 0: by the dimensions of a target, sqrt(N_v d_v / 4096) and at least 1 (RAE,
+    2510.11690)."""
 
-    def check(self, path: str) -> None:
-        """Raise InputError on numbers that mean nothing; `path` is that of this config."""
+    def check(self, path: str, head: str) -> None:
+        """Raise InputError on what means nothing; `path` is that of this config."""
+        for name, default in (("times", "uniform"), ("shift", 0.0)):
+            if head != "fm" and getattr(self, name) != default:
+                message = f"is flow matching's (fm); the head is {head!r}"
+                raise InputError(f"{path}.{name}", getattr(self, name), message)
         for name, least in (("num_layers", 1), ("width", 0), ("shift", 0)):
             value = getattr(self, name)
             if not least <= value < math.inf:

@@ -52,7 +52,7 @@ class Generator(nn.Module):
         self.register_buffer("origin", origin, persistent=False)
 
     @property
-    def draws(self) -> bool:
+    def is_random(self) -> bool:
         """Whether noise decides what is generated: not in a regression."""
         return self.config.kind != "mse"
 
@@ -102,17 +102,17 @@ class Generator(nn.Module):
     def search_with(self, interest: Tensor, keys: np.ndarray | None = None) -> Tensor:
         """h [B, D] and keys [B] of the requests -> what they search with [B, K or 1, D].
 
-        Noise is drawn by the key of a request: it gets the same answer in any company, and no
-        two requests share the luck of one draw. Raises ValueError without keys where it matters.
+        Noise is drawn by the key of a request: it gets the same answer in any company, and
+        requests of other keys do not share its luck. Raises ValueError without keys where it
+        matters.
         """
-        config = self.config
-        if keys is None:
-            if self.draws:
-                raise ValueError("a model that draws needs the keys of the requests")
-            keys = np.zeros(len(interest), np.int64)
-        # On the CPU, whose draws are the same wherever the model runs.
-        shape = (config.samples, interest.shape[-1])
-        noise = normal(hashed(keys, SERVED), shape, "cpu").to(interest.device)  # [B, K, D]
+        config, shape = self.config, (self.config.samples, interest.shape[-1])
+        if not self.is_random:
+            noise = interest.new_zeros(len(interest), *shape)
+        elif keys is None:
+            raise ValueError("a model that draws needs the keys of the requests")
+        else:  # on the CPU, whose draws are the same wherever the model runs
+            noise = normal(hashed(keys, SERVED), shape, "cpu").to(interest.device)  # [B, K, D]
         samples = torch.stack(
             [self._drawn(interest, draw, config.steps or None) for draw in noise.unbind(1)], 1
         )

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from karma_ray.data.batch import Batch
 from karma_ray.data.draws import LEVEL, NOISE, hashed, normal, uniform
-from karma_ray.errors import InputError
 from karma_ray.model.backbone import run_body
 from karma_ray.model.config import ImageryConfig
 from karma_ray.model.decodability import Branch
@@ -67,10 +66,8 @@ class Imagery(nn.Module):
         """Queries start at the scale of the decoder's input-embedding rows [V, D]."""
         super().__init__()
         self.config, self.shape = config, shape
-        config.denoiser.check("model.imagery.denoiser")
+        config.check()
         self.denoising = denoising(config.img_head, config.denoiser.times, config.denoiser.shift)
-        if config.img_draws < 1:
-            raise InputError("model.imagery.img_draws", config.img_draws, "must be at least 1")
         self.num_draws = 1 if config.img_head == "mse" else config.img_draws
         width = embedding_rows.shape[1]
         with torch.random.fork_rng(devices=[]):

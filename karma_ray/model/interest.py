@@ -106,9 +106,9 @@ class InterestModel(RecallModel):
         return self.generator.estimate(interest)
 
     @property
-    def draws(self) -> bool:
+    def is_random(self) -> bool:
         """Whether what a request searches with is drawn."""
-        return self.generator is not None and self.generator.draws
+        return self.generator is not None and self.generator.is_random
 
     def search_vectors(self, interest: Tensor, keys: np.ndarray | None = None) -> Tensor:
         """h [B, D] -> the vectors that a request searches with [B, K, D], float32."""

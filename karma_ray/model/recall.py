@@ -22,7 +22,7 @@ class RecallModel(nn.Module, ABC):
     score: Score
 
     @property
-    def draws(self) -> bool:
+    def is_random(self) -> bool:
         """Whether a request's answer depends on noise, and so on the request's key."""
         return False
 

@@ -1,7 +1,8 @@
 """Diffusion of a vector given a condition (METHOD 1.9): noise it, ask a network, sample it back.
 
-What a network is asked for differs by variant; the loss does not: by what `noise()` returns it is
-weight * ||network(noisy, time, condition) - target||^2. All data are standardised.
+What a network is asked for differs by variant; the loss does not: with `Noised` as returned by
+`noise()`, it is weight * ||network(noisy, time, condition) - target||^2, and the sampler inverts
+it. All data are standardised (unit variance per dimension).
 
     z0 = clean, eps ~ N(0, I):    flow    x_t = (1 - t) z0 + t eps              target eps - z0
                                   DDPM    x_t = sqrt(abar) z0 + sqrt(1-abar) eps  target eps, v, z0
@@ -13,77 +14,27 @@ Legend: N examples, V tokens of each, d width, C width of the condition.
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""noisy [N, V, d], time [N] (0 to 1000 in size), condition [N, V, C] -> [N, V, d]."""
+from karma_ray.objectives.diffusion import (
+    TIME_SCALE,
+    Denoising,
+    Network,
+    Noised,
+    spread_over,
+    standard_normal,
+)
 
 Times = Literal["uniform", "logit_normal"]
 
-TIME_SCALE = 1000.0
-"""The times of all variants reach the network on the scale of DDPM's 1000 steps."""
-
 REFERENCE_DIMS = 4096
 """Dimensions at which flow matching's time is not shifted (RAE, 2510.11690)."""
-
-
-@dataclass(frozen=True)
-class Noised:
-    """What the network sees, and what it should answer."""
-
-    noisy: Tensor  # [N, V, d]
-    time: Tensor  # [N]
-    target: Tensor  # [N, V, d]
-    weight: Tensor  # [N]
-
-
-class Denoising(ABC):
-    """A way to train and to sample a conditional generator; variants are final dataclasses."""
-
-    @abstractmethod
-    def noise(self, clean: Tensor, level: Tensor, eps: Tensor) -> Noised:
-        """Noise clean [N, V, d] by a level [N] drawn from U(0, 1) and eps [N, V, d] from N(0, I).
-
-        The draws are arguments, so that they can be made by the row's key.
-        """
-
-    @abstractmethod
-    def denoise(
-        self, network: Network, condition: Tensor, eps: Tensor, steps: int | None = None
-    ) -> Tensor:
-        """From eps [N, V, d] ~ N(0, I) to a sample [N, V, d] in `steps` steps (None: the usual)."""
-
-    def loss(
-        self, network: Network, clean: Tensor, condition: Tensor, level: Tensor, eps: Tensor
-    ) -> Tensor:
-        """[N, V, d], [N, V, C], [N], [N, V, d] -> [N], the mean over tokens and dimensions.
-
-        Equation 8; its scale is about 1 whatever V d. Made in float32.
-        """
-        noised = self.noise(clean.float(), level.float(), eps.float())
-        answer = network(noised.noisy, noised.time, condition).float()
-        return noised.weight * (answer - noised.target).square().flatten(1).mean(1)
-
-    @torch.no_grad()
-    def sample(
-        self,
-        network: Network,
-        condition: Tensor,
-        shape: tuple[int, ...],
-        steps: int | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """One sample of shape [N, V, d] given condition [N, V, C]; `generator` on its device."""
-        eps = torch.randn(shape, generator=generator, device=condition.device)
-        return self.denoise(network, condition, eps, steps)
 
 
 @dataclass(frozen=True)
@@ -98,10 +49,12 @@ class FlowMatching(Denoising):
     def noise(self, clean: Tensor, level: Tensor, eps: Tensor) -> Noised:
         """x_t = (1 - t) z0 + t eps, target eps - z0; t = 1 is noise."""
         if self.times == "logit_normal":
-            level = torch.sigmoid(_normal(level))
+            level = torch.sigmoid(standard_normal(level))
         time = self.shifted(level, clean.shape[1:])
-        t = _spread(time, clean)
-        return Noised((1 - t) * clean + t * eps, time * TIME_SCALE, eps - clean, _ones(level))
+        t = spread_over(time, clean)
+        return Noised(
+            (1 - t) * clean + t * eps, time * TIME_SCALE, eps - clean, torch.ones_like(level)
+        )
 
     def denoise(
         self, network: Network, condition: Tensor, eps: Tensor, steps: int | None = None
@@ -138,7 +91,7 @@ class DDPM(Denoising):
         signal, spread = self._scales(time, clean)
         targets = {"eps": eps, "v": signal * eps - spread * clean, "x0": clean}
         noisy = signal * clean + spread * eps
-        return Noised(noisy, time.float(), targets[self.prediction], _ones(level))
+        return Noised(noisy, time.float(), targets[self.prediction], torch.ones_like(level))
 
     def denoise(
         self, network: Network, condition: Tensor, eps: Tensor, steps: int | None = None
@@ -169,7 +122,7 @@ class DDPM(Denoising):
     def _scales(self, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """sqrt(abar) and sqrt(1 - abar) at t [N], to be multiplied with [N, V, d]."""
         kept = cosine_schedule(self.num_times).to(like.device)[time]
-        return _spread(kept.sqrt().float(), like), _spread((1 - kept).sqrt().float(), like)
+        return spread_over(kept.sqrt().float(), like), spread_over((1 - kept).sqrt().float(), like)
 
 
 @dataclass(frozen=True)
@@ -214,9 +167,9 @@ class EDM(Denoising):
 
     def noise(self, clean: Tensor, level: Tensor, eps: Tensor) -> Noised:
         """In terms of F: lambda ||D - z0||^2 = lambda c_out^2 ||F - (z0 - c_skip x) / c_out||^2."""
-        sigma = (self.p_mean + self.p_std * _normal(level)).exp()
-        scales = self.preconditioning(_spread(sigma, clean))
-        x = clean + _spread(sigma, clean) * eps
+        sigma = (self.p_mean + self.p_std * standard_normal(level)).exp()
+        scales = self.preconditioning(spread_over(sigma, clean))
+        x = clean + spread_over(sigma, clean) * eps
         target = (clean - scales.skip * x) / scales.out
         weight = (scales.weight * scales.out.square()).flatten()
         return Noised(scales.into * x, scales.noise.flatten() * TIME_SCALE, target, weight)
@@ -254,7 +207,9 @@ class Regression(Denoising):
 
     def noise(self, clean: Tensor, level: Tensor, eps: Tensor) -> Noised:
         """Nothing of the clean vector, and all of it as the target."""
-        return Noised(torch.zeros_like(clean), torch.zeros_like(level), clean, _ones(level))
+        return Noised(
+            torch.zeros_like(clean), torch.zeros_like(level), clean, torch.ones_like(level)
+        )
 
     def denoise(
         self, network: Network, condition: Tensor, eps: Tensor, steps: int | None = None
@@ -264,9 +219,14 @@ class Regression(Denoising):
 
 
 DENOISINGS: dict[str, Denoising] = {
-    "fm": FlowMatching(), "ddpm_eps": DDPM("eps"), "ddpm_v": DDPM("v"), "ddpm_x0": DDPM("x0"),
-    "edm": EDM(), "mse": Regression(),
-}  # fmt: skip
+    "fm": FlowMatching(),
+    "ddpm_eps": DDPM("eps"),
+    "ddpm_v": DDPM("v"),
+    "ddpm_x0": DDPM("x0"),
+    "edm": EDM(),
+    "mse": Regression(),
+}
+"""Each variant as the method has it."""
 
 
 def denoising(kind: str, times: Times = "uniform", shift: float = 0.0) -> Denoising:
@@ -284,17 +244,3 @@ def cosine_schedule(num_times: int) -> Tensor:
     curve = ((places + 0.008) / 1.008 * math.pi / 2).cos().square()
     betas = (1 - curve[1:] / curve[:-1]).clamp(max=0.999)
     return (1 - betas).cumprod(0)
-
-
-def _normal(level: Tensor) -> Tensor:
-    """N(0, 1) from U(0, 1) by the inverse of its distribution; finite at both ends."""
-    return cast(Tensor, torch.special.ndtri(level.clamp(1e-6, 1 - 1e-6)))
-
-
-def _spread(values: Tensor, like: Tensor) -> Tensor:
-    """[N] -> [N, 1, 1]."""
-    return values.view(-1, *[1] * (like.dim() - 1))
-
-
-def _ones(level: Tensor) -> Tensor:
-    return torch.ones_like(level)

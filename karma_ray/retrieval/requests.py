@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from karma_ray.data.draws import text_keys
 from karma_ray.data.schema import EXAMPLES
+from karma_ray.data.steps import ItemRows
 
 if TYPE_CHECKING:
     import numpy as np
@@ -64,12 +65,13 @@ def request_table(requests: Sequence[Request]) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=REQUEST_SCHEMA)
 
 
-def request_keys(examples: pa.Table) -> NDArray[np.int64]:  # [B]
-    """What random draws for a request depend on: its query and the items of its history."""
+def request_keys(examples: pa.Table, items: ItemRows, max_history: int) -> NDArray[np.int64]:  # [B]
+    """Hashes of a request's query and of the last `max_history` items of its history that `items`
+    knows: by id, so that a catalogue in another order changes nothing."""
     columns = (examples.column(name).to_pylist() for name in ("query", "history_item_ids"))
-    return text_keys(
-        [
-            "\x1f".join([query or "", *(history or [])])
-            for query, history in zip(*columns, strict=True)
-        ]
-    )
+    texts = []
+    for query, history in zip(*columns, strict=True):
+        ids = history or []
+        known = [item for item, row in zip(ids, items.rows(ids), strict=True) if row >= 0]
+        texts.append("\x1f".join([query or "", *known[max(0, len(known) - max_history) :]]))
+    return text_keys(texts)

@@ -167,8 +167,12 @@ class Retriever:
             scores[position] = float(value.max())
         return Scores(scores, self._unknown(request))
 
+    def keys(self, examples: pa.Table) -> NDArray[np.int64]:  # [B]
+        """What random draws for a request depend on: what the model reads of it."""
+        return request_keys(examples, self.table, self.collator.config.max_history)
+
     def _vectors(self, examples: pa.Table) -> Tensor:  # [B, K, D]
-        keys = request_keys(examples) if self.interest.draws else None
+        keys = self.keys(examples) if self.interest.is_random else None
         return self.interest.search_vectors(self.interests(examples), keys)
 
     @cached_property

@@ -77,6 +77,22 @@ def test_the_report_says_how_much_of_the_texts_is_read(
     assert f"median: {told['median']}" in Path(run, "report/report.html").read_text()
 
 
+def test_a_run_warns_of_texts_that_lose_their_end(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    from karma_ray.cluster.pipeline import train_run
+
+    for limit, warned in ((6, True), (64, False)):
+        caplog.clear()
+        run = str(tmp_path / str(limit))
+        config = _config("toy", f"collate.max_item_tokens={limit}", "training.steps=1")
+        train_run(config, shop, run, cache=finished[1])
+        told = read_json(f"{run}/data.json")["item_texts"]
+        advice = f"collate.max_item_tokens={told['p95'] + 1}"
+        assert (advice in caplog.text) == warned == (told["share_cut"] > 0.1)
+
+
 def test_every_stage_and_term_is_in_the_log(finished: tuple[str, str, dict[str, Any]]) -> None:
     lines = list(read_lines(f"{finished[0]}/metrics.jsonl"))
     assert {line["stage"] for line in lines} == {"pretrain", "warmup", "joint", "valid"}
@@ -244,6 +260,13 @@ def test_a_batch_that_workers_cannot_share_is_refused_before_anything_is_trained
                 r"recon_text: 'shuffled' .*needs training\.micro_batch_size=0",
             )
             for parted in ("training.micro_batch_size=4", "training.num_workers=2")
+        ),
+        *(
+            (f"objective.lambda_img=0.3 model.imagery.{setting}", message)
+            for setting, message in (
+                ("denoiser.shift=-1", r"imagery\.denoiser\.shift: -1\.0 must be at least 0"),
+                ("img_draws=0", r"imagery\.img_draws: 0 must be at least 1"),
+            )
         ),
     ],
 )

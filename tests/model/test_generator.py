@@ -13,13 +13,8 @@ from karma_ray.errors import InputError
 from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.denoiser import DenoiserConfig
 from karma_ray.model.generator import Generator
-from karma_ray.objectives.denoising import (
-    DENOISINGS,
-    EDM,
-    TIME_SCALE,
-    FlowMatching,
-    cosine_schedule,
-)
+from karma_ray.objectives.denoising import DENOISINGS, EDM, FlowMatching, cosine_schedule
+from karma_ray.objectives.diffusion import TIME_SCALE
 from tests import tiny
 
 WIDTH, SPREAD = 16, 0.4
@@ -135,8 +130,8 @@ def test_requests_share_no_draw(kind: str) -> None:
     found = made.search_with(torch.ones(1, WIDTH).expand(40, -1), np.arange(40)).flatten(0, 1)
     distinct = len(found.unique(dim=0))
     assert distinct == (1 if kind == "mse" else 80)
-    assert made.draws == (kind != "mse")
-    if made.draws:
+    assert made.is_random == (kind != "mse")
+    if made.is_random:
         with pytest.raises(ValueError, match="keys of the requests"):
             made.search_with(torch.ones(1, WIDTH))
 
@@ -196,6 +191,8 @@ def test_times_and_shift_reach_the_head_of_flow_matching() -> None:
     denoiser = DenoiserConfig(times="logit_normal", shift=3.0)
     made = Generator(GeneratorConfig(kind="fm", denoiser=denoiser), WIDTH)
     assert made.denoising == FlowMatching(shift=3.0, times="logit_normal")
+    with pytest.raises(InputError, match=r"generator\.denoiser\.times: 'logit_normal' .*'edm'"):
+        GeneratorConfig(kind="edm", denoiser=denoiser).check()
     with pytest.raises(InputError, match=r"model\.generator\.denoiser\.shift: -2"):
         GeneratorConfig(kind="fm", denoiser=DenoiserConfig(shift=-2)).check()
 
@@ -221,5 +218,7 @@ def test_a_model_without_generator_searches_with_h() -> None:
 def test_a_predicted_noise_is_no_estimate_in_one_step() -> None:
     """At t = 980 its error is multiplied by 1 / sqrt(abar), about 34."""
     GeneratorConfig(kind="ddpm_v", recon_src="x0").check()
-    with pytest.raises(InputError, match=r"recon_src: 'x0' .*ddpm_v; choices: condition"):
+    with pytest.raises(
+        InputError, match=r"recon_src: 'x0' .*ddpm_v or ddpm_x0; choices: condition"
+    ):
         GeneratorConfig(kind="ddpm_eps", recon_src="x0").check()

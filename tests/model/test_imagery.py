@@ -232,23 +232,25 @@ def test_img_head_is_the_named_denoising_of_the_same_states(head: str) -> None:
     "fields", [{"times": "logit_normal"}, {"shift": 3.0}], ids=["times", "shift"]
 )
 def test_flow_matching_learns_at_the_times_that_are_set(fields: dict[str, Any]) -> None:
-    """With the same weights and draws its losses are others; a head without these times keeps."""
+    """With the same weights and draws its losses are others."""
     batch = pictures.batch()
 
-    def found(head: str, denoiser: DenoiserConfig) -> tuple[Imagery, Tensor]:
-        karma = pictures.model(imagery={"img_head": head, "denoiser": denoiser})
+    def found(denoiser: DenoiserConfig) -> tuple[Imagery, Tensor]:
+        karma = pictures.model(imagery={"denoiser": denoiser})
         assert karma.imagery is not None
         torch.nn.init.constant_(karma.imagery.head.output.weight, 0.1)  # 0: answers 0 at any time
         return karma.imagery, karma.interest_image_losses(batch, _some_h(batch))
 
-    for head in ("fm", "edm"):
-        (plain, before), (changed, after) = (
-            found(head, config) for config in (DenoiserConfig(), DenoiserConfig(**fields))
-        )
-        pairs = zip(plain.parameters(), changed.parameters(), strict=True)
-        assert all(torch.equal(*pair) for pair in pairs)
-        assert torch.equal(before, after) == (head == "edm")
-        assert head == "edm" or changed.denoising == FlowMatching(**fields)
+    (plain, before), (changed, after) = (
+        found(config) for config in (DenoiserConfig(), DenoiserConfig(**fields))
+    )
+    pairs = zip(plain.parameters(), changed.parameters(), strict=True)
+    assert all(torch.equal(*pair) for pair in pairs)
+    assert not torch.equal(before, after)
+    assert changed.denoising == FlowMatching(**fields)
+    (name,) = fields
+    with pytest.raises(InputError, match=rf"imagery\.denoiser\.{name}: .*'edm'"):
+        pictures.model(imagery={"img_head": "edm", "denoiser": DenoiserConfig(**fields)})
 
 
 @pytest.mark.parametrize(

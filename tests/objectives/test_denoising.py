@@ -12,12 +12,11 @@ from karma_ray.objectives.denoising import (
     DDPM,
     DENOISINGS,
     EDM,
-    TIME_SCALE,
-    Denoising,
     FlowMatching,
     Regression,
     cosine_schedule,
 )
+from karma_ray.objectives.diffusion import TIME_SCALE, Denoising
 
 VARIANTS: dict[str, Denoising] = {
     **DENOISINGS,

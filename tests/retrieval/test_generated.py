@@ -13,7 +13,7 @@ import torch
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle, save_bundle
 from karma_ray.retrieval.index import merged
-from karma_ray.retrieval.requests import HistoryItem, Request, request_keys, request_table
+from karma_ray.retrieval.requests import HistoryItem, Request, request_table
 from karma_ray.retrieval.retriever import Retriever
 from tests import generating, tiny_run
 
@@ -81,13 +81,39 @@ def test_a_bundle_brings_the_generator_with_its_statistics(tmp_path: Path, kind:
     )
 
 
+@pytest.mark.parametrize("kind", ["mse", "fm"])
+def test_requests_of_equal_h_do_not_share_a_draw(kind: str, monkeypatch: Any) -> None:
+    retriever = _retriever(kind=kind, steps=3)
+    h = retriever.interests(request_table(REQUESTS[:1]))
+    monkeypatch.setattr(retriever, "interests", lambda examples: h.expand(len(examples), -1))
+    found = retriever.score(request_table(REQUESTS))
+    same = [np.allclose(found[0], row) for row in found[1:]]
+    assert same == ([True, True] if kind == "mse" else [False, False])
+
+
+def test_what_the_model_does_not_read_draws_nothing() -> None:
+    """Unknown items, and those in front of the longest history that is read."""
+    retriever, history = _retriever(kind="fm", steps=3), [HistoryItem(f"i{n}") for n in range(5)]
+    plain = Request("red lamp", history)
+    others = [
+        Request("red lamp", [HistoryItem("nobody"), *history]),
+        Request("red lamp", [HistoryItem("i30"), HistoryItem("i31"), *history]),
+    ]
+    assert retriever.collator.config.max_history == len(history)
+    wanted, *found = retriever.score(request_table([plain, *others]))
+    for row in found:
+        np.testing.assert_allclose(row, wanted, rtol=1e-5)
+    shorter = retriever.score(request_table([Request("red lamp", history[1:])]))
+    assert not np.allclose(shorter[0], wanted, rtol=1e-2)
+
+
 def test_a_request_draws_by_what_it_is() -> None:
     asked, repeated = REQUESTS[:1], [REQUESTS[1], REQUESTS[0]]
-    keys = request_keys(request_table(asked)), request_keys(request_table(repeated))
+    retriever = _retriever(kind="fm", steps=3)
+    keys = retriever.keys(request_table(asked)), retriever.keys(request_table(repeated))
     assert keys[0][0] == keys[1][1] != keys[1][0]
     assert keys[0].dtype == np.int64
     assert keys[0].tolist() == [KEY_OF_THE_FIRST], "another key on another day or machine"
-    retriever = _retriever(kind="fm", steps=3)
     (alone,), (_, beside) = (retriever.recall_batch(rows, k=5) for rows in (asked, repeated))
     assert [item.item_id for item in alone.items] == [item.item_id for item in beside.items]
 
