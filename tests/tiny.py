@@ -158,6 +158,7 @@ def model(
     pool: str = "eos",
     instruction: str = "",
     score: str = "rms_dot",
+    history_mean: bool = False,
     lm_head: Tensor | None = None,
     decodes: bool = True,
     seed: int = 0,
@@ -167,7 +168,11 @@ def model(
     config = ModelConfig(
         tiny=BODY,
         item_encoder=ItemEncoderConfig(pool=pool, instruction=instruction),  # type: ignore[arg-type]
-        user_decoder=UserDecoderConfig(layout=layout, query_mode=query_mode),  # type: ignore[arg-type]
+        user_decoder=UserDecoderConfig(
+            layout=layout,
+            query_mode=query_mode,
+            history_mean=history_mean,  # type: ignore[arg-type]
+        ),
         score=ScoreConfig(kind=score),  # type: ignore[arg-type]
         decodability=DecodabilityConfig(**{"max_target_tokens": 8, **decodability}),
     )

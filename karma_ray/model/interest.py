@@ -96,7 +96,7 @@ class InterestModel(RecallModel):
     def interest(self, batch: Batch, items: Tensor) -> Tensor:
         """Next-interest embeddings h [B, T, D] at every step; `items` [U, D]."""
         prefix = self.prefix(batch, items)
-        return self.user_decoder.interest(self.user_decoder.run(prefix), prefix.layout)
+        return self.user_decoder.interest(self.user_decoder.run(prefix), prefix)
 
     def decodable(self, interest: Tensor) -> Tensor:
         """What of h [..., D] Task 2 decodes: itself, or under `recon_src=x0` the generator's

@@ -94,7 +94,7 @@ class KarmaModel(nn.Module):
             user.body, prefix, batch, targets,
             see_readout=self.decodability.config.task1_see_readout,
         )  # fmt: skip
-        return user.interest(states, prefix.layout), Decoded(text, targets, self.head_of(user.body))
+        return user.interest(states, prefix), Decoded(text, targets, self.head_of(user.body))
 
     def forward_with_images(
         self, batch: Batch, items: Tensor, *, text: bool
@@ -112,7 +112,7 @@ class KarmaModel(nn.Module):
         )  # fmt: skip
         decoded = Decoded(found[0], targets, self.head_of(user.body)) if text else None
         losses = self.imagery.losses(found[-1], images)
-        return user.interest(states, prefix.layout), decoded, losses
+        return user.interest(states, prefix), decoded, losses
 
     def image_losses(self, vectors: Tensor, images: ImageTargets) -> Tensor:
         """L_img from P(x) alone, of each row [R]: x [R, D] is h_t (Task 2) or e_i (warm-up)."""

@@ -16,7 +16,10 @@ from karma_ray.errors import InputError
 from karma_ray.model.adapters import SoftToken, rms_normalize
 from karma_ray.model.backbone import hidden_size, run_body, token_embeddings
 from karma_ray.model.config import UserDecoderConfig
-from karma_ray.model.layout import Layout, build_layout, num_query_slots
+from karma_ray.model.layout import Layout, build_layout, num_query_slots, other_group_steps
+
+SMALL = 0.1
+"""Scale of W_h beside a mean of the history, at first."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Prefix:
 
     embeddings: Tensor  # [B, S, D]
     layout: Layout
+    history: Tensor | None = None  # [B, T, D] what h starts from, if not from nothing
 
 
 class UserDecoder(nn.Module):
@@ -51,6 +55,10 @@ class UserDecoder(nn.Module):
         self.no_query = nn.Parameter(rows.detach().mean(0).clone())
         self.readout = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.readout.weight)
+        if config.history_mean:
+            self.history_weight = nn.Parameter(torch.ones(()))
+            with torch.no_grad():  # h is at first the history, where there is one
+                self.readout.weight.mul_(SMALL)
         self.register_buffer("prompt", torch.tensor(prompt, dtype=torch.long))
 
     def prefix(self, batch: Batch, items: Tensor, queries: Tensor | None) -> Prefix:
@@ -71,7 +79,8 @@ class UserDecoder(nn.Module):
         soft_items = self.projector(items)[batch.item_index][:, :, None]  # [B, T, 1, D]
         blocks = torch.cat([query_tokens[batch.query_index], soft_items], 2)  # [B, T, W + 1, D]
         prompt = token_embeddings(self.body)[self.prompt].expand(batch.num_windows, -1, -1)
-        return Prefix(torch.cat([prompt, blocks.flatten(1, 2)], 1), layout)
+        history = history_means(batch, items) if self.config.history_mean else None
+        return Prefix(torch.cat([prompt, blocks.flatten(1, 2)], 1), layout, history)
 
     def run(self, prefix: Prefix) -> Tensor:
         """Last hidden states [B, S, D]."""
@@ -80,10 +89,13 @@ class UserDecoder(nn.Module):
             prefix.layout.real,
         )  # fmt: skip
 
-    def interest(self, states: Tensor, layout: Layout) -> Tensor:
-        """h [B, T, D] read from states [B, >= S, D]."""
-        index = layout.readout[..., None].expand(-1, -1, states.shape[-1])
-        return rms_normalize(self.readout(states.gather(1, index)))
+    def interest(self, states: Tensor, prefix: Prefix) -> Tensor:
+        """h [B, T, D] read from states [B, >= S, D] of a prefix."""
+        index = prefix.layout.readout[..., None].expand(-1, -1, states.shape[-1])
+        read = self.readout(states.gather(1, index))
+        if prefix.history is not None:
+            read = read + self.history_weight * prefix.history
+        return rms_normalize(read)
 
     def _queries(self, batch: Batch, encoded: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
         """Soft tokens [V, W, D] of the unique queries, and how many slots each uses [V]."""
@@ -104,3 +116,12 @@ class UserDecoder(nn.Module):
         else:
             soft = no_query
         return torch.where(missing[:, None, None], no_query, soft), lengths
+
+
+def history_means(batch: Batch, items: Tensor) -> Tensor:
+    """Mean [B, T, D] of the items of earlier steps, at the scale of one; 0 where there are none.
+
+    Steps of a step's own group (its page, or tied times) are not among them.
+    """
+    seen = other_group_steps(batch.group, batch.item_mask & batch.step_mask).to(items.dtype)
+    return rms_normalize(seen @ items[batch.item_index])

@@ -41,6 +41,7 @@ TEXT = (
     Switch("model.user_decoder.layout", ("items_only", "query_last")),
     Switch("model.user_decoder.query_mode", ("encoder", "none")),
     Switch("model.user_decoder.query_mode", ("tokens",), _QUERY_LAST),
+    Switch("model.user_decoder.history_mean", ("true",)),
     Switch("model.item_encoder.pool", ("emb_token", "mean")),
     Switch("model.score.kind", ("dot", "cos_learned")),
     Switch("model.decodability.recon_cond", ("fig1",)),

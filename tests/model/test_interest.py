@@ -38,7 +38,15 @@ def test_a_request_gives_the_h_of_its_step_in_training(
     build: Build, layout: str, query_mode: str
 ) -> None:
     """Train/serve equality: strictly earlier clicks are the context of every step of a page."""
-    model, shop = build(layout, query_mode).interest, tiny.shop()
+    _assert_served_as_trained(build(layout, query_mode).interest)
+
+
+def test_so_it_does_where_h_starts_from_the_history() -> None:
+    _assert_served_as_trained(tiny.model(history_mean=True).interest.eval())
+
+
+def _assert_served_as_trained(model: InterestModel) -> None:
+    shop = tiny.shop()
     table = _table(model)
     trained = _h(model, tiny.batch(shop), table)
     rows, wanted = [], []

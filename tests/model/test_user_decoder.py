@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import build_tiny
 from karma_ray.model.config import UserDecoderConfig
-from karma_ray.model.user_decoder import UserDecoder
+from karma_ray.model.user_decoder import SMALL, UserDecoder, history_means
 from tests import tiny
 
 
@@ -84,3 +86,55 @@ def test_only_the_query_embedding_of_the_mode_is_built() -> None:
     for mode, found in names.items():
         built = any("query_embedding" in name for name in found)
         assert built == (mode == "embed_pool")
+
+
+# --- h that starts from the mean of the history ----------------------------------------------
+
+
+def test_the_mean_is_of_earlier_items_outside_the_page() -> None:
+    batch = tiny.batch()
+    items = torch.randn(len(batch.item_rows), 32, generator=torch.Generator().manual_seed(0))
+    found = history_means(batch, items)
+    for b in range(batch.num_windows):
+        for t in range(batch.step_mask.shape[1]):
+            seen = [
+                items[batch.item_index[b, k]]
+                for k in range(t)
+                if batch.item_mask[b, k] and batch.group[b, k] != batch.group[b, t]
+            ]
+            mean = torch.stack(seen).mean(0) if seen else torch.zeros(32)
+            scale = mean.pow(2).mean().sqrt() if seen else torch.ones(())
+            torch.testing.assert_close(found[b, t], mean / scale, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize(("layout", "query_mode"), tiny.VARIANTS)
+def test_neither_the_future_nor_the_page_is_in_h(layout: str, query_mode: str) -> None:
+    model, batch = tiny.model(layout, query_mode, history_mean=True).interest, tiny.batch()
+    items = model.encode_items(batch.item_tokens, batch.item_lengths).detach()
+    changed = torch.randn(items.shape, generator=torch.Generator().manual_seed(1))
+    before, other = model.interest(batch, items), torch.cat([items, changed])
+    for step in range(batch.step_mask.shape[1]):
+        # all items from this step's page on are others
+        same = batch.group == batch.group[:, step : step + 1]
+        late = same | (torch.arange(same.shape[1]) >= step)
+        moved = replace(batch, item_index=batch.item_index + late * len(items))
+        after = model.interest(moved, other)
+        real = batch.step_mask[:, step]
+        torch.testing.assert_close(after[real, step], before[real, step], atol=1e-5, rtol=1e-5)
+    first = replace(batch, item_index=batch.item_index.clone())
+    first.item_index[:, 0] += len(items)
+    reached = (model.interest(first, other) - before).abs().amax(-1) > 1e-3
+    outside = batch.step_mask & (batch.group != batch.group[:, :1])
+    assert torch.equal(reached & outside, outside)
+
+
+def test_h_is_at_first_nearly_the_mean_and_learns_how_much_of_it() -> None:
+    config = UserDecoderConfig(history_mean=True)
+    decoder = UserDecoder(build_tiny(tiny.BODY, 300, 0), config, [5, 6])
+    assert torch.equal(decoder.readout.weight, SMALL * torch.eye(32))
+    assert decoder.history_weight == 1
+    model = tiny.model(history_mean=True).interest
+    h, batch = _h(model)
+    found = tiny.gradients(model, h[batch.step_mask].pow(3).sum())
+    assert found["user_decoder.history_weight"].abs() > 0
+    assert "user_decoder.history_weight" not in dict(tiny.model().interest.named_parameters())
