@@ -1,17 +1,14 @@
 """Rows of a table against their baseline: differences, spread over seeds, bootstrap over users.
 
-Only records that were made under the same settings on the same data are compared, and only seeds
-that both have.
+Only seeds that both have are compared.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import statistics
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import t as student_t
@@ -19,17 +16,14 @@ from scipy.stats import t as student_t
 from karma_ray import recipes
 from karma_ray.metrics.significance import BootstrapResult, paired_bootstrap
 from karma_ray.report.record import number
-from karma_ray.report.results import Record, baseline_key, chosen, outcomes_of, record_key
-from karma_ray.report.rows import Row, Table
-from karma_ray.training.config import EXECUTION
+from karma_ray.report.results import Record
+from karma_ray.report.rows import Row
 from karma_ray.training.outcomes import Outcomes
 
 METRICS = (
     "gAUC", "HR@10", "HR@50", "HR@200", "HR@1000", "JS@50", "cold/HR@50", "in_query/HR@10",
 )  # fmt: skip
 """Compared metrics; values per example are kept for all of them."""
-SEARCHED = "each row at its best setting"
-"""Condition of a group whose trained rows had a search of their own."""
 _NORMAL = (1.960, 0.842)
 """Quantiles of a two-sided 5 % level and of 80 % power."""
 
@@ -168,34 +162,6 @@ class Difference:
         return "*" if len(self.seeds) > 1 else "(*)"
 
 
-def grouped(records: Iterable[Record], results: Path, table: Table) -> list[Group]:
-    """The table's records by data and condition, rows in the table's order."""
-    rows = {row.name: row for row in table.rows}
-    recipe = rows[table.baseline].built_from
-    found: dict[tuple[str, str], list[Record]] = {}
-    for record in records:
-        if record.get("row") in rows and (key := baseline_key(record, recipe)):
-            found.setdefault((record["data"], key), []).append(record)
-    result = []
-    for (data, key), members in sorted(found.items()):
-        condition = _condition(members, recipe)
-        plain = [record for record in members if not record.get("searched")]
-        if plain:
-            variants = _variants(plain, rows, recipe, results)
-            base = [v for v in variants if v.row.name == table.baseline and v.key == key]
-            result.append(Group(data, condition, base[0] if base else None, variants))
-        if len(plain) < len(members):
-            best, tried = chosen(members)
-            variants = tuple(
-                replace(v, tried=tried.get(v.row.name, 1))
-                for v in _variants(best, rows, recipe, results)
-            )
-            base = [v for v in variants if v.row.name == table.baseline]
-            told = ", ".join(part for part in (condition, SEARCHED) if part)
-            result.append(Group(data, told, base[0] if base else None, variants))
-    return _told_apart(result)
-
-
 def difference(row: Variant, baseline: Variant, metric: str) -> Difference | None:
     """Row minus baseline over the seeds that both have; None where there is none."""
     mine, theirs = row.values(metric), baseline.values(metric)
@@ -232,65 +198,3 @@ def _bootstrap(
 def _per_click(record: Record) -> bool:
     """What is kept per example is per click: the mean over requests is another number."""
     return bool(record["config"].get("evaluation", {}).get("hr_unit", "click") == "click")
-
-
-def _variants(
-    members: list[Record], rows: Mapping[str, Row], recipe: str, results: Path
-) -> tuple[Variant, ...]:
-    by_run: dict[tuple[str, str], list[Record]] = {}
-    for record in members:
-        by_run.setdefault((record["row"], record_key(record)), []).append(record)
-    found = []
-    for name, row in rows.items():
-        of_row = {key: found for (row_name, key), found in by_run.items() if row_name == name}
-        for key, records in of_row.items():
-            records.sort(key=lambda record: record["seed"])
-            told = [a for a in _settings(records[0]) if not _matters(records[0], recipe, a)]
-            label = ", ".join([row.title, *(told if len(of_row) > 1 else [])])
-            outcomes = {r["seed"]: o for r in records if (o := outcomes_of(r, results))}
-            found.append(Variant(row, label, key, {r["seed"]: r for r in records}, outcomes))
-    return tuple(found)
-
-
-def _settings(record: Record) -> list[str]:
-    """--set of a record, without what only says how it ran."""
-    return [a for a in record.get("set", []) if a.split("=")[0].strip() not in EXECUTION]
-
-
-@functools.lru_cache(maxsize=4096)
-def _key(assignments: tuple[str, ...], data_hash: str | None, recipe: str) -> str:
-    return baseline_key({"assignments": assignments, "data_hash": data_hash}, recipe)
-
-
-def _matters(record: Record, recipe: str, assignment: str) -> bool:
-    """Whether the baseline would be another one without this assignment."""
-    all_of_them = tuple(record.get("assignments", []))
-    rest = tuple(a for a in all_of_them if a != assignment)
-    data = record.get("data_hash")
-    return _key(all_of_them, data, recipe) != _key(rest, data, recipe)
-
-
-def _condition(members: list[Record], recipe: str) -> str:
-    """What was set, as far as the baseline depends on it."""
-    told = dict.fromkeys(
-        assignment
-        for record in members
-        for assignment in _settings(record)
-        if _matters(record, recipe, assignment)
-    )
-    return ", ".join(told)
-
-
-def _told_apart(groups: list[Group]) -> list[Group]:
-    """Groups of one data set whose conditions read the same get a number: settings that are not
-    in --set (the study's own) have changed between them."""
-    seen: dict[tuple[str, str], int] = {}
-    result = []
-    for group in groups:
-        place = (group.data, group.condition)
-        seen[place] = seen.get(place, 0) + 1
-        number_of = seen[place]
-        told = f"{group.condition or 'study settings'} ({number_of})"
-        condition = group.condition if number_of == 1 else told
-        result.append(Group(group.data, condition, group.baseline, group.variants))
-    return result

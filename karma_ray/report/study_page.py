@@ -12,7 +12,8 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from karma_ray.artifacts import value_hash
-from karma_ray.report.comparison import Group, grouped
+from karma_ray.report.comparison import Group
+from karma_ray.report.grouping import grouped
 from karma_ray.report.overview import gains, overview, picture
 from karma_ray.report.paper import TABLES
 from karma_ray.report.results import read_records

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from karma_ray.report.comparison import SEARCHED, Group, difference, grouped
+from karma_ray.report.comparison import Group, difference
 from karma_ray.report.curves import at_seconds, common_seconds, late_gain
+from karma_ray.report.grouping import SEARCHED, grouped
 from karma_ray.report.paper import TABLES
 from karma_ray.report.results import read_records
 from tests.report.study_records import NUM_CLICKS, outcomes, write_record
@@ -107,6 +108,27 @@ def test_what_is_not_trained_stands_for_every_seed(tmp_path: Path) -> None:
     assert found is not None and found.seeds == pytest.approx((-40.0, -60.0))
     assert found.bootstrap is not None and found.bootstrap.difference == pytest.approx(-50.0)
     assert difference(sasrec, group.baseline, "HR@50") is None  # another seed is another run
+
+
+def test_what_is_not_trained_is_beside_the_rows_of_every_condition(tmp_path: Path) -> None:
+    """But not beside rows that are measured otherwise, nor twice."""
+    steps, measured = "training.steps=70", "evaluation.js_mode=pooled"
+    write_record(tmp_path, "affinity", 0, outcomes(1))
+    write_record(tmp_path, "karma_text", 0, outcomes(2))
+    write_record(tmp_path, "karma_text", 0, outcomes(3), steps)
+    write_record(tmp_path, "sasrec", 0, outcomes(3))
+    write_record(tmp_path, "karma_text", 0, outcomes(3), measured)
+    found = {group.condition: group for group in groups(tmp_path, "baselines")}
+    assert set(found) == {"", steps, measured}
+    rows = {condition: [v.row.name for v in group.variants] for condition, group in found.items()}
+    assert rows[""] == ["affinity", "sasrec", "karma_text"]
+    assert rows[steps] == ["affinity", "karma_text"]
+    assert rows[measured] == ["karma_text"]
+    group = found[steps]
+    affinity = group.find("affinity")
+    assert affinity is not None and group.baseline is not None
+    delta = difference(affinity, group.baseline, "HR@50")
+    assert delta is not None and delta.mean == pytest.approx(-40.0)
 
 
 def test_records_without_values_per_example_have_no_interval(tmp_path: Path) -> None:
