@@ -108,7 +108,8 @@ def train_run(
     if init := noted_parent(folder, parent):
         parents["init"] = init
     write_json(to_dict(config), folder.config)
-    write_json(_data_facts(source), folder.path("data.json"))
+    facts = _data_facts(source)
+    write_json(facts, folder.path("data.json"))
     stage = None
     if config.recipe in recipes.TRAINED:
         found = noted_stage(folder, config, source.items_uri) if resume else None
@@ -116,8 +117,7 @@ def train_run(
         note_start(folder, stage, init)
         if not over_ids(config):
             lengths = stage.text_lengths()
-            facts = _data_facts(source) | {"item_texts": asdict(lengths)}
-            write_json(facts, folder.path("data.json"))
+            write_json(facts | {"item_texts": asdict(lengths)}, folder.path("data.json"))
             if warning := lengths.warning():
                 LOG.warning(warning)
         stage = _train(stage, source, run, on_validate, resume)

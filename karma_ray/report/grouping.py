@@ -57,16 +57,17 @@ def grouped(records: Iterable[Record], results: Path, table: Table) -> list[Grou
 def _counted(records: list[Record], members: list[Record], rows: Mapping[str, Row]) -> list[Record]:
     """Records of rows that train nothing, made under other settings, which would be the same run
     under those of `members`."""
-    there = {record["row"] for record in members}
+    there, first = {record["row"] for record in members}, members[0]
+    made_under = tuple(first.get("assignments", [])), first.get("data_hash")
     wanted = {
-        name: baseline_key(members[0], row.built_from)
+        name: _key(*made_under, row.built_from)
         for name, row in rows.items()
         if row.built_from not in recipes.TRAINED and name not in there
     }
     return [
         record
         for record in records
-        if record["data"] == members[0]["data"]
+        if record["data"] == first["data"]
         and record.get("row") in wanted
         and record_key(record) == wanted[record["row"]]
     ]
