@@ -19,8 +19,8 @@ NULLS = {
 GAINS = ("HR@10", "HR@50", "HR@200", "gAUC", "cold/HR@50")
 AIMS = ("HR@50", "HR@200", "cold/HR@50", "gAUC")
 """Where KARMA should be first of all rankers."""
-OURS = "karma_text"
-_NOT_RIVALS = (*recipes.CEILINGS, "action_only", OURS)
+OURS = ("karma_text", "karma_infonce")
+_NOT_RIVALS = (*recipes.CEILINGS, "action_only", *OURS)
 
 
 @dataclass(frozen=True)
@@ -101,20 +101,19 @@ def _beyond(variant: Variant, group: Group) -> str:
 def _rivals(groups: Sequence[Group]) -> Section:
     rows = []
     for group in groups:
-        ours = group.find(OURS)
         rivals = [v for v in group.variants if v.row.name not in _NOT_RIVALS]
-        if ours is None or not rivals:
-            continue
         trained = [v.row.title for v in rivals if not v.is_counted]
-        cells = [_beside(ours, _best(rivals, metric), metric) for metric in AIMS]
-        rows.append((
-            group.name, str(len(ours.records)), *cells, ", ".join(trained) or "none"
-        ))  # fmt: skip
+        for ours in (found for name in OURS if rivals and (found := group.find(name)) is not None):
+            cells = [_beside(ours, _best(rivals, metric), metric) for metric in AIMS]
+            rows.append((
+                group.name, ours.label, str(len(ours.records)), *cells,
+                ", ".join(trained) or "none",
+            ))  # fmt: skip
     note = (
-        "`karma_text`, then its margin to the best rival in that metric, picked on the test split "
+        "Each row, then its margin to the best rival in that metric, picked on the test split "
         "in the rival's favour; * and (*) as above."
     )
-    header = ("data", "seeds", *AIMS, "trained rivals")
+    header = ("data", "row", "seeds", *AIMS, "trained rivals")
     return Section("KARMA against baselines", notes=(note,), header=header, rows=tuple(rows))
 
 

@@ -70,6 +70,8 @@ TABLES = {
             Row("frozen_encoder", "frozen text encoder, trained user decoder"),
             Row("action_only", "Pairwise CE, clicks alone"),
             Row("karma_text", "KARMA, text"),
+            Row("karma_infonce", "KARMA, text, over HLLM's loss", recipe="karma_text",
+                settings=("objective.action_loss=infonce", "model.score.kind=cos_learned")),
             *(Row(name, f"{name} (ceiling)") for name in recipes.CEILINGS),
         ),
     ),

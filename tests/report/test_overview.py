@@ -51,11 +51,15 @@ def test_karma_stands_beside_the_best_rival_of_each_metric(tmp_path: Path) -> No
         write_record(tmp_path, "oracle", seed, outcomes(5))  # a ceiling
         write_record(tmp_path, "sasrec", seed, outcomes(2, shift=seed))
     line = lines(tmp_path)[-1]
-    assert line[:2] == ["toy", "2"]
+    assert line[:3] == ["toy", "KARMA, text", "2"]
     # 60 against 40 and, where one user of 40 has lost two hits, 39
-    assert line[2] == "60.0 ± 0.0; +20.50 * to SASRec (ids)"
-    assert line[5] == "50.0 ± 0.0; +0.00 to popularity"
-    assert line[6] == "SASRec (ids)"
+    assert line[3] == "60.0 ± 0.0; +20.50 * to SASRec (ids)"
+    assert line[6] == "50.0 ± 0.0; +0.00 to popularity"
+    assert line[7] == "SASRec (ids)"
+    write_record(tmp_path, "karma_infonce", 0, outcomes(4))
+    before, infonce = lines(tmp_path)[-2:]
+    assert before == line  # and no rival of its own kind
+    assert infonce[1:3] == ["KARMA, text, over HLLM's loss", "1"]
 
 
 def test_a_null_of_one_seed_is_said_to_be_one(tmp_path: Path) -> None:
