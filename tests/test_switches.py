@@ -22,6 +22,7 @@ SEARCHED: dict[str, tuple[Any, ...]] = {
     "model.user_decoder.layout": ("interleaved", "items_only", "query_last"),
     "model.user_decoder.query_mode": ("embed_pool", "tokens", "encoder", "none"),
     "model.user_decoder.history_mean": (False, True),
+    "model.item_encoder.lexical": (0, 16),
     "objective.act_positions": ("all", "last"),
     "collate.num_decoded": (2, 1, 0),
     "model.score.kind": ("rms_dot", "dot", "cos_learned"),

@@ -159,6 +159,7 @@ def model(
     instruction: str = "",
     score: str = "rms_dot",
     history_mean: bool = False,
+    lexical: int = 0,
     lm_head: Tensor | None = None,
     decodes: bool = True,
     seed: int = 0,
@@ -167,7 +168,11 @@ def model(
     """A whole model whose parts all differ, so that a mix-up would show."""
     config = ModelConfig(
         tiny=BODY,
-        item_encoder=ItemEncoderConfig(pool=pool, instruction=instruction),  # type: ignore[arg-type]
+        item_encoder=ItemEncoderConfig(
+            pool=pool,  # type: ignore[arg-type]
+            instruction=instruction,
+            lexical=lexical,
+        ),
         user_decoder=UserDecoderConfig(
             layout=layout,
             query_mode=query_mode,

@@ -12,6 +12,7 @@ SPACE = {
     "model.user_decoder.query_mode": tune.choice(["embed_pool", "encoder", "none"]),
     "model.user_decoder.history_mean": tune.choice([False, True]),
     "model.item_encoder.pool": tune.choice(["eos", "emb_token", "mean"]),
+    "model.item_encoder.lexical": tune.choice([0, 16]),
     "model.score.kind": tune.choice(["rms_dot", "dot", "cos_learned"]),
     "model.decodability.recon_cond": tune.choice(["eq7", "fig1"]),
     "model.decodability.recon_decoder": tune.choice(["shared", "separate", "light:1", "frozen"]),

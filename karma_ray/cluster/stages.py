@@ -43,6 +43,8 @@ STAGE_VERSION = 2
 
 NUM_WHITENED = 2048
 """Items that the initial whitening of the item embeddings is fitted on."""
+NUM_COUNTED = 200_000
+"""Items that the words of the item embeddings are counted in."""
 
 
 def is_tiny(config: Config) -> bool:
@@ -200,11 +202,15 @@ class Stage:
     def _whiten(self, interest: InterestModel) -> None:
         collator = self.collator()
         tokens, lengths = collator.catalog_tokens()
-        rows = np.random.default_rng(self.config.seed).permutation(len(tokens))[:NUM_WHITENED]
+        drawn = np.random.default_rng(self.config.seed).permutation(len(tokens))
+        rows = drawn[:NUM_WHITENED]
         sample = torch.from_numpy(tokens[rows].astype(np.int64))
         interest.item_encoder.whiten(
             sample, torch.from_numpy(lengths[rows]), torch.from_numpy(rows)
         )
+        if interest.item_encoder.config.lexical:
+            rows = np.sort(drawn[:NUM_COUNTED])
+            interest.item_encoder.words.fit(tokens[rows], lengths[rows])
 
     def _whole(self) -> KarmaModel:
         """From the checkpoints, without private decoders."""

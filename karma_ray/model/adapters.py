@@ -21,7 +21,7 @@ def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
 
 
 class SoftToken(nn.Module):
-    """Vectors [N, D] -> soft tokens [N, D] at the scale of the LLM's input-embedding rows.
+    """Vectors [N, width] -> soft tokens [N, D] at the scale of the LLM's input-embedding rows.
 
     RMSNorm (projector only) -> Linear -> GELU -> Linear (xRAG's projector); the match of scale
     is METHOD 1.3's choice, since continuous tokens lie off the manifold of embedding rows.
@@ -32,13 +32,14 @@ class SoftToken(nn.Module):
     def __init__(self, width: int, embedding_rows: Tensor, *, normalize: bool) -> None:
         super().__init__()
         self.normalize = normalize
-        self.inner = nn.Linear(width, width)
-        self.outer = nn.Linear(width, width)
+        own = embedding_rows.shape[1]
+        self.inner = nn.Linear(width, own)
+        self.outer = nn.Linear(own, own)
         scale = embedding_rows.detach().float().pow(2).mean().sqrt()
         self.register_buffer("scale", scale.clone())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [N, D] -> [N, D]."""
+        """Map [N, width] -> [N, D]."""
         # Without a norm the input is brought to unit scale by a constant: at an embedding row's
         # own scale (0.02 to 0.05) the first layer's bias would drown it.
         hidden = rms_normalize(x) if self.normalize else x / self.scale

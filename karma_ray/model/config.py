@@ -40,6 +40,9 @@ class ItemEncoderConfig:
     """Last hidden state of the end token, of a learned [ITEM] vector, or the mean of all."""
     instruction: str = ""
     """Text put before every item's text."""
+    lexical: int = 0
+    """Further dimensions of e that hold the item's words, counted and not learned, and of h those
+    of the history; for few clicks, which teach an encoder to forget the person."""
     modality: Literal["text", "multimodal"] = "text"
     """What of an item is read: its text, or its image and text (`checkpoint`: a Qwen3-VL)."""
     vision: Literal["full", "frozen"] = "full"

@@ -39,7 +39,7 @@ class InterestModel(RecallModel):
     ) -> None:  # fmt: skip
         super().__init__()
         self.config = config
-        width = hidden_size(user_body)
+        width, lexical = hidden_size(user_body), config.item_encoder.lexical
         prompt = tokenizer([config.user_decoder.prompt], add_special_tokens=False)["input_ids"][0]
         words = config.item_encoder.instruction
         instruction = tokenizer([words], add_special_tokens=False)["input_ids"][0] if words else []
@@ -49,8 +49,8 @@ class InterestModel(RecallModel):
             self.item_encoder = ItemEncoder(
                 item_body, config.item_encoder, width, instruction, seed
             )
-            self.user_decoder = UserDecoder(user_body, config.user_decoder, prompt)
-            self.score = Score(config.score, width)
+            self.user_decoder = UserDecoder(user_body, config.user_decoder, prompt, lexical)
+            self.score = Score(config.score, width + lexical)
         self.generate_with(config.generator, seed)
 
     @classmethod
@@ -67,8 +67,8 @@ class InterestModel(RecallModel):
 
     @property
     def width(self) -> int:
-        """D."""
-        return hidden_size(self.user_decoder.body)
+        """D: the decoder's, and the lexical dimensions."""
+        return hidden_size(self.user_decoder.body) + self.config.item_encoder.lexical
 
     def generate_with(self, config: GeneratorConfig, seed: int) -> None:
         """Search with what a new generator makes of h; `kind=none`: with h itself."""

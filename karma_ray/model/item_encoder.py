@@ -10,14 +10,19 @@ from torch import Tensor, nn
 
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import PixelTable, catalog_pixels
+from karma_ray.errors import InputError
 from karma_ray.model.adapters import rms_normalize
 from karma_ray.model.backbone import hidden_size, run_body, token_embeddings
 from karma_ray.model.config import ItemEncoderConfig
+from karma_ray.model.lexical import FIELD, LexicalBlock
 from karma_ray.model.sight import NO_PICTURE, SeenRows, check_size, insert_pictures
 
 
 class ItemEncoder(nn.Module):
-    """Backbone, pooling and W_e: e = RMSNorm(W_e (e_raw - mean)), METHOD 1.2; see `whiten`."""
+    """Backbone, pooling and W_e: e = RMSNorm(W_e (e_raw - mean)), METHOD 1.2; see `whiten`.
+
+    Under `lexical` the item's words follow as further dimensions: see LexicalBlock.
+    """
 
     instruction: Tensor
     mean: Tensor
@@ -37,12 +42,16 @@ class ItemEncoder(nn.Module):
             check_size(body, config.image_size)
         generator = torch.Generator().manual_seed(seed)
         raw = hidden_size(body)
+        if config.lexical < 0:
+            raise InputError(FIELD, config.lexical, "must be at least 0")
         self.output = nn.Linear(raw, width, bias=False)
         nn.init.orthogonal_(self.output.weight, generator=generator)
         self.register_buffer("mean", torch.zeros(raw))
         if config.pool == "emb_token":
             self.item_token = nn.Parameter(0.02 * torch.randn(raw, generator=generator))
         self.register_buffer("instruction", torch.tensor(instruction, dtype=torch.long))
+        if config.lexical:
+            self.words = LexicalBlock(len(token_embeddings(body)), config.lexical, width)
 
     def look_at(self, catalog: Catalog, data_uri: str) -> None:
         """Take the pictures of a data folder's items; nothing to do for an encoder of text."""
@@ -55,7 +64,10 @@ class ItemEncoder(nn.Module):
         `rows` [U] are catalogue rows, whose pictures a multimodal encoder reads; it must be told
         NO_PICTURE (-1) of a query.
         """
-        return rms_normalize(self.output(self.pooled(tokens, lengths, rows) - self.mean))
+        learned = rms_normalize(self.output(self.pooled(tokens, lengths, rows) - self.mean))
+        if not self.config.lexical:
+            return learned
+        return torch.cat([learned, self.words(tokens, lengths)], 1)
 
     @torch.no_grad()
     def whiten(

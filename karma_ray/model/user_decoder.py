@@ -17,6 +17,7 @@ from karma_ray.model.adapters import SoftToken, rms_normalize
 from karma_ray.model.backbone import hidden_size, run_body, token_embeddings
 from karma_ray.model.config import UserDecoderConfig
 from karma_ray.model.layout import Layout, build_layout, num_query_slots, other_group_steps
+from karma_ray.model.lexical import length_ratio
 
 SMALL = 0.1
 """Scale of W_h beside a mean of the history, at first."""
@@ -29,14 +30,23 @@ class Prefix:
     embeddings: Tensor  # [B, S, D]
     layout: Layout
     history: Tensor | None = None  # [B, T, D] what h starts from, if not from nothing
+    words: Tensor | None = None  # [B, T, K] the history's, if h holds words
 
 
 class UserDecoder(nn.Module):
-    """Backbone, prompt, projector P, query embedding and the read-out W_h."""
+    """Backbone, prompt, projector P, query embedding and the read-out W_h.
+
+    Where items hold words (LexicalBlock), h = norm([norm(W_h s) ; w m]) with m their mean over the
+    history, as long as the rest, and w one learned number. A layer from s into the words was
+    tried: it learns the training clicks by heart (docs/log.md).
+    """
 
     prompt: Tensor
 
-    def __init__(self, body: nn.Module, config: UserDecoderConfig, prompt: list[int]) -> None:
+    def __init__(
+        self, body: nn.Module, config: UserDecoderConfig, prompt: list[int], lexical: int = 0
+    ) -> None:
+        """`lexical` dimensions of h and e lie beyond the decoder's own, which hold words."""
         super().__init__()
         if config.query_mode == "tokens" and config.layout != "query_last":
             raise InputError(
@@ -49,7 +59,7 @@ class UserDecoder(nn.Module):
         self.config, self.body = config, body
         width = hidden_size(body)
         rows = token_embeddings(body)
-        self.projector = SoftToken(width, rows, normalize=True)
+        self.projector = SoftToken(width + lexical, rows, normalize=True)
         if config.query_mode == "embed_pool":
             self.query_embedding = SoftToken(width, rows, normalize=False)
         self.no_query = nn.Parameter(rows.detach().mean(0).clone())
@@ -59,6 +69,9 @@ class UserDecoder(nn.Module):
             self.history_weight = nn.Parameter(torch.ones(()))
             with torch.no_grad():  # h is at first the history, where there is one
                 self.readout.weight.mul_(SMALL)
+        if lexical:
+            self.lexical_weight = nn.Parameter(torch.ones(()))
+            self.lexical_scale = length_ratio(width, lexical)
         self.register_buffer("prompt", torch.tensor(prompt, dtype=torch.long))
 
     def prefix(self, batch: Batch, items: Tensor, queries: Tensor | None) -> Prefix:
@@ -79,8 +92,10 @@ class UserDecoder(nn.Module):
         soft_items = self.projector(items)[batch.item_index][:, :, None]  # [B, T, 1, D]
         blocks = torch.cat([query_tokens[batch.query_index], soft_items], 2)  # [B, T, W + 1, D]
         prompt = token_embeddings(self.body)[self.prompt].expand(batch.num_windows, -1, -1)
-        history = history_means(batch, items) if self.config.history_mean else None
-        return Prefix(torch.cat([prompt, blocks.flatten(1, 2)], 1), layout, history)
+        width = prompt.shape[-1]
+        history = history_means(batch, items[:, :width]) if self.config.history_mean else None
+        words = history_means(batch, items[:, width:]) if items.shape[1] > width else None
+        return Prefix(torch.cat([prompt, blocks.flatten(1, 2)], 1), layout, history, words)
 
     def run(self, prefix: Prefix) -> Tensor:
         """Last hidden states [B, S, D]."""
@@ -95,7 +110,11 @@ class UserDecoder(nn.Module):
         read = self.readout(states.gather(1, index))
         if prefix.history is not None:
             read = read + self.history_weight * prefix.history
-        return rms_normalize(read)
+        h = rms_normalize(read)
+        if prefix.words is None:
+            return h
+        words = self.lexical_weight * self.lexical_scale * prefix.words
+        return rms_normalize(torch.cat([h, words], -1))
 
     def _queries(self, batch: Batch, encoded: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
         """Soft tokens [V, W, D] of the unique queries, and how many slots each uses [V]."""

@@ -43,6 +43,7 @@ TEXT = (
     Switch("model.user_decoder.query_mode", ("tokens",), _QUERY_LAST),
     Switch("model.user_decoder.history_mean", ("true",)),
     Switch("model.item_encoder.pool", ("emb_token", "mean")),
+    Switch("model.item_encoder.lexical", ("16",)),
     Switch("model.score.kind", ("dot", "cos_learned")),
     Switch("model.decodability.recon_cond", ("fig1",)),
     Switch("model.decodability.recon_decoder", ("separate", "light:1", "frozen")),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karma_ray.data.batch import Batch
+from karma_ray.model.backbone import hidden_size
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import rank_of
 from karma_ray.training.action import trained_steps
@@ -151,7 +152,7 @@ def joint_flops(
     work = Work.of(model, batch, positions=positions, own=own, pool=pool)
     config = model.interest.config.user_decoder
     body = model.interest.user_decoder.body
-    width = model.interest.width
+    width = hidden_size(body)
     square = 6.0 * width * width  # a D x D layer on one vector, forward and backward
     total = _encoding(model, work, encoder, with_queries=config.query_mode == "encoder")
     tokens = work.tokens + generation * work.text_tokens
@@ -165,7 +166,7 @@ def joint_flops(
         total += _rows(model, work, square)
     # Items of a frozen encoder need no gradient.
     factor = 3 if encoder == "full" else 2
-    return total + factor * 2.0 * width * (work.trained * work.pool + work.hard)
+    return total + factor * 2.0 * model.interest.width * (work.trained * work.pool + work.hard)
 
 
 def _encoding(model: KarmaModel, work: Work, encoder: str, *, with_queries: bool) -> float:

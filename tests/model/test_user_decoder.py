@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -107,9 +108,14 @@ def test_the_mean_is_of_earlier_items_outside_the_page() -> None:
             torch.testing.assert_close(found[b, t], mean / scale, atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.parametrize("start", [{"history_mean": True}, {"lexical": 6}])
 @pytest.mark.parametrize(("layout", "query_mode"), tiny.VARIANTS)
-def test_neither_the_future_nor_the_page_is_in_h(layout: str, query_mode: str) -> None:
-    model, batch = tiny.model(layout, query_mode, history_mean=True).interest, tiny.batch()
+def test_neither_the_future_nor_the_page_is_in_h(
+    layout: str, query_mode: str, start: dict[str, Any]
+) -> None:
+    model, batch = tiny.model(layout, query_mode, **start).interest, tiny.batch()
+    if "lexical" in start:
+        model.item_encoder.words.fit(*tiny.item_tokens())
     items = model.encode_items(batch.item_tokens, batch.item_lengths).detach()
     changed = torch.randn(items.shape, generator=torch.Generator().manual_seed(1))
     before, other = model.interest(batch, items), torch.cat([items, changed])

@@ -1,0 +1,82 @@
+"""The words of an item as further dimensions of e: counted, not learned.
+
+A small encoder taught by clicks keeps of an item what queries ask for and drops the rest, with it
+what a person likes (docs/log.md). These dimensions stand still: e = [learned ; words] is still one
+vector with one inner product (dense and lexical in one: Lin and Lin, 2206.09912). Not in the paper.
+
+Legend: U items, L tokens, V vocabulary, K lexical dimensions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import scipy.sparse as sp
+import torch
+from scipy.sparse.linalg import svds
+from torch import Tensor, nn
+from torch.nn import functional
+
+from karma_ray.errors import InputError
+from karma_ray.model.adapters import rms_normalize
+
+FIELD = "model.item_encoder.lexical"
+
+
+class LexicalBlock(nn.Module):
+    """Latent semantic analysis (Deerwester et al., 1990) of the tokens that the encoder reads.
+
+    Its length is that of the learned part, `width` dimensions of scale 1, whatever its own size.
+    """
+
+    weight: Tensor
+    mean: Tensor
+
+    def __init__(self, num_words: int, size: int, width: int) -> None:
+        super().__init__()
+        self.scale = length_ratio(width, size)
+        self.register_buffer("weight", torch.zeros(num_words, size))
+        self.register_buffer("mean", torch.zeros(size))
+
+    def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Right-padded tokens [U, L], lengths [U] -> [U, K]; 0 where no word counts."""
+        real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
+        summed = functional.embedding_bag(
+            tokens, self.weight, mode="sum", per_sample_weights=real.to(self.weight.dtype)
+        )
+        return rms_normalize(summed - self.mean) * self.scale
+
+    @torch.no_grad()
+    def fit(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
+        """Fit to a catalogue's tokens [I, L], lengths [I].
+
+        A word weighs the root of its inverse document frequency, so that it weighs the whole of it
+        in the product of two items. Raises InputError when there are too few items or words.
+        """
+        counts = _counts(tokens, lengths, len(self.weight))
+        frequency = np.asarray((counts > 0).sum(0)).ravel()
+        idf = np.log(counts.shape[0] / np.maximum(frequency, 1))
+        size, num_items, num_words = self.weight.shape[1], len(tokens), int((frequency > 0).sum())
+        most = min(num_items, num_words) - 1
+        if size > most:
+            message = f"must be at most {most}: there are {num_items} items of {num_words} words"
+            raise InputError(FIELD, size, message)
+        weights = sp.diags(np.sqrt(idf))
+        start = np.ones(min(counts.shape))  # or every fit would be another rotation
+        _, strengths, axes = svds(counts @ weights, k=size, v0=start)
+        projection = np.asarray(weights @ axes[np.argsort(-strengths)].T)  # [V, K]
+        self.weight.copy_(torch.from_numpy(projection))
+        self.mean.copy_(torch.from_numpy(np.asarray(counts @ projection).mean(0)))
+
+
+def length_ratio(width: int, size: int) -> float:
+    """Scale at which `size` dimensions are as long as `width` of scale 1."""
+    return math.sqrt(width / size)
+
+
+def _counts(tokens: np.ndarray, lengths: np.ndarray, num_words: int) -> sp.csr_matrix:  # [I, V]
+    real = np.arange(tokens.shape[1]) < lengths[:, None]
+    rows = np.repeat(np.arange(len(tokens)), real.sum(1))
+    ones = np.ones(len(rows))
+    return sp.csr_matrix((ones, (rows, tokens[real])), shape=(len(tokens), num_words))
