@@ -130,7 +130,7 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
         )
         raise InputError("model.decodability.recon_text", "shuffled", message)
     training.check()
-    config.model.generator.check()
+    config.model.check()
     if builds_image(config.objective):
         config.model.imagery.check()
     parse_rank(config.model.peft)

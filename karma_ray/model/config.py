@@ -51,6 +51,11 @@ class ItemEncoderConfig:
     """Pixels of a side of the pictures read: a multiple of patch * merge, 32 for Qwen3-VL, each of
     which gives (image_size / 32)^2 tokens."""
 
+    def check(self) -> None:
+        """Raise InputError on numbers that mean nothing."""
+        if self.lexical < 0:
+            raise InputError("model.item_encoder.lexical", self.lexical, "must be at least 0")
+
 
 @dataclass(frozen=True)
 class UserDecoderConfig:
@@ -217,3 +222,8 @@ class ModelConfig:
     peft: str = "full"
     """`full`: every weight learns; `lora:R`: rank-R adapters on both backbones (2106.09685), at
     `training.new_module_lr` times the learning rate."""
+
+    def check(self) -> None:
+        """Raise InputError on numbers that mean nothing, but for `imagery`'s: it may be unused."""
+        self.item_encoder.check()
+        self.generator.check()

@@ -10,11 +10,10 @@ from torch import Tensor, nn
 
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import PixelTable, catalog_pixels
-from karma_ray.errors import InputError
 from karma_ray.model.adapters import rms_normalize
 from karma_ray.model.backbone import hidden_size, run_body, token_embeddings
 from karma_ray.model.config import ItemEncoderConfig
-from karma_ray.model.lexical import FIELD, LexicalBlock
+from karma_ray.model.lexical import LexicalBlock
 from karma_ray.model.sight import NO_PICTURE, SeenRows, check_size, insert_pictures
 
 
@@ -36,14 +35,13 @@ class ItemEncoder(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
+        config.check()
         self.config, self.body = config, body
         self.pictures: PixelTable | None = None  # no part of the weights
         if config.modality == "multimodal":
             check_size(body, config.image_size)
         generator = torch.Generator().manual_seed(seed)
         raw = hidden_size(body)
-        if config.lexical < 0:
-            raise InputError(FIELD, config.lexical, "must be at least 0")
         self.output = nn.Linear(raw, width, bias=False)
         nn.init.orthogonal_(self.output.weight, generator=generator)
         self.register_buffer("mean", torch.zeros(raw))

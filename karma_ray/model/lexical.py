@@ -21,8 +21,6 @@ from torch.nn import functional
 from karma_ray.errors import InputError
 from karma_ray.model.adapters import rms_normalize
 
-FIELD = "model.item_encoder.lexical"
-
 
 class LexicalBlock(nn.Module):
     """Latent semantic analysis (Deerwester et al., 1990) of the tokens that the encoder reads.
@@ -61,7 +59,7 @@ class LexicalBlock(nn.Module):
         most = min(num_items, num_words) - 1
         if size > most:
             message = f"must be at most {most}: there are {num_items} items of {num_words} words"
-            raise InputError(FIELD, size, message)
+            raise InputError("model.item_encoder.lexical", size, message)
         weights = sp.diags(np.sqrt(idf))
         start = np.ones(min(counts.shape))  # or every fit would be another rotation
         _, strengths, axes = svds(counts @ weights, k=size, v0=start)
