@@ -21,7 +21,6 @@ DOC = (ROOT / "docs" / "switches.md").read_text()
 SEARCHED: dict[str, tuple[Any, ...]] = {
     "model.user_decoder.layout": ("interleaved", "items_only", "query_last"),
     "model.user_decoder.query_mode": ("embed_pool", "tokens", "encoder", "none"),
-    "model.user_decoder.history_mean": (False, True),
     "model.item_encoder.lexical": (0, 16),
     "objective.act_positions": ("all", "last"),
     "collate.num_decoded": (2, 1, 0),

@@ -158,7 +158,6 @@ def model(
     pool: str = "eos",
     instruction: str = "",
     score: str = "rms_dot",
-    history_mean: bool = False,
     lexical: int = 0,
     lm_head: Tensor | None = None,
     decodes: bool = True,
@@ -176,7 +175,6 @@ def model(
         user_decoder=UserDecoderConfig(
             layout=layout,
             query_mode=query_mode,
-            history_mean=history_mean,  # type: ignore[arg-type]
         ),
         score=ScoreConfig(kind=score),  # type: ignore[arg-type]
         decodability=DecodabilityConfig(**{"max_target_tokens": 8, **decodability}),

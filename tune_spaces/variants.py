@@ -10,7 +10,6 @@ from ray import tune
 SPACE = {
     "model.user_decoder.layout": tune.choice(["interleaved", "items_only", "query_last"]),
     "model.user_decoder.query_mode": tune.choice(["embed_pool", "encoder", "none"]),
-    "model.user_decoder.history_mean": tune.choice([False, True]),
     "model.item_encoder.pool": tune.choice(["eos", "emb_token", "mean"]),
     "model.item_encoder.lexical": tune.choice([0, 16]),
     "model.score.kind": tune.choice(["rms_dot", "dot", "cos_learned"]),

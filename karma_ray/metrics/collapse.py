@@ -47,6 +47,15 @@ def mean_cosine(vectors: Tensor) -> float:  # [n, d] -> scalar
     return float((unit.sum(dim=0).square().sum() - own) / (count * (count - 1)))
 
 
+def spread(items: Tensor, interest: Tensor) -> dict[str, float]:  # e [U, d], h [n, d]
+    """Effective rank and mean cosine of e and of h, as a report names them."""
+    return {
+        f"collapse/{name}_{side}": probe(vectors)
+        for name, probe in (("effective_rank", effective_rank), ("mean_cosine", mean_cosine))
+        for side, vectors in (("e", items), ("h", interest))
+    }
+
+
 def linear_cka(left: Tensor, right: Tensor) -> float:  # [n, d1], [n, d2] -> scalar
     """|Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F), columns centred (Kornblith et al. 2019).
 

@@ -69,9 +69,6 @@ class UserDecoderConfig:
     """How a query becomes soft tokens; `tokens` needs layout query_last."""
     prompt: str = "user history:"
     """Task prompt in front of the history."""
-    history_mean: bool = False
-    """Whether h starts from the mean of the history's item embeddings, which the decoder then
-    corrects: h = norm(W_h s + g m), g learned. A decoder from scratch has to learn that copy."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,12 @@ class InterestModel(RecallModel):
     @property
     def width(self) -> int:
         """D: the decoder's, and the lexical dimensions."""
-        return hidden_size(self.user_decoder.body) + self.config.item_encoder.lexical
+        return self.learned_width + self.config.item_encoder.lexical
+
+    @property
+    def learned_width(self) -> int:
+        """The decoder's dimensions."""
+        return hidden_size(self.user_decoder.body)
 
     def generate_with(self, config: GeneratorConfig, seed: int) -> None:
         """Search with what a new generator makes of h; `kind=none`: with h itself."""

@@ -31,6 +31,11 @@ class RecallModel(nn.Module, ABC):
     def width(self) -> int:
         """D."""
 
+    @property
+    def learned_width(self) -> int:
+        """How many of the D dimensions, from the first, are learned: these can collapse."""
+        return self.width
+
     @abstractmethod
     def look_at(self, catalog: Catalog, data_uri: str) -> None:
         """Take what is needed of a data folder's catalogue besides tokens, before items of it are

@@ -19,9 +19,6 @@ from karma_ray.model.config import UserDecoderConfig
 from karma_ray.model.layout import Layout, build_layout, num_query_slots, other_group_steps
 from karma_ray.model.lexical import length_ratio
 
-SMALL = 0.1
-"""Scale of W_h beside a mean of the history, at first."""
-
 
 @dataclass(frozen=True)
 class Prefix:
@@ -29,7 +26,6 @@ class Prefix:
 
     embeddings: Tensor  # [B, S, D]
     layout: Layout
-    history: Tensor | None = None  # [B, T, D] what h starts from, if not from nothing
     words: Tensor | None = None  # [B, T, K] the history's, if h holds words
 
 
@@ -65,10 +61,6 @@ class UserDecoder(nn.Module):
         self.no_query = nn.Parameter(rows.detach().mean(0).clone())
         self.readout = nn.Linear(width, width, bias=False)
         nn.init.eye_(self.readout.weight)
-        if config.history_mean:
-            self.history_weight = nn.Parameter(torch.ones(()))
-            with torch.no_grad():  # h is at first the history, where there is one
-                self.readout.weight.mul_(SMALL)
         if lexical:
             self.lexical_weight = nn.Parameter(torch.ones(()))
             self.lexical_scale = length_ratio(width, lexical)
@@ -92,10 +84,10 @@ class UserDecoder(nn.Module):
         soft_items = self.projector(items)[batch.item_index][:, :, None]  # [B, T, 1, D]
         blocks = torch.cat([query_tokens[batch.query_index], soft_items], 2)  # [B, T, W + 1, D]
         prompt = token_embeddings(self.body)[self.prompt].expand(batch.num_windows, -1, -1)
-        width = prompt.shape[-1]
-        history = history_means(batch, items[:, :width]) if self.config.history_mean else None
-        words = history_means(batch, items[:, width:]) if items.shape[1] > width else None
-        return Prefix(torch.cat([prompt, blocks.flatten(1, 2)], 1), layout, history, words)
+        words, width = None, prompt.shape[-1]
+        if items.shape[1] > width:
+            words = history_means(batch, items[:, width:])
+        return Prefix(torch.cat([prompt, blocks.flatten(1, 2)], 1), layout, words)
 
     def run(self, prefix: Prefix) -> Tensor:
         """Last hidden states [B, S, D]."""
@@ -107,10 +99,7 @@ class UserDecoder(nn.Module):
     def interest(self, states: Tensor, prefix: Prefix) -> Tensor:
         """h [B, T, D] read from states [B, >= S, D] of a prefix."""
         index = prefix.layout.readout[..., None].expand(-1, -1, states.shape[-1])
-        read = self.readout(states.gather(1, index))
-        if prefix.history is not None:
-            read = read + self.history_weight * prefix.history
-        h = rms_normalize(read)
+        h = rms_normalize(self.readout(states.gather(1, index)))
         if prefix.words is None:
             return h
         words = self.lexical_weight * self.lexical_scale * prefix.words

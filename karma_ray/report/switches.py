@@ -41,7 +41,6 @@ TEXT = (
     Switch("model.user_decoder.layout", ("items_only", "query_last")),
     Switch("model.user_decoder.query_mode", ("encoder", "none")),
     Switch("model.user_decoder.query_mode", ("tokens",), _QUERY_LAST),
-    Switch("model.user_decoder.history_mean", ("true",)),
     Switch("model.item_encoder.pool", ("emb_token", "mean")),
     Switch("model.item_encoder.lexical", ("16",)),
     Switch("model.score.kind", ("dot", "cos_learned")),

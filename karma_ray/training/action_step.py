@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from karma_ray.baselines.sequential import IdModel
 from karma_ray.data.batch import Batch
-from karma_ray.metrics.collapse import effective_rank, mean_cosine
+from karma_ray.metrics.collapse import spread
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.training.action import Pool, action_term, trained_steps
 from karma_ray.training.item_table import SharedBatch, share_items
@@ -57,14 +57,8 @@ class ActionStep:
         """Effective rank and mean cosine of e and h; words cannot be decoded from ids."""
         assert isinstance(model, IdModel)
         shared = share_items(batch)
-        items = shared.encoded(model.interest.encode_items).float()
-        interest = model.interest.interest(shared.batch, items)[batch.loss_mask].float()
-        return {
-            "collapse/effective_rank_e": float(effective_rank(items)),
-            "collapse/effective_rank_h": float(effective_rank(interest)),
-            "collapse/mean_cosine_e": float(mean_cosine(items)),
-            "collapse/mean_cosine_h": float(mean_cosine(interest)),
-        }
+        items = shared.encoded(model.interest.encode_items)
+        return spread(items, model.interest.interest(shared.batch, items)[batch.loss_mask])
 
 
 def _work_done(model: IdModel, shared: SharedBatch, trained: float) -> dict[str, Tensor | float]:

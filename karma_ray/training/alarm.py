@@ -91,7 +91,7 @@ class Alarm:
         interest = getattr(model, "interest", None)
         if interest is None:
             return None
-        alarm = cls(int(interest.width), steps)
+        alarm = cls(int(interest.learned_width), steps)
         for line in lines:
             alarm(line)
         return alarm

@@ -98,8 +98,9 @@ def diagnose(
     )
     items = diagnose_items(model, specimens.items, wanted)
     metrics = items.metrics("collapse/")
-    metrics["collapse/effective_rank_e"] = effective_rank(vectors)
-    metrics["collapse/mean_cosine_e"] = mean_cosine(vectors)
+    learned = vectors[:, : model.interest.learned_width]
+    metrics["collapse/effective_rank_e"] = effective_rank(learned)
+    metrics["collapse/mean_cosine_e"] = mean_cosine(learned)
     probe = label_probe(vectors, sample.categories, sample.contents, specimens.seed)
     if probe is not None:
         metrics["collapse/category_accuracy"] = probe.accuracy

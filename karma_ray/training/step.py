@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from karma_ray.data.batch import Batch
-from karma_ray.metrics.collapse import effective_rank, mean_cosine
+from karma_ray.metrics.collapse import spread
 from karma_ray.model.backbone import run_body, token_embeddings
 from karma_ray.model.imagery import ImageTargets
 from karma_ray.model.karma import Decoded, KarmaModel
@@ -275,15 +275,12 @@ class JointStep:
             return decoded_losses(task, "token_mean")[decoded]
 
         own, shuffled = losses(rows), losses(other)
-        trained = interest[batch.loss_mask].float()
+        learned = model.interest.learned_width
         return {
             "decode_gap": float((shuffled - own).mean()),
             "decode_ce": float(own.mean()),
             **image_gap(model, batch, rows, other),
-            "collapse/effective_rank_e": float(effective_rank(items.float())),
-            "collapse/effective_rank_h": float(effective_rank(trained)),
-            "collapse/mean_cosine_e": float(mean_cosine(items.float())),
-            "collapse/mean_cosine_h": float(mean_cosine(trained)),
+            **spread(items[:, :learned], interest[batch.loss_mask][:, :learned]),
         }
 
 

@@ -41,8 +41,7 @@ def test_a_request_gives_the_h_of_its_step_in_training(
     _assert_served_as_trained(build(layout, query_mode).interest)
 
 
-def test_so_it_does_where_h_starts_from_the_history() -> None:
-    _assert_served_as_trained(tiny.model(history_mean=True).interest.eval())
+def test_so_it_does_where_items_hold_words() -> None:
     with_words = tiny.model(lexical=6).interest.eval()
     with_words.item_encoder.words.fit(*tiny.item_tokens())
     _assert_served_as_trained(with_words)

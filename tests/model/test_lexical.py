@@ -14,6 +14,9 @@ from karma_ray.model.backbone import build_tiny
 from karma_ray.model.config import UserDecoderConfig
 from karma_ray.model.lexical import LexicalBlock
 from karma_ray.model.user_decoder import UserDecoder
+from karma_ray.objectives.losses import ObjectiveConfig
+from karma_ray.training.alarm import Alarm
+from karma_ray.training.step import JointStep
 from tests import tiny
 
 SIZE = 6
@@ -140,6 +143,21 @@ def test_the_words_of_h_are_the_histories() -> None:
             assert not h[b, t, -SIZE:].any()
     learned = tiny.gradients(model, h[batch.step_mask].pow(3).sum())
     assert learned["user_decoder.lexical_weight"].abs() > 0
+
+
+def test_words_hide_no_collapse() -> None:
+    """The probes look at what can collapse: with all learned parts alike the rank is 1."""
+    karma = tiny.model(lexical=SIZE, lm_head=None)
+    interest = karma.interest
+    interest.item_encoder.words.fit(*tiny.item_tokens())
+    with torch.no_grad():
+        interest.item_encoder.output.weight.zero_()
+        interest.item_encoder.output.weight[0] = 1e-9
+        interest.item_encoder.mean.fill_(1.0)
+    assert interest.learned_width == interest.width - SIZE == 32
+    probed = JointStep(ObjectiveConfig()).probe(karma, tiny.batch())
+    assert probed["collapse/effective_rank_e"] < 1.5
+    assert Alarm.of(karma, 10, []).width == 32  # type: ignore[union-attr]
 
 
 def test_nobody_asks_for_words_in_a_model_without_them() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import torch
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import build_tiny
 from karma_ray.model.config import UserDecoderConfig
-from karma_ray.model.user_decoder import SMALL, UserDecoder, history_means
+from karma_ray.model.user_decoder import UserDecoder, history_means
 from tests import tiny
 
 
@@ -89,7 +88,7 @@ def test_only_the_query_embedding_of_the_mode_is_built() -> None:
         assert built == (mode == "embed_pool")
 
 
-# --- h that starts from the mean of the history ----------------------------------------------
+# --- the words of the history ----------------------------------------------------------------
 
 
 def test_the_mean_is_of_earlier_items_outside_the_page() -> None:
@@ -108,14 +107,10 @@ def test_the_mean_is_of_earlier_items_outside_the_page() -> None:
             torch.testing.assert_close(found[b, t], mean / scale, atol=1e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize("start", [{"history_mean": True}, {"lexical": 6}])
 @pytest.mark.parametrize(("layout", "query_mode"), tiny.VARIANTS)
-def test_neither_the_future_nor_the_page_is_in_h(
-    layout: str, query_mode: str, start: dict[str, Any]
-) -> None:
-    model, batch = tiny.model(layout, query_mode, **start).interest, tiny.batch()
-    if "lexical" in start:
-        model.item_encoder.words.fit(*tiny.item_tokens())
+def test_neither_the_future_nor_the_page_is_in_h(layout: str, query_mode: str) -> None:
+    model, batch = tiny.model(layout, query_mode, lexical=6).interest, tiny.batch()
+    model.item_encoder.words.fit(*tiny.item_tokens())
     items = model.encode_items(batch.item_tokens, batch.item_lengths).detach()
     changed = torch.randn(items.shape, generator=torch.Generator().manual_seed(1))
     before, other = model.interest(batch, items), torch.cat([items, changed])
@@ -132,15 +127,3 @@ def test_neither_the_future_nor_the_page_is_in_h(
     reached = (model.interest(first, other) - before).abs().amax(-1) > 1e-3
     outside = batch.step_mask & (batch.group != batch.group[:, :1])
     assert torch.equal(reached & outside, outside)
-
-
-def test_h_is_at_first_nearly_the_mean_and_learns_how_much_of_it() -> None:
-    config = UserDecoderConfig(history_mean=True)
-    decoder = UserDecoder(build_tiny(tiny.BODY, 300, 0), config, [5, 6])
-    assert torch.equal(decoder.readout.weight, SMALL * torch.eye(32))
-    assert decoder.history_weight == 1
-    model = tiny.model(history_mean=True).interest
-    h, batch = _h(model)
-    found = tiny.gradients(model, h[batch.step_mask].pow(3).sum())
-    assert found["user_decoder.history_weight"].abs() > 0
-    assert "user_decoder.history_weight" not in dict(tiny.model().interest.named_parameters())
