@@ -38,7 +38,7 @@ class LexicalBlock(nn.Module):
         self.register_buffer("mean", torch.zeros(size))
 
     def forward(self, tokens: Tensor, lengths: Tensor) -> Tensor:
-        """Right-padded tokens [U, L], lengths [U] -> [U, K]; 0 where no word counts."""
+        """Right-padded tokens [U, L], lengths [U] -> [U, K]."""
         real = torch.arange(tokens.shape[1], device=tokens.device) < lengths[:, None]
         summed = functional.embedding_bag(
             tokens, self.weight, mode="sum", per_sample_weights=real.to(self.weight.dtype)
