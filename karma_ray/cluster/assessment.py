@@ -27,7 +27,7 @@ from karma_ray.cluster.stages import STAGE_VERSION, Stage
 from karma_ray.config import Config
 from karma_ray.data.draws import row_keys
 from karma_ray.data.prepared import PreparedData
-from karma_ray.metrics.collapse import effective_rank, mean_cosine
+from karma_ray.metrics.collapse import spread
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.training.cases import collect_cases
 from karma_ray.training.checks import hidden_item_effect, with_strangers_history
@@ -129,16 +129,11 @@ def floor_metrics(judge: Judge, cache: str) -> dict[str, dict[str, float]]:
 
 
 def collapse_metrics(retriever: Retriever, examples: pa.Table, seed: int) -> dict[str, float]:
-    """Effective rank and mean cosine of e (whole catalogue) and of h (a seeded sample)."""
+    """`spread` of the learned dimensions of e (whole catalogue) and of h (a seeded sample)."""
     sample = sampled(examples, NUM_CHECKED, seed)
     items = torch.from_numpy(retriever.table.embeddings)
-    interests = retriever.interests(sample).float()
-    return {
-        "collapse/effective_rank_e": float(effective_rank(items)),
-        "collapse/effective_rank_h": float(effective_rank(interests)),
-        "collapse/mean_cosine_e": float(mean_cosine(items)),
-        "collapse/mean_cosine_h": float(mean_cosine(interests)),
-    }
+    learned = retriever.interest.learned_width
+    return spread(items[:, :learned], retriever.interests(sample)[:, :learned])
 
 
 def run_checks(

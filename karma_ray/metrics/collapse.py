@@ -48,7 +48,10 @@ def mean_cosine(vectors: Tensor) -> float:  # [n, d] -> scalar
 
 
 def spread(items: Tensor, interest: Tensor) -> dict[str, float]:  # e [U, d], h [n, d]
-    """Effective rank and mean cosine of e and of h, as a report names them."""
+    """Effective rank and mean cosine of e and of h, as a report names them.
+
+    Callers give the learned dimensions: those that hold counted words cannot collapse.
+    """
     return {
         f"collapse/{name}_{side}": probe(vectors)
         for name, probe in (("effective_rank", effective_rank), ("mean_cosine", mean_cosine))

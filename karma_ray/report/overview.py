@@ -102,16 +102,20 @@ def _rivals(groups: Sequence[Group]) -> Section:
     rows = []
     for group in groups:
         rivals = [v for v in group.variants if v.row.name not in _NOT_RIVALS]
-        trained = [v.row.title for v in rivals if not v.is_counted]
+        trained = [v for v in rivals if not v.is_counted]
+        floors = [v for v in rivals if v.is_counted]
         for ours in (found for name in OURS if rivals and (found := group.find(name)) is not None):
-            cells = [_beside(ours, _best(rivals, metric), metric) for metric in AIMS]
+            cells = [
+                _beside(ours, (_best(trained, metric), _best(floors, metric)), metric)
+                for metric in AIMS
+            ]
             rows.append((
                 group.name, ours.label, str(len(ours.records)), *cells,
-                ", ".join(trained) or "none",
+                ", ".join(v.row.title for v in trained) or "none",
             ))  # fmt: skip
     note = (
-        "Each row, then its margin to the best rival in that metric, picked on the test split "
-        "in the rival's favour; * and (*) as above."
+        "Each row, then its margins to the best trained rival and to the best floor in that "
+        "metric, picked on the test split in the rival's favour; * and (*) as above."
     )
     header = ("data", "row", "seeds", *AIMS, "trained rivals")
     return Section("KARMA against baselines", notes=(note,), header=header, rows=tuple(rows))
@@ -122,9 +126,10 @@ def _best(rivals: Sequence[Variant], metric: str) -> Variant | None:
     return max(known, key=lambda pair: pair[0])[1] if known else None
 
 
-def _beside(ours: Variant, rival: Variant | None, metric: str) -> str:
-    mine = spread_of(ours.values(metric).values(), 1)
-    found: Difference | None = difference(ours, rival, metric) if rival is not None else None
-    if found is None or rival is None:
-        return mine
-    return f"{mine}; {f'{signed(found.mean)} {found.mark}'.rstrip()} to {rival.row.title}"
+def _beside(ours: Variant, rivals: Iterable[Variant | None], metric: str) -> str:
+    told = [spread_of(ours.values(metric).values(), 1)]
+    for rival in rivals:
+        found = difference(ours, rival, metric) if rival is not None else None
+        if found is not None and rival is not None:
+            told.append(f"{signed(found.mean)} {found.mark}".rstrip() + f" to {rival.row.title}")
+    return "; ".join(told)

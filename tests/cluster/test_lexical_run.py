@@ -16,6 +16,7 @@ from karma_ray.config import override
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
+from karma_ray.metrics.collapse import effective_rank
 from karma_ray.model.lexical import LexicalBlock
 from karma_ray.retrieval.retriever import Retriever
 from tests.cluster.test_lora_run import SMALL
@@ -51,3 +52,5 @@ def test_the_words_of_the_catalogue_are_served_as_counted(
     cosine = torch.nn.functional.cosine_similarity(held, words, dim=1)
     assert (cosine > 0.999).all()
     assert model.user_decoder.lexical_weight != 1
+    learned = torch.from_numpy(np.array(table.embeddings[:, :-SIZE], dtype=np.float32))
+    assert metrics["collapse/effective_rank_e"] == pytest.approx(effective_rank(learned), rel=1e-3)
