@@ -50,7 +50,8 @@ class LexicalBlock(nn.Module):
         """Fit to a catalogue's tokens [I, L], lengths [I].
 
         A word weighs the root of its inverse document frequency, so that it weighs the whole of it
-        in the product of two items. Raises InputError when there are too few items or words.
+        in the product of two items. Raises InputError when there are too few items or words, or all
+        items have the same ones.
         """
         counts = _counts(tokens, lengths, len(self.weight))
         frequency = np.asarray((counts > 0).sum(0)).ravel()
@@ -60,12 +61,15 @@ class LexicalBlock(nn.Module):
         if size > most:
             message = f"must be at most {most}: there are {num_items} items of {num_words} words"
             raise InputError("model.item_encoder.lexical", size, message)
+        if not idf[frequency > 0].any():
+            raise InputError("model.item_encoder.lexical", size, "needs items of different words")
         weights = sp.diags(np.sqrt(idf))
         start = np.ones(min(counts.shape))  # or every fit would be another rotation
         _, strengths, axes = svds(counts @ weights, k=size, v0=start)
         projection = np.asarray(weights @ axes[np.argsort(-strengths)].T)  # [V, K]
         self.weight.copy_(torch.from_numpy(projection))
-        self.mean.copy_(torch.from_numpy(np.asarray(counts @ projection).mean(0)))
+        mean = np.asarray(counts.mean(0)).ravel() @ projection
+        self.mean.copy_(torch.from_numpy(mean))
 
 
 def length_ratio(width: int, size: int) -> float:

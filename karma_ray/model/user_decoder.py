@@ -1,6 +1,7 @@
 """D_theta, equation 3: history of (query, item) pairs and the query -> next-interest h_t.
 
-Legend: B windows, T steps, U items, V queries, W query slots, S slots, D width.
+Legend: B windows, T steps, U items, V queries, W query slots, S slots, D width
+(of e and h: with the K words that items may hold).
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Prefix:
 
     embeddings: Tensor  # [B, S, D]
     layout: Layout
-    words: Tensor | None = None  # [B, T, K] the history's, if h holds words
+    words: Tensor | None = None  # [B, T, K] the history's, if items hold words
 
 
 class UserDecoder(nn.Module):

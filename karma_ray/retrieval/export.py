@@ -32,7 +32,7 @@ from karma_ray.artifacts import (
 from karma_ray.baselines.sequential import IdRecommender
 from karma_ray.data.collate import CollateConfig
 from karma_ray.data.prompts import Tokenizer
-from karma_ray.errors import KarmaRayError
+from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.model.backbone import load_body, load_tokenizer, save_body, save_tokenizer
 from karma_ray.model.config import (
     GeneratorConfig,
@@ -102,7 +102,12 @@ def load_bundle(uri: str) -> Bundle:
             interest = IdRecommender.of_facts(config["model"])
             load_model(interest, str(folder / WEIGHTS))
         else:
-            interest = _load_parts(_model_config(config["model"]), folder, tokenizer, uri)
+            try:
+                model = _model_config(config["model"])
+            except TypeError as error:
+                message = f"was written by another version of karma_ray: {error}"
+                raise InputError("bundle", uri, message) from None
+            interest = _load_parts(model, folder, tokenizer, uri)
     return Bundle(
         interest=interest.eval(),
         tokenizer=tokenizer,

@@ -77,7 +77,7 @@ class ModelDiagnosis:
     metrics: dict[str, float]  # NaN where nothing could be measured
     item_encoder: BodyDiagnosis
     user_decoder: BodyDiagnosis | None
-    vectors: Tensor = field(repr=False)  # [n, D] embeddings of the vector sample
+    vectors: Tensor = field(repr=False)  # [n, D] learned dimensions of the vector sample
 
 
 @torch.no_grad()
@@ -96,11 +96,11 @@ def diagnose(
     vectors = torch.from_numpy(
         encode_catalog(model.interest, sample.tokens, sample.lengths, rows=sample.rows)
     )
+    vectors = vectors[:, : model.interest.learned_width]
     items = diagnose_items(model, specimens.items, wanted)
     metrics = items.metrics("collapse/")
-    learned = vectors[:, : model.interest.learned_width]
-    metrics["collapse/effective_rank_e"] = effective_rank(learned)
-    metrics["collapse/mean_cosine_e"] = mean_cosine(learned)
+    metrics["collapse/effective_rank_e"] = effective_rank(vectors)
+    metrics["collapse/mean_cosine_e"] = mean_cosine(vectors)
     probe = label_probe(vectors, sample.categories, sample.contents, specimens.seed)
     if probe is not None:
         metrics["collapse/category_accuracy"] = probe.accuracy

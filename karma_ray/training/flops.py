@@ -158,12 +158,13 @@ def joint_flops(
     tokens = work.tokens + generation * work.text_tokens
     pairs = work.pairs + generation * work.text_pairs
     total += BodyCost.of(body).step(tokens, pairs, "all" if rank_of(body) is None else "adapters")
-    soft = len(batch.item_lengths) + (config.query_mode in ("embed_pool", "encoder")) * work.queries
-    total += square * (2 * soft + work.steps)  # projector, query embedding; read-out
+    projector = projector_cost(model)
+    query = {"embed_pool": 2 * square, "encoder": projector}.get(config.query_mode, 0.0)
+    total += projector * len(batch.item_lengths) + query * work.queries + square * work.steps
     if generation:
         total += _head(model, body) * work.targets
     if reconstruction:
-        total += _rows(model, work, square)
+        total += _rows(model, work)
     # Items of a frozen encoder need no gradient.
     factor = 3 if encoder == "full" else 2
     return total + factor * 2.0 * model.interest.width * (work.trained * work.pool + work.hard)
@@ -185,7 +186,13 @@ def _encoding(model: KarmaModel, work: Work, encoder: str, *, with_queries: bool
     )
 
 
-def _rows(model: KarmaModel, work: Work, square: float) -> float:
+def projector_cost(model: KarmaModel) -> float:
+    """Operations of P on one vector, forward and backward."""
+    projector = model.interest.user_decoder.projector
+    return 6.0 * (projector.inner.weight.numel() + projector.outer.weight.numel())
+
+
+def _rows(model: KarmaModel, work: Work) -> float:
     """Task 2: projection, the decoder's pass over the rows, the head."""
     shared = model.interest.user_decoder.body
     body = model.decodability.decoder(shared)
@@ -193,7 +200,7 @@ def _rows(model: KarmaModel, work: Work, square: float) -> float:
     if model.decodability.config.recon_decoder == "frozen" and body is not shared:
         learns = "nothing"
     passed = BodyCost.of(body).step(work.rows_tokens, work.rows_pairs, learns)
-    return 2 * square * work.rows + passed + _head(model, body) * work.targets
+    return projector_cost(model) * work.rows + passed + _head(model, body) * work.targets
 
 
 def _head(model: KarmaModel, body: nn.Module) -> float:

@@ -12,7 +12,7 @@ from karma_ray.data.batch import Batch
 from karma_ray.model.imagery import ImageTargets
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import rank_of
-from karma_ray.training.flops import BodyCost, Learns
+from karma_ray.training.flops import BodyCost, Learns, projector_cost
 
 
 def num_images(batch: Batch) -> Tensor:
@@ -75,7 +75,7 @@ def image_flops(model: KarmaModel, batch: Batch) -> float:
             learns = "nothing"
         pairs = images * (slots * (slots + 1) + 1)
         total += BodyCost.of(body).step(images * (slots + 1), pairs, learns)
-        total += 12.0 * model.interest.width**2 * images  # the projector
+        total += projector_cost(model) * images
     connector, head = (
         sum(value.numel() for value in part.parameters() if value.dim() == 2)
         for part in (imagery.connector, imagery.head)

@@ -1,8 +1,6 @@
-"""The last dimensions of e: the item's own words, counted, and the history's at the start of h."""
+"""The last dimensions of e are the item's own words, counted, and of h the history's."""
 
 from __future__ import annotations
-
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +8,7 @@ import torch
 from torch.nn import functional
 
 from karma_ray.errors import InputError
-from karma_ray.model.backbone import build_tiny
-from karma_ray.model.config import UserDecoderConfig
 from karma_ray.model.lexical import LexicalBlock
-from karma_ray.model.user_decoder import UserDecoder
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.training.alarm import Alarm
 from karma_ray.training.step import JointStep
@@ -94,6 +89,12 @@ def test_more_dimensions_than_the_catalogue_has_are_refused() -> None:
         _fitted(49)
 
 
+def test_items_that_all_say_the_same_are_refused() -> None:
+    block = LexicalBlock(400, 2, 32)
+    with pytest.raises(InputError, match=r"lexical: 2 needs items of different words"):
+        block.fit(np.tile(np.arange(5), (9, 1)), np.full(9, 5))
+
+
 def test_a_negative_number_is_refused() -> None:
     with pytest.raises(InputError, match=r"lexical: -1 must be at least 0"):
         tiny.model(lexical=-1)
@@ -133,12 +134,15 @@ def test_the_words_of_h_are_the_histories() -> None:
     model.item_encoder.words.fit(*tiny.item_tokens())
     batch = tiny.batch()
     items = model.encode_items(batch.item_tokens, batch.item_lengths)
-    h = model.interest(batch, items)
+    h, weight = model.interest(batch, items), model.user_decoder.lexical_weight.detach()
+    assert torch.allclose(items[:, -SIZE:].norm(dim=1), items[:, :-SIZE].norm(dim=1), rtol=1e-3)
     for b, t in batch.step_mask.nonzero().tolist():
         past = [k for k in range(t) if batch.group[b, k] != batch.group[b, t]]
         if past:
             mean = items[batch.item_index[b, past], -SIZE:].mean(0)
             assert functional.cosine_similarity(h[b, t, -SIZE:], mean, dim=0) > 0.999
+            words, learned = h[b, t, -SIZE:].norm(), h[b, t, :-SIZE].norm()
+            torch.testing.assert_close(words, weight.abs() * learned, rtol=1e-3, atol=1e-3)
         else:
             assert not h[b, t, -SIZE:].any()
     learned = tiny.gradients(model, h[batch.step_mask].pow(3).sum())
@@ -161,20 +165,5 @@ def test_words_hide_no_collapse() -> None:
 
 
 def test_nobody_asks_for_words_in_a_model_without_them() -> None:
-    names = dict(tiny.model().interest.named_parameters())
+    names = tiny.model().interest.state_dict()
     assert not [name for name in names if "lexical" in name or "words" in name]
-
-
-def test_what_the_decoder_read_out_is_as_without_words() -> None:
-    """Up to the scale of the whole, the learned part of h does not know of the words beside it."""
-    decoder = UserDecoder(build_tiny(tiny.BODY, 300, 0), UserDecoderConfig(), [5, 6], SIZE)
-    assert torch.equal(decoder.readout.weight, torch.eye(32))
-    batch = tiny.batch()
-    model = tiny.model(lexical=SIZE).interest
-    items = model.encode_items(batch.item_tokens, batch.item_lengths)
-    prefix = model.prefix(batch, items)
-    states = model.user_decoder.run(prefix)
-    h = model.user_decoder.interest(states, prefix)
-    alone = model.user_decoder.interest(states, replace(prefix, words=None))
-    cosine = functional.cosine_similarity(h[..., :32], alone, dim=-1)
-    assert (cosine[batch.step_mask] > 0.9999).all()

@@ -193,3 +193,15 @@ def test_adapters_of_another_variant_are_named_in_the_error(tmp_path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(KarmaRayError, match=r"log_scale.*interest_norm"):
         load_bundle(str(tmp_path))
+
+
+def test_a_setting_that_this_version_does_not_know_is_named(tmp_path) -> None:
+    model, words = karma()
+    uri = str(tmp_path / "bundle")
+    save_bundle(model.interest, words, tiny_run.COLLATE, uri)
+    path = tmp_path / "bundle" / "config.json"
+    config = json.loads(path.read_text())
+    config["model"]["user_decoder"]["history_mean"] = False
+    path.write_text(json.dumps(config))
+    with pytest.raises(InputError, match=r"another version of karma_ray.*history_mean"):
+        load_bundle(uri)

@@ -16,6 +16,7 @@ from karma_ray.model import decodability, item_encoder, user_decoder
 from karma_ray.model.backbone import build_tiny, run_body
 from karma_ray.model.config import (
     DecodabilityConfig,
+    ItemEncoderConfig,
     ModelConfig,
     TinyBackboneConfig,
     UserDecoderConfig,
@@ -132,6 +133,8 @@ CASES: list[dict[str, Any]] = [
     {"encoder": "bank"},
     {"rank": 4},
     {"recon_decoder": "frozen"},
+    {"lexical": 200},
+    {"lexical": 200, "layout": "query_last", "query_mode": "encoder"},
     {"layout": "query_last", "query_mode": "encoder", "recon_cond": "fig1"},
 ]
 
@@ -233,6 +236,7 @@ def _wide(case: dict[str, Any]) -> KarmaModel:
     decoding = {name: case[name] for name in ("recon_decoder", "recon_cond") if name in case}
     config = ModelConfig(
         tiny=WIDE,
+        item_encoder=ItemEncoderConfig(lexical=case.get("lexical", 0)),
         user_decoder=UserDecoderConfig(**user),
         decodability=DecodabilityConfig(**decoding, max_target_tokens=8),
     )
