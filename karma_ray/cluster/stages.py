@@ -151,7 +151,7 @@ class Stage:
     def build_warmup(self) -> KarmaModel:
         """Stage 1's model, with gradients only where `warmup.train` says."""
         model = self._whole()
-        self._whiten(model.interest)
+        self._fit_to_items(model.interest)
         interest, train = model.interest, self.config.warmup.train
         set_trained(interest.item_encoder.body, train == "all")
         set_trained(interest.user_decoder.body, train != "adapters_only")
@@ -163,7 +163,7 @@ class Stage:
         if self.warm is not None:
             load_weights(self.warm, model)
         elif self.trained is None:
-            self._whiten(model.interest)
+            self._fit_to_items(model.interest)
         objective, images = self.config.objective, model.imagery
         if builds_reconstruction(objective) or (images is not None and images.in_task2):
             head = model.lm_head if hasattr(model, "lm_head") else None
@@ -199,7 +199,8 @@ class Stage:
         model.interest.look_at(self.catalog(), self.items_uri)
         return model.eval()
 
-    def _whiten(self, interest: InterestModel) -> None:
+    def _fit_to_items(self, interest: InterestModel) -> None:
+        """What of the item encoder is fitted to the catalogue before anything is trained."""
         collator = self.collator()
         tokens, lengths = collator.catalog_tokens()
         drawn = np.random.default_rng(self.config.seed).permutation(len(tokens))

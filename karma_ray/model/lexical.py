@@ -55,8 +55,8 @@ class LexicalBlock(nn.Module):
         """
         counts = _counts(tokens, lengths, len(self.weight))
         frequency = np.asarray((counts > 0).sum(0)).ravel()
-        idf = np.log(counts.shape[0] / np.maximum(frequency, 1))
         size, num_items, num_words = self.weight.shape[1], len(tokens), int((frequency > 0).sum())
+        idf = np.log(num_items / np.maximum(frequency, 1))
         most = min(num_items, num_words) - 1
         if size > most:
             message = f"must be at most {most}: there are {num_items} items of {num_words} words"

@@ -23,7 +23,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karma_ray.data.batch import Batch
-from karma_ray.model.backbone import hidden_size
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import rank_of
 from karma_ray.training.action import trained_steps
@@ -152,7 +151,7 @@ def joint_flops(
     work = Work.of(model, batch, positions=positions, own=own, pool=pool)
     config = model.interest.config.user_decoder
     body = model.interest.user_decoder.body
-    width = hidden_size(body)
+    width = model.interest.learned_width
     square = 6.0 * width * width  # a D x D layer on one vector, forward and backward
     total = _encoding(model, work, encoder, with_queries=config.query_mode == "encoder")
     tokens = work.tokens + generation * work.text_tokens
