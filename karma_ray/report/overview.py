@@ -14,6 +14,8 @@ NULLS = {
     "embedding_to_text": ("null_shuffled", "null_detached", "null_detached_separate"),
     "karma_text": ("null_both_shuffled",),
     "karma_multimodal": ("null_both_shuffled",),
+    "embedding_to_text_infonce": ("null_shuffled_infonce",),
+    "karma_infonce": ("null_both_shuffled_infonce",),
 }
 """Rows that decode the clicked item from h_t -> the same tasks with that link cut."""
 GAINS = ("HR@10", "HR@50", "HR@200", "gAUC", "cold/HR@50")
@@ -25,19 +27,19 @@ _NOT_RIVALS = (*recipes.CEILINGS, "action_only", *OURS)
 
 @dataclass(frozen=True)
 class Gain:
-    """A row of Table 1 over clicks alone, under one condition."""
+    """A row over clicks alone with the same loss, under one condition."""
 
     group: Group
     variant: Variant
     found: dict[str, Difference]  # metric -> difference
 
 
-def gains(table1: Iterable[Group]) -> list[Gain]:
-    """KARMA's rows and their nulls, of every group with a baseline."""
+def gains(groups: Iterable[Group]) -> list[Gain]:
+    """KARMA's rows and their nulls, of every group whose baseline (clicks alone) was run."""
     shown = {*NULLS, *(null for nulls in NULLS.values() for null in nulls)}
     return [
         Gain(group, variant, {m: d for m in GAINS if (d := difference(variant, base, m))})
-        for group in table1
+        for group in sorted(groups, key=lambda group: group.data)
         if (base := group.baseline) is not None
         for variant in group.variants
         if variant.row.name in shown
@@ -75,8 +77,8 @@ def _gains(found: Iterable[Gain]) -> Section:
         beyond = _beyond(variant, gain.group) if variant.row.name in NULLS else ""
         rows.append((gain.group.name, variant.label, seeds, *cells, beyond))
     note = (
-        "Points over clicks alone, mean ± standard deviation over seeds; * shown for other users "
-        "and other seeds, (*) one seed, shown for other users alone. Beyond its nulls: metrics in "
+        "Points over clicks alone with the same loss, mean ± standard deviation over seeds; * "
+        "shown for other users and other seeds, (*) one seed, shown for other users alone. Beyond its nulls: metrics in "
         "which it is shown to be ahead of every null with the same other tasks, run under the same "
         "settings (the same work without the meaning)."
     )

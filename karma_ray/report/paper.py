@@ -51,6 +51,18 @@ def _generated(mode: str) -> tuple[Row, ...]:
     )  # fmt: skip
 
 
+_OVER_INFONCE = ("objective.action_loss=infonce", "model.score.kind=cos_learned")
+"""What makes `hllm` of `action_only`."""
+_HLLM = Row("hllm", "HLLM-style (text, InfoNCE)")
+_KARMA_INFONCE = Row(
+    "karma_infonce", "KARMA, text, over HLLM's loss", recipe="karma_text", settings=_OVER_INFONCE
+)
+
+
+def _over_infonce(recipe: str, title: str) -> Row:
+    return Row(f"{recipe}_infonce", title, recipe=recipe, settings=_OVER_INFONCE)
+
+
 TABLES = {
     "table1": Table("Table 1: semantic decodability", "action_only", _TABLE1),
     "table2": Table(
@@ -66,13 +78,28 @@ TABLES = {
             *(Row(name, name) for name in recipes.FLOORS),
             Row("sasrec", "SASRec (ids)"),
             Row("hstu", "HSTU (ids)"),
-            Row("hllm", "HLLM-style (text, InfoNCE)"),
+            _HLLM,
             Row("frozen_encoder", "frozen text encoder, trained user decoder"),
             Row("action_only", "Pairwise CE, clicks alone"),
             Row("karma_text", "KARMA, text"),
-            Row("karma_infonce", "KARMA, text, over HLLM's loss", recipe="karma_text",
-                settings=("objective.action_loss=infonce", "model.score.kind=cos_learned")),
+            _KARMA_INFONCE,
             *(Row(name, f"{name} (ceiling)") for name in recipes.CEILINGS),
+        ),
+    ),
+    "infonce": Table(
+        "Semantic decodability over HLLM's loss",
+        "hllm",
+        (
+            _HLLM,
+            _over_infonce("embedding_to_text", "Task 2 over HLLM's loss"),
+            _KARMA_INFONCE,
+            _over_infonce(
+                "null_shuffled", "Task 2 with other items' texts, over HLLM's loss (null)"
+            ),
+            _over_infonce(
+                "null_both_shuffled",
+                "Task 1, and Task 2 with other items' texts, over HLLM's loss (null)",
+            ),
         ),
     ),
     **switches.TABLES,

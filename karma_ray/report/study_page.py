@@ -34,7 +34,7 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
     sections: list[Section] = []
     records = read_records(results)
     groups = {name: grouped(records, results, table) for name, table in TABLES.items()}
-    found_gains = gains(groups["table1"])
+    found_gains = gains([*groups["table1"], *groups["infonce"]])
     if (drawn_gains := picture(found_gains)) is not None:
         pictures[PICTURED_GAINS] = drawn_gains
     sections += overview(found_gains, groups["baselines"], PICTURED_GAINS if drawn_gains else "")

@@ -69,3 +69,15 @@ def test_a_null_of_one_seed_is_said_to_be_one(tmp_path: Path) -> None:
     write_record(tmp_path, "null_shuffled", 0, outcomes(2))
     assert lines(tmp_path)[0][-1] == "HR@10, HR@50, HR@200 (one seed)"
     assert (tmp_path / "report" / "gains.png").exists()
+
+
+def test_rows_over_another_loss_stand_over_clicks_alone_with_that_loss(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_record(tmp_path, "action_only", seed, outcomes(1))
+        write_record(tmp_path, "hllm", seed, outcomes(3))
+        write_record(tmp_path, "karma_infonce", seed, outcomes(4))
+        write_record(tmp_path, "null_both_shuffled_infonce", seed, outcomes(3))
+    karma, null = lines(tmp_path)[:2]
+    assert karma[1:4] == ["KARMA, text, over HLLM's loss", "2", "+20.00 ± 0.00 *"]
+    assert karma[-1] == "HR@10, HR@50, HR@200"
+    assert null[3] == "+0.00 ± 0.00" and null[-1] == ""

@@ -2,15 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from karma_ray import recipes
-from karma_ray.config import Config, override, to_dict
-from karma_ray.report.results import baseline_key, learnt_from, run_key, same_run, spread, validated
+from karma_ray.config import Config, from_dict, override, to_dict
+from karma_ray.report.results import (
+    baseline_key,
+    learnt_from,
+    read_records,
+    run_key,
+    same_run,
+    spread,
+    validated,
+)
 
 SHOP = "e3279c522d234d1d"
+COMMITTED = Path(__file__).parents[2] / "docs" / "results"
+
+
+def test_the_committed_records_are_still_understood_and_of_one_toy_shop() -> None:
+    """A field that goes has to go from them too, or they compare with nothing."""
+    records = read_records(COMMITTED)
+    assert len(records) > 100
+    for record in records:
+        from_dict(record["config"])
+    assert {r["data_hash"] for r in records if r["data"] == "toy_shop"} == {SHOP}
 
 
 def made(recipe: str, *assignments: str, seed: int = 0) -> dict[str, Any]:
