@@ -78,9 +78,9 @@ def _gains(found: Iterable[Gain]) -> Section:
         rows.append((gain.group.name, variant.label, seeds, *cells, beyond))
     note = (
         "Points over clicks alone with the same loss, mean ± standard deviation over seeds; * "
-        "shown for other users and other seeds, (*) one seed, shown for other users alone. Beyond its nulls: metrics in "
-        "which it is shown to be ahead of every null with the same other tasks, run under the same "
-        "settings (the same work without the meaning)."
+        "shown for other users and other seeds, (*) one seed, shown for other users alone. Beyond "
+        "its nulls: metrics in which it is shown to be ahead of every null with the same other "
+        "tasks, run under the same settings (the same work without the meaning)."
     )
     header = ("data", "row", "seeds", *GAINS, "beyond its nulls")
     return Section("KARMA against clicks alone", notes=(note,), header=header, rows=tuple(rows))
