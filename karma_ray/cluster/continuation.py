@@ -134,6 +134,10 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
     if builds_image(config.objective):
         config.model.imagery.check()
     parse_rank(config.model.peft)
+    lexical, items = config.model.item_encoder.lexical, source.facts["counts"]["items"]
+    if lexical >= items:  # the rest that it needs of their words is known once they are tokens
+        message = f"must be below the number of items, {items}"
+        raise InputError("model.item_encoder.lexical", lexical, message)
     prepared = (source.facts.get("prepare") or {}).get("max_history", 0)
     if config.collate.max_history < prepared:
         raise InputError(
