@@ -73,11 +73,14 @@ def run_study(
     known = read_records(results)
     missing: list[Trial] = []
     for trial in trials:
-        if finished_record(trial.config, data, known, results) is None:
+        record = finished_record(trial, data, known, results)
+        if record is None:
             missing.append(trial)
-        else:
-            LOG.info("%s is there", trial.name)
-            outcome.there.append(trial.name)
+            continue
+        if record["row"] != trial.row:
+            _write(trial, {k: v for k, v in record.items() if k != "searched"}, data, results)
+        LOG.info("%s is there", trial.name)
+        outcome.there.append(trial.name)
     if missing:
         connect()
         prepare(missing, data)
@@ -98,13 +101,20 @@ def prepare(trials: Iterable[Trial], data: Data) -> None:
 
 
 def finished_record(
-    config: Config, data: Data, known: Iterable[Record], results: Path
+    trial: Trial, data: Data, known: Iterable[Record], results: Path
 ) -> Record | None:
-    """The record of this run, seed and data, with its values per example."""
-    for record in known:
-        if same_run(record, config, data.hash) and outcomes_of(record, results) is not None:
-            return record
-    return None
+    """The record of this run, seed and data, with its values per example.
+
+    Where only other rows have it (`hllm` is `action_only` under InfoNCE), one of theirs.
+    """
+    found = [
+        record
+        for record in known
+        if record.get("row")
+        and same_run(record, trial.config, data.hash)
+        and outcomes_of(record, results) is not None
+    ]
+    return min(found, key=lambda record: record["row"] != trial.row, default=None)
 
 
 def possible_trials() -> int:
@@ -256,20 +266,28 @@ def run_folder(trial: Trial, data: Data, runs: str) -> str:
 
 def write_record(trial: Trial, found: Record, data: Data, results: Path) -> None:
     """Values per example first, so that a record never lacks them."""
-    stem = f"{data.name}-{trial.name}"
-    digest = run_key(to_dict(trial.config), data.hash)[:8]
-    path = results / f"{stem}.json"
-    # Another configuration of the same row and seed keeps its file.
-    if path.exists() and not same_run(read_json(str(path)), trial.config, data.hash):
-        stem, path = f"{stem}-{digest}", results / f"{stem}-{digest}.json"
     examples, outcomes = found.pop("examples"), found.pop("outcomes")
     folder = results / OUTCOMES
     folder.mkdir(parents=True, exist_ok=True)
     names = {"examples": f"{data.name}-{value_hash(examples.hex())[:8]}.npz",
-             "outcomes": f"{stem}.npz"}  # fmt: skip
+             "outcomes": f"{_path(trial, data, results).stem}.npz"}  # fmt: skip
     for name, content in zip(names.values(), (examples, outcomes), strict=True):
         (folder / name).write_bytes(content)
-    record = {
+    _write(trial, {**found, **names, "commit": commit()}, data, results)
+
+
+def _path(trial: Trial, data: Data, results: Path) -> Path:
+    """Where a record goes; another configuration of the same row and seed keeps its file."""
+    stem = f"{data.name}-{trial.name}"
+    path = results / f"{stem}.json"
+    if path.exists() and not same_run(read_json(str(path)), trial.config, data.hash):
+        path = results / f"{stem}-{run_key(to_dict(trial.config), data.hash)[:8]}.json"
+    return path
+
+
+def _write(trial: Trial, found: Record, data: Data, results: Path) -> None:
+    """A record of what was `found`, under the trial's row."""
+    told = {
         "data": data.name,
         "row": trial.row,
         "recipe": trial.config.recipe,
@@ -277,10 +295,6 @@ def write_record(trial: Trial, found: Record, data: Data, results: Path) -> None
         "set": list(trial.extra),
         "assignments": list(trial.assignments),
         **({"searched": list(trial.searched)} if trial.searched else {}),
-        **found,
-        **names,
-        "commit": commit(),
-        "data_hash": data.hash,
-        "config": to_dict(trial.config),
     }
-    write_json(record, str(path))
+    same = {"data_hash": data.hash, "config": to_dict(trial.config)}
+    write_json({**found, **told, **same}, str(_path(trial, data, results)))

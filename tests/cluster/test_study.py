@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -259,13 +261,31 @@ def test_another_setting_or_other_data_are_not_taken_for_the_same(
     (trial,) = made.trials("action_only")
     (longer,) = made.trials("action_only", more=("training.steps=8",))
     (faster,) = made.trials("action_only", more=("training.threads_per_worker=2",))
-    assert finished_record(trial.config, made.data, known, made.results)
-    assert finished_record(faster.config, made.data, known, made.results)
-    assert finished_record(longer.config, made.data, known, made.results) is None
+    assert finished_record(trial, made.data, known, made.results)
+    assert finished_record(faster, made.data, known, made.results)
+    assert finished_record(longer, made.data, known, made.results) is None
     elsewhere = Data(made.data.uri, made.data.name, "other")
-    assert finished_record(trial.config, elsewhere, known, made.results) is None
+    assert finished_record(trial, elsewhere, known, made.results) is None
     without = [{**record, "outcomes": "gone.npz"} for record in known]
-    assert finished_record(trial.config, made.data, without, made.results) is None
+    assert finished_record(trial, made.data, without, made.results) is None
+
+
+@pytest.mark.ray
+def test_a_run_of_another_row_is_told_under_this_one_and_not_made_again(
+    study: tuple[Study, Outcome], data: Data, tmp_path: Path
+) -> None:
+    made, _ = study
+    other = Study(tmp_path, data, made.cache)
+    shutil.copytree(made.results, other.results)
+    there = read_records(made.results)
+    trials = [replace(trial, row="again") for trial in made.trials("action_only", more=ONE_THREAD)]
+    outcome = other.run(trials)
+    assert outcome.there == ["again-seed0"] and not outcome.done
+    (again,) = (r for r in read_records(other.results) if r["row"] == "again")
+    (first,) = (r for r in there if r["row"] == "action_only" and r["seed"] == 0)
+    assert again == {**first, "row": "again"}
+    assert len(read_records(other.results)) == len(there) + 1
+    assert other.run(trials).there == ["again-seed0"]
 
 
 @pytest.mark.ray
