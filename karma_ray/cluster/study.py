@@ -78,8 +78,7 @@ def run_study(
             missing.append(trial)
             continue
         if record["row"] != trial.row:
-            found = {k: v for k, v in record.items() if k != "searched"}
-            _write(trial, found, data, _path(trial, data, results))
+            _write(trial, {k: v for k, v in record.items() if k != "searched"}, data, results)
         LOG.info("%s is there", trial.name)
         outcome.there.append(trial.name)
     if missing:
@@ -104,8 +103,10 @@ def prepare(trials: Iterable[Trial], data: Data) -> None:
 def finished_record(
     trial: Trial, data: Data, known: Iterable[Record], results: Path
 ) -> Record | None:
-    """The record of this run, seed and data, with its values per example; where only other rows
-    have it (`hllm` is `action_only` under InfoNCE), one of theirs."""
+    """The record of this run, seed and data, with its values per example.
+
+    Where only other rows have it (`hllm` is `action_only` under InfoNCE), one of theirs.
+    """
     found = [
         record
         for record in known
@@ -266,13 +267,13 @@ def run_folder(trial: Trial, data: Data, runs: str) -> str:
 def write_record(trial: Trial, found: Record, data: Data, results: Path) -> None:
     """Values per example first, so that a record never lacks them."""
     examples, outcomes = found.pop("examples"), found.pop("outcomes")
-    folder, path = results / OUTCOMES, _path(trial, data, results)
+    folder = results / OUTCOMES
     folder.mkdir(parents=True, exist_ok=True)
     names = {"examples": f"{data.name}-{value_hash(examples.hex())[:8]}.npz",
-             "outcomes": f"{path.stem}.npz"}  # fmt: skip
+             "outcomes": f"{_path(trial, data, results).stem}.npz"}  # fmt: skip
     for name, content in zip(names.values(), (examples, outcomes), strict=True):
         (folder / name).write_bytes(content)
-    _write(trial, {**found, **names, "commit": commit()}, data, path)
+    _write(trial, {**found, **names, "commit": commit()}, data, results)
 
 
 def _path(trial: Trial, data: Data, results: Path) -> Path:
@@ -284,7 +285,7 @@ def _path(trial: Trial, data: Data, results: Path) -> Path:
     return path
 
 
-def _write(trial: Trial, found: Record, data: Data, path: Path) -> None:
+def _write(trial: Trial, found: Record, data: Data, results: Path) -> None:
     """A record of what was `found`, under the trial's row."""
     told = {
         "data": data.name,
@@ -296,4 +297,4 @@ def _write(trial: Trial, found: Record, data: Data, path: Path) -> None:
         **({"searched": list(trial.searched)} if trial.searched else {}),
     }
     same = {"data_hash": data.hash, "config": to_dict(trial.config)}
-    write_json({**found, **told, **same}, str(path))
+    write_json({**found, **told, **same}, str(_path(trial, data, results)))
