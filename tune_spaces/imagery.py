@@ -6,7 +6,7 @@ python jobs/tune.py tune_spaces/imagery.py --trials 12
 from ray import tune
 
 SPACE = {
-    "objective.lambda_img": tune.loguniform(0.01, 2.0),
+    "objective.lambda_img": tune.loguniform(0.01, 1.0),
     "model.imagery.img_cond": tune.choice(["both", "task1", "task2"]),
     "model.imagery.img_head": tune.choice(["fm", "ddpm_eps", "ddpm_v", "ddpm_x0", "edm", "mse"]),
     "model.imagery.img_sees_text": tune.choice([False, True]),

@@ -21,7 +21,8 @@ from karma_ray.report.rows import Row
 from karma_ray.training.outcomes import Outcomes
 
 METRICS = (
-    "gAUC", "HR@10", "HR@50", "HR@200", "HR@1000", "JS@50", "cold/HR@50", "in_query/HR@10",
+    "gAUC", "HR@10", "HR@50", "HR@200", "HR@1000", "NDCG@10", "JS@50", "cold/HR@50",
+    "in_query/HR@10",
 )  # fmt: skip
 """Compared metrics; values per example are kept for all of them."""
 _NORMAL = (1.960, 0.842)

@@ -3,34 +3,48 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import dataclass
 
 import numpy as np
 
-from karma_ray.report.comparison import Group, Variant
+from karma_ray.report.comparison import Variant
+from karma_ray.report.results import Record
 
 
-def at_seconds(variant: Variant, metric: str, seconds: float) -> float | None:
-    """Mean over seeds of the validation metric after `seconds` of joint training, between two
-    validated steps by a straight line; None where a seed was not validated that late."""
+@dataclass(frozen=True)
+class Race:
+    """A validation metric of a row and its baseline: means over the seeds that both have."""
+
+    seconds: float
+    """Joint training time of whichever ended first."""
+    then: float
+    then_lead: float
+    """The row's value at those seconds, and minus the baseline's."""
+    end: float
+    end_lead: float
+    """The same at the last validated step of each."""
+
+
+def race(variant: Variant, baseline: Variant, metric: str) -> Race | None:
+    """Equal seconds and equal steps; None where no seed was validated in both."""
     found = []
-    for record in variant.records.values():
-        points = [(p["seconds"], p[metric]) for p in record.get("curve", []) if metric in p]
-        if not points or points[-1][0] < seconds:
-            return None
-        times, values = zip(*points, strict=True)
-        found.append(float(np.interp(seconds, times, values)))
-    return statistics.fmean(found) if found else None
+    for seed in sorted({*variant.records} & {*baseline.records}):
+        row, base = (_curve(v.records[seed], metric) for v in (variant, baseline))
+        if row and base:
+            seconds = min(row[-1][0], base[-1][0])
+            then, end = _value_at(row, seconds), row[-1][1]
+            found.append((seconds, then, then - _value_at(base, seconds), end, end - base[-1][1]))
+    return Race(*map(statistics.fmean, zip(*found, strict=True))) if found else None
 
 
-def common_seconds(group: Group) -> float | None:
-    """The largest joint training time that every trained row of the group reached."""
-    ends = [
-        record["curve"][-1]["seconds"]
-        for variant in group.variants
-        for record in variant.records.values()
-        if record.get("curve")
-    ]
-    return min(ends) if len(ends) > 1 else None
+def _curve(record: Record, metric: str) -> list[tuple[float, float]]:  # (seconds, value)
+    return [(p["seconds"], p[metric]) for p in record.get("curve", []) if metric in p]
+
+
+def _value_at(curve: list[tuple[float, float]], seconds: float) -> float:
+    """Between two validated steps by a straight line."""
+    times, values = zip(*curve, strict=True)
+    return float(np.interp(seconds, times, values))
 
 
 def late_gain(variant: Variant, metric: str) -> float | None:

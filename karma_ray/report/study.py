@@ -6,6 +6,7 @@ Differences are in points over the table's baseline under the same condition.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import groupby
 
 from karma_ray.report.comparison import (
     METRICS,
@@ -17,7 +18,7 @@ from karma_ray.report.rows import Table
 from karma_ray.report.sections import Section, delta, signed, spread_of
 from karma_ray.report.study_state import collapse, cost, equal_seconds
 
-ABSOLUTE = (*METRICS, "NDCG@10", "JS@50_excl_gt")
+ABSOLUTE = (*METRICS, "JS@50_excl_gt")
 Differences = dict[tuple[str, str], Difference]
 """(variant's label, metric) -> difference to the baseline."""
 
@@ -72,7 +73,7 @@ def _facts(group: Group) -> tuple[str, ...]:
             + "."
         )
     if group.baseline is None:
-        facts.append("The baseline is missing: nothing is compared yet.")
+        facts.append("The baseline has no run under these settings: nothing is compared.")
     return tuple(facts)
 
 
@@ -146,10 +147,14 @@ def _orders(group: Group, metrics: Iterable[str]) -> list[str]:
             if mean is not None and metric in variant.row.published and base is not None:
                 placed.append((variant.label, base + variant.row.published[metric], mean))
         if len(placed) > 1:
-            theirs = [label for label, _, _ in sorted(placed, key=lambda p: -p[1])]
-            ours = [label for label, _, _ in sorted(placed, key=lambda p: -p[2])]
-            same = "the same" if theirs == ours else " > ".join(ours)
-            notes.append(f"Order by {metric}, paper: {' > '.join(theirs)}; here: {same}.")
+            ours = sorted(placed, key=lambda p: -p[2])
+            ranked = groupby(sorted(placed, key=lambda p: -p[1]), key=lambda p: p[1])
+            tied = [[p[0] for p in rows] for _, rows in ranked]  # one number may stand for two rows
+            theirs = [published for _, published, _ in ours]
+            same = theirs == sorted(theirs, reverse=True)
+            told = "the same" if same else " > ".join(label for label, _, _ in ours)
+            paper = " > ".join(" = ".join(labels) for labels in tied)
+            notes.append(f"Order by {metric}, paper: {paper}; here: {told}.")
     return notes
 
 

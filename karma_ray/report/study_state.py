@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from karma_ray.report.comparison import Group, Variant
-from karma_ray.report.curves import at_seconds, common_seconds, late_gain
+from karma_ray.report.curves import late_gain, race
 from karma_ray.report.record import number
 from karma_ray.report.sections import Section, mean_of, plain, signed, spread_of
 
@@ -19,31 +19,41 @@ PROBES = {
 
 
 def equal_seconds(group: Group) -> Section:
-    """Validation metrics at the largest time that all rows reached, and at their last step."""
-    seconds = common_seconds(group)
-    if seconds is None:
-        return Section("Equal seconds")
+    """Validation metrics where the first of a row and its baseline had ended, and at the end."""
     rows = []
     for variant in group.variants:
-        values = [at_seconds(variant, metric, seconds) for metric in CURVE]
         ends = [r["curve"][-1] for r in variant.records.values() if r.get("curve")]
         if not ends:
             continue
-        last = [mean_of([end[m] for end in ends if m in end]) for m in CURVE]
+        cells, seconds = [], "–"
+        for metric in CURVE:
+            end = plain(mean_of([e[metric] for e in ends if metric in e]))
+            if group.baseline not in (None, variant):
+                found = race(variant, group.baseline, metric)
+                if found is not None:
+                    seconds = plain(found.seconds, 0)
+                    then = f"{plain(found.then)} ({signed(found.then_lead)})"
+                    end = f"{then} / {plain(found.end)} ({signed(found.end_lead)})"
+            cells.append(end)
         gain = late_gain(variant, "HR@50")
-        cells = [f"{plain(a)} / {plain(b)}" for a, b in zip(values, last, strict=True)]
-        late = "–" if gain is None else signed(gain)
-        rows.append((variant.label, plain(mean_of([e["seconds"] for e in ends]), 0), *cells, late))
+        in_all = plain(mean_of([e["seconds"] for e in ends]), 0)
+        rows.append((variant.label, in_all, seconds, *cells, "–" if gain is None else signed(gain)))
     note = (
-        f"Validation examples after {seconds:.0f} s of joint training, which every row reached, "
-        "and after the last step; stage 1 is not counted (shared, but for the visual term's own). "
+        "Validation examples: after as many seconds of joint training as both the row and the "
+        "baseline of the same seed took / after the last step; in parentheses the lead over that "
+        "baseline. Stage 1 is not counted (shared, but for the visual term's own). "
         "The learning rate falls over the steps: a slower row is read before its own has. Last "
         "column: what the last quarter of the steps added; large values mean that the curve has "
         "not flattened. Seconds compare only between runs of one machine with as many trials at a "
         "time."
     )
-    header = ("row", "seconds in all", *(f"{m}: then / end" for m in CURVE), "late HR@50")
-    return Section("Equal seconds, equal steps", notes=(note,), header=header, rows=tuple(rows))
+    header = (
+        "row", "seconds in all", "read after", *(f"{m}: then / end" for m in CURVE), "late HR@50",
+    )  # fmt: skip
+    return Section(
+        "Equal seconds, equal steps", notes=(note,) if rows else (), header=header,
+        rows=tuple(rows),
+    )  # fmt: skip
 
 
 def collapse(group: Group) -> Section:
@@ -88,14 +98,15 @@ def cost(group: Group) -> Section:
     """Seconds, memory and the number of settings tried."""
     rows = []
     for variant in group.variants:
-        records = list(variant.records.values())
+        # what is known of a resumed run is its last attempt's
+        records = [r for r in variant.records.values() if not r.get("resumed")]
         joint = [r.get("stage_seconds", {}).get("joint") for r in records]
         tried = {v.key for v in group.variants if v.row is variant.row}
         rows.append((
             variant.label,
             ", ".join(str(seed) for seed in variant.records),
             str(max(variant.tried, len(tried))),
-            spread_of([r["seconds"] for r in records if not r.get("resumed")], 0),
+            spread_of([r["seconds"] for r in records], 0),
             spread_of([s for s in joint if s is not None], 0),
             spread_of([p["host"] for r in records if (p := r.get("peak_gib"))], 2),
             spread_of([p["gpu"] for r in records if "gpu" in (p := r.get("peak_gib", {}))], 2),

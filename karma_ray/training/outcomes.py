@@ -58,7 +58,7 @@ class Outcomes:
     def values(self, metric: str) -> Values | None:
         """(value, user, weight), each [m], whose weighted mean is `metric` in percent.
 
-        Metrics: HR@K, MRR, JS@50 and gAUC; HR@K and MRR also under `cold/`, `warm/` and
+        Metrics: HR@K, NDCG@K, MRR, JS@50 and gAUC; the first three also under `cold/`, `warm/` and
         `in_query/`, JS@50 under the first two. None for another, or when nothing is measured.
         """
         section, _, name = metric.rpartition("/")
@@ -82,6 +82,8 @@ class Outcomes:
     def _per_example(self, name: str, ranks: NDArray[np.int64]) -> NDArray[np.float64] | None:
         if name.startswith("HR@") and name[3:].isdigit():
             return ranking.hit(ranks, int(name[3:]))
+        if name.startswith("NDCG@") and name[5:].isdigit():
+            return ranking.ndcg(np.maximum(ranks, 1), int(name[5:]))
         if name == "MRR":
             return np.where(ranks >= _LARGEST, 0.0, 1.0 / np.maximum(ranks, 1))
         return self.overlap if name == "JS@50" else None

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from karma_ray.report.comparison import Group, difference
-from karma_ray.report.curves import at_seconds, common_seconds, late_gain
+from karma_ray.report.curves import late_gain, race
 from karma_ray.report.grouping import SEARCHED, grouped
 from karma_ray.report.paper import TABLES
 from karma_ray.report.results import read_records
@@ -188,10 +188,11 @@ def test_the_clock_is_read_between_validations(tmp_path: Path) -> None:
     (group,) = groups(tmp_path)
     karma = group.find("karma_text")
     assert karma is not None and group.baseline is not None
-    assert common_seconds(group) == 40.0
-    assert at_seconds(karma, "HR@50", 40.0) == pytest.approx(30.0)
-    assert at_seconds(group.baseline, "HR@50", 40.0) == 30.0
-    assert at_seconds(group.baseline, "HR@50", 41.0) is None
+    found = race(karma, group.baseline, "HR@50")
+    assert found is not None and found.seconds == 40.0
+    assert found.then == pytest.approx(30.0) and found.then_lead == pytest.approx(0.0)
+    assert found.end == 90.0 and found.end_lead == 60.0
+    assert race(karma, group.baseline, "gAUC") is None
     assert late_gain(karma, "HR@50") == pytest.approx(45.0)
 
 

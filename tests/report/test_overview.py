@@ -53,9 +53,9 @@ def test_karma_stands_beside_the_best_rival_of_each_metric(tmp_path: Path) -> No
     line = lines(tmp_path)[-1]
     assert line[:3] == ["toy", "KARMA, text", "2"]
     # 60 against 40 and, where one user of 40 has lost two hits, 39; counting has 20
-    assert line[3] == "60.0 ± 0.0; +20.50 * to SASRec (ids); +40.00 * to popularity"
-    assert line[6] == "50.0 ± 0.0; +0.00 to SASRec (ids); +0.00 to popularity"
-    assert line[7] == "SASRec (ids)"
+    assert line[4] == "60.0 ± 0.0; +20.50 * to SASRec (ids); +40.00 * to popularity"
+    assert line[8] == "50.0 ± 0.0; +0.00 to SASRec (ids); +0.00 to popularity"
+    assert line[-1] == "SASRec (ids)"
     write_record(tmp_path, "karma_infonce", 0, outcomes(4))
     before, infonce = lines(tmp_path)[-2:]
     assert before == line  # and no rival of its own kind

@@ -24,11 +24,15 @@ COMMITTED = Path(__file__).parents[2] / "docs" / "results"
 
 
 def test_the_committed_records_are_still_understood_and_of_one_toy_shop() -> None:
-    """A field that goes has to go from them too, or they compare with nothing."""
+    """A field that goes has to go from them too, or they compare with nothing; and no rank is of
+    more than what is learned."""
     records = read_records(COMMITTED)
     assert len(records) > 100
     for record in records:
-        from_dict(record["config"])
+        model = from_dict(record["config"]).model
+        width = model.tiny.hidden_size if model.kind == "karma" else model.ids.width
+        for name in ("collapse/effective_rank_e", "collapse/effective_rank_h"):
+            assert record["metrics"].get(name, 0) <= width, (record["row"], record["set"], name)
     assert {r["data_hash"] for r in records if r["data"] == "toy_shop"} == {SHOP}
 
 

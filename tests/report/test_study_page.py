@@ -63,8 +63,26 @@ def test_cost_collapse_and_time_are_told(results: Path) -> None:
     text = write_report(results)[0].read_text()
     assert "| with Task 2 | 0, 1 | 1 | 60 ± 0 | 40 ± 0 | 1.50 ± 0.00 | – |" in text
     assert "| with Task 2 | 12.50 ± 0.00 | 0.25 ± 0.00 | gap (2) |" in text
-    assert "after 40 s of joint training" in text
+    # HR@50 after 40 s, which is the end for both: 30, none ahead; no other metric was validated
+    assert "| with Task 2 | 40 | 40 | – | 30.0 (+0.00) / 30.0 (+0.00) | – | – | +10.00 |" in text
+    assert "| Pairwise CE, clicks alone | 40 | – | – | 30.0 | – | – | +10.00 |" in text
     assert "commits 0123456789" in text
+
+
+def test_a_resumed_run_tells_no_cost(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_record(tmp_path / "r", "action_only", seed, outcomes(2), resumed=seed == 1,
+                     peak_gib={"host": 1.5 - seed}, seconds=60.0 - seed)  # fmt: skip
+    text = write_report(tmp_path / "r")[0].read_text()
+    assert "| Pairwise CE, clicks alone | 0, 1 | 1 | 60 | 40 | 1.50 | – |" in text
+
+
+def test_rows_that_share_a_published_number_stand_level_in_the_papers_order(tmp_path: Path) -> None:
+    for row, hits in (("karma_text", 1), ("ar_mse_add", 2), ("ar_mse_replace", 3)):
+        write_record(tmp_path / "r", row, 0, outcomes(hits))
+    text = write_report(tmp_path / "r")[0].read_text()
+    order = "Order by HR@200, paper: AR + MSE, add = AR + MSE, replace; here: the same."
+    assert order in text
 
 
 def test_what_was_written_above_the_marker_stays(results: Path) -> None:

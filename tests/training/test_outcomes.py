@@ -38,8 +38,8 @@ def outcomes(result: EvaluationResult) -> Outcomes:
 
 @pytest.mark.parametrize(
     "metric",
-    ["HR@10", "HR@50", "MRR", "JS@50", "gAUC", "cold/HR@10", "warm/MRR", "cold/JS@50",
-     "in_query/HR@10", "in_query/MRR"],
+    ["HR@10", "HR@50", "NDCG@10", "MRR", "JS@50", "gAUC", "cold/HR@10", "warm/MRR", "cold/JS@50",
+     "in_query/HR@10", "in_query/NDCG@10", "in_query/MRR"],
 )  # fmt: skip
 def test_unpacked_values_average_to_the_metric(
     result: EvaluationResult, outcomes: Outcomes, metric: str
@@ -59,7 +59,7 @@ def test_a_user_has_one_number_whatever_was_sampled(result: EvaluationResult) ->
     assert found.user.tolist() == [int(name[1:]) + 1 for name in users]
 
 
-@pytest.mark.parametrize("metric", ["NDCG@10", "in_query/JS@50", "first/HR@10", "HR@few"])
+@pytest.mark.parametrize("metric", ["NDCG@all", "in_query/JS@50", "first/HR@10", "HR@few"])
 def test_what_is_not_kept_is_not_answered(outcomes: Outcomes, metric: str) -> None:
     assert outcomes.values(metric) is None
 
