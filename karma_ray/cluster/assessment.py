@@ -28,6 +28,7 @@ from karma_ray.config import Config
 from karma_ray.data.draws import row_keys
 from karma_ray.data.prepared import PreparedData
 from karma_ray.metrics.collapse import spread
+from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.training.cases import collect_cases
 from karma_ray.training.checks import hidden_item_effect, with_strangers_history
@@ -129,11 +130,16 @@ def floor_metrics(judge: Judge, cache: str) -> dict[str, dict[str, float]]:
 
 
 def collapse_metrics(retriever: Retriever, examples: pa.Table, seed: int) -> dict[str, float]:
-    """`spread` of the learned dimensions of e (whole catalogue) and of h (a seeded sample)."""
+    """`spread` of the learned dimensions of e (whole catalogue) and of h (a seeded sample), and how
+    wide the sample's generated embeddings are (`generator/deviation`)."""
     sample = sampled(examples, NUM_CHECKED, seed)
     items = torch.from_numpy(retriever.table.embeddings)
-    learned = retriever.interest.learned_width
-    return spread(items[:, :learned], retriever.interests(sample)[:, :learned])
+    model, interest = retriever.interest, retriever.interests(sample)
+    learned = model.learned_width
+    found = spread(items[:, :learned], interest[:, :learned])
+    if isinstance(model, InterestModel) and model.generator is not None:
+        found["generator/deviation"] = model.generator.deviation(interest, retriever.keys(sample))
+    return found
 
 
 def run_checks(

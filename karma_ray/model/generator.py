@@ -106,6 +106,22 @@ class Generator(nn.Module):
         requests of other keys do not share its luck. Raises ValueError without keys where it
         matters.
         """
+        samples = self._samples(interest, keys)
+        return self._restored(
+            samples.mean(1, keepdim=True) if self.config.agg == "mean" else samples
+        )
+
+    @torch.no_grad()
+    def deviation(self, interest: Tensor, keys: np.ndarray | None = None) -> float:
+        """How wide a sample is: its standard deviation over the requests, the items' being 1; mean
+        over dimensions.
+
+        Well above 1 the sampler is at fault, not what was learnt; well below, samples are means.
+        """
+        return float(self._samples(interest, keys)[:, 0].std(0).mean())
+
+    def _samples(self, interest: Tensor, keys: np.ndarray | None) -> Tensor:
+        """Standardised embeddings [B, K, D]."""
         config, shape = self.config, (self.config.samples, interest.shape[-1])
         if not self.is_random:
             noise = interest.new_zeros(len(interest), *shape)
@@ -113,12 +129,9 @@ class Generator(nn.Module):
             raise ValueError("a model that draws needs the keys of the requests")
         else:  # on the CPU, whose draws are the same wherever the model runs
             noise = normal(hashed(keys, SERVED), shape, "cpu").to(interest.device)  # [B, K, D]
-        samples = torch.stack(
+        return torch.stack(
             [self._drawn(interest, draw, config.steps or None) for draw in noise.unbind(1)], 1
         )
-        if config.agg == "mean":
-            samples = samples.mean(1, keepdim=True)
-        return self._restored(samples)
 
     def _drawn(self, interest: Tensor, noise: Tensor, steps: int | None) -> Tensor:
         """A standardised embedding [B, D] for each h [B, D], from noise [B, D]."""

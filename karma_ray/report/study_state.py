@@ -14,6 +14,7 @@ PROBES = {
     "collapse/mean_cosine_e": "mean cosine e",
     "collapse/mean_cosine_h": "mean cosine h",
     "decode_gap": "decode gap, nats",
+    "generator/deviation": "deviation of samples",
     "negatives/surviving": "negatives a step",
 }
 
@@ -79,7 +80,8 @@ def collapse(group: Group) -> Section:
         "Decode gap: cross-entropy of the target's text from another interest minus from one's "
         "own, mean of the last reports of training. It is read by Task 2's decoder, which in rows "
         "without Task 2 has not learnt along: 0 there does not say that h holds no words "
-        "(docs/diagnosis.md)."
+        "(docs/diagnosis.md). Deviation of samples: of what a generator makes over requests, where "
+        "the items' is 1; far above, the sampler fails (docs/generators.md)."
     )
     return Section(
         "Collapse probes", notes=(note,) if rows else (), header=("row", *names.values(), "alarms"),

@@ -33,9 +33,9 @@ def generator(kind: str = "fm", **fields: Any) -> Generator:
 class Exact(nn.Module):
     """The best possible answer where z given the condition is N(condition, SPREAD^2)."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, off: float = 1.0) -> None:
         super().__init__()
-        self.kind = kind
+        self.kind, self.off = kind, off
 
     def forward(self, noisy: Tensor, time: Tensor, mean: Tensor) -> Tensor:
         variance = SPREAD**2
@@ -55,7 +55,7 @@ class Exact(nn.Module):
         clean = mean + signal * variance / total * (noisy - signal * mean)
         eps = noise / total * (noisy - signal * mean)
         return {
-            "fm": eps - clean, "ddpm_eps": eps, "ddpm_v": signal * eps - noise * clean,
+            "fm": eps - clean, "ddpm_eps": self.off * eps, "ddpm_v": signal * eps - noise * clean,
             "ddpm_x0": clean,
         }[self.kind]  # fmt: skip
 
@@ -69,6 +69,21 @@ def test_one_step_from_pure_noise_is_the_conditional_mean(kind: str) -> None:
     torch.testing.assert_close(
         made.estimate(mean), torch.nn.functional.rms_norm(mean, (WIDTH,)), atol=0.03, rtol=0.01
     )
+
+
+@pytest.mark.parametrize("kind", DIFFUSIONS)
+def test_the_deviation_tells_how_wide_samples_are(kind: str) -> None:
+    made, alike = generator(kind), torch.zeros(400, WIDTH)  # only chance tells these requests apart
+    made.head = Exact(kind)
+    assert made.deviation(alike, np.arange(400)) == pytest.approx(SPREAD, rel=0.08)
+    assert generator("mse").deviation(alike) == 0.0
+
+
+def test_an_error_on_eps_makes_samples_much_too_wide() -> None:
+    """Why the deviation is told: DDPM by noise divides the error by a signal of .03 at first."""
+    made, alike = generator("ddpm_eps"), torch.zeros(400, WIDTH)
+    made.head = Exact("ddpm_eps", off=0.85)
+    assert made.deviation(alike, np.arange(400)) > 1.5 * SPREAD
 
 
 @pytest.mark.parametrize("kind", DIFFUSIONS)
