@@ -18,38 +18,45 @@ from karma_ray.cluster.trial import Trial
 from karma_ray.config import Config, override
 from karma_ray.data.prepared import read_data_manifest
 from karma_ray.errors import InputError
+from karma_ray.objectives.losses import builds_generation, builds_reconstruction
 from karma_ray.report.results import METRIC, read_records, same_run, validated
 from karma_ray.report.rows import Row
 
 LOG = logging.getLogger(__name__)
-FACTORS = (
-    (1, 1), (1 / 3, 1), (3, 1), (1, 1 / 3), (1, 3), (1 / 3, 1 / 3), (3, 3), (1 / 3, 3), (3, 1 / 3),
-)  # fmt: skip
-"""What the study's own learning rate and weight of hard negatives are multiplied by, in turn."""
-RATES = (1, 1 / 3, 3, 1 / 2, 2, 1 / 6, 6, 1 / 10, 10)
-"""The same where the weight changes nothing: under InfoNCE, and on data without negatives."""
+RATE, WEIGHT, TEXTS = "training.learning_rate", "objective.hard_weight", "objective.lambda_dec"
+MOST = 9
+"""Settings that a search can give a row."""
 Settings = tuple[str, ...]
+Factors = dict[str, float]
+"""Field -> what the study's own value is multiplied by."""
 
 
 def candidates(config: Config, number: int, *, has_negatives: bool = True) -> list[Settings]:
     """The first `number` settings around a configuration, all different; its own are ().
 
+    The learning rate comes first; then what the row has: the weight of its texts, and that of hard
+    negatives (without effect under InfoNCE, and on data without negatives) or further rates.
     Raises InputError on a number that is no search, or more than there are.
     """
-    if not 2 <= number <= len(FACTORS):
-        raise InputError("--search", number, f"must be 2 to {len(FACTORS)} settings a row")
-    weighs = has_negatives and config.objective.action_loss != "infonce"
-    around = {
-        "training.learning_rate": config.training.learning_rate,
-        "objective.hard_weight": config.objective.hard_weight,
-    }
+    if not 2 <= number <= MOST:
+        raise InputError("--search", number, f"must be 2 to {MOST} settings a row")
+    objective = config.objective
+    found: list[Factors] = [{}, {RATE: 1 / 3}, {RATE: 3}]
+    if builds_generation(objective) or builds_reconstruction(objective):
+        found += [{TEXTS: 1 / 3}, {TEXTS: 1 / 10}]
+    if has_negatives and objective.action_loss != "infonce":
+        found += [{WEIGHT: 1 / 3}, {WEIGHT: 3}]
+        found += [{RATE: 1 / 3, WEIGHT: 1 / 3}, {RATE: 3, WEIGHT: 3}]
+        found += [{RATE: 1 / 3, WEIGHT: 3}, {RATE: 3, WEIGHT: 1 / 3}]
+    else:
+        found += [{RATE: factor} for factor in (1 / 2, 2, 1 / 6, 6, 1 / 10, 10)]
+    own = {
+        RATE: config.training.learning_rate, WEIGHT: objective.hard_weight,
+        TEXTS: objective.lambda_dec,
+    }  # fmt: skip
     return [
-        tuple(
-            f"{path}={float(f'{value * factor:.3g}')}"
-            for (path, value), factor in zip(around.items(), factors, strict=True)
-            if factor != 1
-        )
-        for factors in (FACTORS if weighs else [(rate, 1) for rate in RATES])[:number]
+        tuple(f"{path}={float(f'{own[path] * factor:.3g}')}" for path, factor in factors.items())
+        for factors in found[:number]
     ]
 
 

@@ -11,7 +11,7 @@ import pytest
 from jobs.ablate import main
 from karma_ray import cli, recipes
 from karma_ray.cluster.study_plan import Data, named_rows
-from karma_ray.cluster.study_search import FACTORS, candidates, chosen_trials, search_trials
+from karma_ray.cluster.study_search import MOST, candidates, chosen_trials, search_trials
 from karma_ray.config import override
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
@@ -29,24 +29,37 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 def test_candidates_lie_around_a_configuration_and_begin_with_its_own() -> None:
     config = override(recipes.build("sasrec"), SMALL)
     rate, weight = config.training.learning_rate, config.objective.hard_weight
-    found = candidates(config, len(FACTORS))
+    found = candidates(config, MOST)
     assert found[0] == () and found[:3] == candidates(config, 3)
-    assert len(set(found)) == len(FACTORS)
+    assert len(set(found)) == MOST
     made = [override(config, settings) for settings in found]
     assert made[1].training.learning_rate == pytest.approx(rate / 3, rel=1e-2)
     assert made[2].training.learning_rate == pytest.approx(3 * rate, rel=1e-2)
     assert [c.objective.hard_weight for c in made[:3]] == [weight] * 3
     assert made[3].objective.hard_weight == pytest.approx(weight / 3, rel=1e-2)
-    for number in (1, len(FACTORS) + 1):
+    for number in (1, MOST + 1):
         with pytest.raises(InputError, match=r"--search.*2 to 9"):
             candidates(config, number)
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "infonce"])
+def test_a_row_that_decodes_also_searches_the_weight_of_its_texts(loss: str) -> None:
+    config = override(
+        recipes.build("karma_text"), [f"objective.action_loss={loss}", "objective.lambda_dec=0.6"]
+    )
+    found = candidates(config, MOST)
+    assert len(set(found)) == MOST
+    assert [s.startswith("objective.lambda_dec=") for (s, *_) in found[1:6]] == [
+        False, False, True, True, False,
+    ]  # fmt: skip
+    assert found[3:5] == [("objective.lambda_dec=0.2",), ("objective.lambda_dec=0.06",)]
 
 
 @pytest.mark.parametrize(("recipe", "has_negatives"), [("hllm", True), ("sasrec", False)])
 def test_a_weight_that_changes_nothing_is_not_searched(recipe: str, has_negatives: bool) -> None:
     config = override(recipes.build(recipe), SMALL)
-    found = candidates(config, len(FACTORS), has_negatives=has_negatives)
-    assert found[0] == () and len(set(found)) == len(FACTORS)
+    found = candidates(config, MOST, has_negatives=has_negatives)
+    assert found[0] == () and len(set(found)) == MOST
     assert all(s.startswith("training.learning_rate=") for settings in found for s in settings)
 
 

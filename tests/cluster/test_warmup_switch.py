@@ -36,6 +36,7 @@ def trained_parts(checkpoints: tuple[str, str, str], train: str) -> dict[str, bo
         "item LLM": encoder.body.parameters(),
         "user LLM": decoder.body.parameters(),
         "projector": decoder.projector.parameters(),
+        "W_e": encoder.output.parameters(),
     }
     found = {}
     for name, parameters in parts.items():
@@ -52,7 +53,7 @@ def trained_parts(checkpoints: tuple[str, str, str], train: str) -> dict[str, bo
 def test_the_warm_up_trains_what_the_switch_names(
     checkpoints: tuple[str, str, str], train: str, item: bool, user: bool
 ) -> None:
-    expected = {"item LLM": item, "user LLM": user, "projector": True}
+    expected = {"item LLM": item, "user LLM": user, "projector": True, "W_e": True}
     assert trained_parts(checkpoints, train) == expected
 
 
