@@ -39,11 +39,10 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
         pictures[PICTURED_GAINS] = drawn_gains
     sections += overview(found_gains, groups["baselines"], PICTURED_GAINS if drawn_gains else "")
     for name, table in TABLES.items():
-        for group in groups[name]:
-            if name == "table1" or _has_its_own(group):
-                found = differences(group)
-                drawn = _drawn(group, name, found, pictures)
-                sections += group_sections(group, table, found, drawn)
+        for group in groups[name] if name == "table1" else _worth_telling(groups[name]):
+            found = differences(group)
+            drawn = _drawn(group, name, found, pictures)
+            sections += group_sections(group, table, found, drawn)
     command = COMMAND if results == Path("docs/results") else f"{COMMAND} --results {results}"
     folder = results / "report"
     folder.mkdir(parents=True, exist_ok=True)
@@ -57,10 +56,25 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
     return markdown, page
 
 
-def _has_its_own(group: Group) -> bool:
-    """Whether a group compares anything that Table 1 does not have."""
+def _worth_telling(groups: Sequence[Group]) -> list[Group]:
+    """Groups that compare what Table 1 does not have.
+
+    What trains nothing is the same under every condition: it is told with the trained rivals of its
+    data, and where there are none once.
+    """
     shared = {row.name for row in TABLES["table1"].rows}
-    return len(group.variants) > 1 and any(v.row.name not in shared for v in group.variants)
+    own = {
+        id(group): [v for v in group.variants if v.row.name not in shared]
+        for group in groups
+        if len(group.variants) > 1
+    }
+    told = [g for g in groups if any(not v.is_counted for v in own.get(id(g), ()))]
+    data = {group.data for group in told}
+    for group in sorted(groups, key=lambda group: len(group.condition)):
+        if own.get(id(group)) and group.data not in data:
+            data.add(group.data)
+            told.append(group)
+    return told
 
 
 def _drawn(

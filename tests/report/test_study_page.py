@@ -112,3 +112,18 @@ def test_a_table_that_has_only_rows_of_table_1_is_not_told_twice(tmp_path: Path)
     assert "## Baselines" not in write_report(tmp_path / "r")[0].read_text()
     write_record(tmp_path / "r", "popularity", 0, outcomes(1))
     assert "## Baselines" in write_report(tmp_path / "r")[0].read_text()
+
+
+def test_counting_is_told_once_where_only_the_training_differs(tmp_path: Path) -> None:
+    write_record(tmp_path / "r", "popularity", 0, outcomes(1))
+    for settings in ((), ("training.steps=7",)):
+        for row in ("action_only", "karma_text"):
+            write_record(tmp_path / "r", row, 0, outcomes(2), *settings)
+
+    def told() -> list[str]:
+        text = write_report(tmp_path / "r")[0].read_text()
+        return [line for line in text.splitlines() if line.startswith("## Baselines")]
+
+    assert told() == ["## Baselines: toy"]
+    write_record(tmp_path / "r", "hllm", 0, outcomes(2), "training.steps=7")
+    assert told() == ["## Baselines: toy, training.steps=7"]
