@@ -25,6 +25,7 @@ SEARCHED: dict[str, tuple[Any, ...]] = {
     "objective.act_positions": ("all", "last"),
     "collate.num_decoded": (2, 1, 0),
     "model.score.kind": ("rms_dot", "dot", "cos_learned"),
+    "model.score.scale": (32.0, 10.0),
     "objective.act_reduction": ("mean_by_type", "paper_sum"),
     "objective.hard_weight": (1.0, 0.5),
     "objective.batch_weight": (1.0, 0.1),
@@ -129,7 +130,9 @@ def test_a_row_of_the_switches_differs_in_what_it_names(name: str) -> None:
 
 
 def test_the_rows_cover_every_named_value_of_the_searched_switches() -> None:
-    has_no_row = re.compile(r"^(objective\.(lambda|hard|batch|gen|recon)|model\.generator)")
+    has_no_row = re.compile(
+        r"^(objective\.(lambda|hard|batch|gen|recon)|model\.generator|model\.score\.scale)"
+    )
     settings = {setting for row in ROWS.values() for setting in row.settings}
     for path, values in SEARCHED.items():
         if has_no_row.match(path):  # a number, or a row of Table 1 or 2

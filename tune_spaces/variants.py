@@ -13,6 +13,7 @@ SPACE = {
     "model.item_encoder.pool": tune.choice(["eos", "emb_token", "mean"]),
     "model.item_encoder.lexical": tune.choice([0, 16]),
     "model.score.kind": tune.choice(["rms_dot", "dot", "cos_learned"]),
+    "model.score.scale": tune.loguniform(5.0, 64.0),
     "model.decodability.recon_cond": tune.choice(["eq7", "fig1"]),
     "model.decodability.recon_decoder": tune.choice(["shared", "separate", "light:1", "frozen"]),
     "model.decodability.recon_detach_h": tune.choice([False, True]),
