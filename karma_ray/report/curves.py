@@ -37,22 +37,23 @@ def race(variant: Variant, baseline: Variant, metric: str) -> Race | None:
     return Race(*map(statistics.fmean, zip(*found, strict=True))) if found else None
 
 
-def _curve(record: Record, metric: str) -> list[tuple[float, float]]:  # (seconds, value)
-    return [(p["seconds"], p[metric]) for p in record.get("curve", []) if metric in p]
-
-
-def _value_at(curve: list[tuple[float, float]], seconds: float) -> float:
-    """Between two validated steps by a straight line."""
-    times, values = zip(*curve, strict=True)
-    return float(np.interp(seconds, times, values))
-
-
 def late_gain(variant: Variant, metric: str) -> float | None:
     """What the last quarter of the steps added on the validation examples, mean over seeds."""
     found = []
     for record in variant.records.values():
-        points = [(p["step"], p[metric]) for p in record.get("curve", []) if metric in p]
-        if len(points) > 1:
-            steps, values = zip(*points, strict=True)
-            found.append(values[-1] - float(np.interp(0.75 * steps[-1], steps, values)))
+        curve = _curve(record, metric, "step")
+        if len(curve) > 1:
+            steps, end = curve[-1]
+            found.append(end - _value_at(curve, 0.75 * steps))
     return statistics.fmean(found) if found else None
+
+
+def _curve(record: Record, metric: str, clock: str = "seconds") -> list[tuple[float, float]]:
+    """(seconds or steps, value) of every validation that measured the metric."""
+    return [(p[clock], p[metric]) for p in record.get("curve", []) if metric in p]
+
+
+def _value_at(curve: list[tuple[float, float]], place: float) -> float:
+    """Between two validations by a straight line."""
+    places, values = zip(*curve, strict=True)
+    return float(np.interp(place, places, values))

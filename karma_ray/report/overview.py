@@ -20,6 +20,7 @@ NULLS = {
 """Rows that decode the clicked item from h_t -> the same tasks with that link cut."""
 GAINS = ("HR@10", "HR@50", "HR@200", "gAUC", "cold/HR@50")
 AIMS = ("HR@10", "HR@50", "HR@200", "NDCG@10", "cold/HR@50", "gAUC", "JS@50")
+"""What KARMA stands beside other rankers on."""
 OURS = ("karma_text", "karma_infonce")
 _NOT_RIVALS = (*recipes.CEILINGS, "action_only", *OURS)
 

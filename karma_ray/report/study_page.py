@@ -12,7 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from karma_ray.artifacts import value_hash
-from karma_ray.report.comparison import Group
+from karma_ray.report.comparison import Group, Variant
 from karma_ray.report.grouping import grouped
 from karma_ray.report.overview import gains, overview, picture
 from karma_ray.report.paper import TABLES
@@ -63,15 +63,15 @@ def _worth_telling(groups: Sequence[Group]) -> list[Group]:
     data, and where there are none once.
     """
     shared = {row.name for row in TABLES["table1"].rows}
-    own = {
-        id(group): [v for v in group.variants if v.row.name not in shared]
-        for group in groups
-        if len(group.variants) > 1
-    }
-    told = [g for g in groups if any(not v.is_counted for v in own.get(id(g), ()))]
+
+    def own(group: Group) -> list[Variant]:
+        rows = [v for v in group.variants if v.row.name not in shared]
+        return rows if len(group.variants) > 1 else []
+
+    told = [group for group in groups if any(not v.is_counted for v in own(group))]
     data = {group.data for group in told}
     for group in sorted(groups, key=lambda group: len(group.condition)):
-        if own.get(id(group)) and group.data not in data:
+        if own(group) and group.data not in data:
             data.add(group.data)
             told.append(group)
     return told

@@ -27,14 +27,13 @@ def equal_seconds(group: Group) -> Section:
         if not ends:
             continue
         cells, seconds = [], "–"
+        base = None if variant is group.baseline else group.baseline
         for metric in CURVE:
             end = plain(mean_of([e[metric] for e in ends if metric in e]))
-            if group.baseline not in (None, variant):
-                found = race(variant, group.baseline, metric)
-                if found is not None:
-                    seconds = plain(found.seconds, 0)
-                    then = f"{plain(found.then)} ({signed(found.then_lead)})"
-                    end = f"{then} / {plain(found.end)} ({signed(found.end_lead)})"
+            if base is not None and (found := race(variant, base, metric)) is not None:
+                seconds = plain(found.seconds, 0)
+                then = f"{plain(found.then)} ({signed(found.then_lead)})"
+                end = f"{then} / {plain(found.end)} ({signed(found.end_lead)})"
             cells.append(end)
         gain = late_gain(variant, "HR@50")
         in_all = plain(mean_of([e["seconds"] for e in ends]), 0)
