@@ -20,7 +20,14 @@ from pathlib import Path
 from karma_ray.cli import parser, run
 from karma_ray.cluster.sources import CACHE, toy_shop
 from karma_ray.cluster.study import Outcome, run_study
-from karma_ray.cluster.study_plan import Data, named_rows, parsed_seeds, planned, possible_rows
+from karma_ray.cluster.study_plan import (
+    Data,
+    check_settings,
+    named_rows,
+    parsed_seeds,
+    planned,
+    possible_rows,
+)
 from karma_ray.cluster.study_search import chosen_trials, search_trials
 from karma_ray.cluster.trial import Trial
 from karma_ray.errors import InputError, KarmaRayError
@@ -38,6 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.table != "report" and not arguments.report_only:
         named = named_rows(arguments.table, arguments.rows)
         seeds, assignments = parsed_seeds(arguments.seeds), arguments.assignments
+        check_settings(named, assignments)
         data = Data.open(arguments.data or toy_shop(CACHE))
         rows, skipped = possible_rows(named, data, assignments)
         for name, reason in skipped.items():

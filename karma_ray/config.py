@@ -22,6 +22,7 @@ from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
 from karma_ray.model.config import ModelConfig
 from karma_ray.objectives.losses import ObjectiveConfig
+from karma_ray.ranges import CountOrZero
 from karma_ray.training.config import EvaluationConfig, PretrainConfig, TrainingConfig, WarmupConfig
 
 
@@ -33,7 +34,7 @@ class Config:
 
     recipe: str = "karma_text"
     """Name of the recipe this run started from."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of initialisation, data order, decoded positions and query dropping."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
     """Events -> sequences and examples."""

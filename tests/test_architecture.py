@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Low to high: a room imports itself and rooms to its left.
 ROOMS = (
     "errors",
+    "ranges",
     "artifacts",
     "data",
     "metrics",

@@ -70,6 +70,32 @@ def test_a_wrong_override_names_field_value_and_choices(assignment: str, message
         override(Config(), [assignment])
 
 
+NUMBERS = {path: value for path, value in leaves(Config).items() if type(value) in (int, float)}
+
+
+@pytest.mark.parametrize("path", NUMBERS)
+def test_every_number_has_a_range(path: str) -> None:
+    """No field is both signed and a number: below 0 there are only typing errors."""
+    wrong = ["-1"] if isinstance(NUMBERS[path], int) else ["-1", "nan", "inf", "-inf"]
+    for value in wrong:
+        with pytest.raises(InputError, match=rf"^{path}: {value}(\.0)? should be "):
+            override(Config(), [f"{path}={value}"])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("training.batch_size=0", "training.batch_size: 0 should be greater than or equal to 1"),
+        ("training.encoder_delay=1", r"training.encoder_delay: 1 should be less than 1"),
+        ("training.grad_clip=0", "training.grad_clip: 0 should be greater than 0"),
+        ("collate.drop_query=1.5", "collate.drop_query: 1.5 should be less than or equal to 1"),
+    ],
+)
+def test_a_number_out_of_range_names_its_bound(assignment: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        override(Config(), [assignment])
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [

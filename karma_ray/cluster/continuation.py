@@ -24,6 +24,7 @@ from karma_ray.artifacts import (
 )
 from karma_ray.cluster.stages import Stage, finished_stage, with_checkpoints
 from karma_ray.config import Config, from_dict, to_dict
+from karma_ray.data.pictures import has_images
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.model.lora import parse_rank
@@ -119,8 +120,6 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
     if not 0 <= training.min_workers <= training.num_workers:
         message = f"is not between 0 and training.num_workers={training.num_workers}"
         raise InputError("training.min_workers", training.min_workers, message)
-    if training.keep_checkpoints < 1:
-        raise InputError("training.keep_checkpoints", training.keep_checkpoints, "is below 1")
     if config.model.decodability.recon_text == "shuffled" and (
         training.micro_batch_size or training.num_workers > 1
     ):
@@ -129,7 +128,6 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
             "training.num_workers=0 or 1"
         )
         raise InputError("model.decodability.recon_text", "shuffled", message)
-    training.check()
     config.model.check()
     if builds_image(config.objective):
         config.model.imagery.check()
@@ -138,6 +136,9 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
     if lexical >= items:  # the rest that it needs of their words is known once they are tokens
         message = f"must be below the number of items, {items}"
         raise InputError("model.item_encoder.lexical", lexical, message)
+    if config.model.item_encoder.modality == "multimodal" and not has_images(source.items_uri):
+        message = f"sees nothing: the items of {source.items_uri!r} have no images"
+        raise InputError("model.item_encoder.modality", "multimodal", message, choices=["text"])
     prepared = (source.facts.get("prepare") or {}).get("max_history", 0)
     if config.collate.max_history < prepared:
         raise InputError(

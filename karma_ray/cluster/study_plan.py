@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import pyarrow.dataset as ds
-
 from karma_ray import recipes
-from karma_ray.artifacts import absolute, exists, join, open_filesystem
+from karma_ray.artifacts import absolute, exists, join
 from karma_ray.cluster.trial import Trial
 from karma_ray.config import override
+from karma_ray.data.pictures import has_images
 from karma_ray.data.prepared import fingerprint, read_data_manifest, require_data
 from karma_ray.data.visual import features_uri
 from karma_ray.errors import InputError
@@ -59,16 +58,6 @@ class Data:
         name = str(manifest.get("name") or absolute(uri).rstrip("/").rsplit("/", 1)[-1])
         return cls(absolute(uri), name, str(manifest.get("data_hash") or fingerprint(uri)))
 
-    def has_images(self) -> bool:
-        """Whether any item has a picture."""
-        fs, path = open_filesystem(join(self.uri, "items"))
-        files = sorted(name for name in fs.find(path) if name.endswith(".parquet"))
-        items = ds.dataset(files, filesystem=fs, format="parquet")
-        if "image" not in items.schema.names:
-            return False
-        filled = items.head(1, columns=["image"], filter=ds.field("image").is_valid())
-        return bool(filled.num_rows)
-
 
 def named_rows(table: str, names: str | None) -> list[Row]:
     """Rows of a table by comma-separated names, without names all.
@@ -101,7 +90,7 @@ def _missing(row: Row, data: Data, extra: Sequence[str]) -> str:
     if row.built_from in recipes.CEILINGS and not exists(join(data.uri, "truth")):
         return f"nobody knows the truth of {data.name}"
     if row.needs_images and not any(a.startswith("collate.visual_features=") for a in extra):
-        if not data.has_images():
+        if not has_images(data.uri):
             return f"the items of {data.name} have no images"
         if not exists(features_uri(data.uri)):
             return f"the images have no features; make them by: python jobs/features.py {data.uri}"
@@ -122,6 +111,13 @@ def parsed_seeds(text: str) -> list[int]:
     raise InputError("--seeds", text, message, choices=["3", "0,1,2", "7,"])
 
 
+def check_settings(rows: Iterable[Row], extra: Sequence[str]) -> None:
+    """Raise InputError on a `--set` that no data could mend, before any are made or read."""
+    for row in rows:
+        if row.built_from in recipes.names():
+            override(recipes.build(row.built_from), [*row.settings, *extra])
+
+
 def planned(
     rows: Iterable[Row], seeds: Sequence[int], data: Data, extra: Sequence[str] = (),
     study: Sequence[str] | None = None,
@@ -135,7 +131,6 @@ def planned(
     trials = []
     for row in rows:
         config = override(recipes.build(row.built_from), [*base, *row.settings, *extra])
-        config.training.check()
         config.model.check()
         config.evaluation.corpus_size()
         trials += [

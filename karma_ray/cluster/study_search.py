@@ -62,9 +62,7 @@ def candidates(config: Config, number: int, *, has_negatives: bool = True) -> li
 
 def with_settings(trial: Trial, settings: Settings) -> Trial:
     """The trial with settings that a search gives its row alone."""
-    config = override(trial.config, settings)
-    config.training.check()
-    return replace(trial, config=config, searched=settings)
+    return replace(trial, config=override(trial.config, settings), searched=settings)
 
 
 def search_trials(

@@ -30,24 +30,25 @@ from karma_ray.data.steps import (
     places,
 )
 from karma_ray.data.visual import VisualFeatures
+from karma_ray.ranges import Count, CountOrZero, Share
 
 
 @dataclass(frozen=True)
 class CollateConfig:
     """Sizes of a batch."""
 
-    max_history: int = 20
+    max_history: CountOrZero = 20
     """History steps in front of the current query."""
-    max_item_tokens: int = 24
+    max_item_tokens: Count = 24
     """Tokens of an item's text that are read, its end token included; a run tells how long the
     texts are."""
-    max_query_tokens: int = 12
+    max_query_tokens: Count = 12
     """Tokens of a query."""
-    num_hard_negatives: int = 2
+    num_hard_negatives: CountOrZero = 2
     """Hard negatives per step, drawn anew each epoch."""
-    drop_query: float = 0.1
+    drop_query: Share = 0.1
     """Share of the training queries replaced by the learned `no_query` vector."""
-    num_decoded: int = 2
+    num_decoded: CountOrZero = 2
     """Positions per window decoded into text: the last and random others; 0: all of them."""
     visual_features: str = ""
     """Folder that `jobs/features.py` wrote, for runs with `objective.lambda_img`; empty:

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
@@ -83,6 +84,16 @@ def decode(data: bytes, side: int) -> np.ndarray:
         raise BrokenImage("in no known format") from None
     except Exception as error:  # Pillow's decoders raise whatever their format brings
         raise BrokenImage(f"{type(error).__name__}: {error}") from None
+
+
+def has_images(data_uri: str) -> bool:
+    """Whether any item of a data folder has an image, readable or not."""
+    fs, path = open_filesystem(join(data_uri, "items"))
+    files = sorted(name for name in fs.find(path) if name.endswith(".parquet"))
+    items = ds.dataset(files, filesystem=fs, format="parquet")
+    if "image" not in items.schema.names:
+        return False
+    return bool(items.head(1, columns=["image"], filter=ds.field("image").is_valid()).num_rows)
 
 
 def source_rows(items_uri: str, fitted_ids: pa.Array | None) -> np.ndarray:

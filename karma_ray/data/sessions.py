@@ -19,33 +19,30 @@ import pyarrow as pa
 from karma_ray.data.negatives import page_negatives
 from karma_ray.data.schema import EXAMPLES, SEQUENCES
 from karma_ray.data.splits import Cutoffs, check_shares
-from karma_ray.errors import InputError
+from karma_ray.ranges import Count, CountOrZero, Share, ShareBelowOne
 
 
 @dataclass(frozen=True)
 class PrepareConfig:
     """How raw events become sequences and examples."""
 
-    max_history: int = 20
+    max_history: Count = 20
     """History steps behind the newest step of a window."""
-    num_hard_negatives: int = 8
+    num_hard_negatives: CountOrZero = 8
     """Exposed-unclicked items kept per training click; examples keep them all."""
-    valid_share: float = 0.1
+    valid_share: ShareBelowOne = 0.1
     """Share of the clicks, in time, that validates."""
-    test_share: float = 0.1
+    test_share: ShareBelowOne = 0.1
     """Share of the clicks, last in time, that tests."""
-    max_bad_share: float = 0.2
+    max_bad_share: Share = 0.2
     """The job stops when a larger share of rows is quarantined."""
-    num_partitions: int = 4
+    num_partitions: Count = 4
     """Partitions of the shuffle by user; the result is the same for any number."""
-    seed: int = 0
+    seed: CountOrZero = 0
     """Seed of which exposed-unclicked items stay when a page has more than are kept."""
 
     def check(self) -> None:
-        """Raise InputError on a size or share that cannot be."""
-        for name, low in (("max_history", 1), ("num_hard_negatives", 0), ("num_partitions", 1)):
-            if getattr(self, name) < low:
-                raise InputError(f"prepare.{name}", getattr(self, name), f"is below {low}")
+        """Raise InputError on shares that leave nothing to train on."""
         check_shares(self.valid_share, self.test_share)
 
 

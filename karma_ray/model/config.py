@@ -10,23 +10,24 @@ from typing import Literal
 
 from karma_ray.errors import InputError
 from karma_ray.model.denoiser import DenoiserConfig
+from karma_ray.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne
 
 
 @dataclass(frozen=True)
 class TinyBackboneConfig:
     """Shape of the Qwen3 built here when no checkpoint is given (`checkpoint=tiny`)."""
 
-    hidden_size: int = 128
+    hidden_size: Count = 128
     """Width d."""
-    num_layers: int = 2
+    num_layers: Count = 2
     """Transformer layers."""
-    num_heads: int = 4
+    num_heads: Count = 4
     """Attention heads; head width is hidden_size / num_heads."""
-    num_key_value_heads: int = 2
+    num_key_value_heads: Count = 2
     """Key/value heads (grouped-query attention)."""
-    intermediate_size: int = 384
+    intermediate_size: Count = 384
     """Width of the feed-forward layer."""
-    vocab_size: int = 4096
+    vocab_size: Count = 4096
     """Upper bound of the BPE vocabulary trained on the catalogue."""
 
 
@@ -40,21 +41,16 @@ class ItemEncoderConfig:
     """Last hidden state of the end token, of a learned [ITEM] vector, or the mean of all."""
     instruction: str = ""
     """Text put before every item's text."""
-    lexical: int = 0
+    lexical: CountOrZero = 0
     """Further dimensions of e that hold the item's words, counted and not learned, and of h those
     of the history; for few clicks, which teach an encoder to forget the person."""
     modality: Literal["text", "multimodal"] = "text"
     """What of an item is read: its text, or its image and text (`checkpoint`: a Qwen3-VL)."""
     vision: Literal["full", "frozen"] = "full"
     """Whether the vision tower of a multimodal encoder learns where the encoder does."""
-    image_size: int = 64
+    image_size: Count = 64
     """Pixels of a side of the pictures read: a multiple of patch * merge, 32 for Qwen3-VL, each of
     which gives (image_size / 32)^2 tokens."""
-
-    def check(self) -> None:
-        """Raise InputError on numbers that mean nothing."""
-        if self.lexical < 0:
-            raise InputError("model.item_encoder.lexical", self.lexical, "must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -77,7 +73,7 @@ class ScoreConfig:
 
     kind: Literal["rms_dot", "dot", "cos_learned"] = "rms_dot"
     """`rms_dot`: scale * cosine; `dot`: plain dot product; `cos_learned`: learned logit scale."""
-    scale: float = 32.0
+    scale: Positive = 32.0
     """Constant scale of `rms_dot` (the value of sqrt(d) at d = 1024)."""
 
 
@@ -96,11 +92,11 @@ class DecodabilityConfig:
     recon_text: Literal["own", "shuffled"] = "own"
     """Null control: Task 2 decodes the text of another decoded position's item, drawn anew in every
     batch: the same computation without its meaning."""
-    recon_token_dropout: float = 0.0
+    recon_token_dropout: Share = 0.0
     """Share of Task 2's input tokens masked."""
     task1_see_readout: bool = True
     """Whether Task 1's text sees the read-out position itself."""
-    max_target_tokens: int = 24
+    max_target_tokens: Count = 24
     """Tokens of the target's text that are decoded."""
 
 
@@ -121,16 +117,14 @@ class ImageryConfig:
     """Whether Task 1's image queries see the target's text, which gives the answer away."""
     img_connector: Literal[0, 1, 2] = 0
     """Bidirectional layers between the decoder's states at the image queries and the head."""
-    img_draws: int = 4
+    img_draws: Count = 4
     """Times and noises drawn for each image in a step, at the head alone (MAR, 2406.11838, has
     four); regression draws none."""
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     """The head's network."""
 
     def check(self) -> None:
-        """Raise InputError on numbers that mean nothing."""
-        if self.img_draws < 1:
-            raise InputError("model.imagery.img_draws", self.img_draws, "must be at least 1")
+        """Raise InputError on what the head does not know."""
         self.denoiser.check("model.imagery.denoiser", self.img_head)
 
 
@@ -143,13 +137,13 @@ class GeneratorConfig:
 
     kind: Literal["none", "mse", "ddpm_eps", "ddpm_v", "ddpm_x0", "edm", "fm"] = "none"
     """h_t itself, its regression onto the clicked item's embedding, or a diffusion of it."""
-    samples: int = 1
+    samples: Count = 1
     """Embeddings K drawn for a request."""
     agg: Literal["single", "mean", "union"] = "single"
     """One sample, the mean of K, or each item's best score over K (ComiRec, 2005.09347)."""
-    steps: int = 0
+    steps: CountOrZero = 0
     """Steps of the sampler; 0: flow matching 25, DDIM 50, EDM 18."""
-    draws: int = 4
+    draws: Count = 4
     """Times and noises drawn for each trained step, at the head alone; regression draws none."""
     recon_src: Literal["condition", "x0"] = "condition"
     """What Task 2 decodes: h_t, which the head is told, or the head's estimate in one step."""
@@ -157,11 +151,7 @@ class GeneratorConfig:
     """The head's network."""
 
     def check(self) -> None:
-        """Raise InputError on numbers that mean nothing."""
-        for name, least in (("samples", 1), ("steps", 0), ("draws", 1)):
-            if getattr(self, name) < least:
-                message = f"must be at least {least}"
-                raise InputError(f"model.generator.{name}", getattr(self, name), message)
+        """Raise InputError on settings that do not go together."""
         if self.kind != "none":
             self.denoiser.check("model.generator.denoiser", self.kind)
         if self.agg == "single" and self.samples != 1:
@@ -184,13 +174,13 @@ class IdModelConfig:
     They are built instead of KARMA where `kind` is not `karma`.
     """
 
-    width: int = 64
+    width: Count = 64
     """Width d."""
-    num_layers: int = 2
+    num_layers: Count = 2
     """Self-attention blocks."""
-    num_heads: int = 1
+    num_heads: Count = 1
     """Attention heads; head width is width / num_heads."""
-    dropout: float = 0.2
+    dropout: ShareBelowOne = 0.2
     """Share of the activations dropped in training."""
 
 
@@ -221,6 +211,6 @@ class ModelConfig:
     `training.new_module_lr` times the learning rate."""
 
     def check(self) -> None:
-        """Raise InputError on numbers that mean nothing, but for `imagery`'s: it may be unused."""
-        self.item_encoder.check()
+        """Raise InputError on settings that do not go together, but for `imagery`'s, which may be
+        unused."""
         self.generator.check()

@@ -19,6 +19,7 @@ from torch.nn import functional
 
 from karma_ray.errors import InputError
 from karma_ray.objectives.denoising import Times
+from karma_ray.ranges import Count, CountOrZero, Weight
 
 FREQUENCIES = 256
 
@@ -27,29 +28,25 @@ FREQUENCIES = 256
 class DenoiserConfig:
     """The network, and the times at which flow matching asks it in training and sampling."""
 
-    num_layers: int = 3
+    num_layers: Count = 3
     """Residual blocks (MAR's own has 12)."""
-    width: int = 0
+    width: CountOrZero = 0
     """Width w of the blocks; 0: the wider of the token and of the condition. Narrower than a
     token it could not carry the noise through (RAE, 2510.11690)."""
     times: Times = "uniform"
     """Times t at which flow matching is trained: even, or logit-normal (2403.03206), which has
     more of the middle. Other heads have their own times."""
-    shift: float = 0.0
+    shift: Weight = 0.0
     """Flow matching's a in t' = a t / (1 + (a - 1) t), above 1 for more noise, in training and in
     the sampler; 0: by the dimensions of a target, sqrt(N_v d_v / 4096) and at least 1 (RAE,
     2510.11690)."""
 
     def check(self, path: str, head: str) -> None:
-        """Raise InputError on what means nothing; `path` is that of this config."""
+        """Raise InputError on what the head does not know; `path` is that of this config."""
         for name, default in (("times", "uniform"), ("shift", 0.0)):
             if head != "fm" and getattr(self, name) != default:
                 message = f"is flow matching's (fm); the head is {head!r}"
                 raise InputError(f"{path}.{name}", getattr(self, name), message)
-        for name, least in (("num_layers", 1), ("width", 0), ("shift", 0)):
-            value = getattr(self, name)
-            if not least <= value < math.inf:
-                raise InputError(f"{path}.{name}", value, f"must be at least {least}, and finite")
 
 
 class Denoiser(nn.Module):

@@ -35,7 +35,6 @@ class ItemEncoder(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
-        config.check()
         self.config, self.body = config, body
         self.pictures: PixelTable | None = None  # no part of the weights
         if config.modality == "multimodal":

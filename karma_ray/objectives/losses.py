@@ -10,6 +10,8 @@ from typing import Literal
 
 from torch import Tensor
 
+from karma_ray.ranges import Share, Weight
+
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
@@ -21,24 +23,24 @@ class ObjectiveConfig:
     """Mean over hard and in-batch negatives apart, or the sum as written."""
     act_positions: Literal["all", "last"] = "all"
     """Steps that enter L_act."""
-    hard_weight: float = 1.0
+    hard_weight: Weight = 1.0
     """Weight of exposed-unclicked negatives."""
-    hard_ramp: float = 0.1
+    hard_ramp: Share = 0.1
     """Share of the steps before hard negatives count; their weight then rises over as many."""
-    batch_weight: float = 1.0
+    batch_weight: Weight = 1.0
     """Weight of in-batch negatives."""
-    lambda_dec: float = 1.0
+    lambda_dec: Weight = 1.0
     """Weight of the decodability terms together."""
-    generation: float = 1.0
+    generation: Weight = 1.0
     """Weight of L_gen, Task 1 (history to text)."""
-    reconstruction: float = 1.0
+    reconstruction: Weight = 1.0
     """Weight of L_recon, Task 2 (h_t to text)."""
-    lambda_img: float = 0.0
+    lambda_img: Weight = 0.0
     """Weight of L_img (frozen visual features of the target) beside the texts, in the warm-up
     too; needs `collate.visual_features`."""
     gen_mode: Literal["add", "replace"] = "add"
     """Of a model with a generator: whether L_act, on h_t, stays beside the generator's loss."""
-    gen_weight: float = 1.0
+    gen_weight: Weight = 1.0
     """Weight of the generator's loss."""
     ce_reduction: Literal["token_mean", "sum"] = "token_mean"
     """Cross-entropy averaged over an example's tokens, or summed as written."""

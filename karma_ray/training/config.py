@@ -7,17 +7,18 @@ from dataclasses import dataclass
 from typing import Literal
 
 from karma_ray.errors import InputError
+from karma_ray.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne, Weight
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
     """Causal language modelling on the catalogue's text: the stand-in for a pretrained LLM."""
 
-    steps: int = 400
+    steps: CountOrZero = 400
     """Optimiser steps; 0 keeps the random initialisation."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Items per step."""
-    learning_rate: float = 2e-3
+    learning_rate: Weight = 2e-3
     """Peak learning rate."""
 
 
@@ -27,11 +28,11 @@ class WarmupConfig:
 
     skip: bool = False
     """Start the joint stage without the warm-up (control)."""
-    steps: int = 400
+    steps: Count = 400
     """Upper bound of optimiser steps; stops earlier when the shuffled gap has plateaued."""
-    batch_size: int = 64
+    batch_size: Count = 64
     """Items per step."""
-    learning_rate: float = 1e-3
+    learning_rate: Weight = 1e-3
     """Peak learning rate of the decoder; new modules take `new_module_lr` times as much."""
     train: Literal["decoder", "adapters_only", "all"] = "decoder"
     """What is trained: decoder and adapters, adapters only, or the item encoder too."""
@@ -41,54 +42,54 @@ class WarmupConfig:
 class TrainingConfig:
     """Stage 2."""
 
-    steps: int = 1000
+    steps: Count = 1000
     """Optimiser steps."""
-    batch_size: int = 16
+    batch_size: Count = 16
     """User windows per step, over all workers."""
-    learning_rate: float = 1e-3
+    learning_rate: Weight = 1e-3
     """Peak learning rate of the backbones."""
-    new_module_lr: float = 2.0
+    new_module_lr: Weight = 2.0
     """Factor on the learning rate of new modules (projector, read-out, query embedding)."""
-    lr_warmup_share: float = 0.05
+    lr_warmup_share: Share = 0.05
     """Share of the steps with a linearly rising learning rate; cosine decay follows."""
-    weight_decay: float = 0.01
+    weight_decay: Weight = 0.01
     """AdamW weight decay on matrices."""
-    grad_clip: float = 1.0
+    grad_clip: Positive = 1.0
     """Global gradient norm bound."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type; master weights and losses stay float32."""
     encoder_grad: Literal["full", "targets_only", "frozen"] = "full"
     """Gradient into the item encoder: everywhere, targets and negatives only, or none."""
-    encoder_delay: float = 0.0
+    encoder_delay: ShareBelowOne = 0.0
     """Share of the steps in which the item encoder stands still while the user decoder learns to
     read it (gradual unfreezing, 1801.06146)."""
-    encoder_lr: float = 1.0
+    encoder_lr: Weight = 1.0
     """Factor on the learning rates of the item encoder, its new modules included."""
-    bank_refresh_steps: int = 100
+    bank_refresh_steps: Count = 100
     """Steps between refreshes of the history bank under `targets_only`; a resumed run equals an
     uninterrupted one when `checkpoint_every` is a multiple of it."""
-    report_every: int = 20
+    report_every: Count = 20
     """Steps between reports of losses, collapse probes and speed."""
-    checkpoint_every: int = 200
+    checkpoint_every: CountOrZero = 200
     """Steps between checkpoints (model, optimiser, RNG, data position)."""
-    validate_every: int = 0
+    validate_every: CountOrZero = 0
     """Steps between evaluations on valid examples (the curve of the report); 0: at the end."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Count = 2
     """Newest checkpoints kept, beside the best one by `best_metric`."""
     best_metric: str = "HR@50"
     """Validation metric whose best checkpoint is kept too."""
-    num_workers: int = 1
+    num_workers: CountOrZero = 1
     """Ray Train workers; 0 trains inside the driver process."""
-    min_workers: int = 0
+    min_workers: CountOrZero = 0
     """Go on with as few as these when machines are lost (elastic); 0: wait for `num_workers`."""
-    threads_per_worker: int = 0
+    threads_per_worker: CountOrZero = 0
     """CPU threads of each worker; 0 divides the machine's cores among them."""
 
     parallelism: Literal["replicate", "shard"] = "replicate"
     """Every worker holds the whole model (DDP), or a share of its layers (FSDP2)."""
-    micro_batch_size: int = 0
+    micro_batch_size: CountOrZero = 0
     """User windows of a worker that are in memory at once (gradient cache, same result); 0: all."""
-    micro_tokens: int = 16_384
+    micro_tokens: Count = 16_384
     """Item tokens encoded at once by the gradient cache."""
     activation_checkpointing: bool = False
     """Keep only the layers' inputs and compute the rest again in the backward pass."""
@@ -97,14 +98,6 @@ class TrainingConfig:
 
     profile: bool = False
     """Write a profiler trace of three steps to RUN/profile."""
-
-    def check(self) -> None:
-        """Raise InputError on a share or factor that cannot be."""
-        if not 0 <= self.encoder_delay < 1:
-            message = "is a share of the steps: at least 0 and below 1"
-            raise InputError("training.encoder_delay", self.encoder_delay, message)
-        if self.encoder_lr < 0:
-            raise InputError("training.encoder_lr", self.encoder_lr, "is below 0")
 
     def num_threads(self) -> int:
         """Threads of one worker on this machine."""
@@ -141,9 +134,9 @@ class EvaluationConfig:
     """What a target is ranked among: the whole catalogue, or `sampled:N`, N items drawn once (the
     same for every example and ranker) and the target. A sample flatters, and not every ranker
     alike (Krichene & Rendle 2020): for comparison with figures that were published so."""
-    block_size: int = 256
+    block_size: Count = 256
     """Examples scored at once; bounds memory to block_size x catalogue."""
-    max_examples: int = 0
+    max_examples: CountOrZero = 0
     """Evaluate at most so many examples (a seeded sample); 0: all."""
 
     def corpus_size(self) -> int:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from karma_ray import recipes
-from karma_ray.artifacts import join, read_json, write_table
+from karma_ray.artifacts import join, read_json, read_table, write_table
 from karma_ray.cluster.embedding import CatalogEncoder
 from karma_ray.cluster.stages import is_tiny, with_checkpoints
 from karma_ray.config import override
@@ -55,6 +56,23 @@ def test_checkpoints_must_fit_the_modality(tmp_path: Path) -> None:
     assert is_tiny(config)
     with pytest.raises(InputError, match=r"item_encoder.*'qwen3'.*choices: qwen3_vl"):
         is_tiny(with_checkpoints(config, str(tmp_path), str(tmp_path)))
+
+
+@pytest.mark.ray
+def test_an_encoder_that_would_see_nothing_is_refused_at_once(
+    ray_cluster: None, tmp_path: Path
+) -> None:
+    from karma_ray.cluster.pipeline import train_run
+
+    shop = str(tmp_path / "shop")
+    write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=120))
+    items = read_table(join(shop, "items")).drop_columns(["image"])
+    shutil.rmtree(join(shop, "items"))
+    write_table(items, join(shop, "items"))
+    config = override(recipes.build("toy"), [*SMALL, MULTIMODAL])
+    with pytest.raises(InputError, match=r"modality: 'multimodal' sees nothing: .* no images"):
+        train_run(config, shop, str(tmp_path / "run"), cache=str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.ray

@@ -324,13 +324,13 @@ def test_the_job_ends_in_a_report(
 
 @pytest.mark.parametrize(
     "flags", [["table9"], ["table1", "--seeds", "no"], ["table1", "--rows", "x"],
-              ["table1", "--set", "training.stepz=1"]],
+              ["table1", "--set", "training.stepz=1"], ["table1", "--set", "training.steps=0"]],
 )  # fmt: skip
 def test_bad_input_ends_the_job_before_anything_starts(
-    flags: list[str], data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    monkeypatch.chdir(tmp_path)
+    monkeypatch.chdir(tmp_path)  # where a toy shop would be made: no --data
     with pytest.raises(SystemExit) as ended:
-        cli.run(main, [*flags, "--data", data.uri])
+        cli.run(main, flags)
     assert ended.value.code == 2 and "error:" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
