@@ -113,12 +113,12 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def deviation(self, interest: Tensor, keys: np.ndarray | None = None) -> float:
-        """How wide a sample is: its standard deviation over the requests, the items' being 1; mean
-        over dimensions.
+        """How wide samples are: their standard deviation over requests and draws, the items' being
+        1; mean over dimensions.
 
         Well above 1 the sampler is at fault, not what was learnt; well below, samples are means.
         """
-        return float(self._samples(interest, keys)[:, 0].std(0).mean())
+        return float(self._samples(interest, keys).flatten(0, 1).std(0).mean())
 
     def _samples(self, interest: Tensor, keys: np.ndarray | None) -> Tensor:
         """Standardised embeddings [B, K, D]."""
