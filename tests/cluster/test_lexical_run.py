@@ -31,7 +31,10 @@ def test_the_words_of_the_catalogue_are_served_as_counted(
     shop, run, cache = (str(tmp_path / name) for name in ("shop", "run", "cache"))
     write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=120))
     config = override(recipes.build("toy"), [*SMALL, f"model.item_encoder.lexical={SIZE}"])
-    for value, why in (("-1", "must be at least 0"), ("240", "must be below .* items, 240")):
+    for value, why in (
+        ("-1", "should be greater than or equal to 0"),
+        ("240", "must be below .* items, 240"),
+    ):
         with pytest.raises(InputError, match=rf"lexical: {value} {why}"):
             wrong = override(config, [f"model.item_encoder.lexical={value}"])
             train_run(wrong, shop, run, cache=cache)
