@@ -103,7 +103,9 @@ def give_sight(body: nn.Module, visual: nn.Module, rotary: nn.Module, config: An
     its first layers. `config` is Qwen3-VL's, with `image_mean` and `image_std` of its processor."""
     seeing = cast(Any, body)
     seeing.visual, seeing.rotary_emb, seeing.seeing = visual, rotary, config
-    for block in cast(Any, visual).blocks:
+    tower = cast(Any, visual)
+    tower.patch_embed = PatchProjection(tower.patch_embed)
+    for block in tower.blocks:
         block.attn = PictureAttention(block.attn)
     for number in range(len(config.vision_config.deepstack_visual_indexes)):
         seeing.layers[number].register_forward_hook(_Deepening(number), with_kwargs=True)
@@ -120,6 +122,22 @@ def check_size(body: nn.Module, side: int) -> None:
     block = config.patch_size * config.spatial_merge_size
     if side < block or side % block:
         raise InputError("model.item_encoder.image_size", side, f"is not a multiple of {block}")
+
+
+class PatchProjection(nn.Module):
+    """The tower's first layer as the matrix product that it is.
+
+    The stock module calls it a convolution, whose kernel is as wide as its stride.
+    """
+
+    def __init__(self, stock: nn.Module) -> None:
+        super().__init__()
+        self.proj = cast(Any, stock).proj
+
+    def forward(self, patches: Tensor) -> Tensor:
+        """[n * N, channels * frames * patch**2] -> [n * N, D]."""
+        weight = self.proj.weight.flatten(1)
+        return functional.linear(patches.to(weight.dtype), weight, self.proj.bias)
 
 
 class PictureAttention(nn.Module):
