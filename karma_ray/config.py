@@ -15,14 +15,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast, get_type_hints
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 
 from karma_ray.data.collate import CollateConfig
 from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
 from karma_ray.model.config import ModelConfig
 from karma_ray.objectives.losses import ObjectiveConfig
-from karma_ray.ranges import CountOrZero
+from karma_ray.ranges import CountOrZero, validated
 from karma_ray.training.config import EvaluationConfig, PretrainConfig, TrainingConfig, WarmupConfig
 
 
@@ -62,13 +62,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 def from_dict(value: Mapping[str, Any]) -> Config:
     """Build and validate a Config; raises InputError naming field, value and problem."""
     _check_names(Config, value, "")
-    try:
-        return TypeAdapter(Config).validate_python(dict(value))
-    except ValidationError as error:
-        first = error.errors()[0]
-        path = ".".join(str(part) for part in first["loc"])
-        message = first["msg"].replace("Input should be", "should be")
-        raise InputError(path, first["input"], message) from None
+    return validated(Config, value)
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:

@@ -1,13 +1,23 @@
 """What a number in a configuration may be, as the type of its field.
 
-`config.from_dict` checks them, so flags, files and searches all do.
+`config.from_dict` checks them, so flags, files and searches all do; a part that is built by hand
+checks its own with `check_ranges`.
 """
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
-from pydantic import Field
+from pydantic import Field, TypeAdapter, ValidationError
+
+from karma_ray.errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T")
 
 Count = Annotated[int, Field(ge=1)]
 """At least 1."""
@@ -21,3 +31,22 @@ Share = Annotated[float, Field(ge=0, le=1)]
 """From 0 to 1."""
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 """From 0 to below 1."""
+
+
+def validated(kind: type[T], value: Mapping[str, Any], path: str = "") -> T:
+    """Build a configuration from plain values; `path` is where it stands in the whole.
+
+    Raises InputError naming field, value and problem.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(dict(value))
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join([*filter(None, [path]), *map(str, first["loc"])])
+        message = first["msg"].replace("Input should be", "should be")
+        raise InputError(field, first["input"], message) from None
+
+
+def check_ranges(config: DataclassInstance, path: str) -> None:
+    """Raise InputError on a field that is not what its type says; `path` as in `validated`."""
+    validated(type(config), asdict(config), path)

@@ -87,6 +87,9 @@ def test_every_number_has_a_range(path: str) -> None:
     [
         ("training.batch_size=0", "training.batch_size: 0 should be greater than or equal to 1"),
         ("training.encoder_delay=1", r"training.encoder_delay: 1 should be less than 1"),
+        ("training.encoder_delay=40", r"training.encoder_delay: 40 should be less than 1"),
+        ("training.keep_checkpoints=0", "keep_checkpoints: 0 should be greater than or equal to 1"),
+        ("model.imagery.img_draws=0", "img_draws: 0 should be greater than or equal to 1"),
         ("training.grad_clip=0", "training.grad_clip: 0 should be greater than 0"),
         ("collate.drop_query=1.5", "collate.drop_query: 1.5 should be less than or equal to 1"),
     ],

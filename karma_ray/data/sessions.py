@@ -19,7 +19,7 @@ import pyarrow as pa
 from karma_ray.data.negatives import page_negatives
 from karma_ray.data.schema import EXAMPLES, SEQUENCES
 from karma_ray.data.splits import Cutoffs, check_shares
-from karma_ray.ranges import Count, CountOrZero, Share, ShareBelowOne
+from karma_ray.ranges import Count, CountOrZero, Share, ShareBelowOne, check_ranges
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,8 @@ class PrepareConfig:
     """Seed of which exposed-unclicked items stay when a page has more than are kept."""
 
     def check(self) -> None:
-        """Raise InputError on shares that leave nothing to train on."""
+        """Raise InputError on a size or share that cannot be."""
+        check_ranges(self, "prepare")
         check_shares(self.valid_share, self.test_share)
 
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from karma_ray.errors import InputError
 from karma_ray.model.denoiser import DenoiserConfig
-from karma_ray.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne
+from karma_ray.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne, check_ranges
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class ImageryConfig:
     """The head's network."""
 
     def check(self) -> None:
-        """Raise InputError on what the head does not know."""
+        """Raise InputError on numbers that mean nothing, and what the head does not know."""
+        check_ranges(self, "model.imagery")
         self.denoiser.check("model.imagery.denoiser", self.img_head)
 
 
@@ -151,7 +152,8 @@ class GeneratorConfig:
     """The head's network."""
 
     def check(self) -> None:
-        """Raise InputError on settings that do not go together."""
+        """Raise InputError on numbers that mean nothing, and settings that do not go together."""
+        check_ranges(self, "model.generator")
         if self.kind != "none":
             self.denoiser.check("model.generator.denoiser", self.kind)
         if self.agg == "single" and self.samples != 1:

@@ -15,6 +15,7 @@ from karma_ray.model.backbone import hidden_size, run_body, token_embeddings
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.lexical import LexicalBlock
 from karma_ray.model.sight import NO_PICTURE, SeenRows, check_size, insert_pictures
+from karma_ray.ranges import check_ranges
 
 
 class ItemEncoder(nn.Module):
@@ -35,6 +36,7 @@ class ItemEncoder(nn.Module):
         seed: int,
     ) -> None:
         super().__init__()
+        check_ranges(config, "model.item_encoder")
         self.config, self.body = config, body
         self.pictures: PixelTable | None = None  # no part of the weights
         if config.modality == "multimodal":

@@ -12,6 +12,7 @@ import pytest
 from karma_ray.data.preparation import Prepared, prepare_tables
 from karma_ray.data.schema import EXAMPLES, SEQUENCES
 from karma_ray.data.sessions import PrepareConfig
+from karma_ray.errors import InputError
 from tests.data.logs import at, event, events_table, items_table, random_events
 
 CONFIG = PrepareConfig(max_history=6, num_hard_negatives=3)
@@ -189,6 +190,11 @@ def test_counts_add_up() -> None:
         counts["pages"] + counts["repeated_pages"] + counts["pages_without_clicks"]
         == (counts["event_rows"])
     )
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(InputError, match=r"prepare\.max_history: 0"):
+        prepare_tables(random_events(seed=1), items_table(60), PrepareConfig(max_history=0))
 
 
 PLAN = {"valid_start": at(150).isoformat(), "test_start": at(175).isoformat()}

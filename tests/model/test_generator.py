@@ -185,9 +185,21 @@ def test_statistics_are_those_of_the_items_seen() -> None:
     torch.testing.assert_close(made.mean, items[:100].mean(0) + 5, atol=0.05, rtol=0)
 
 
-def test_several_samples_without_a_way_to_one_list_are_refused() -> None:
-    with pytest.raises(InputError, match=r"model\.generator\.agg: .*samples=4.*mean, union"):
-        generator("fm", samples=4)
+@pytest.mark.parametrize(
+    ("fields", "name", "words"),
+    [
+        ({"samples": 0}, "model.generator.samples", "should be greater than or equal to 1"),
+        ({"steps": -1}, "model.generator.steps", "should be greater than or equal to 0"),
+        ({"draws": 0}, "model.generator.draws", "should be greater than or equal to 1"),
+        ({"samples": 4}, "model.generator.agg", "mean, union"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    fields: dict[str, int], name: str, words: str
+) -> None:
+    with pytest.raises(InputError, match=words) as refused:
+        generator("fm", **fields)
+    assert name in str(refused.value)
 
 
 def test_times_and_shift_reach_the_head_of_flow_matching() -> None:
@@ -196,6 +208,8 @@ def test_times_and_shift_reach_the_head_of_flow_matching() -> None:
     assert made.denoising == FlowMatching(shift=3.0, times="logit_normal")
     with pytest.raises(InputError, match=r"generator\.denoiser\.times: 'logit_normal' .*'edm'"):
         GeneratorConfig(kind="edm", denoiser=denoiser).check()
+    with pytest.raises(InputError, match=r"model\.generator\.denoiser\.shift: -2"):
+        GeneratorConfig(kind="fm", denoiser=DenoiserConfig(shift=-2)).check()
 
 
 def test_every_variant_is_a_denoising() -> None:

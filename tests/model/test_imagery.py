@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from typing import Any
 
@@ -250,6 +251,26 @@ def test_flow_matching_learns_at_the_times_that_are_set(fields: dict[str, Any]) 
     (name,) = fields
     with pytest.raises(InputError, match=rf"imagery\.denoiser\.{name}: .*'edm'"):
         pictures.model(imagery={"img_head": "edm", "denoiser": DenoiserConfig(**fields)})
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"shift": -1.0},
+            "model.imagery.denoiser.shift: -1.0 should be greater than or equal to 0",
+        ),
+        ({"shift": float("inf")}, "model.imagery.denoiser.shift: inf"),
+        (
+            {"num_layers": 0},
+            "model.imagery.denoiser.num_layers: 0 should be greater than or equal to 1",
+        ),
+        ({"width": -4}, "model.imagery.denoiser.width: -4"),
+    ],
+)
+def test_a_network_that_cannot_be_is_refused(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=re.escape(words)):
+        pictures.model(imagery={"denoiser": DenoiserConfig(**fields)})
 
 
 @pytest.mark.parametrize("layers", [0, 1, 2])

@@ -95,6 +95,11 @@ def test_items_that_all_say_the_same_are_refused() -> None:
         block.fit(np.tile(np.arange(5), (9, 1)), np.full(9, 5))
 
 
+def test_a_negative_number_is_refused() -> None:
+    with pytest.raises(InputError, match=r"lexical: -1 should be greater than or equal to 0"):
+        tiny.model(lexical=-1)
+
+
 # --- inside the model ------------------------------------------------------------------------
 
 
