@@ -172,12 +172,13 @@ class Workload:
 
 def real_workload(config: Config, data: str | None, num_batches: int) -> Workload:
     """The first batches of the joint stage, through the pipeline; needs ray."""
-    from karma_ray.cluster.pipeline import start_stage
     from karma_ray.cluster.session import connect
     from karma_ray.cluster.sharding import ensure_prepared
-    from karma_ray.cluster.sources import CACHE, toy_shop
-    from karma_ray.cluster.stage_jobs import joint_job
-    from karma_ray.cluster.worker import WorkerContext
+    from karma_ray.runs.batches import local_blocks
+    from karma_ray.runs.first_stages import start_stage
+    from karma_ray.runs.sources import CACHE, toy_shop
+    from karma_ray.runs.stage_jobs import joint_job
+    from karma_ray.runs.worker import WorkerContext
 
     config = replace(
         config,
@@ -199,7 +200,7 @@ def real_workload(config: Config, data: str | None, num_batches: int) -> Workloa
     )
     with tempfile.TemporaryDirectory() as folder:
         job = joint_job(stage, source, folder)
-        batches = list(job.make_batches(WorkerContext(0, 1, 0, num_batches, use_ray=False)))
+        batches = list(job.make_batches(WorkerContext(0, 1, 0, num_batches, local_blocks)))
     return Workload(config, words, batches)
 
 

@@ -22,12 +22,12 @@ import torch
 
 from karma_ray import cli
 from karma_ray.artifacts import RunFolder, absolute, read_json, read_manifest
-from karma_ray.cluster.assessment import Judge
 from karma_ray.config import from_dict
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.runs.assessment import Judge
 
 METRICS = ("HR@10", "HR@50", "HR@200", "NDCG@10", "gAUC", "JS@50_excl_gt")
 WAYS = [

@@ -22,12 +22,12 @@ sys.path.insert(0, str(ROOT))
 
 from karma_ray import cli, recipes
 from karma_ray.artifacts import value_hash
-from karma_ray.cluster.sources import toy_shop
 from karma_ray.cluster.study import run_study
-from karma_ray.cluster.study_plan import HERE, Data, parsed_seeds, planned
 from karma_ray.errors import KarmaRayError
-from karma_ray.report.results import Record, Spread, learnt_from, read_records, spread
-from karma_ray.report.rows import Row
+from karma_ray.runs.sources import toy_shop
+from karma_ray.studies.plan import HERE, Data, parsed_seeds, planned
+from karma_ray.studies.records import Record, Spread, learnt_from, read_records, spread
+from karma_ray.studies.rows import Row
 
 CACHE = str(ROOT / "runs" / "cache")
 

@@ -35,14 +35,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from karma_ray import cli
 from karma_ray.artifacts import absolute, join, read_lines
-from karma_ray.cluster.pipeline import start_stage
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.sharding import ensure_prepared
-from karma_ray.cluster.sources import CACHE, toy_shop
-from karma_ray.cluster.stage_jobs import joint_job
 from karma_ray.cluster.training import run_training
-from karma_ray.cluster.worker import TrainJob, WorkerContext
 from karma_ray.config import Config
+from karma_ray.runs.batches import local_blocks
+from karma_ray.runs.first_stages import start_stage
+from karma_ray.runs.sources import CACHE, toy_shop
+from karma_ray.runs.stage_jobs import joint_job
+from karma_ray.runs.worker import TrainJob, WorkerContext
 from karma_ray.training.flops import peak_flops
 from karma_ray.training.loop import Record, fit
 from karma_ray.training.memory import keep_heap
@@ -182,7 +183,7 @@ def _optimizer(job: TrainJob, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def _batches(job: TrainJob) -> Iterable[Any]:
-    return job.make_batches(WorkerContext(0, 1, 0, job.training.steps, use_ray=False))
+    return job.make_batches(WorkerContext(0, 1, 0, job.training.steps, local_blocks))
 
 
 def _step_flops(job: TrainJob, num_batches: int = 5) -> float:

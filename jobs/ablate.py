@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from karma_ray.cli import parser, run
-from karma_ray.cluster.sources import CACHE, toy_shop
 from karma_ray.cluster.study import Outcome, run_study
-from karma_ray.cluster.study_plan import (
+from karma_ray.errors import InputError, KarmaRayError
+from karma_ray.runs.sources import CACHE, toy_shop
+from karma_ray.studies.page import write_report
+from karma_ray.studies.plan import (
     Data,
     check_settings,
     named_rows,
@@ -28,11 +30,9 @@ from karma_ray.cluster.study_plan import (
     planned,
     possible_rows,
 )
-from karma_ray.cluster.study_search import chosen_trials, search_trials
-from karma_ray.cluster.trial import Trial
-from karma_ray.errors import InputError, KarmaRayError
-from karma_ray.report.paper import TABLES
-from karma_ray.report.study_page import write_report
+from karma_ray.studies.search import chosen_trials, search_trials
+from karma_ray.studies.tables import TABLES
+from karma_ray.studies.trial import Trial
 
 CHOICES = [*TABLES, "report"]
 

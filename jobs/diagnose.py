@@ -11,8 +11,8 @@ Default heads: the paper's (9:1 and 11:1) where they exist, else head 1 of two l
 from __future__ import annotations
 
 from karma_ray.cli import parser, run
-from karma_ray.cluster.diagnosis import diagnose_runs, parse_heads
-from karma_ray.report.diagnosis import screen
+from karma_ray.report.diagnosis_page import screen
+from karma_ray.runs.model_comparison import diagnose_runs, parse_heads
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -7,8 +7,8 @@ true ones, and the effect of items that h must not see. Replaces metrics.json an
 from __future__ import annotations
 
 from karma_ray.cli import parser, run
-from karma_ray.cluster.pipeline import evaluate_run
 from karma_ray.report.terminal import summary
+from karma_ray.runs.pipeline import evaluate_run
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,8 +12,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.cli import parser, run
-from karma_ray.cluster.features import DEFAULT_WIDTH, PATCH_PCA, FeaturesConfig, make_features
+from karma_ray.cluster.features import make_features
 from karma_ray.data.visual import TARGETS, features_uri
+from karma_ray.runs.features import DEFAULT_WIDTH, PATCH_PCA, FeaturesConfig
 
 
 def main(argv: list[str] | None = None) -> None:

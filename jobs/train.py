@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from karma_ray.artifacts import RunFolder
 from karma_ray.cli import default_out, load_config, parser, run
-from karma_ray.cluster.continuation import Parent
-from karma_ray.cluster.pipeline import train_run
+from karma_ray.cluster.executor import ON_RAY
 from karma_ray.config import override
 from karma_ray.report.terminal import summary
+from karma_ray.runs.continuation import Parent
+from karma_ray.runs.pipeline import train_run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,7 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.profile:
         config = override(config, ["training.profile=true"])
     out = arguments.out or default_out(config.recipe)
-    train_run(config, arguments.data, out, resume=arguments.resume, init_from=arguments.init_from)
+    train_run(
+        config, arguments.data, out, resume=arguments.resume, init_from=arguments.init_from,
+        executor=ON_RAY,
+    )  # fmt: skip
     print(summary(out))
 
 

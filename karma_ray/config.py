@@ -20,10 +20,11 @@ from pydantic import ConfigDict
 from karma_ray.data.collate import CollateConfig
 from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
+from karma_ray.evaluation.config import EvaluationConfig
 from karma_ray.model.config import ModelConfig
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.ranges import CountOrZero, validated
-from karma_ray.training.config import EvaluationConfig, PretrainConfig, TrainingConfig, WarmupConfig
+from karma_ray.training.config import PretrainConfig, TrainingConfig, WarmupConfig
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,15 @@ ROOMS = (
     "model",
     "baselines",
     "retrieval",
+    "evaluation",
     "training",
-    "funnel",
     "config",
     "recipes",
-    "cli",
     "report",
+    "runs",
+    "studies",
     "cluster",
+    "cli",
 )
 # Outside packages that have one home inside the package.
 HOMES = {
@@ -41,8 +43,8 @@ HOMES = {
     "transformers": ("karma_ray.model.backbone", "karma_ray.model.vision"),
     "peft": "karma_ray.model.lora",
     "faiss": "karma_ray.retrieval",
-    "matplotlib": "karma_ray.report",
-    "jinja2": "karma_ray.report",
+    "matplotlib": ("karma_ray.report", "karma_ray.studies"),
+    "jinja2": ("karma_ray.report", "karma_ray.studies"),
 }
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "manager", "handler"}
 MAX_MODULE_LINES = 300

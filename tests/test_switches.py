@@ -12,8 +12,8 @@ import pytest
 from karma_ray import recipes
 from karma_ray.cluster.search_space import load_space
 from karma_ray.config import Config, from_dict, override, to_dict
-from karma_ray.report.paper import TABLES
-from karma_ray.report.rows import Row
+from karma_ray.studies.rows import Row
+from karma_ray.studies.tables import TABLES
 
 ROOT = Path(__file__).resolve().parents[1]
 DOC = (ROOT / "docs" / "switches.md").read_text()

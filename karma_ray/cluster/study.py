@@ -7,26 +7,33 @@ study can be stopped at any time and continued, also elsewhere.
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
-import subprocess
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from karma_ray.artifacts import absolute, join, read_json, value_hash, write_json
+from karma_ray.artifacts import absolute
+from karma_ray.cluster.executor import ON_RAY
 from karma_ray.cluster.session import connect
-from karma_ray.cluster.study_plan import Data
-from karma_ray.cluster.trial import Trial, first_stage, first_stage_key, train_trial
-from karma_ray.config import Config, override, to_dict
+from karma_ray.cluster.sharding import ensure_prepared
+from karma_ray.config import Config, override
 from karma_ray.errors import InputError
-from karma_ray.report.results import OUTCOMES, Record, outcomes_of, read_records, run_key, same_run
+from karma_ray.runs.continuation import check_sizes
+from karma_ray.studies.plan import Data
+from karma_ray.studies.record_files import (
+    commit,
+    finished_record,
+    run_folder,
+    write_found,
+    write_record,
+)
+from karma_ray.studies.records import read_records
+from karma_ray.studies.trial import Trial, first_stage, first_stage_key, train_trial
 
 LOG = logging.getLogger(__name__)
-ROOT = Path(__file__).resolve().parents[2]
 STATUS_SECONDS = 60.0
 TRIAL_GIB = 4.0
 """Memory that a trial of the sizes studied here is expected to need at most."""
@@ -78,7 +85,7 @@ def run_study(
             missing.append(trial)
             continue
         if record["row"] != trial.row:
-            _write(trial, {k: v for k, v in record.items() if k != "searched"}, data, results)
+            write_found(trial, {k: v for k, v in record.items() if k != "searched"}, data, results)
         LOG.info("%s is there", trial.name)
         outcome.there.append(trial.name)
     if missing:
@@ -92,44 +99,15 @@ def run_study(
 
 def prepare(trials: Iterable[Trial], data: Data) -> None:
     """Sequences and examples, and every configuration held against them; raises InputError."""
-    from karma_ray.cluster.continuation import check_sizes
-    from karma_ray.cluster.sharding import ensure_prepared
-
     for trial in trials:
         source = ensure_prepared(data.uri, trial.config.prepare)
         check_sizes(trial.config, source, with_warmup=True)
-
-
-def finished_record(
-    trial: Trial, data: Data, known: Iterable[Record], results: Path
-) -> Record | None:
-    """The record of this run, seed and data, with its values per example.
-
-    Where only other rows have it (`hllm` is `action_only` under InfoNCE), one of theirs.
-    """
-    found = [
-        record
-        for record in known
-        if record.get("row")
-        and same_run(record, trial.config, data.hash)
-        and outcomes_of(record, results) is not None
-    ]
-    return min(found, key=lambda record: record["row"] != trial.row, default=None)
 
 
 def possible_trials() -> int:
     """Trials at a time: one a core, as far as memory goes."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return max(1, min(os.cpu_count() or 1, int(memory / TRIAL_GIB)))
-
-
-@functools.cache
-def commit() -> str | None:
-    """HEAD, with `+` where the package differs from it; None outside a repository."""
-    told = "describe --always --abbrev=40 --match= --dirty=+"
-    command = ["git", "-C", str(ROOT), *told.split()]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.stdout.strip() if done.returncode == 0 else None
 
 
 class _Queue:
@@ -174,7 +152,9 @@ class _Queue:
             key = self.keys[trial.name]
             if key not in self.stages:
                 self.stages[key] = False
-                task = self._remote(first_stage).remote(trial.config, self.data.uri, self.cache)
+                task = self._remote(first_stage).remote(
+                    trial.config, self.data.uri, self.cache, ON_RAY
+                )
                 self.running[task] = (key, trial, time.monotonic())
                 LOG.info("first stages of seed %d start", trial.config.seed)
                 return True
@@ -182,7 +162,7 @@ class _Queue:
                 self.waiting.remove(trial)
                 config = self._placed(trial)
                 task = self._remote(train_trial).remote(
-                    config, self.data.uri, self._folder(trial), self.cache
+                    config, self.data.uri, self._folder(trial), self.cache, ON_RAY
                 )
                 self.running[task] = ("", trial, time.monotonic())
                 LOG.info("%s starts", trial.name)
@@ -256,45 +236,3 @@ class _Queue:
             max_calls=1,
             max_retries=0,
         )(function)
-
-
-def run_folder(trial: Trial, data: Data, runs: str) -> str:
-    """Where a trial runs: the same for the same run, whenever it is continued."""
-    digest = run_key(to_dict(trial.config), data.hash)[:8]
-    return join(runs, f"{data.name}-{trial.name}-{digest}")
-
-
-def write_record(trial: Trial, found: Record, data: Data, results: Path) -> None:
-    """Values per example first, so that a record never lacks them."""
-    examples, outcomes = found.pop("examples"), found.pop("outcomes")
-    folder = results / OUTCOMES
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {"examples": f"{data.name}-{value_hash(examples.hex())[:8]}.npz",
-             "outcomes": f"{_path(trial, data, results).stem}.npz"}  # fmt: skip
-    for name, content in zip(names.values(), (examples, outcomes), strict=True):
-        (folder / name).write_bytes(content)
-    _write(trial, {**found, **names, "commit": commit()}, data, results)
-
-
-def _path(trial: Trial, data: Data, results: Path) -> Path:
-    """Where a record goes; another configuration of the same row and seed keeps its file."""
-    stem = f"{data.name}-{trial.name}"
-    path = results / f"{stem}.json"
-    if path.exists() and not same_run(read_json(str(path)), trial.config, data.hash):
-        path = results / f"{stem}-{run_key(to_dict(trial.config), data.hash)[:8]}.json"
-    return path
-
-
-def _write(trial: Trial, found: Record, data: Data, results: Path) -> None:
-    """A record of what was `found`, under the trial's row."""
-    told = {
-        "data": data.name,
-        "row": trial.row,
-        "recipe": trial.config.recipe,
-        "seed": trial.config.seed,
-        "set": list(trial.extra),
-        "assignments": list(trial.assignments),
-        **({"searched": list(trial.searched)} if trial.searched else {}),
-    }
-    same = {"data_hash": data.hash, "config": to_dict(trial.config)}
-    write_json({**found, **told, **same}, str(_path(trial, data, results)))

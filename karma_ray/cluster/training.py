@@ -1,82 +1,43 @@
-"""Training on Ray Train, or in this process when `num_workers` is 0.
+"""Training on Ray Train.
 
-Checkpoints lie in RUN/checkpoints/STAGE/ and are the same in both cases (training/store.py), so a
-run continues with another number of workers, or without Ray. Ray Train is told metrics only: what
-a restart continues from is what lies in the run folder.
+Ray Train is told metrics only: what a restart continues from is what lies in the run folder, the
+same as that of a training without Ray.
 """
 
 from __future__ import annotations
 
 import tempfile
 import uuid
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import torch
+import pyarrow as pa
 
-from karma_ray.artifacts import absolute, exists, join, read_json
-from karma_ray.cluster.run_log import ProgressLine
-from karma_ray.cluster.worker import TrainJob, run_worker
-from karma_ray.errors import (
-    InputError,
-    KarmaRayError,
-    NonFiniteLoss,
-    StorageError,
-    TakenOver,
-)
+from karma_ray.cluster.batches import ray_blocks
+from karma_ray.cluster.session import connect
+from karma_ray.errors import KarmaRayError, NonFiniteLoss, StorageError, TakenOver
+from karma_ray.runs import training as runs
+from karma_ray.runs.worker import TrainJob, run_worker
 from karma_ray.training.loop import Record
-from karma_ray.training.vault import Vault
+from karma_ray.training.order import Order, Window
 
 COLLECTIVE_TIMEOUT_S = 1800  # an evaluation on rank 0 keeps the others waiting
-
-
-def run_training(
-    job: TrainJob, *, resume: bool = False, max_failures: int = 0, progress: bool = True
-) -> dict[str, Any]:
-    """Train one stage; returns its summary (`weights`, `steps`, `seconds`, `last`, `valid`).
-
-    With `resume` a finished stage is returned as it is and an unfinished one continued. Raises
-    InputError when the run already holds checkpoints of this stage and `resume` is false, and
-    whatever error of this package a worker raised (NonFiniteLoss above all). `max_failures`
-    restarts after lost workers, from the newest whole checkpoint; with `training.min_workers`
-    it starts with those that are there and goes on with fewer when machines are lost; every
-    minute Ray looks whether there are more, and restarts with them from the newest checkpoint.
-    """
-    job = replace(job, run=absolute(job.run))  # workers start in another folder
-    if resume and exists(join(job.final, "summary.json")):
-        summary: dict[str, Any] = read_json(join(job.final, "summary.json"))
-        return summary
-    if not resume and (exists(job.final) or Vault(job.checkpoints).steps()):
-        message = f"already holds checkpoints of the stage {job.stage}; resume, or use a new folder"
-        raise InputError("run folder", job.run, message)
-    if job.training.num_workers == 0:
-        return run_worker(job, LocalChannel(), progress)
-    with ProgressLine(job.run, job.stage, job.training.steps, progress):
-        return _run_on_ray(job, max_failures)
-
-
-class LocalChannel:
-    """A training inside the driver's process."""
-
-    use_ray = False
-
-    def __init__(self) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-    def report(self, record: Record) -> None:
-        """Nobody listens: the run log has it."""
 
 
 class RayChannel:
     """A worker inside Ray Train."""
 
-    use_ray = True
+    in_driver = False
 
     def __init__(self) -> None:
         import ray.train.torch
 
         self.device = ray.train.torch.get_device()
+
+    def read_blocks(self, order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
+        """Rows of training batches."""
+        return ray_blocks(order, windows)
 
     def report(self, record: Record) -> None:
         """`ray.train.report`: Tune's schedulers listen."""
@@ -85,12 +46,21 @@ class RayChannel:
         ray.train.report(dict(record))
 
 
-def _run_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
+def run_training(job: TrainJob, **options: Any) -> dict[str, Any]:
+    """`karma_ray.runs.training.run_training` whose workers are Ray Train's."""
+    return runs.run_training(job, distribute=train_on_ray, **options)
+
+
+def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
+    """Train one stage with Ray Train's workers; returns the summary of rank 0.
+
+    With `training.min_workers` it starts with those that are there and goes on with fewer when
+    machines are lost; every minute Ray looks whether there are more, and restarts with them from
+    the newest checkpoint. Raises whatever error of this package a worker raised.
+    """
     import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
-
-    from karma_ray.cluster.session import connect
 
     connect()
     workers, fewest = job.training.num_workers, job.training.min_workers

@@ -27,13 +27,13 @@ from karma_ray.errors import InputError, KarmaRayError
 
 if TYPE_CHECKING:
     # An injected objective's worker needs neither PyTorch nor the stages.
-    from karma_ray.cluster.stage_jobs import OnValidate
+    from karma_ray.runs.stage_jobs import OnValidate
 
 LOG = logging.getLogger(__name__)
 
 
 class Train(Protocol):
-    """A whole run: `karma_ray.cluster.pipeline.train_run`, or a smaller objective."""
+    """A whole run: `karma_ray.runs.pipeline.train_run`, or a smaller objective."""
 
     def __call__(
         self, config: Config, data: str | None, out: str, /, *, on_validate: OnValidate
@@ -170,16 +170,16 @@ def _trainable(space: Space, base: Config, data: str | None, out: str, train: Tr
 
 def _whole_run() -> Train:
     # Imported here: an injected objective needs nothing of the pipeline.
-    from karma_ray.cluster.pipeline import train_run
+    from karma_ray.runs.pipeline import train_run
 
     return train_run
 
 
 def _share_first_stages(base: Config, data: str | None) -> None:
     """Data, pretraining and warm-up once, into the cache: trials would race for them."""
-    from karma_ray.cluster.pipeline import start_stage
     from karma_ray.cluster.sharding import ensure_prepared
-    from karma_ray.cluster.sources import CACHE, toy_shop
+    from karma_ray.runs.first_stages import start_stage
+    from karma_ray.runs.sources import CACHE, toy_shop
 
     cache = absolute(CACHE)
     source = ensure_prepared(data or toy_shop(cache), base.prepare)

@@ -16,7 +16,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 
-from karma_ray.data.negatives import page_negatives
+from karma_ray.data.hard_negatives import page_negatives
 from karma_ray.data.schema import EXAMPLES, SEQUENCES
 from karma_ray.data.splits import Cutoffs, check_shares
 from karma_ray.ranges import Count, CountOrZero, Share, ShareBelowOne, check_ranges

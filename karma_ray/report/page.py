@@ -10,10 +10,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from karma_ray.artifacts import RunFolder, join, open_filesystem
+from karma_ray.evaluation.alarm import messages
 from karma_ray.report.plots import PLOTS
 from karma_ray.report.record import RunRecord, number, read_run
 from karma_ray.report.standing import format_count, headline, sections
-from karma_ray.training.alarm import messages
 
 _DATA_FACTS = {
     "name": "name",

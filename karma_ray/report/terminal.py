@@ -5,9 +5,9 @@ from __future__ import annotations
 import textwrap
 
 from karma_ray.artifacts import RunFolder, exists
+from karma_ray.evaluation.alarm import messages
 from karma_ray.report.record import Ranked, RunRecord, number, read_run
 from karma_ray.report.standing import format_count, format_metric, headline
-from karma_ray.training.alarm import messages
 
 COLUMNS = ("HR@10", "HR@50", "NDCG@10", "MRR", "gAUC", "JS@50")
 PARTS = {"in_query/": "inside the query", "warm/": "warm items", "cold/": "cold items"}

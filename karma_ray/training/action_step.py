@@ -14,7 +14,7 @@ from karma_ray.baselines.sequential import IdModel
 from karma_ray.data.batch import Batch
 from karma_ray.metrics.collapse import spread
 from karma_ray.objectives.losses import ObjectiveConfig
-from karma_ray.training.action import Pool, action_term, trained_steps
+from karma_ray.training.action_term import Pool, action_term, trained_steps
 from karma_ray.training.item_table import SharedBatch, share_items
 from karma_ray.training.parallel import global_sum
 from karma_ray.training.step import StepOutput

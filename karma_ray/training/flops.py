@@ -25,7 +25,7 @@ from torch.nn import functional
 from karma_ray.data.batch import Batch
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import rank_of
-from karma_ray.training.action import trained_steps
+from karma_ray.training.action_term import trained_steps
 
 Learns = Literal["all", "adapters", "nothing", "no gradient"]
 """What of a body gets a gradient; `nothing` passes one on to its input, `no gradient` does not."""

@@ -12,7 +12,7 @@ from karma_ray.data.batch import Batch
 from karma_ray.data.draws import hashed
 from karma_ray.model.interest import InterestModel
 from karma_ray.objectives.losses import ObjectiveConfig
-from karma_ray.training.action import trained_steps
+from karma_ray.training.action_term import trained_steps
 
 
 def observe_items(model: InterestModel, items: Tensor) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from karma_ray.errors import InputError
-from karma_ray.training.shards import is_sharded
+from karma_ray.training.checkpoints.shards import is_sharded
 
 
 @dataclass(frozen=True, order=True)

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from karma_ray.training.shards import is_sharded
+from karma_ray.training.checkpoints.shards import is_sharded
 
 BUCKET_ELEMENTS = 8 * 1024 * 1024
 

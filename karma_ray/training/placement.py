@@ -17,9 +17,9 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from karma_ray.errors import InputError
 from karma_ray.model.sight import can_see
+from karma_ray.training.checkpoints.shards import is_sharded, local_part
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.parallel import broadcast_parameters, global_sum, is_parallel, world_size
-from karma_ray.training.shards import is_sharded, local_part
 
 
 def place(model: nn.Module, training: TrainingConfig, device: torch.device) -> nn.Module:

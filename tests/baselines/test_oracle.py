@@ -22,8 +22,8 @@ from karma_ray.data.synthetic import PersonaStates, ToyShopConfig, ToyTruth, wri
 from karma_ray.data.synthetic.config import POSITION_FACTORS, START
 from karma_ray.data.synthetic.truth import MICROSECONDS_PER_DAY
 from karma_ray.errors import InputError
-from karma_ray.training.config import EvaluationConfig
-from karma_ray.training.evaluate import evaluate
+from karma_ray.evaluation.config import EvaluationConfig
+from karma_ray.evaluation.evaluate import evaluate
 
 DAY_0 = int(START.astype(np.int64))
 SMALL = ToyShopConfig(num_items=240, num_users=200)

@@ -81,7 +81,7 @@ def finished(
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, str]:  # fmt: skip
     """Name and folder of a finished run."""
-    from karma_ray.cluster.pipeline import train_run
+    from karma_ray.runs.pipeline import train_run
 
     run = str(tmp_path_factory.mktemp("runs") / request.param)
     train_run(config(request.param), shop, run, cache=cache)
@@ -121,7 +121,7 @@ def test_a_baseline_sees_nothing_of_the_future(finished: tuple[str, str]) -> Non
 def test_measuring_a_baseline_again_gives_the_same_numbers(
     finished: tuple[str, str], cache: str
 ) -> None:
-    from karma_ray.cluster.pipeline import evaluate_run
+    from karma_ray.runs.pipeline import evaluate_run
 
     metrics = read_json(f"{finished[1]}/metrics.json")
     assert evaluate_run(finished[1], cache=cache) == pytest.approx(metrics, rel=1e-6)
@@ -130,8 +130,8 @@ def test_measuring_a_baseline_again_gives_the_same_numbers(
 @pytest.mark.ray
 def test_what_a_baseline_trains_is_what_serves(finished: tuple[str, str]) -> None:
     """The learned temperature moved and is exported; a frozen encoder stands still."""
-    from karma_ray.cluster.stages import finished_stage
     from karma_ray.retrieval.export import load_bundle
+    from karma_ray.runs.stages import finished_stage
 
     recipe, run = finished
     served = load_bundle(f"{run}/bundle").interest.state_dict()
@@ -155,7 +155,7 @@ def test_what_a_baseline_trains_is_what_serves(finished: tuple[str, str]) -> Non
 def test_an_id_run_cut_off_ends_as_the_whole_one(
     ray_cluster: None, shop: str, cache: str, tmp_path: Path
 ) -> None:
-    from karma_ray.cluster.pipeline import train_run
+    from karma_ray.runs.pipeline import train_run
 
     def stop(step: int, metrics: Any) -> None:
         if step == 4:
@@ -174,7 +174,7 @@ def test_an_id_run_cut_off_ends_as_the_whole_one(
 def test_an_id_run_goes_on_from_a_finished_one_and_from_no_other_kind(
     finished: tuple[str, str], shop: str, cache: str, tmp_path: Path
 ) -> None:
-    from karma_ray.cluster.pipeline import train_run
+    from karma_ray.runs.pipeline import train_run
 
     recipe, run = finished
     if recipe not in ("sasrec", "hstu"):
@@ -189,7 +189,7 @@ def test_an_id_run_goes_on_from_a_finished_one_and_from_no_other_kind(
 
 @pytest.mark.parametrize("kind", ["sasrec", "hstu"])
 def test_a_model_over_ids_is_not_taken_for_one_of_texts(kind: str) -> None:
-    from karma_ray.cluster.stages import Stage
+    from karma_ray.runs.stages import Stage
 
     with pytest.raises(InputError, match=rf"model\.kind: '{kind}' has no language models"):
         Stage(config(kind), "nowhere").build_joint()
@@ -199,7 +199,7 @@ def test_a_model_over_ids_is_not_taken_for_one_of_texts(kind: str) -> None:
 def test_an_id_run_on_two_ray_workers_ends_where_one_ends(
     ray_cluster: None, shop: str, cache: str, tmp_path: Path
 ) -> None:
-    from karma_ray.cluster.pipeline import train_run
+    from karma_ray.runs.pipeline import train_run
 
     losses = []
     for workers in (0, 2):
@@ -216,7 +216,7 @@ def test_an_id_run_on_two_ray_workers_ends_where_one_ends(
 def test_a_term_that_needs_texts_is_refused_before_anything_is_trained(
     ray_cluster: None, shop: str, cache: str, tmp_path: Path
 ) -> None:
-    from karma_ray.cluster.pipeline import train_run
+    from karma_ray.runs.pipeline import train_run
 
     with pytest.raises(InputError, match=r"objective\.reconstruction: 1\.0 needs a model of texts"):
         train_run(config("hstu", "objective.reconstruction=1.0"), shop, str(tmp_path / "x"),
@@ -228,8 +228,8 @@ def test_the_floors_that_an_older_cache_lacks_are_added(
     ray_cluster: None, shop: str, tmp_path: Path
 ) -> None:
     from karma_ray.artifacts import write_json
-    from karma_ray.cluster.assessment import Judge, floor_metrics
     from karma_ray.cluster.sharding import ensure_prepared
+    from karma_ray.runs.assessment import Judge, floor_metrics
 
     settings = config("bm25")
     judge = Judge(settings, ensure_prepared(shop, settings.prepare))

@@ -18,13 +18,13 @@ from karma_ray.baselines.sasrec import SasRecBlock
 from karma_ray.baselines.sequential import IdModel, IdRecommender, IdSizes
 from karma_ray.data.catalog import Catalog
 from karma_ray.errors import InputError
+from karma_ray.evaluation.checks import hidden_item_effect
 from karma_ray.model.config import IdModelConfig, ModelConfig, ScoreConfig
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle, save_bundle
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.training.action_step import ActionStep
-from karma_ray.training.checks import hidden_item_effect
 from karma_ray.training.gradient_cache import narrow
 from karma_ray.training.step import JointStep
 from tests import tiny

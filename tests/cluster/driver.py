@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from karma_ray.cluster.training import run_training
-from karma_ray.cluster.worker import TrainJob
+from karma_ray.runs.worker import TrainJob
 from karma_ray.training.parallel import rank, world_size
 from karma_ray.training.step import StepOutput
 from tests.cluster import test_training as small

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from karma_ray.cluster.batches import local_blocks, ray_blocks, stream_batches
-from karma_ray.cluster.stage_images import TokenCollate
-from karma_ray.cluster.stages import TrainingCollate
+from karma_ray.cluster.batches import ray_blocks
 from karma_ray.data.batch import Batch
+from karma_ray.runs.batches import local_blocks, stream_batches
+from karma_ray.runs.stage_images import TokenCollate
+from karma_ray.runs.stages import TrainingCollate
 from karma_ray.training.order import Order, Source
 from tests import tiny
 
@@ -48,7 +49,7 @@ def _stream(
         lambda: TrainingCollate(tiny.collator(**RANDOM)),
         start_step=steps[0],
         steps=steps[1],
-        use_ray=use_ray,
+        read_blocks=ray_blocks if use_ray else local_blocks,
     )
 
 
@@ -157,7 +158,7 @@ def test_rows_come_when_training_holds_every_cpu(ray_cluster: None, source: Sour
         assert not reading.is_alive()
     finally:
         ray.util.remove_placement_group(everything)
-    assert pa.concat_tables(found).equals(pa.concat_tables(local_blocks(source, windows)))
+    assert pa.concat_tables(found).equals(pa.concat_tables(local_blocks(order, windows)))
 
 
 def test_item_tokens_are_padded_to_the_longest() -> None:

@@ -28,11 +28,11 @@ from torch import nn
 from karma_ray import cli
 from karma_ray.artifacts import read_json, read_lines
 from karma_ray.cluster.training import run_training
-from karma_ray.cluster.worker import TrainJob
 from karma_ray.errors import StorageError
+from karma_ray.runs.worker import TrainJob
+from karma_ray.training.checkpoints.files import Vault
 from karma_ray.training.parallel import rank
 from karma_ray.training.step import StepOutput
-from karma_ray.training.vault import Vault
 from tests.cluster import driver
 from tests.cluster import test_training as small
 from tests.cluster.stores import BUCKET, Store, running_store

@@ -20,14 +20,15 @@ from karma_ray.artifacts import (
     write_json,
     write_table,
 )
-from karma_ray.cluster import features
-from karma_ray.cluster.features import FeaturesConfig, make_features
+from karma_ray.cluster.features import make_features
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.pictures import decode
 from karma_ray.data.schema import ITEMS, SEQUENCES
 from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
 from karma_ray.model.vision import load_vision_encoder
+from karma_ray.runs import features
+from karma_ray.runs.features import FeaturesConfig
 from tests import tiny
 from tests.model.test_vision import _folder
 

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from karma_ray.artifacts import read_json, read_table, write_json, write_table
-from karma_ray.cluster.sharding import ensure_prepared, partition_of, prepare, write_partition
+from karma_ray.cluster.sharding import ensure_prepared, prepare
 from karma_ray.data.preparation import Prepared, prepare_tables
 from karma_ray.data.prepared import PreparedData
 from karma_ray.data.schema import ITEMS
@@ -17,6 +17,7 @@ from karma_ray.data.sessions import PrepareConfig
 from karma_ray.data.splits import Cutoffs, to_microseconds
 from karma_ray.data.validation import check_events
 from karma_ray.errors import InputError, TooManyBadRows
+from karma_ray.runs.preparation import PartitionBuild, partition_of
 from tests.data.logs import at, event, events_table, items_table, random_events
 
 CONFIG = PrepareConfig(max_history=6, num_hard_negatives=3)
@@ -105,11 +106,11 @@ def test_a_leak_found_in_a_task_reaches_the_caller(tmp_path: Path) -> None:
     clean = check_events(random_events(seed=1), items_table(60)["item_id"].combine_chunks()).table
     group = clean.append_column("partition", pa.array([0] * clean.num_rows, pa.int32()))
     crossed = Cutoffs(valid_start=hour(150), test_start=hour(50))
-    (row,) = write_partition(group, str(tmp_path), crossed, CONFIG).to_pylist()
+    (row,) = PartitionBuild(str(tmp_path), crossed, CONFIG)(group).to_pylist()
     assert "a page is trained on and evaluated" in row["leak"]
     assert not (tmp_path / "sequences").exists()
     right = Cutoffs(valid_start=hour(150), test_start=hour(175))
-    (row,) = write_partition(group, str(tmp_path), right, CONFIG).to_pylist()
+    (row,) = PartitionBuild(str(tmp_path), right, CONFIG)(group).to_pylist()
     assert row["leak"] is None
     assert (tmp_path / "sequences").exists()
 

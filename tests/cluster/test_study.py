@@ -13,8 +13,12 @@ import pytest
 from jobs.ablate import main
 from karma_ray import cli, recipes
 from karma_ray.artifacts import read_json, read_lines, write_json
-from karma_ray.cluster.study import Outcome, finished_record, run_study
-from karma_ray.cluster.study_plan import (
+from karma_ray.cluster.study import Outcome, run_study
+from karma_ray.config import override
+from karma_ray.data.synthetic.config import ToyShopConfig
+from karma_ray.data.synthetic.shop import write_toy_shop
+from karma_ray.errors import InputError
+from karma_ray.studies.plan import (
     HERE,
     Data,
     named_rows,
@@ -22,14 +26,11 @@ from karma_ray.cluster.study_plan import (
     planned,
     possible_rows,
 )
-from karma_ray.cluster.trial import Trial, first_stage_key
-from karma_ray.config import override
-from karma_ray.data.synthetic.config import ToyShopConfig
-from karma_ray.data.synthetic.shop import write_toy_shop
-from karma_ray.errors import InputError
-from karma_ray.report.paper import TABLES
-from karma_ray.report.results import OUTCOMES, outcomes_of, read_records
-from karma_ray.report.rows import Row
+from karma_ray.studies.record_files import finished_record
+from karma_ray.studies.records import OUTCOMES, outcomes_of, read_records
+from karma_ray.studies.rows import Row
+from karma_ray.studies.tables import TABLES
+from karma_ray.studies.trial import Trial, first_stage_key
 
 SMALL = (
     "model.tiny.hidden_size=32", "model.tiny.num_heads=2", "model.tiny.intermediate_size=64",
@@ -195,8 +196,8 @@ def test_a_stopped_study_goes_on_and_makes_nothing_twice(study: tuple[Study, Out
 def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_result(
     study: tuple[Study, Outcome], data: Data, tmp_path: Path
 ) -> None:
-    from karma_ray.cluster.pipeline import train_run
-    from karma_ray.cluster.study import run_folder
+    from karma_ray.runs.pipeline import train_run
+    from karma_ray.studies.record_files import run_folder
 
     made, _ = study
     other = Study(tmp_path, data, made.cache)
@@ -236,7 +237,7 @@ def _losses(run: str) -> dict[int, float]:
 def test_a_trial_that_fails_is_told_and_the_others_run(
     study: tuple[Study, Outcome], data: Data, tmp_path: Path
 ) -> None:
-    from karma_ray.cluster.study import run_folder
+    from karma_ray.studies.record_files import run_folder
 
     made, _ = study
     other = Study(tmp_path, data, made.cache)

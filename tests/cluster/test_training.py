@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from karma_ray.artifacts import read_lines
-from karma_ray.cluster.batches import Collate, stream_batches
 from karma_ray.cluster.training import run_training
-from karma_ray.cluster.worker import TrainJob, WorkerContext
 from karma_ray.data.draws import uniform
 from karma_ray.errors import InputError, NonFiniteLoss
-from karma_ray.training.checkpoint import load_weights
+from karma_ray.runs.batches import Collate, stream_batches
+from karma_ray.runs.worker import TrainJob, WorkerContext
+from karma_ray.training.checkpoints.checkpoint import load_weights
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.order import Order, Source
 from karma_ray.training.parallel import global_sum
@@ -84,7 +84,7 @@ def _batches(data: str, make_collator: Any, context: WorkerContext) -> Iterator[
         make_collator,
         start_step=context.start_step,
         steps=context.steps,
-        use_ray=context.use_ray,
+        read_blocks=context.read_blocks,
     )
 
 

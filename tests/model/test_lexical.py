@@ -8,9 +8,9 @@ import torch
 from torch.nn import functional
 
 from karma_ray.errors import InputError
+from karma_ray.evaluation.alarm import Alarm
 from karma_ray.model.lexical import LexicalBlock
 from karma_ray.objectives.losses import ObjectiveConfig
-from karma_ray.training.alarm import Alarm
 from karma_ray.training.step import JointStep
 from tests import tiny
 

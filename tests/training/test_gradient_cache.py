@@ -13,7 +13,7 @@ from torch import Tensor
 from karma_ray.data.batch import Batch
 from karma_ray.model.karma import KarmaModel
 from karma_ray.objectives.losses import ObjectiveConfig
-from karma_ray.training import action
+from karma_ray.training import action_term as action
 from karma_ray.training.gradient_cache import micro_batches, narrow
 from karma_ray.training.item_table import share_items
 from karma_ray.training.meters import COUNTS

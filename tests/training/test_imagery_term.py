@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from karma_ray.cluster.stage_images import TokenCollate
-from karma_ray.cluster.stages import token_table
 from karma_ray.data.draws import row_keys
 from karma_ray.objectives.losses import ObjectiveConfig
+from karma_ray.runs.stage_images import TokenCollate
+from karma_ray.runs.stages import token_table
 from karma_ray.training.imagery_term import image_flops, num_images
 from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
 from tests import pictures, tiny

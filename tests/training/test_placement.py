@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from karma_ray.data.batch import Batch
 from karma_ray.model.karma import KarmaModel
 from karma_ray.objectives.losses import ObjectiveConfig
+from karma_ray.training.checkpoints.shards import is_sharded, local_part, whole
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.loop import fit
 from karma_ray.training.optim import build_optimizer
 from karma_ray.training.parallel import global_sum, sum_gradients
 from karma_ray.training.placement import bodies, clip_gradients, needs_all_workers, place
-from karma_ray.training.shards import is_sharded, local_part, whole
 from karma_ray.training.step import JointStep
 from tests import pictures, tiny
 from tests.gloo import run_workers

@@ -14,7 +14,7 @@ from karma_ray.data.collate import Batch
 from karma_ray.model.backbone import build_tiny, run_body, token_embeddings
 from karma_ray.model.karma import Decoded, KarmaModel
 from karma_ray.objectives.losses import ObjectiveConfig
-from karma_ray.training.action import Pool, action_term, trained_steps
+from karma_ray.training.action_term import Pool, action_term, trained_steps
 from karma_ray.training.item_table import share_items
 from karma_ray.training.step import (
     JointStep,

@@ -1,0 +1,11 @@
+"""The heavy parts of a run on Ray: Data prepares and embeds, Train trains."""
+
+from __future__ import annotations
+
+from karma_ray.cluster.embedding import embed_items
+from karma_ray.cluster.sharding import RayShuffle
+from karma_ray.cluster.training import train_on_ray
+from karma_ray.runs.executor import Executor
+
+ON_RAY = Executor(prepare=RayShuffle(), train=train_on_ray, embed=embed_items)
+"""Joins the cluster this process belongs to, or starts a local one, when a part needs it."""

@@ -1,0 +1,1 @@
+"""What a finished or running model is worth, and what has become of it."""

@@ -1,0 +1,131 @@
+"""The evaluation every ranker goes through: exact, over the whole catalogue, in blocks.
+
+METHOD 1.13. History items stay in the catalogue (repurchase), ties count against the target,
+rates are in percent; `measurement` holds the walk over the examples.
+Legend: n examples, I items.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, overload
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from karma_ray.baselines.popularity import warm_mask
+from karma_ray.baselines.ranker import Ranker as Ranker
+from karma_ray.data.catalog import Catalog
+from karma_ray.evaluation.config import EvaluationConfig
+from karma_ray.evaluation.measurement import EvaluationDetails, Measurement
+
+if TYPE_CHECKING:
+    from karma_ray.data.prepared import PreparedData, QueryMatches
+
+
+@dataclass(frozen=True)
+class EvaluationResult:
+    """Flat metrics and the values they average."""
+
+    metrics: dict[str, float]
+    details: EvaluationDetails
+
+
+@overload
+def evaluate(
+    ranker: Ranker,
+    examples: pa.Table,
+    catalog: Catalog,
+    *,
+    config: EvaluationConfig,
+    train_item_ids: NDArray[np.bool_] | set[str],
+    query_matches: QueryMatches,
+    seed: int = 0,
+    return_details: Literal[False] = False,
+) -> dict[str, float]: ...
+
+
+@overload
+def evaluate(
+    ranker: Ranker,
+    examples: pa.Table,
+    catalog: Catalog,
+    *,
+    config: EvaluationConfig,
+    train_item_ids: NDArray[np.bool_] | set[str],
+    query_matches: QueryMatches,
+    seed: int = 0,
+    return_details: Literal[True],
+) -> EvaluationResult: ...
+
+
+def evaluate(
+    ranker: Ranker,
+    examples: pa.Table,
+    catalog: Catalog,
+    *,
+    config: EvaluationConfig,
+    train_item_ids: NDArray[np.bool_] | set[str],
+    query_matches: QueryMatches,
+    seed: int = 0,
+    return_details: bool = False,
+) -> dict[str, float] | EvaluationResult:
+    """All metrics of a ranker on `examples`, flat.
+
+    Keys: HR@10, HR@50, HR@200, HR@1000, NDCG@10, MRR, JS@50, JS@50_excl_gt, gAUC (absent
+    without a judged request), num_test, num_gauc_groups, num_unknown_target, and the same under
+    `warm/`, `cold/` (a training click on the target or none), `first/`, `repeat/` (target in
+    the history) and `in_query/` (rank among the query's own items; `in_query/num_outside`
+    examples have no query, one that narrows nothing, or a target it does not name). An empty
+    section has only its counts. A target unknown to the catalogue is a miss, and cold.
+
+    `train_item_ids` is the mask [I] of training-clicked items, or their ids. With
+    `config.max_examples` a sample drawn from `seed` is evaluated. Raises KarmaRayError when a
+    score is NaN.
+    """
+    sample = _sampled_rows(examples.num_rows, config.max_examples, seed)
+    taken = examples.take(pa.array(sample)) if len(sample) < examples.num_rows else examples
+    warm = _as_mask(train_item_ids, catalog)
+    measurement = Measurement(taken, catalog, config, query_matches)
+    measurement.run(ranker)
+    metrics = measurement.metrics(warm)
+    if not return_details:
+        return metrics
+    return EvaluationResult(metrics, measurement.details(sample))
+
+
+def evaluate_prepared(
+    ranker: Ranker,
+    data: PreparedData,
+    split: Literal["valid", "test"],
+    config: EvaluationConfig,
+    seed: int = 0,
+) -> dict[str, float]:
+    """`evaluate` on one split of a prepared data folder."""
+    catalog = data.catalog()
+    return evaluate(
+        ranker,
+        data.examples(split),
+        catalog,
+        config=config,
+        train_item_ids=warm_mask(data.sequences(), catalog),
+        query_matches=data.query_matches(catalog),
+        seed=seed,
+    )
+
+
+def _sampled_rows(num: int, limit: int, seed: int) -> NDArray[np.int64]:
+    if limit <= 0 or num <= limit:
+        return np.arange(num)
+    chosen = np.random.default_rng(seed).choice(num, limit, replace=False)
+    return np.sort(chosen)
+
+
+def _as_mask(train_item_ids: NDArray[np.bool_] | set[str], catalog: Catalog) -> NDArray[np.bool_]:
+    if isinstance(train_item_ids, np.ndarray):
+        return train_item_ids
+    mask = np.zeros(catalog.num_items, dtype=bool)
+    rows = catalog.rows(list(train_item_ids))
+    mask[rows[rows >= 0]] = True
+    return mask

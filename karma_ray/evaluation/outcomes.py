@@ -1,0 +1,167 @@
+"""What a ranker did with every test example, small enough to be committed beside its metrics.
+
+A paired bootstrap over users needs values per example, not means: ranks, term overlap, and the
+AUC of every judged request. They are whole numbers of 16 bits, in two compressed parts: what the
+examples are (the same for all rankers of the same data), and what this ranker did with them.
+Legend: n examples, G judged requests.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from karma_ray.artifacts import open_filesystem
+from karma_ray.evaluation.measurement import EvaluationDetails
+from karma_ray.metrics import ranking
+
+Values = tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.float64]]
+"""(value, user, weight), each [m]."""
+FILES = ("examples.npz", "outcomes.npz")
+_LARGEST = np.iinfo(np.uint16).max
+_AUC_PARTS, _OVERLAP_PARTS = 10_000, 2_000  # of a share in [0, 1]
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Who and what is tested; rankers are paired where this is equal."""
+
+    user: NDArray[np.int64]
+    """[n] numbers of users, in the order in which they appear among all examples."""
+    cold: NDArray[np.bool_]
+    """[n] no training click on the target."""
+    group_user: NDArray[np.int64]
+    """[G]"""
+    group_weight: NDArray[np.float64]
+    """[G] weight in gAUC."""
+
+
+@dataclass(frozen=True)
+class Outcomes:
+    """What one ranker did."""
+
+    examples: Examples
+    rank: NDArray[np.int64]
+    """[n] rank of the target among all items; 65535 stands for that or worse."""
+    query_rank: NDArray[np.int64]
+    """[n] rank inside the query's own items; 0 outside."""
+    overlap: NDArray[np.float64]
+    """[n] JS@50 in [0, 1]."""
+    group_auc: NDArray[np.float64]
+    """[G] in [0, 1]."""
+
+    def values(self, metric: str) -> Values | None:
+        """(value, user, weight), each [m], whose weighted mean is `metric` in percent.
+
+        Metrics: HR@K, NDCG@K, MRR, JS@50 and gAUC; the first three also under `cold/`, `warm/` and
+        `in_query/`, JS@50 under the first two. None for another, or when nothing is measured.
+        """
+        section, _, name = metric.rpartition("/")
+        if metric == "gAUC":
+            found = (100 * self.group_auc, self.examples.group_user, self.examples.group_weight)
+            return found if len(self.group_auc) else None
+        sections = {
+            "": np.ones(len(self.rank), dtype=bool),
+            "cold": self.examples.cold,
+            "warm": ~self.examples.cold,
+            "in_query": self.query_rank > 0,
+        }
+        if section not in sections or (name == "JS@50" and section == "in_query"):
+            return None
+        mask = sections[section]
+        values = self._per_example(name, self.query_rank if section == "in_query" else self.rank)
+        if values is None or not mask.any():
+            return None
+        return 100 * values[mask], self.examples.user[mask], np.ones(int(mask.sum()))
+
+    def _per_example(self, name: str, ranks: NDArray[np.int64]) -> NDArray[np.float64] | None:
+        if name.startswith("HR@") and name[3:].isdigit():
+            return ranking.hit(ranks, int(name[3:]))
+        if name.startswith("NDCG@") and name[5:].isdigit():
+            return ranking.ndcg(np.maximum(ranks, 1), int(name[5:]))
+        if name == "MRR":
+            return np.where(ranks >= _LARGEST, 0.0, 1.0 / np.maximum(ranks, 1))
+        return self.overlap if name == "JS@50" else None
+
+    @classmethod
+    def of(
+        cls, details: EvaluationDetails, cold: NDArray[np.bool_], users: Iterable[str | None]
+    ) -> Outcomes:
+        """From an evaluation's values per example; cold [n].
+
+        `users` are those of all examples, also of the ones that no sample drew: a user has the
+        same number in every sample.
+        """
+        numbers = {name: number for number, name in enumerate(dict.fromkeys(users))}
+        user = [numbers[name] for name in details.user_ids]
+        group = [numbers[name] for name in details.group_user_ids]
+        examples = Examples(
+            np.array(user, dtype=np.int64), cold, np.array(group, dtype=np.int64),
+            details.group_weights,
+        )  # fmt: skip
+        return cls(
+            examples, np.minimum(details.ranks, _LARGEST), details.query_ranks, details.js,
+            details.group_auc,
+        )  # fmt: skip
+
+    def packed(self) -> tuple[bytes, bytes]:
+        """(examples, outcomes), each an .npz file's content."""
+        these = self.examples
+        examples = {
+            "user": these.user,
+            "cold": these.cold,
+            "group_user": these.group_user,
+            "group_weight": these.group_weight,
+        }
+        outcomes = {
+            "rank": self.rank,
+            "query_rank": np.minimum(self.query_rank, _LARGEST),
+            "overlap": np.rint(self.overlap * _OVERLAP_PARTS),
+            "group_auc": np.rint(self.group_auc * _AUC_PARTS),
+        }
+        return _packed(examples), _packed(outcomes)
+
+    def save(self, folder: str) -> None:
+        """Write `examples.npz` and `outcomes.npz`."""
+        fs, path = open_filesystem(folder)
+        fs.makedirs(path, exist_ok=True)
+        for name, content in zip(FILES, self.packed(), strict=True):
+            with fs.open(f"{path}/{name}", "wb") as sink:
+                sink.write(content)
+
+    @classmethod
+    def unpacked(cls, examples: bytes, outcomes: bytes) -> Outcomes:
+        """The inverse of `packed`; shares come back to three decimals."""
+        of, did = _unpacked(examples), _unpacked(outcomes)
+        these = Examples(
+            of["user"], of["cold"].astype(bool), of["group_user"],
+            of["group_weight"].astype(np.float64),
+        )  # fmt: skip
+        return cls(
+            these, did["rank"], did["query_rank"], did["overlap"] / _OVERLAP_PARTS,
+            did["group_auc"] / _AUC_PARTS,
+        )  # fmt: skip
+
+
+def _packed(columns: Mapping[str, NDArray[Any]]) -> bytes:
+    """Low and high bytes apart [.., 2, n]: a high byte hardly changes and nearly vanishes."""
+    planes: dict[str, Any] = {}
+    for name, values in columns.items():
+        numbers = values.astype(np.uint32)  # users may be many
+        planes[name] = numbers.astype("<u4").view(np.uint8).reshape(-1, 4).T
+    sink = io.BytesIO()
+    np.savez_compressed(sink, **planes)
+    return sink.getvalue()
+
+
+def _unpacked(content: bytes) -> dict[str, NDArray[np.int64]]:
+    with np.load(io.BytesIO(content)) as file:
+        return {
+            name: np.ascontiguousarray(file[name].T).view("<u4")[:, 0].astype(np.int64)
+            for name in file.files
+        }

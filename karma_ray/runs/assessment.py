@@ -1,0 +1,159 @@
+"""What a finished run is worth: its metrics between its floors and ceilings, checks, cases."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import asdict
+from typing import Any, cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from karma_ray import recipes
+from karma_ray.artifacts import (
+    RunFolder,
+    content_hash,
+    exists,
+    join,
+    read_json,
+    value_hash,
+    write_json,
+)
+from karma_ray.baselines.floors import build_floor
+from karma_ray.baselines.popularity import warm_mask
+from karma_ray.baselines.ranker import Ranker
+from karma_ray.runs.stages import STAGE_VERSION, Stage
+from karma_ray.config import Config
+from karma_ray.data.draws import row_keys
+from karma_ray.data.prepared import PreparedData
+from karma_ray.metrics.collapse import spread
+from karma_ray.model.interest import InterestModel
+from karma_ray.retrieval.retriever import Retriever
+from karma_ray.evaluation.cases import collect_cases
+from karma_ray.evaluation.checks import hidden_item_effect, with_strangers_history
+from karma_ray.evaluation.evaluate import EvaluationResult, evaluate
+from karma_ray.training.order import Source
+from karma_ray.evaluation.outcomes import Outcomes
+from karma_ray.evaluation.impressions import sampled
+
+LOG = logging.getLogger(__name__)
+NUM_CASES = 12
+NUM_CHECKED = 1000
+HEADLINE = ("HR@10", "HR@50", "NDCG@10", "MRR", "gAUC", "JS@50", "num_test")
+
+
+class Judge:
+    """One data set's evaluation: the same examples, catalogue and cold items for everybody."""
+
+    def __init__(self, config: Config, source: PreparedData) -> None:
+        self.config, self.source = config, source
+        self.catalog = source.catalog()
+        self.warm = warm_mask(source.sequences(), self.catalog)
+        self.matches = source.query_matches(self.catalog)
+
+    def __call__(self, ranker: Ranker, examples: pa.Table) -> dict[str, float]:
+        """Flat metrics of a ranker."""
+        return self.detailed(ranker, examples).metrics
+
+    def detailed(self, ranker: Ranker, examples: pa.Table) -> EvaluationResult:
+        """Metrics, and the values per example that they average."""
+        return evaluate(
+            ranker, examples, self.catalog, config=self.config.evaluation,
+            train_item_ids=self.warm, query_matches=self.matches, seed=self.config.seed,
+            return_details=True,
+        )  # fmt: skip
+
+    def both_splits(self, ranker: Ranker, outcomes: str | None = None) -> dict[str, float]:
+        """Test metrics, and those of the valid examples under `valid/`.
+
+        What became of every test example is written to the folder `outcomes`, if given.
+        """
+        examples = self.source.examples("test")
+        test = self.detailed(ranker, examples)
+        if outcomes is not None:
+            targets = examples.column("positive_item_id").take(pa.array(test.details.rows))
+            rows = self.catalog.rows(targets.to_pylist())
+            cold = ~((rows >= 0) & self.warm[np.maximum(rows, 0)])
+            users = examples.column("user_id").to_pylist()
+            Outcomes.of(test.details, cold, users).save(outcomes)
+        valid = self(ranker, self.source.examples("valid"))
+        return test.metrics | {f"valid/{name}": value for name, value in valid.items()}
+
+
+def assess(
+    config: Config, source: PreparedData, run: str, stage: Stage | None, cache: str
+) -> dict[str, Any]:
+    """Evaluate a run; writes floors.json, outcomes/ and, if it trained, checks.json and cases.json.
+
+    `stage` is None for a floor or ceiling. Returns the content of metrics.json.
+    """
+    folder, judge = RunFolder(run), Judge(config, source)
+    LOG.info("evaluating %d test clicks", source.examples("test").num_rows)
+    floors = floor_metrics(judge, cache)
+    if stage is None:
+        floors = {name: value for name, value in floors.items() if name != config.recipe}
+    write_json(floors, folder.path("floors.json"))
+    if stage is None:
+        ranker = build_floor(config.recipe, source, config.seed)
+        return judge.both_splits(ranker, folder.path("outcomes"))
+    retriever = Retriever.load(run, source.items_uri)
+    metrics: dict[str, Any] = judge.both_splits(retriever, folder.path("outcomes"))
+    examples = source.examples("test")
+    metrics |= collapse_metrics(retriever, examples, config.seed)
+    write_json(run_checks(judge, retriever, stage, examples), folder.path("checks.json"))
+    cases = collect_cases(
+        retriever, stage.build_finished(), examples, judge.catalog,
+        count=NUM_CASES, seed=config.seed,
+    )  # fmt: skip
+    write_json(cases, folder.path("report", "cases.json"))
+    return metrics
+
+
+def floor_metrics(judge: Judge, cache: str) -> dict[str, dict[str, float]]:
+    """Metrics of every floor, and of the ceilings where the truth is known; cached per data."""
+    source = judge.source
+    examples = content_hash(join(source.uri, "examples"))
+    key = [STAGE_VERSION, examples, asdict(judge.config.evaluation), judge.config.seed]
+    path = join(cache, f"floors-{value_hash(key)}.json")
+    floors = cast(dict[str, dict[str, float]], read_json(path)) if exists(path) else {}
+    names = [*recipes.FLOORS]
+    if exists(join(source.items_uri, "truth")):
+        names += recipes.CEILINGS
+    missing = [name for name in names if name not in floors]
+    for name in missing:
+        LOG.info("floor %s", name)
+        floors[name] = judge.both_splits(build_floor(name, source, judge.config.seed))
+    if missing:
+        write_json(floors, path)
+    return floors
+
+
+def collapse_metrics(retriever: Retriever, examples: pa.Table, seed: int) -> dict[str, float]:
+    """`spread` of the learned dimensions of e (whole catalogue) and of h (a seeded sample), and how
+    wide the sample's generated embeddings are (`generator/deviation`)."""
+    sample = sampled(examples, NUM_CHECKED, seed)
+    items = torch.from_numpy(retriever.table.embeddings)
+    model, interest = retriever.interest, retriever.interests(sample)
+    learned = model.learned_width
+    found = spread(items[:, :learned], interest[:, :learned])
+    if isinstance(model, InterestModel) and model.generator is not None:
+        found["generator/deviation"] = model.generator.deviation(interest, retriever.keys(sample))
+    return found
+
+
+def run_checks(
+    judge: Judge, retriever: Retriever, stage: Stage, examples: pa.Table
+) -> dict[str, Any]:
+    """Strangers' histories beside the true ones, and the effect of items h must not see."""
+    sample = sampled(examples, NUM_CHECKED, judge.config.seed)
+    strangers = with_strangers_history(sample, judge.config.seed)
+    own, other = judge(retriever, sample), judge(retriever, strangers)
+    source = Source.scan(join(judge.source.uri, "sequences"))
+    rows = judge.source.sequences().slice(0, min(32, source.num_rows))
+    batch = stage.collator().training(rows, row_keys(rows.num_rows, judge.config.seed))
+    return {
+        "own_history": {name: own[name] for name in HEADLINE if name in own},
+        "shuffled_history": {name: other[name] for name in HEADLINE if name in other},
+        **hidden_item_effect(retriever.interest, batch),
+    }

@@ -1,0 +1,202 @@
+"""What a run may go on from: its own checkpoints (`--resume`), or a finished run (`--init-from`).
+
+RUN/start.json says what the joint stage began with, so that a resumed run begins with the same
+whatever has happened to caches or settings of execution since.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from karma_ray import recipes
+from karma_ray.artifacts import (
+    RunFolder,
+    absolute,
+    exists,
+    join,
+    read_json,
+    read_manifest,
+    write_json,
+)
+from karma_ray.runs.stages import Stage, finished_stage, with_checkpoints
+from karma_ray.config import Config, from_dict, to_dict
+from karma_ray.data.pictures import has_images
+from karma_ray.data.prepared import PreparedData
+from karma_ray.errors import InputError
+from karma_ray.model.lora import parse_rank
+from karma_ray.objectives.losses import builds_image
+from karma_ray.training.config import EXECUTION
+
+LOG = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Parent:
+    """A finished run whose model another run goes on with."""
+
+    run: str
+    config: Config
+    content_hash: str
+
+    @classmethod
+    def open(cls, run: str) -> Parent:
+        """Raises InputError when the run is not finished."""
+        run = absolute(run)
+        if "://" not in run:
+            run = str(Path(run).resolve())  # `runs/latest` will point elsewhere soon
+        folder = RunFolder(run)
+        for part in ("config.json", "checkpoints/joint/final/summary.json", "bundle/manifest.json"):
+            if not exists(folder.path(part)):
+                raise InputError("--init-from", run, f"is not a finished run: it has no {part}")
+        bundle = read_manifest(folder.bundle, "bundle")
+        return cls(run, from_dict(read_json(folder.config)), str(bundle["content_hash"]))
+
+    def continued(self, config: Config) -> Config:
+        """`config` for going on from here; raises InputError when it describes another model.
+
+        The decoder reads the item encoder already, so the encoder need not wait for it.
+        """
+        theirs, mine = (dict(_flat({"model": to_dict(c)["model"]})) for c in (self.config, config))
+        for name, value in mine.items():
+            if theirs[name] != value:
+                message = f"differs from {theirs[name]!r} of the run to go on from ({self.run})"
+                raise InputError(name, value, message)
+        if config.training.encoder_delay:
+            LOG.info("training.encoder_delay = 0: the decoder of %s reads already", self.run)
+        # Hard negatives wait for an h that knows the query: this one does.
+        return replace(
+            config,
+            training=replace(config.training, encoder_delay=0.0),
+            objective=replace(config.objective, hard_ramp=0.0),
+        )
+
+    def stage(self, config: Config, items_uri: str) -> Stage:
+        """Its weights and tokenizer, under `config`, on another catalogue."""
+        stage = finished_stage(self.run, items_uri)
+        model = stage.config.model
+        item, user = model.item_encoder.checkpoint, model.user_decoder.checkpoint
+        return replace(stage, config=with_checkpoints(config, item, user))
+
+
+def check_resumed(config: Config, source: PreparedData, folder: RunFolder) -> None:
+    """Weights of one configuration must not be continued, or reported, under another."""
+    if not exists(folder.config):
+        return
+    saved = dict(_flat(to_dict(from_dict(read_json(folder.config)))))
+    wanted = dict(_flat(to_dict(config)))
+    changed = [n for n in wanted if saved[n] != wanted[n] and n not in EXECUTION]
+    if changed:
+        raise InputError(
+            "--resume", folder.root,
+            f"was started with other values of {', '.join(changed)}; "
+            f"repeat its flags or pass --config {folder.config}",
+        )  # fmt: skip
+    there = read_json(folder.path("data.json"))
+    if there.get("prepared") != source.uri:
+        message = f"is not what the run was started on: {there.get('prepared')}"
+        raise InputError("--data", source.uri, message)
+    if there.get("input") != source.facts.get("input"):
+        message = "was prepared anew since the run was started: other rows stand at its steps"
+        raise InputError("--data", source.uri, message)
+
+
+def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None:
+    """What would otherwise fail on a worker, minutes later, or silently drop training clicks."""
+    config.evaluation.corpus_size()  # raises on what it cannot read
+    if config.recipe not in recipes.TRAINED:
+        return
+    training, warmup = config.training, config.warmup
+    sizes = {"training.batch_size": training.batch_size}
+    if with_warmup and not warmup.skip:
+        sizes["warmup.batch_size"] = warmup.batch_size
+    for name, size in sizes.items():
+        if size < training.num_workers:
+            message = f"gives some of training.num_workers={training.num_workers} nothing to do"
+            raise InputError(name, size, message)
+    if not 0 <= training.min_workers <= training.num_workers:
+        message = f"is not between 0 and training.num_workers={training.num_workers}"
+        raise InputError("training.min_workers", training.min_workers, message)
+    if config.model.decodability.recon_text == "shuffled" and (
+        training.micro_batch_size or training.num_workers > 1
+    ):
+        message = (
+            "exchanges the texts of one whole batch: needs training.micro_batch_size=0 and "
+            "training.num_workers=0 or 1"
+        )
+        raise InputError("model.decodability.recon_text", "shuffled", message)
+    config.model.check()
+    if builds_image(config.objective):
+        config.model.imagery.check()
+    parse_rank(config.model.peft)
+    lexical, items = config.model.item_encoder.lexical, source.facts["counts"]["items"]
+    if lexical >= items:  # the rest that it needs of their words is known once they are tokens
+        message = f"must be below the number of items, {items}"
+        raise InputError("model.item_encoder.lexical", lexical, message)
+    if config.model.item_encoder.modality == "multimodal" and not has_images(source.items_uri):
+        message = f"sees nothing: the items of {source.items_uri!r} have no images"
+        raise InputError("model.item_encoder.modality", "multimodal", message, choices=["text"])
+    prepared = (source.facts.get("prepare") or {}).get("max_history", 0)
+    if config.collate.max_history < prepared:
+        raise InputError(
+            "collate.max_history",
+            config.collate.max_history,
+            f"is shorter than the prepared windows (prepare.max_history={prepared}); set both",
+        )
+
+
+def note_start(folder: RunFolder, stage: Stage, parent: str | None) -> None:
+    """Write RUN/start.json; `parent` is the content hash of the run that this one goes on from."""
+    model = stage.config.model
+    write_json(
+        {
+            "item_encoder": model.item_encoder.checkpoint,
+            "user_decoder": model.user_decoder.checkpoint,
+            "warm": stage.warm,
+            "trained": stage.trained,
+            "tokenizer": stage.tokenizer_folder,
+            "parent": parent,
+        },
+        folder.path("start.json"),
+    )
+
+
+def noted_parent(folder: RunFolder, parent: Parent | None) -> str | None:
+    """Content hash of the run that this one went on from; raises InputError when `parent` is
+    another one."""
+    given = parent.content_hash if parent else None
+    if not exists(folder.path("start.json")):
+        return given
+    noted: str | None = read_json(folder.path("start.json"))["parent"]
+    if parent and noted != given:
+        raise InputError("--init-from", parent.run, f"is not what {folder.root} was started from")
+    return noted
+
+
+def noted_stage(folder: RunFolder, config: Config, items_uri: str) -> Stage | None:
+    """The stage that RUN/start.json describes, while its weights are still there."""
+    if not exists(folder.path("start.json")):
+        return None
+    noted = read_json(folder.path("start.json"))
+    needed = [join(noted[name], "model.safetensors") for name in ("warm", "trained") if noted[name]]
+    backbones = (noted["item_encoder"], noted["user_decoder"])
+    needed += [name for name in backbones if name.startswith("/")]  # not the name of a hub's model
+    if not all(exists(path) for path in needed):
+        return None
+    resolved = with_checkpoints(config, noted["item_encoder"], noted["user_decoder"])
+    return Stage(
+        resolved, items_uri, warm=noted["warm"], trained=noted["trained"],
+        tokenizer_folder=noted["tokenizer"],
+    )  # fmt: skip
+
+
+def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every field."""
+    for name, child in value.items():
+        if isinstance(child, Mapping):
+            yield from _flat(child, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", child

@@ -1,0 +1,253 @@
+"""Item images -> frozen visual features: in this process, or a pool of encoders on Ray Data.
+
+Only the places of row groups travel: an encoder reads its images itself, writes their features
+beside and returns counts and sums. A part that an interrupted job finished is not made again,
+and DATA/visual_features is replaced only by a finished folder.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import reduce
+from operator import add
+from typing import Any, ClassVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from tqdm import tqdm
+
+from karma_ray.artifacts import (
+    absolute,
+    content_hash,
+    exists,
+    join,
+    locked,
+    open_filesystem,
+    read_json,
+    read_manifest,
+    read_table,
+    value_hash,
+    write_json,
+)
+from karma_ray.data.fragments import Fragment, list_fragments
+from karma_ray.data.patches import SAMPLE_IMAGES, PatchPca, side_of
+from karma_ray.data.pictures import (
+    ImageEncoder,
+    Part,
+    encode_fragment,
+    sample_images,
+    source_rows,
+    standing_part,
+)
+from karma_ray.data.prepared import require_data
+from karma_ray.data.staging import remove
+from karma_ray.data.visual import KIND, features_uri, grid_of, write_visual_manifest
+from karma_ray.errors import InputError
+from karma_ray.model.vision import load_vision_encoder
+
+LOG = logging.getLogger(__name__)
+
+PATCH_PCA = "patch_pca"
+DEFAULT_WIDTH = 48
+VERSION = 1
+"""Raised when code makes other features of the same images: they are then made anew."""
+QUARANTINE_FILE = "quarantine.jsonl"
+
+
+EncodeParts = Callable[
+    ["Fitted | Loaded", list[Fragment], str, np.ndarray, str], Iterator[Part]
+]
+"""(how to make the encoder, row groups, items/, what each row is, work folder) -> their parts."""
+
+
+@dataclass(frozen=True)
+class FeaturesConfig:
+    """What the features are made with."""
+
+    encoder: str = PATCH_PCA
+    """`patch_pca`, a Hugging Face vision encoder's folder, or a hub name."""
+    target: str = "grid:16"
+    """Tokens of an image: `pooled:1`, `grid:16` (4 x 4) or `grid:64` (8 x 8)."""
+    width: int | None = None
+    """Components of patch_pca (48 when None); other encoders have a width of their own."""
+    seed: int = 0
+    """Draws the sample that patch_pca is fitted on."""
+
+    def check(self) -> None:
+        """Raise InputError on a wrong value."""
+        grid_of(self.target)
+        if self.encoder != PATCH_PCA and self.width is not None:
+            raise InputError("--width", self.width, f"is for {PATCH_PCA} only")
+        if self.width is not None and self.width < 1:
+            raise InputError("--width", self.width, "must be at least 1")
+
+
+def make_features(
+    data: str, config: FeaturesConfig, out: str | None = None, encode: EncodeParts | None = None
+) -> dict[str, Any]:
+    """Write the visual features of `data` to `out` (default DATA/visual_features); returns the
+    manifest. What stands there already, made of the same images in the same way, is kept.
+
+    patch_pca, mean and deviation are fitted on the items of the training sequences where the
+    data are prepared, else on all. Images are encoded in this process unless `encode` does
+    it elsewhere. Raises InputError on wrong settings, without items, and without one readable image.
+    """
+    config.check()
+    require_data(data)
+    items, target = absolute(join(data, "items")), absolute(out or features_uri(data))
+    trained = _trained_items(data)
+    kinds = source_rows(items, trained)
+    items_hash = content_hash(items)
+    key = value_hash([VERSION, items_hash, asdict(config), _identity(config.encoder),
+                      hashlib.sha256(kinds.tobytes()).hexdigest()])  # fmt: skip
+    with locked(target):
+        if exists(join(target, "manifest.json")):
+            manifest = read_manifest(target)
+            if manifest.get("key") == key:
+                LOG.info("%s stands already", target)
+                return manifest
+            if manifest["kind"] != KIND:
+                raise InputError("--out", target, f"holds {manifest['kind']}, and is not replaced")
+        work = f"{target}-work"
+        _open_work(work, key)
+        make, facts = _encoder(config, items, kinds, work)
+        parts = _encode_all(make, items, kinds, work, encode or encode_here)
+        facts |= {"fitted_on": "all items" if trained is None else "training items", "key": key}
+        manifest = _finish(work, parts, items_hash, {**asdict(config), **facts})
+        _replace(target, work)
+    return manifest
+
+
+def _encoder(
+    config: FeaturesConfig, items: str, kinds: np.ndarray, work: str
+) -> tuple[Fitted | Loaded, dict[str, Any]]:
+    """What makes the encoder in the process that uses it, and facts about it."""
+    if config.encoder != PATCH_PCA:
+        checkpoint = absolute(config.encoder) if exists(config.encoder) else config.encoder
+        return Loaded(checkpoint, grid_of(config.target)), {}
+    LOG.info("features: fitting %s on up to %d images", PATCH_PCA, SAMPLE_IMAGES)
+    sample = sample_images(items, kinds, side_of(config.target), SAMPLE_IMAGES, config.seed)
+    pca = PatchPca.fit(sample, config.target, config.width or DEFAULT_WIDTH, config.seed)
+    pca.save(join(work, "patch_pca.safetensors"))
+    return Fitted(pca), {
+        "explained_variance": round(pca.explained, 6),
+        "fitted_images": len(sample),
+    }
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Makes patch_pca, which is small enough to travel."""
+
+    pca: PatchPca
+    uses_gpu: ClassVar[bool] = False
+
+    def __call__(self) -> ImageEncoder:
+        """The encoder."""
+        return self.pca
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """Makes a Hugging Face encoder: each process loads its own."""
+
+    checkpoint: str
+    grid: int
+    uses_gpu: ClassVar[bool] = True
+
+    def __call__(self) -> ImageEncoder:
+        """The encoder, on this process's GPU if it has one."""
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return load_vision_encoder(self.checkpoint, self.grid, device)
+
+
+def _encode_all(
+    make: Fitted | Loaded, items: str, kinds: np.ndarray, work: str, encode: EncodeParts
+) -> list[Part]:
+    """The parts of all row groups, in the order of items/."""
+    fragments = [fragment for fragment in list_fragments(items)[0] if fragment.num_rows]
+    found = [standing_part(fragment, work) for fragment in fragments]
+    parts = [part for part in found if part is not None]
+    missing = [fragment for fragment, part in zip(fragments, found, strict=True) if part is None]
+    if parts:
+        LOG.info("features: %d of %d parts stand already", len(parts), len(fragments))
+    if missing:
+        with tqdm(total=sum(len(rows_of(f, kinds)) for f in missing), unit="item", disable=None) as bar:
+            for part in encode(make, missing, items, kinds, work):
+                parts.append(part)
+                bar.update(part.with_image + part.without_image + len(part.broken))
+    return sorted(parts, key=lambda part: part.order)
+
+
+def encode_here(
+    make: Fitted | Loaded, fragments: list[Fragment], items: str, kinds: np.ndarray, work: str
+) -> Iterator[Part]:
+    """Encode row group after row group in this process."""
+    encoder = make()
+    for fragment in fragments:
+        yield encode_fragment(fragment, items, rows_of(fragment, kinds), encoder, work)
+
+
+def _finish(work: str, parts: list[Part], items_hash: str, facts: dict[str, Any]) -> dict[str, Any]:
+    """Clear away what only the making needed, and write the manifest."""
+    encoded = [part for part in parts if part.shape]
+    broken = [record for part in parts for record in part.broken]
+    counts = {
+        "with_image": sum(part.with_image for part in parts),
+        "without_image": sum(part.without_image for part in parts),
+        "broken_image": len(broken),
+    }
+    if not encoded:
+        first = f", for example {broken[0]['reason']}" if broken else ""
+        raise InputError("items", counts, f"hold no readable image{first}")
+    fs, path = open_filesystem(work)
+    for name in fs.glob(f"{path}/*.json"):
+        fs.rm(name)
+    if broken:
+        with fs.open(f"{path}/{QUARANTINE_FILE}", "w") as sink:
+            sink.writelines(json.dumps(record) + "\n" for record in broken)
+    facts |= {"num_items": sum(counts.values()), **counts}
+    moments = reduce(add, (part.moments for part in encoded))
+    return write_visual_manifest(work, items_hash, encoded[0].shape, moments, **facts)
+
+
+def rows_of(fragment: Fragment, kinds: np.ndarray) -> np.ndarray:
+    return kinds[fragment.order : fragment.order + fragment.num_rows]
+
+
+def _trained_items(data: str) -> pa.Array | None:
+    """Ids of the items in training sequences, or None when the data are not prepared."""
+    if not exists(join(data, "prepared.json")):
+        return None
+    column = read_table(join(data, "sequences"), ["item_ids"]).column("item_ids")
+    ids = pc.unique(pc.list_flatten(column))
+    return ids if len(ids) else None
+
+
+def _identity(encoder: str) -> Any:
+    """What tells an encoder from others: its name, or names and sizes of the files of a folder."""
+    if encoder == PATCH_PCA or not exists(encoder):
+        return encoder
+    fs, root = open_filesystem(encoder)
+    found = fs.find(root, detail=True)
+    return [(name[len(root) :], found[name]["size"]) for name in sorted(found)]
+
+
+def _open_work(work: str, key: str) -> None:
+    """Keep an interrupted attempt's parts when it made the same features."""
+    marker = join(work, "key.json")
+    if exists(work) and not (exists(marker) and read_json(marker) == key):
+        remove(work)
+    write_json(key, marker)
+
+
+def _replace(target: str, work: str) -> None:
+    remove(target)
+    fs, made = open_filesystem(work)
+    fs.mv(made, open_filesystem(target)[1], recursive=True)

@@ -1,0 +1,230 @@
+"""The main job: raw logs -> examples -> warm-up -> joint training -> bundle -> index -> metrics.
+
+Every arrow writes a folder and is skipped when its folder is there: preparation in the data
+folder, pretraining and warm-up in a cache shared by all recipes, the rest in the run folder. A
+run that was cut off continues with `resume=True`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from typing import Any
+
+from karma_ray import __version__, recipes
+from karma_ray.artifacts import (
+    RunFolder,
+    absolute,
+    content_hash,
+    exists,
+    join,
+    locked,
+    open_filesystem,
+    read_json,
+    read_lines,
+    read_manifest,
+    value_hash,
+    write_json,
+    write_manifest,
+    write_table,
+)
+from karma_ray.runs.assessment import assess
+from karma_ray.runs.continuation import (
+    Parent,
+    check_resumed,
+    check_sizes,
+    note_start,
+    noted_parent,
+    noted_stage,
+)
+from karma_ray.runs.run_log import RunLog
+from karma_ray.runs.first_stages import start_stage
+from karma_ray.runs.executor import HERE, Executor
+from karma_ray.runs.preparation import ensure_prepared
+from karma_ray.runs.sources import CACHE, toy_shop
+from karma_ray.runs.stage_images import imagery_key
+from karma_ray.runs.stage_jobs import OnValidate, joint_job, warmup_job
+from karma_ray.runs.stages import (
+    Stage,
+    finished_stage,
+    is_tiny,
+    over_ids,
+    pretrain_key,
+    token_table,
+    warmup_key,
+    with_checkpoints,
+)
+from karma_ray.runs.training import run_training
+from karma_ray.config import Config, from_dict, to_dict
+from karma_ray.data.prepared import PreparedData, read_data_manifest
+from karma_ray.data.prompts import SpecialIds
+from karma_ray.errors import InputError
+from karma_ray.model.backbone import load_body, load_tokenizer
+from karma_ray.model.vision import build_seeing_body, save_seeing_body
+from karma_ray.report.page import render_report
+from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
+from karma_ray.retrieval.export import save_bundle
+from karma_ray.retrieval.retriever import check_run, index_run
+from karma_ray.training.language import pretrain
+
+LOG = logging.getLogger(__name__)
+
+
+def train_run(
+    config: Config,
+    data: str | None,
+    out: str,
+    *,
+    on_validate: OnValidate | None = None,
+    resume: bool = False,
+    init_from: str | None = None,
+    cache: str = CACHE,
+    executor: Executor = HERE,
+) -> dict[str, Any]:
+    """Run a recipe from tables to a complete run folder; returns the content of metrics.json.
+
+    Without `data` the toy shop is generated. A floor or ceiling is evaluated, nothing is
+    trained. `on_validate(step, metrics)` is called at every validation inside this process
+    (needs `training.num_workers=0`) and may raise to stop. `init_from` is a finished run whose
+    model is trained further, without pretraining and warm-up. `executor` does the heavy parts.
+    Raises InputError on bad input.
+    """
+    run, cache = absolute(out), absolute(cache)
+    folder, started = RunFolder(run), time.time()
+    if run.rsplit("/", 1)[-1] == "latest":
+        raise InputError("--out", out, "is the name of the link to the newest run")
+    if not resume and (exists(folder.metrics) or exists(folder.checkpoints)):
+        raise InputError("--out", out, "already holds a run; --resume it or choose another folder")
+    parent = Parent.open(init_from) if init_from else None
+    if parent and config.recipe not in recipes.TRAINED:
+        raise InputError("--init-from", parent.run, f"has no use in the recipe {config.recipe}")
+    config = parent.continued(config) if parent else config
+    tables = absolute(data) if data else toy_shop(cache)
+    source = ensure_prepared(tables, config.prepare, executor.prepare)
+    check_sizes(config, source, with_warmup=parent is None)
+    parents = {"data": str(source.facts.get("input", ""))}
+    if resume:
+        check_resumed(config, source, folder)
+    if init := noted_parent(folder, parent):
+        parents["init"] = init
+    write_json(to_dict(config), folder.config)
+    facts = _data_facts(source)
+    write_json(facts, folder.path("data.json"))
+    stage = None
+    if config.recipe in recipes.TRAINED:
+        found = noted_stage(folder, config, source.items_uri) if resume else None
+        stage = found or _first_stage(config, source, cache, run, parent, executor)
+        note_start(folder, stage, init)
+        _note_text_lengths(stage, folder, facts)
+        stage = _train(stage, source, run, on_validate, resume, executor)
+        _serve_side(stage, folder, executor)
+    write_manifest(
+        run, "run", recipe=config.recipe, seed=config.seed, data=source.uri,
+        items=source.items_uri,
+        version=__version__, parents=parents,
+    )  # fmt: skip
+    metrics = assess(config, source, run, stage, cache)
+    metrics["seconds"] = round(time.time() - started, 1)
+    write_json(metrics, folder.metrics)
+    render_report(run)
+    folder.link_latest()
+    return metrics
+
+
+def _note_text_lengths(stage: Stage, folder: RunFolder, facts: Mapping[str, Any]) -> None:
+    """How much of the items' texts is read, into data.json; a warning where much is cut off."""
+    if over_ids(stage.config):
+        return
+    lengths = stage.text_lengths()
+    write_json({**facts, "item_texts": asdict(lengths)}, folder.path("data.json"))
+    if warning := lengths.warning():
+        LOG.warning(warning)
+
+
+def evaluate_run(run: str, data: str | None = None, cache: str = CACHE) -> dict[str, Any]:
+    """Measure a finished run again: metrics.json, floors, checks, cases and report are replaced.
+
+    `data` defaults to the data the run was trained on. Raises InputError on an unfinished run.
+    """
+    run, cache = absolute(run), absolute(cache)
+    folder = RunFolder(run)
+    config = from_dict(read_json(folder.config))
+    trained = config.recipe in recipes.TRAINED
+    if trained:
+        check_run(run)
+    source = PreparedData.load(absolute(data) if data else read_manifest(run, "run")["data"])
+    stage = finished_stage(run, source.items_uri) if trained else None
+    seconds = read_json(folder.metrics).get("seconds") if exists(folder.metrics) else None
+    metrics = assess(config, source, run, stage, cache) | {"seconds": seconds}
+    write_json(metrics, folder.metrics)
+    render_report(run)
+    return metrics
+
+
+def _first_stage(
+    config: Config, source: PreparedData, cache: str, run: str, parent: Parent | None,
+    executor: Executor,
+) -> Stage:
+    if parent is None:
+        return start_stage(config, source, cache, run, executor)
+    LOG.info("going on with the model of %s", parent.run)
+    return parent.stage(config, source.items_uri)
+
+
+
+
+
+
+def _train(
+    stage: Stage, source: PreparedData, run: str, on_validate: OnValidate | None, resume: bool,
+    executor: Executor,
+) -> Stage:
+    training = stage.config.training
+    LOG.info("joint training: %d steps, %d worker(s)", training.steps, max(1, training.num_workers))
+    job = joint_job(stage, source, run, on_validate)
+    if stage.trained is not None:  # by the run that this one goes on from
+        job = replace(job, build=stage.build_finished)
+    summary = run_training(job, resume=resume, max_failures=2, distribute=executor.train)
+    return replace(stage, trained=summary["weights"])
+
+
+def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
+    """Bundle, item embeddings and index: everything that serves."""
+    config, model = stage.config, stage.build_finished()
+    facts = {"recipe": config.recipe, "seed": config.seed}
+    save_bundle(model.interest, model.tokenizer, config.collate, folder.bundle, facts)
+    if config.training.num_workers and executor.embed is not None:
+        executor.embed(folder.bundle, stage.items_uri, folder.item_embeddings)
+    else:
+        collator, catalog = stage.collator(), stage.catalog()
+        vectors = encode_catalog(model.interest, *collator.catalog_tokens())
+        parents = {
+            "bundle": read_manifest(folder.bundle)["content_hash"],
+            "items": content_hash(join(stage.items_uri, "items")),
+        }
+        table = ItemTable(catalog.item_ids, catalog.titles, vectors, parents)
+        save_embeddings(table, folder.item_embeddings)
+    index_run(folder.root)
+
+
+
+
+
+
+
+
+def _data_facts(source: PreparedData) -> dict[str, Any]:
+    """What the report says of the data: name, counts, labels, quarantine."""
+    manifest = read_data_manifest(source.items_uri)
+    kept = ("name", "query_source", "negative_source", "notes", "licence")
+    return {k: manifest[k] for k in kept if k in manifest} | {
+        k: source.facts[k]
+        for k in ("counts", "quarantined", "valid_start", "test_start", "query_source",
+                  "negative_source", "input")
+        if k in source.facts
+    } | {"uri": source.items_uri, "prepared": source.uri}  # fmt: skip

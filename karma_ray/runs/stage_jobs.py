@@ -1,0 +1,280 @@
+"""Stage 1 and stage 2 as jobs for `run_training`: what they build, read, report and validate."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from karma_ray.artifacts import join
+from karma_ray.baselines.popularity import warm_mask
+from karma_ray.baselines.sequential import IdModel
+from karma_ray.runs.batches import stream_batches
+from karma_ray.runs.stages import Stage, over_ids, refresh_bank
+from karma_ray.runs.worker import TrainJob, WorkerContext
+from karma_ray.data.collate import Collator
+from karma_ray.data.prepared import PreparedData
+from karma_ray.model.karma import KarmaModel
+from karma_ray.model.lora import is_low_rank, set_trained
+from karma_ray.objectives.losses import builds_image
+from karma_ray.retrieval.encode import encode_catalog
+from karma_ray.retrieval.retriever import Retriever
+from karma_ray.training.action_step import ActionStep
+from karma_ray.evaluation.diagnosis import content_sink
+from karma_ray.evaluation.evaluate import evaluate
+from karma_ray.training.loop import Record
+from karma_ray.training.optim import Pace
+from karma_ray.training.order import Order, Source
+from karma_ray.evaluation.probe_sets import ItemSample, item_sample
+from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
+
+CURVE_EXAMPLES = 1000
+"""Valid examples behind each point of the curve over steps; the final metrics use them all."""
+
+SINK_ITEMS = 64
+"""Items whose attention is looked at in every report; jobs/diagnose.py looks at more."""
+
+OnValidate = Callable[[int, Mapping[str, float]], None]
+"""Called with (step, metrics) at every validation, inside the process that trains."""
+
+
+@dataclass(frozen=True)
+class Paces:
+    """Pace of a parameter, from its name."""
+
+    new_module: float
+    encoder: Pace
+
+    def __call__(self, name: str) -> Pace:
+        """What came with a Hugging Face checkpoint is a backbone; all else is new.
+
+        Low-rank adapters are new too: they bear, and need, several times the rate at which the
+        weights under them would learn (about ten, LoRA Without Regret, 2025).
+        """
+        backbone = (".body." in name and not is_low_rank(name)) or name.endswith("lm_head")
+        factor = 1.0 if backbone else self.new_module
+        if ".item_encoder." not in name:
+            return Pace(factor)
+        return replace(self.encoder, factor=factor * self.encoder.factor)
+
+
+def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
+    """Stage 1 on the `item_tokens` table at `tokens`."""
+    config = stage.config
+    with_images = builds_image(config.objective)
+    training = replace(
+        config.training,
+        steps=config.warmup.steps,
+        batch_size=config.warmup.batch_size,
+        learning_rate=config.warmup.learning_rate,
+        encoder_grad="full",
+        validate_every=0,
+        checkpoint_every=0,
+    )
+    return TrainJob(
+        run=folder,
+        stage="warmup",
+        build=stage.build_warmup,
+        step=WarmupStep(lambda_img=config.objective.lambda_img if with_images else 0.0),
+        make_batches=partial(
+            _batches, tokens, config.seed, training.batch_size, stage.make_warmup_collate
+        ),
+        training=training,
+        seed=config.seed,
+        pace_of=Paces(training.new_module_lr, Pace()),
+        probe=_warmup_probe,
+        should_stop=Plateau(),
+    )
+
+
+def joint_job(
+    stage: Stage, source: PreparedData, run: str, on_validate: OnValidate | None = None
+) -> TrainJob:
+    """Stage 2 on the prepared sequences."""
+    config, training = stage.config, stage.config.training
+    if over_ids(config):
+        return _ids_job(stage, source, run, on_validate)
+    step = JointStep(
+        config.objective, training.encoder_grad, training.encoder_delay,
+        training.micro_batch_size, training.micro_tokens,
+    )  # fmt: skip
+    start = next(n for n in range(training.steps + 1) if not step.is_delayed(n / training.steps))
+    rise = round(training.lr_warmup_share * training.steps) if start else 0
+    encoder = Pace(training.encoder_lr, start, rise)
+    sequences = join(source.uri, "sequences")
+    return TrainJob(
+        run=run,
+        stage="joint",
+        build=stage.build_joint,
+        step=step,
+        make_batches=partial(
+            _batches, sequences, config.seed, training.batch_size, stage.make_training_collate
+        ),
+        training=training,
+        seed=config.seed,
+        pace_of=Paces(training.new_module_lr, encoder),
+        probe=JointProbe(stage, step),
+        validate=Validation(stage, source, on_validate),
+        on_step=BeforeStep(stage, step),
+    )
+
+
+def _ids_job(
+    stage: Stage, source: PreparedData, run: str, on_validate: OnValidate | None
+) -> TrainJob:
+    """Stage 2 of a baseline over ids: the same batches, and one pace for all its parameters."""
+    config, training = stage.config, stage.config.training
+    step = ActionStep(config.objective)
+    return TrainJob(
+        run=run,
+        stage="joint",
+        build=stage.build_ids,
+        step=step,
+        make_batches=partial(
+            _batches, join(source.uri, "sequences"), config.seed, training.batch_size,
+            stage.make_training_collate,
+        ),
+        training=training,
+        seed=config.seed,
+        probe=step.probe,
+        validate=Validation(stage, source, on_validate),
+        on_step=partial(_note_progress, training.steps),
+    )  # fmt: skip
+
+
+def _note_progress(steps: int, model: nn.Module, step: int) -> None:
+    assert isinstance(model, IdModel)
+    model.progress = step / steps
+
+
+@dataclass
+class Plateau:
+    """Stop the warm-up when the shuffled gap has not grown by 2 % in five reports.
+
+    The gap, CE(shuffled e) - CE(e), says how much the decoder listens to the item (METHOD 1.10).
+    """
+
+    patience: int = 5
+    growth: float = 1.02
+    _best: float = 0.0
+    _waited: int = 0
+
+    def __call__(self, record: Record) -> bool:
+        """Whether this report ends the stage."""
+        gap = record["decode_gap"]
+        if gap > self._best * self.growth:
+            self._best, self._waited = gap, 0
+        else:
+            self._waited += 1
+        return self._waited >= self.patience
+
+
+@dataclass
+class BeforeStep:
+    """What depends on the step: the objective's schedules, and the history bank.
+
+    The bank is filled once while the encoder is frozen, every R steps under `targets_only`.
+    """
+
+    stage: Stage
+    step: JointStep
+    _collator: Collator | None = field(default=None, repr=False)
+
+    def __call__(self, model: nn.Module, step: int) -> None:
+        """Called before the first step and after each."""
+        assert isinstance(model, KarmaModel)
+        training = self.stage.config.training
+        model.progress = step / training.steps
+        frozen = self.step.is_frozen(model.progress)
+        # Also queries may go through the item encoder (query_mode=encoder).
+        set_trained(model.interest.item_encoder, not frozen)
+        if training.encoder_grad == "full" and not frozen:
+            model.bank = None
+            return
+        due = not frozen and step % training.bank_refresh_steps == 0
+        if model.bank is None or due:
+            self._collator = self._collator or self.stage.collator()
+            refresh_bank(model, self._collator, training.precision)
+
+
+@dataclass
+class JointProbe:
+    """The step's collapse probes, and the item encoder's content sinks on fixed items.
+
+    A pass over so few items costs about a hundredth of the steps between two reports.
+    """
+
+    stage: Stage
+    step: JointStep
+    _items: ItemSample | None = field(default=None, repr=False)
+
+    def __call__(self, model: nn.Module, batch: Any) -> Record:
+        """`batch` is that of the reported step."""
+        assert isinstance(model, KarmaModel)
+        record, config = self.step.probe(model, batch), self.stage.config
+        if config.training.compile:  # compiled layers do not show their attention
+            return record
+        if self._items is None:
+            catalog = self.stage.catalog()
+            everyone = np.zeros(catalog.num_items, bool)
+            self._items = item_sample(
+                self.stage.collator(), catalog, everyone, SINK_ITEMS, config.seed
+            )
+        return {**record, "collapse/content_sink": content_sink(model, self._items)}
+
+
+@dataclass
+class Validation:
+    """Metrics on a fixed sample of valid examples; everything is opened where it runs."""
+
+    stage: Stage
+    source: PreparedData
+    on_validate: OnValidate | None = None
+    _collator: Collator | None = field(default=None, repr=False)
+
+    def __call__(self, model: nn.Module, step: int) -> Mapping[str, float]:
+        """Encode the catalogue with the model as it is, and evaluate."""
+        assert isinstance(model, KarmaModel | IdModel)
+        config = self.stage.config
+        self._collator = collator = self._collator or self.stage.collator()
+        catalog = self.stage.catalog()
+        examples = self.source.examples("valid")
+        if examples.num_rows == 0:
+            return {}
+        embeddings = encode_catalog(
+            model.interest, *collator.catalog_tokens(), precision=config.training.precision
+        )
+        retriever = Retriever.from_model(model.interest, collator, catalog, embeddings)
+        metrics = evaluate(
+            retriever,
+            examples,
+            catalog,
+            config=replace(config.evaluation, max_examples=CURVE_EXAMPLES),
+            train_item_ids=warm_mask(self.source.sequences(), catalog),
+            query_matches=self.source.query_matches(catalog),
+            seed=config.seed,
+        )
+        if self.on_validate is not None:
+            self.on_validate(step, {f"valid/{name}": value for name, value in metrics.items()})
+        return metrics
+
+
+def _batches(
+    table: str, seed: int, batch_size: int, make_collate: Any, context: WorkerContext
+) -> Iterator[Any]:
+    order = Order(Source.scan(table), seed, batch_size, context.rank, context.num_workers)
+    return stream_batches(
+        order, make_collate, start_step=context.start_step, steps=context.steps,
+        read_blocks=context.read_blocks,
+    )  # fmt: skip
+
+
+def _warmup_probe(model: nn.Module, batch: TokenBatch) -> Record:
+    assert isinstance(model, KarmaModel)
+    with torch.no_grad():
+        return {"decode_gap": WarmupStep().gap(model, batch)}

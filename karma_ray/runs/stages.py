@@ -1,0 +1,294 @@
+"""The stages of a run as picklable recipes: what a worker needs to build its model and batches.
+
+    language model  ->  warm-up (stage 1)  ->  joint training (stage 2)
+
+A `Stage` travels to the workers as a few strings and a configuration; models, catalogue and
+tokens are opened there. Pretraining and warm-up do not depend on the objective, so recipes that
+are compared start from the very same weights, and both are cached under what they depend on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from karma_ray.artifacts import RunFolder, content_hash, join, read_json
+from karma_ray.baselines.sequential import IdModel, IdRecommender, IdSizes
+from karma_ray.runs.stage_images import TokenCollate, build_imagery, imagery_key, load_visual
+from karma_ray.config import Config, from_dict
+from karma_ray.data.batch import Batch
+from karma_ray.data.catalog import Catalog
+from karma_ray.data.collate import Collator
+from karma_ray.data.prompts import Tokenizer
+from karma_ray.data.tokens import TextLengths, catalog_tokens
+from karma_ray.data.visual import VisualFeatures
+from karma_ray.errors import InputError
+from karma_ray.model.backbone import check_architecture, load_lm_head, load_tokenizer
+from karma_ray.model.config import GeneratorConfig
+from karma_ray.model.interest import InterestModel
+from karma_ray.model.karma import KarmaModel
+from karma_ray.model.lora import set_trained
+from karma_ray.objectives.losses import builds_generation, builds_image, builds_reconstruction
+from karma_ray.retrieval.encode import encode_catalog
+from karma_ray.training.checkpoints.checkpoint import load_weights
+
+STAGE_VERSION = 2
+"""Raised when code changes what a cached stage holds: old caches are then not found."""
+
+NUM_WHITENED = 2048
+"""Items that the initial whitening of the item embeddings is fitted on."""
+NUM_COUNTED = 200_000
+"""Items that the words of the item embeddings are counted in."""
+
+
+def is_tiny(config: Config) -> bool:
+    """Whether the backbones are built here; raises InputError on a mixture or no Qwen3.
+
+    Item encoder and user decoder share one tokenizer, so either both are `tiny` or none.
+    """
+    item, user = config.model.item_encoder.checkpoint, config.model.user_decoder.checkpoint
+    if (item == "tiny") != (user == "tiny"):
+        raise InputError(
+            "model.item_encoder.checkpoint", item,
+            f"does not go with model.user_decoder.checkpoint {user!r}: they share a tokenizer",
+        )  # fmt: skip
+    if item == "tiny":
+        return True
+    seeing = config.model.item_encoder.modality == "multimodal"
+    check_architecture(item, "model.item_encoder.checkpoint", "qwen3_vl" if seeing else "qwen3")
+    check_architecture(user, "model.user_decoder.checkpoint")
+    return False
+
+
+def over_ids(config: Config) -> bool:
+    """Whether the model is a baseline over item ids; raises InputError on terms that need texts."""
+    if config.model.kind == "karma":
+        return False
+    objective = config.objective
+    for builds, name in (
+        (builds_generation, "generation"), (builds_reconstruction, "reconstruction"),
+        (builds_image, "lambda_img"),
+    ):  # fmt: skip
+        if builds(objective):
+            message = f"needs a model of texts, not {config.model.kind}: set it to 0"
+            raise InputError(f"objective.{name}", getattr(objective, name), message)
+    return True
+
+
+def with_checkpoints(config: Config, item: str, user: str) -> Config:
+    """The configuration with other checkpoints (`tiny` resolved to its pretrained folder)."""
+    model = config.model
+    return replace(
+        config,
+        model=replace(
+            model,
+            item_encoder=replace(model.item_encoder, checkpoint=item),
+            user_decoder=replace(model.user_decoder, checkpoint=user),
+        ),
+    )
+
+
+def finished_stage(run: str, items_uri: str) -> Stage:
+    """The trained model of a run, from the run folder alone."""
+    folder = RunFolder(run)
+    config = from_dict(read_json(folder.config))
+    item, user = join(folder.bundle, "item_encoder"), join(folder.bundle, "user_decoder")
+    return Stage(
+        with_checkpoints(config, item, user),
+        items_uri,
+        trained=join(folder.checkpoints, "joint", "final"),
+        tokenizer_folder=join(folder.bundle, "tokenizer"),
+    )
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What every worker of a stage opens: a resolved configuration and where things lie."""
+
+    config: Config
+    items_uri: str
+    warm: str | None = None  # weights that stage 2 starts from
+    trained: str | None = None  # weights that stage 2 ended with
+    tokenizer_folder: str | None = None  # default: the user decoder's checkpoint
+
+    def catalog(self) -> Catalog:
+        """The memory-mapped catalogue."""
+        return Catalog.load(self.items_uri)
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that both LLMs share."""
+        folder = self.tokenizer_folder or self.config.model.user_decoder.checkpoint
+        return cast(Tokenizer, load_tokenizer(folder))
+
+    def text_lengths(self) -> TextLengths:
+        """How much of the catalogue's texts is read."""
+        limit = self.config.collate.max_item_tokens
+        return TextLengths.of(self.catalog(), self.tokenizer(), limit)
+
+    def collator(self, visual: VisualFeatures | None = None) -> Collator:
+        """Collator with item tokens, which the workers of a node share."""
+        tokenizer = self.tokenizer()
+        catalog, config = self.catalog(), self.config.collate
+        tokens, lengths = catalog_tokens(catalog, tokenizer, config.max_item_tokens)
+        return Collator(catalog, tokenizer, config, tokens, lengths, visual)
+
+    def make_training_collate(self) -> TrainingCollate:
+        """Collate of stage 2, made on the worker."""
+        visual = load_visual(self.config, self.items_uri, self.catalog())
+        return TrainingCollate(self.collator(visual))
+
+    def make_warmup_collate(self) -> TokenCollate:
+        """Collate of stage 1."""
+        catalog = self.catalog()
+        return TokenCollate(catalog, load_visual(self.config, self.items_uri, catalog))
+
+    def build_warmup(self) -> KarmaModel:
+        """Stage 1's model, with gradients only where `warmup.train` says."""
+        model = self._whole()
+        self._fit_to_items(model.interest)
+        interest, train = model.interest, self.config.warmup.train
+        set_trained(interest.item_encoder.body, train == "all")
+        set_trained(interest.user_decoder.body, train != "adapters_only")
+        return model
+
+    def build_joint(self) -> KarmaModel:
+        """Stage 2's model; Task 2's private decoders copy the warmed-up one."""
+        model = self._whole()
+        if self.warm is not None:
+            load_weights(self.warm, model)
+        elif self.trained is None:
+            self._fit_to_items(model.interest)
+        objective, images = self.config.objective, model.imagery
+        if builds_reconstruction(objective) or (images is not None and images.in_task2):
+            head = model.lm_head if hasattr(model, "lm_head") else None
+            model = KarmaModel(model.interest, model.tokenizer, lm_head=head, imagery=images)
+        model.interest.generate_with(self.config.model.generator, self.config.seed)
+        if self.config.training.encoder_grad == "frozen":
+            model.interest.item_encoder.requires_grad_(False)
+        return model
+
+    def build_trained(self) -> KarmaModel:
+        """Stage 2's model with its final weights, in evaluation mode."""
+        assert self.trained is not None
+        model = self.build_joint()
+        load_weights(self.trained, model)
+        return model.eval()
+
+    def build_ids(self) -> IdModel:
+        """A baseline over item ids as initialised: nothing is pretrained or warmed up."""
+        catalog, tokenizer, config = self.catalog(), self.tokenizer(), self.config
+        words = tokenizer.backend_tokenizer.get_vocab_size()
+        sizes = IdSizes(catalog.num_items, words, config.collate.max_history + 1)
+        recommender = IdRecommender(config.model, sizes, config.seed)
+        recommender.know(catalog.item_ids)
+        return IdModel(recommender, tokenizer)
+
+    def build_finished(self) -> KarmaModel | IdModel:
+        """The trained model of either kind, in evaluation mode."""
+        if not over_ids(self.config):
+            return self.build_trained()
+        assert self.trained is not None
+        model = self.build_ids()
+        load_weights(self.trained, model)
+        model.interest.look_at(self.catalog(), self.items_uri)
+        return model.eval()
+
+    def _fit_to_items(self, interest: InterestModel) -> None:
+        """What of the item encoder is fitted to the catalogue before anything is trained."""
+        collator = self.collator()
+        tokens, lengths = collator.catalog_tokens()
+        drawn = np.random.default_rng(self.config.seed).permutation(len(tokens))
+        rows = drawn[:NUM_WHITENED]
+        sample = torch.from_numpy(tokens[rows].astype(np.int64))
+        interest.item_encoder.whiten(
+            sample, torch.from_numpy(lengths[rows]), torch.from_numpy(rows)
+        )
+        if interest.item_encoder.config.lexical:
+            rows = np.sort(drawn[:NUM_COUNTED])
+            interest.item_encoder.words.fit(tokens[rows], lengths[rows])
+
+    def _whole(self) -> KarmaModel:
+        """From the checkpoints, without private decoders."""
+        config = self.config.model
+        if config.kind != "karma":
+            message = "has no language models: it is a baseline over item ids"
+            raise InputError("model.kind", config.kind, message)
+        tokenizer = self.tokenizer()
+        bare = replace(config, generator=GeneratorConfig())  # warm-up knows no generator
+        interest = InterestModel.build(bare, tokenizer, self.config.seed)
+        interest.item_encoder.look_at(self.catalog(), self.items_uri)
+        bundled = self.tokenizer_folder is not None
+        head = load_lm_head(config.user_decoder.checkpoint, empty=bundled)
+        imagery = build_imagery(self.config, self.items_uri, interest, self.trained)
+        return KarmaModel(interest, tokenizer, lm_head=head, decodes=False, imagery=imagery)
+
+
+@dataclass(frozen=True)
+class TrainingCollate:
+    """rows, keys -> Batch; keeps the collator within reach of evaluation."""
+
+    collator: Collator
+
+    def __call__(self, rows: pa.Table, keys: np.ndarray) -> Batch:
+        """Collate `sequences` rows."""
+        return self.collator.training(rows, keys)
+
+
+def token_table(catalog: Catalog, tokens: np.ndarray, lengths: np.ndarray) -> pa.Table:
+    """The `item_tokens` table."""
+    lists = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    ids = pa.array(lists, pa.list_(pa.int32()))
+    return pa.table({"item_id": pa.array(catalog.item_ids), "token_ids": ids})
+
+
+def refresh_bank(model: KarmaModel, collator: Collator, precision: str) -> None:
+    """Encode the whole catalogue into `model.bank` [I, D], what histories are read through."""
+    vectors = encode_catalog(model.interest, *collator.catalog_tokens(), precision=precision)
+    device = next(model.parameters()).device
+    model.bank = torch.from_numpy(vectors).to(device)
+
+
+def pretrain_key(config: Config, items_hash: str) -> dict[str, object]:
+    """What a pretrained tiny language model depends on."""
+    return {
+        "version": STAGE_VERSION,
+        "items": items_hash,
+        "tiny": dataclasses.asdict(config.model.tiny),
+        "pretrain": dataclasses.asdict(config.pretrain),
+        "max_item_tokens": config.collate.max_item_tokens,
+        "seed": config.seed,
+    }
+
+
+def warmup_key(config: Config, items_hash: str, items_uri: str = "") -> dict[str, object]:
+    """What warmed-up weights depend on: not the objective, so recipes share them.
+
+    Only a visual term is warmed up with its weight, on the features of the data at `items_uri`.
+    The checkpoints are named (local folders by content); `config` has `tiny` resolved.
+    """
+    training = dataclasses.asdict(config.training)
+    shared = ("new_module_lr", "weight_decay", "grad_clip", "lr_warmup_share", "report_every",
+              "precision", "num_workers")  # fmt: skip
+    model = config.model
+    checkpoints = [model.item_encoder.checkpoint, model.user_decoder.checkpoint]
+    return {
+        "version": STAGE_VERSION,
+        "items": items_hash,
+        "checkpoints": [content_hash(c) if Path(c).is_dir() else c for c in checkpoints],
+        "item_encoder": dataclasses.asdict(replace(model.item_encoder, checkpoint="")),
+        "user_decoder": dataclasses.asdict(replace(model.user_decoder, checkpoint="")),
+        "score": dataclasses.asdict(model.score),
+        "peft": model.peft,
+        "max_target_tokens": model.decodability.max_target_tokens,
+        "warmup": dataclasses.asdict(config.warmup),
+        "training": {name: training[name] for name in shared},
+        "collate": dataclasses.asdict(replace(config.collate, visual_features="")),
+        "seed": config.seed,
+        **imagery_key(config, items_uri),
+    }

@@ -1,0 +1,73 @@
+"""Training on Ray Train, or in this process when `num_workers` is 0.
+
+Checkpoints lie in RUN/checkpoints/STAGE/ and are the same in both cases (training/checkpoints/store.py), so a
+run continues with another number of workers, or without Ray. Ray Train is told metrics only: what
+a restart continues from is what lies in the run folder.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pyarrow as pa
+
+import torch
+
+from karma_ray.artifacts import absolute, exists, join, read_json
+from karma_ray.runs.batches import local_blocks
+from karma_ray.runs.run_log import ProgressLine
+from karma_ray.runs.worker import TrainJob, run_worker
+from karma_ray.errors import InputError
+from karma_ray.training.loop import Record
+from karma_ray.training.order import Order, Window
+from karma_ray.training.checkpoints.files import Vault
+
+Distribute = Callable[[TrainJob, int], dict[str, Any]]
+"""Trains a job with `training.num_workers` workers, restarted so many times after lost ones."""
+
+
+def run_training(
+    job: TrainJob,
+    *,
+    resume: bool = False,
+    max_failures: int = 0,
+    progress: bool = True,
+    distribute: Distribute | None = None,
+) -> dict[str, Any]:
+    """Train one stage; returns its summary (`weights`, `steps`, `seconds`, `last`, `valid`).
+
+    With `resume` a finished stage is returned as it is and an unfinished one continued. Raises
+    InputError when the run already holds checkpoints of this stage and `resume` is false, and
+    whatever error of this package a worker raised (NonFiniteLoss above all). Without
+    `distribute`, or with `training.num_workers=0`, it trains in this process; otherwise
+    `max_failures` restarts after lost workers continue from the newest whole checkpoint.
+    """
+    job = replace(job, run=absolute(job.run))  # workers start in another folder
+    if resume and exists(join(job.final, "summary.json")):
+        summary: dict[str, Any] = read_json(join(job.final, "summary.json"))
+        return summary
+    if not resume and (exists(job.final) or Vault(job.checkpoints).steps()):
+        message = f"already holds checkpoints of the stage {job.stage}; resume, or use a new folder"
+        raise InputError("run folder", job.run, message)
+    if distribute is None or job.training.num_workers == 0:
+        return run_worker(job, LocalChannel(), progress)
+    with ProgressLine(job.run, job.stage, job.training.steps, progress):
+        return distribute(job, max_failures)
+
+
+class LocalChannel:
+    """A training inside the driver's process."""
+
+    in_driver = True
+
+    def __init__(self) -> None:
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+    def read_blocks(self, order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
+        """Rows of training batches."""
+        return local_blocks(order, windows)
+
+    def report(self, record: Record) -> None:
+        """Nobody listens: the run log has it."""

@@ -1,0 +1,1 @@
+"""Many runs: tables of rows, searches, records and what they say together."""

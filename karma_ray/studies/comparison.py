@@ -1,0 +1,201 @@
+"""Rows of a table against their baseline: differences, spread over seeds, bootstrap over users.
+
+Only seeds that both have are compared.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.stats import t as student_t
+
+from karma_ray import recipes
+from karma_ray.evaluation.outcomes import Outcomes
+from karma_ray.metrics.significance import BootstrapResult, paired_bootstrap
+from karma_ray.report.record import number
+from karma_ray.studies.records import Record
+from karma_ray.studies.rows import Row
+
+METRICS = (
+    "gAUC", "HR@10", "HR@50", "HR@200", "HR@1000", "NDCG@10", "JS@50", "cold/HR@50",
+    "in_query/HR@10",
+)  # fmt: skip
+"""Compared metrics; values per example are kept for all of them."""
+_NORMAL = (1.960, 0.842)
+"""Quantiles of a two-sided 5 % level and of 80 % power."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row under one setting: its records, one a seed."""
+
+    row: Row
+    label: str
+    key: str
+    """`results.run_key` of its configuration."""
+    records: Mapping[int, Record]
+    outcomes: Mapping[int, Outcomes]
+    tried: int = 1
+    """Settings that it was chosen from."""
+
+    @property
+    def searched(self) -> str:
+        """The settings that a search gave it."""
+        return ", ".join(next(iter(self.records.values())).get("searched", []))
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether nothing is trained: one seed's record then stands for every seed."""
+        return self.row.built_from not in recipes.TRAINED
+
+    def record_of(self, seed: int) -> int | None:
+        """The seed whose record speaks for `seed`; None where there is none."""
+        if seed in self.records:
+            return seed
+        return next(iter(self.records), None) if self.is_counted else None
+
+    def values(self, metric: str) -> dict[int, float]:
+        """Seed -> test metric."""
+        found = {seed: number(r["metrics"].get(metric)) for seed, r in self.records.items()}
+        return {seed: value for seed, value in found.items() if value is not None}
+
+    def mean(self, metric: str) -> float | None:
+        """Mean over the seeds."""
+        values = self.values(metric)
+        return statistics.fmean(values.values()) if values else None
+
+
+@dataclass(frozen=True)
+class Group:
+    """What is compared: one data set under one condition."""
+
+    data: str
+    condition: str
+    baseline: Variant | None
+    variants: tuple[Variant, ...]
+
+    @property
+    def name(self) -> str:
+        """Data and condition, as a heading has them."""
+        return f"{self.data}, {self.condition}" if self.condition else self.data
+
+    def find(self, row: str) -> Variant | None:
+        """The first variant of a row."""
+        return next((v for v in self.variants if v.row.name == row), None)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Row minus baseline in one metric, in points."""
+
+    mean: float
+    seeds: tuple[float, ...]
+    """The difference of each seed that both have."""
+    bootstrap: BootstrapResult | None
+    """Over users, the seeds pooled; None without values per example."""
+
+    @property
+    def spread(self) -> float | None:
+        """Sample standard deviation over seeds."""
+        return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
+
+    @property
+    def is_saturated(self) -> bool:
+        """Whether no example differs, as where K reaches the size of the catalogue."""
+        found = self.bootstrap
+        return found is not None and found.low == found.high == 0 and not any(self.seeds)
+
+    @property
+    def errors(self) -> tuple[float, float] | None:
+        """Standard errors of the mean from drawing other users, and from drawing other seeds (0
+        where one seed cannot say); None without values per example."""
+        if self.bootstrap is None:
+            return None
+        of_users = (self.bootstrap.high - self.bootstrap.low) / (2 * _NORMAL[0])
+        spread = self.spread
+        return of_users, 0.0 if spread is None else spread / math.sqrt(len(self.seeds))
+
+    @property
+    def detectable(self) -> float | None:
+        """Smallest difference found in about four of five repetitions at the 5 % level."""
+        return self._reach(sum(_NORMAL), (0.975, 0.8))
+
+    @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % interval for other users and other runs of both recipes at once; with one seed for
+        other users alone."""
+        reach = self._reach(_NORMAL[0], (0.975,))
+        return None if reach is None else (self.mean - reach, self.mean + reach)
+
+    def _reach(self, normal: float, quantiles: tuple[float, ...]) -> float | None:
+        """sqrt((z se_users)^2 + (t se_seeds)^2), t the sum of Student's `quantiles`."""
+        if (errors := self.errors) is None:
+            return None
+        t = float(sum(student_t.ppf(quantiles, len(self.seeds) - 1))) if errors[1] else 0.0
+        return math.hypot(normal * errors[0], t * errors[1])
+
+    @property
+    def over_seeds(self) -> tuple[float, float] | None:
+        """95 % t interval over seeds; None with one seed."""
+        if self.spread is None:
+            return None
+        number = len(self.seeds)
+        half = float(student_t.ppf(0.975, number - 1)) * self.spread / math.sqrt(number)
+        return self.mean - half, self.mean + half
+
+    @property
+    def direction(self) -> int:
+        """1 or -1 where `interval` excludes 0, else 0."""
+        found = self.interval
+        if found is None or found[0] <= 0 <= found[1]:
+            return 0
+        return 1 if self.mean > 0 else -1
+
+    @property
+    def mark(self) -> str:
+        """`*` where a difference is shown, `(*)` where one seed shows it for other users alone."""
+        if not self.direction:
+            return ""
+        return "*" if len(self.seeds) > 1 else "(*)"
+
+
+def difference(row: Variant, baseline: Variant, metric: str) -> Difference | None:
+    """Row minus baseline over the seeds that both have; None where there is none."""
+    mine, theirs = row.values(metric), baseline.values(metric)
+    pairs = [
+        (one, other)
+        for seed in sorted({*row.records, *baseline.records})
+        if (one := row.record_of(seed)) in mine and (other := baseline.record_of(seed)) in theirs
+    ]
+    if not pairs:
+        return None
+    each = tuple(mine[one] - theirs[other] for one, other in pairs)
+    return Difference(statistics.fmean(each), each, _bootstrap(row, baseline, metric, pairs))
+
+
+def _bootstrap(
+    row: Variant, baseline: Variant, metric: str, pairs: list[tuple[int, int]]
+) -> BootstrapResult | None:
+    """Users drawn with replacement, each with its examples under all seeds; `pairs` are the seeds
+    of the row's and of the baseline's record."""
+    parts = []
+    for one, other in pairs:
+        mine, theirs = row.outcomes.get(one), baseline.outcomes.get(other)
+        names = {row.records[one].get("examples"), baseline.records[other].get("examples")}
+        if mine is None or theirs is None or len(names) > 1:
+            return None
+        left, right = mine.values(metric), theirs.values(metric)
+        if left is None or right is None or not _per_click(row.records[one]):
+            return None
+        parts.append((left[0], right[0], left[1], left[2]))
+    mine_all, theirs_all, users, weights = map(np.concatenate, zip(*parts, strict=True))
+    return paired_bootstrap(mine_all, theirs_all, users.tolist(), seed=0, weights=weights)
+
+
+def _per_click(record: Record) -> bool:
+    """What is kept per example is per click: the mean over requests is another number."""
+    return bool(record["config"].get("evaluation", {}).get("hr_unit", "click") == "click")

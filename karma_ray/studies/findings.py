@@ -1,0 +1,214 @@
+"""What a study found, as sections of words and tables; study_page.py writes them.
+
+Differences are in points over the table's baseline under the same condition.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+
+from karma_ray.studies.comparison import (
+    METRICS,
+    Difference,
+    Group,
+    difference,
+)
+from karma_ray.studies.rows import Table
+from karma_ray.studies.sections import Section, delta, signed, spread_of
+from karma_ray.studies.state import collapse, cost, equal_seconds
+
+ABSOLUTE = (*METRICS, "JS@50_excl_gt")
+Differences = dict[tuple[str, str], Difference]
+"""(variant's label, metric) -> difference to the baseline."""
+
+
+def differences(group: Group) -> Differences:
+    """Every row of a group against its baseline, in every metric."""
+    if group.baseline is None:
+        return {}
+    return {
+        (variant.label, metric): found
+        for variant in group.variants
+        if variant is not group.baseline
+        for metric in METRICS
+        if (found := difference(variant, group.baseline, metric)) is not None
+    }
+
+
+def group_sections(
+    group: Group, table: Table, found: Differences, pictures: Iterable[tuple[str, str]] = ()
+) -> list[Section]:
+    """All that is told of one group; `found` are its differences, pictures (title, file name)."""
+    sections = [
+        Section(f"{table.title}: {group.name}", level=2, notes=_facts(group)),
+        _in_words(group, found),
+        _beside_the_paper(group, found),
+        _delta_table(group, found),
+        _absolute_table(group),
+        equal_seconds(group),
+        collapse(group),
+        cost(group),
+        _details(group, found),
+    ]
+    sections += [Section(title, picture=name) for title, name in pictures]
+    return [s for s in sections if s.notes or s.rows or s.picture]
+
+
+def _facts(group: Group) -> tuple[str, ...]:
+    records = [r for v in group.variants for r in v.records.values()]
+    clicks = sorted({int(r["metrics"].get("num_test", 0)) for r in records})
+    commits = sorted({str(r.get("commit") or "unknown")[:10] for r in records})
+    devices = sorted({f"{r.get('device')} ({r.get('threads')} threads a run)" for r in records})
+    facts = [
+        f"{len(records)} runs, {' or '.join(f'{n:,}' for n in clicks)} test clicks; data "
+        f"{records[0].get('data_hash')}; commits {', '.join(commits)}; {'; '.join(devices)}."
+    ]
+    searched = [v for v in group.variants if v.tried > 1]
+    if searched:
+        facts.append(
+            "Settings chosen by HR@50 on validation with the first seed, out of as many as "
+            "`settings tried` says (docs/ablations.md); `–`: the study's own were best. "
+            + "; ".join(f"{v.label}: {v.searched or '–'}" for v in searched)
+            + "."
+        )
+    if group.baseline is None:
+        facts.append("The baseline has no run under these settings: nothing is compared.")
+    return tuple(facts)
+
+
+def _in_words(group: Group, found: Differences) -> Section:
+    """Where a row differs from the baseline and where it does not, in sentences."""
+    sentences = []
+    for variant in group.variants:
+        measured = {m: d for m in METRICS if (d := found.get((variant.label, m)))}
+        of_row = {metric: d for metric, d in measured.items() if not d.is_saturated}
+        if not of_row:
+            if measured:
+                sentences.append(f"{variant.label}: the same on every test example.")
+            continue
+        parts = []
+        for sign, words in ((1, "higher on"), (-1, "lower on"), (0, "no difference shown on")):
+            told = [f"{m} ({_told(d)})" for m, d in of_row.items() if d.direction == sign]
+            if told:
+                parts.append(f"{words} {', '.join(told)}")
+        seeds = max(len(d.seeds) for d in of_row.values())
+        warning = " One seed: its spread is unknown." if seeds == 1 else ""
+        sentences.append(f"{variant.label}: {'; '.join(parts)}.{warning}")
+    note = (
+        "Shown means: the 95 % interval excludes 0, which adds what other users (drawn with "
+        "replacement, seeds pooled) and other seeds (Student's t) would change; with one seed "
+        f"other users alone. {len(found)} differences are looked at and intervals are not widened "
+        "for that. In parentheses: the difference, and where none is shown the smallest that the "
+        "design can detect."
+    )
+    return Section("In plain words", notes=(*sentences, note) if sentences else ())
+
+
+def _told(difference: Difference) -> str:
+    if difference.direction or difference.detectable is None:
+        return signed(difference.mean)
+    return f"{signed(difference.mean)}, detectable {difference.detectable:.2f}"
+
+
+def _beside_the_paper(group: Group, found: Differences) -> Section:
+    rows = []
+    for variant in group.variants:
+        row = variant.row
+        over = group.find(row.published_over) if row.published_over else group.baseline
+        if not row.published or over is None:
+            continue
+        cells = [variant.label, over.label]
+        for metric, published in row.published.items():
+            known = found.get((variant.label, metric)) if over is group.baseline else None
+            ours = known or difference(variant, over, metric)
+            cells += [signed(published), delta(ours), _agreement(published, ours)]
+        rows.append(tuple(cells))
+    if not rows:
+        return Section("The paper beside ours")
+    metrics = next(v.row.published for v in group.variants if v.row.published)
+    columns = [c for m in metrics for c in (f"{m}: paper", "ours", "sign")]
+    notes = ["Published numbers are points on Taobao's data; sign, order and ratio can agree."]
+    notes += _orders(group, metrics)
+    return Section(
+        "The paper beside ours", notes=tuple(notes), header=("row", "over", *columns),
+        rows=tuple(rows),
+    )  # fmt: skip
+
+
+def _orders(group: Group, metrics: Iterable[str]) -> list[str]:
+    """The rows from best to worst, in the paper and here."""
+    notes = []
+    for metric in metrics:
+        placed = []
+        for variant in group.variants:
+            mean, over = variant.mean(metric), variant.row.published_over
+            base = group.find(over).row.published.get(metric) if over and group.find(over) else 0.0  # type: ignore[union-attr]
+            if mean is not None and metric in variant.row.published and base is not None:
+                placed.append((variant.label, base + variant.row.published[metric], mean))
+        if len(placed) > 1:
+            ours = sorted(placed, key=lambda p: -p[2])
+            ranked = groupby(sorted(placed, key=lambda p: -p[1]), key=lambda p: p[1])
+            tied = [[p[0] for p in rows] for _, rows in ranked]  # one number may stand for two rows
+            theirs = [published for _, published, _ in ours]
+            same = theirs == sorted(theirs, reverse=True)
+            told = "the same" if same else " > ".join(label for label, _, _ in ours)
+            paper = " > ".join(" = ".join(labels) for labels in tied)
+            notes.append(f"Order by {metric}, paper: {paper}; here: {told}.")
+    return notes
+
+
+def _agreement(published: float, ours: Difference | None) -> str:
+    if ours is None:
+        return "–"
+    if not ours.direction:
+        return "not shown"
+    if len(ours.seeds) == 1:
+        return "one seed"
+    return "same" if ours.direction * published > 0 else "opposite"
+
+
+def _delta_table(group: Group, found: Differences) -> Section:
+    variants = [v for v in group.variants if any((v.label, m) in found for m in METRICS)]
+    metrics = [m for m in METRICS if any((v.label, m) in found for v in variants)]
+    rows = [(v.label, *(delta(found.get((v.label, m))) for m in metrics)) for v in variants]
+    base = group.baseline.label if group.baseline else ""
+    note = (
+        "Mean ± standard deviation over seeds; * where the difference is shown (above), (*) where "
+        "one seed shows it for other users alone."
+    )
+    return Section(
+        f"Differences to: {base}", notes=(note,) if rows else (), header=("row", *metrics),
+        rows=tuple(rows),
+    )  # fmt: skip
+
+
+def _absolute_table(group: Group) -> Section:
+    metrics = [m for m in ABSOLUTE if any(v.values(m) for v in group.variants)]
+    rows = [
+        (v.label, str(len(v.records)), *(spread_of(v.values(m).values()) for m in metrics))
+        for v in group.variants
+    ]
+    return Section("Test metrics, percent", header=("row", "seeds", *metrics), rows=tuple(rows))
+
+
+def _details(group: Group, found: Differences) -> Section:
+    rows = []
+    for (label, metric), d in found.items():
+        boot = d.bootstrap
+        rows.append((
+            label, metric, signed(d.mean), " ".join(signed(value) for value in d.seeds),
+            _interval((boot.low, boot.high) if boot else None), _interval(d.over_seeds),
+            _interval(d.interval),
+            "–" if d.detectable is None else f"{d.detectable:.2f}",
+            f"{boot.num_users:,}" if boot else "–",
+        ))  # fmt: skip
+    header = ("row", "metric", "difference", "each seed", "95 % over users", "95 % over seeds",
+              "95 % over both", "detectable", "users")  # fmt: skip
+    return Section(
+        "Every difference with its interval", header=header, rows=tuple(rows), folded=True
+    )
+
+
+def _interval(found: tuple[float, float] | None) -> str:
+    return f"[{signed(found[0])}, {signed(found[1])}]" if found else "–"

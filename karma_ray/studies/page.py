@@ -1,0 +1,133 @@
+"""The report of all studies: docs/results.md, and a self-contained page beside its pictures.
+
+What somebody wrote into the Markdown file above the marker stays; what is below is generated.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from pathlib import Path
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from karma_ray.artifacts import value_hash
+from karma_ray.studies.comparison import Group, Variant
+from karma_ray.studies.findings import Differences, differences, group_sections
+from karma_ray.studies.grouping import grouped
+from karma_ray.studies.overview import gains, overview, picture
+from karma_ray.studies.plots import curve_picture, delta_picture
+from karma_ray.studies.records import read_records
+from karma_ray.studies.sections import Section
+from karma_ray.studies.tables import TABLES
+
+COMMAND = "python jobs/ablate.py report"
+MARKER = "<!-- Everything below is generated; what is written above stays. -->"
+PICTURED_GAINS = "gains.png"
+_TITLE = "# Results\n"
+
+
+def write_report(results: str | Path) -> tuple[Path, Path]:
+    """(Markdown, HTML) of every record in `results`; the former lies beside the folder."""
+    results = Path(results)
+    pictures: dict[str, bytes] = {}
+    sections: list[Section] = []
+    records = read_records(results)
+    groups = {name: grouped(records, results, table) for name, table in TABLES.items()}
+    found_gains = gains([*groups["table1"], *groups["infonce"]])
+    if (drawn_gains := picture(found_gains)) is not None:
+        pictures[PICTURED_GAINS] = drawn_gains
+    sections += overview(found_gains, groups["baselines"], PICTURED_GAINS if drawn_gains else "")
+    for name, table in TABLES.items():
+        for group in groups[name] if name == "table1" else _worth_telling(groups[name]):
+            found = differences(group)
+            drawn = _drawn(group, name, found, pictures)
+            sections += group_sections(group, table, found, drawn)
+    command = COMMAND if results == Path("docs/results") else f"{COMMAND} --results {results}"
+    folder = results / "report"
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("*.png"):  # of groups that have since been renamed
+        old.unlink()
+    for name, content in pictures.items():
+        (folder / name).write_bytes(content)
+    markdown, page = results.with_name(f"{results.name}.md"), folder / "report.html"
+    markdown.write_text(_markdown(sections, markdown, f"{results.name}/report", command))
+    page.write_text(_page(sections, pictures, command))
+    return markdown, page
+
+
+def _worth_telling(groups: Sequence[Group]) -> list[Group]:
+    """Groups that compare what Table 1 does not have.
+
+    What trains nothing is the same under every condition: it is told with the trained rivals of its
+    data, and where there are none once.
+    """
+    shared = {row.name for row in TABLES["table1"].rows}
+
+    def own(group: Group) -> list[Variant]:
+        rows = [v for v in group.variants if v.row.name not in shared]
+        return rows if len(group.variants) > 1 else []
+
+    told = [group for group in groups if any(not v.is_counted for v in own(group))]
+    data = {group.data for group in told}
+    for group in sorted(groups, key=lambda group: len(group.condition)):
+        if own(group) and group.data not in data:
+            data.add(group.data)
+            told.append(group)
+    return told
+
+
+def _drawn(
+    group: Group, table: str, found: Differences, pictures: dict[str, bytes]
+) -> list[tuple[str, str]]:
+    """Draw a group's pictures into `pictures`; returns their titles and names."""
+    digest = f"-{value_hash(group.condition)[:8]}" if group.condition else ""
+    stem = f"{table}-{group.data}{digest}"
+    drawn = {
+        f"{stem}-differences.png": (
+            "Differences: mean, 95 % interval over users and seeds, a stroke per seed",
+            delta_picture([variant.label for variant in group.variants], found),
+        ),
+        f"{stem}-curves.png": ("Validation curves", curve_picture(group)),
+    }
+    kept = {name: (title, png) for name, (title, png) in drawn.items() if png is not None}
+    pictures.update({name: png for name, (_, png) in kept.items()})
+    return [(title, name) for name, (title, _) in kept.items()]
+
+
+def _markdown(sections: Sequence[Section], path: Path, pictures: str, command: str) -> str:
+    before = path.read_text().split(MARKER)[0] if path.exists() else _TITLE
+    lines = [before.rstrip(), "", MARKER, "", f"Made by `{command}`.", ""]
+    for section in sections:
+        heading = f"{'#' * section.level} {section.title}"
+        if section.folded:
+            lines += ["<details>", f"<summary>{section.title}</summary>", ""]
+        else:
+            lines += [heading, ""]
+        if len(section.notes) > 1:
+            lines += [*(f"- {note}" for note in section.notes), ""]
+        else:
+            lines += [line for note in section.notes for line in (note, "")]
+        if section.rows:
+            lines += [_line(section.header), "|" + "---|" * len(section.header)]
+            lines += [*(_line(row) for row in section.rows), ""]
+        if section.picture:
+            lines += [f"![{section.title}]({pictures}/{section.picture})", ""]
+        if section.folded:
+            lines += ["</details>", ""]
+    return "\n".join(lines)
+
+
+def _line(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _page(sections: Sequence[Section], pictures: dict[str, bytes], command: str) -> str:
+    environment = Environment(
+        loader=PackageLoader("karma_ray.studies", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    encoded = {name: base64.b64encode(content).decode() for name, content in pictures.items()}
+    template = environment.get_template("study.html.jinja")
+    return template.render(sections=sections, pictures=encoded, command=command)

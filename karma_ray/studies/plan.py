@@ -1,0 +1,140 @@
+"""What a study runs: the data set, its settings, rows of a table x seeds as trials."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from karma_ray import recipes
+from karma_ray.artifacts import absolute, exists, join
+from karma_ray.config import override
+from karma_ray.data.pictures import has_images
+from karma_ray.data.prepared import fingerprint, read_data_manifest, require_data
+from karma_ray.data.visual import features_uri
+from karma_ray.errors import InputError
+from karma_ray.studies.rows import Row
+from karma_ray.studies.tables import TABLES
+from karma_ray.studies.trial import Trial
+
+HERE = ("training.num_workers=0", "training.threads_per_worker=1")
+"""A trial trains inside its own process."""
+_LONG = ("training.steps=1000", "training.validate_every=200", *HERE)
+SETTINGS: dict[str, tuple[str, ...]] = {
+    # The shape of the `toy` recipe, for longer: every recipe of the toy shop with the same one.
+    "toy_shop": (
+        "model.tiny.hidden_size=64", "model.tiny.intermediate_size=192",
+        "model.tiny.vocab_size=2048", "model.score.scale=10", "objective.hard_weight=2",
+        "objective.lambda_dec=0.1", "training.encoder_delay=0.4", "training.encoder_lr=0.3",
+        "pretrain.steps=200", "warmup.steps=200", "training.learning_rate=0.002",
+        "training.batch_size=64", "training.steps=1500", "training.validate_every=150", *HERE,
+    ),
+    # Few clicks: hard negatives that count fully drown the query, and an encoder that learns from
+    # the start forgets the person (docs/log.md).
+    "hm": (
+        "model.score.scale=10", "objective.hard_weight=0.3", "training.encoder_delay=0.25",
+        "training.encoder_lr=0.5", "training.steps=1600", "training.validate_every=200", *HERE,
+    ),
+    # Without queries clicks alone collapse an encoder that learns from the start.
+    "amazon_industrial": ("training.encoder_delay=0.4", "training.encoder_lr=0.3", *_LONG),
+    "*": _LONG,
+}  # fmt: skip
+"""What a study sets for a data set by name, `toy_shop-NAME` as for `toy_shop` (`*`: any other);
+--set comes after it."""
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set of a study."""
+
+    uri: str
+    name: str
+    hash: str
+
+    @classmethod
+    def open(cls, uri: str) -> Data:
+        """Raises InputError when there are no data."""
+        require_data(uri)
+        manifest = read_data_manifest(uri)
+        name = str(manifest.get("name") or absolute(uri).rstrip("/").rsplit("/", 1)[-1])
+        return cls(absolute(uri), name, str(manifest.get("data_hash") or fingerprint(uri)))
+
+
+def named_rows(table: str, names: str | None) -> list[Row]:
+    """Rows of a table by comma-separated names, without names all.
+
+    Raises InputError on an unknown table or row.
+    """
+    if table not in TABLES:
+        raise InputError("TABLE", table, choices=list(TABLES))
+    rows = {row.name: row for row in TABLES[table].rows}
+    wanted = list(rows) if names is None else [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in rows:
+            raise InputError("--rows", name, f"is no row of {table}", choices=list(rows))
+    return [rows[name] for name in dict.fromkeys(wanted)]
+
+
+def possible_rows(
+    rows: Sequence[Row], data: Data, extra: Sequence[str] = ()
+) -> tuple[list[Row], dict[str, str]]:
+    """Rows that these data allow, and the others with the reason; `extra` is what will be set."""
+    reasons = {row.name: _missing(row, data, extra) for row in rows}
+    allowed = [row for row in rows if not reasons[row.name]]
+    return allowed, {name: reason for name, reason in reasons.items() if reason}
+
+
+def _missing(row: Row, data: Data, extra: Sequence[str]) -> str:
+    """Why a row cannot be run on these data; "" where it can."""
+    if row.built_from not in recipes.names():
+        return f"there is no recipe {row.built_from} yet"
+    if row.built_from in recipes.CEILINGS and not exists(join(data.uri, "truth")):
+        return f"nobody knows the truth of {data.name}"
+    if row.needs_images and not any(a.startswith("collate.visual_features=") for a in extra):
+        if not has_images(data.uri):
+            return f"the items of {data.name} have no images"
+        if not exists(features_uri(data.uri)):
+            return f"the images have no features; make them by: python jobs/features.py {data.uri}"
+    return ""
+
+
+def parsed_seeds(text: str) -> list[int]:
+    """`3` -> [0, 1, 2]; `0,4` -> [0, 4]; `4,` -> [4]. Raises InputError."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+        if "," not in text:
+            numbers = list(range(numbers[0]))
+        if numbers and min(numbers) >= 0:
+            return list(dict.fromkeys(numbers))
+    except (ValueError, IndexError):
+        pass
+    message = "is neither a count nor a comma-separated list of seeds from 0"
+    raise InputError("--seeds", text, message, choices=["3", "0,1,2", "7,"])
+
+
+def check_settings(rows: Iterable[Row], extra: Sequence[str]) -> None:
+    """Raise InputError on a `--set` that no data could mend, before any are made or read."""
+    for row in rows:
+        if row.built_from in recipes.names():
+            override(recipes.build(row.built_from), [*row.settings, *extra])
+
+
+def planned(
+    rows: Iterable[Row], seeds: Sequence[int], data: Data, extra: Sequence[str] = (),
+    study: Sequence[str] | None = None,
+) -> list[Trial]:  # fmt: skip
+    """Every row x seed, seed by seed, built before the first starts so that a typo ends it at once.
+
+    `study` replaces the settings of the data set, `extra` comes after them.
+    """
+    kind = data.name.partition("-")[0]
+    base = SETTINGS.get(kind, SETTINGS["*"]) if study is None else tuple(study)
+    trials = []
+    for row in rows:
+        config = override(recipes.build(row.built_from), [*base, *row.settings, *extra])
+        config.model.check()
+        config.evaluation.corpus_size()
+        trials += [
+            Trial(row.name, replace(config, seed=seed), (*base, *extra), tuple(extra))
+            for seed in seeds
+        ]
+    return sorted(trials, key=lambda trial: seeds.index(trial.config.seed))

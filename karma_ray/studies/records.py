@@ -1,0 +1,181 @@
+"""Finished runs as small committed JSON files: which of them are the same run, which compare.
+
+A record is `{data, row, recipe, seed, config, assignments, set, metrics, ...}`; what became of
+every test example lies beside it (evaluation/outcomes.py). Records without `row` are older ones.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from karma_ray import recipes
+from karma_ray.artifacts import read_json, value_hash
+from karma_ray.config import Config, from_dict, override, to_dict
+from karma_ray.errors import InputError
+from karma_ray.evaluation.outcomes import Outcomes
+from karma_ray.objectives.losses import builds_generation, builds_image, builds_reconstruction
+from karma_ray.training.config import EXECUTION
+
+Record = dict[str, Any]
+Spread = dict[str, float | None]
+OUTCOMES = "outcomes"
+"""Folder of the values per example, below the records."""
+METRIC = "HR@50"
+"""What settings are chosen by, on the validation examples."""
+
+_MEASURED = ("prepare.", "evaluation.")
+_WARMED_UP_BY = ("training.report_every",)
+"""What changes nothing in the joint stage, but says when the warm-up has reached its plateau."""
+_ALWAYS = ("model.decodability.max_target_tokens",)
+"""Decodability settings that the warm-up, and so every row, depends on."""
+
+
+def read_records(results: Path) -> list[Record]:
+    """Every record of a folder, in the order of their file names."""
+    return [read_json(str(path)) for path in sorted(results.glob("*.json"))]
+
+
+def outcomes_of(record: Record, results: Path) -> Outcomes | None:
+    """The values per example of a record, where both of its files are there."""
+    names = [record.get("examples"), record.get("outcomes")]
+    paths = [results / OUTCOMES / name for name in names if name]
+    if len(paths) < len(names) or not all(path.exists() for path in paths):
+        return None
+    return Outcomes.unpacked(*(path.read_bytes() for path in paths))
+
+
+def flattened(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` -> ("a.b", 1)."""
+    for name, inner in value.items():
+        if isinstance(inner, dict):
+            yield from flattened(inner, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", inner
+
+
+def settled(saved: Record) -> Record:
+    """A record's configuration, with fields that came later at their defaults; as it is where
+    it names fields that are gone."""
+    try:
+        return to_dict(from_dict(saved))
+    except InputError:
+        return saved
+
+
+def learnt_from(saved: Record) -> dict[str, Any]:
+    """Dotted fields of a configuration that change what its run finds, but for the seed.
+
+    Left out: how a run is executed; all training settings of a recipe that trains nothing;
+    settings of decoders that are not built.
+    """
+    fields = dict(flattened(settled(saved)))
+    unused = _unused(saved)
+    fields.pop("seed", None)
+    recipe = fields.pop("recipe", "")
+    kept = {n: value for n, value in fields.items() if n not in EXECUTION or n in _WARMED_UP_BY}
+    if recipe not in recipes.TRAINED:
+        kept = {name: value for name, value in kept.items() if name.startswith(_MEASURED)}
+        return {"recipe": recipe, **kept}
+    return {
+        name: value
+        for name, value in kept.items()
+        if not name.startswith(unused) or name in _ALWAYS
+    }
+
+
+def run_key(saved: Record, data_hash: str | None) -> str:
+    """Equal for runs that differ in nothing but the seed and where they ran."""
+    return value_hash([learnt_from(saved), data_hash])
+
+
+def record_key(record: Record) -> str:
+    """`run_key` of a record."""
+    return run_key(record["config"], record.get("data_hash"))
+
+
+def same_run(record: Record, config: Config, data_hash: str | None) -> bool:
+    """Whether a record was made with this configuration, seed included."""
+    mine = run_key(to_dict(config), data_hash)
+    return record["seed"] == config.seed and mine == record_key(record)
+
+
+def baseline_key(record: Record, baseline: str) -> str:
+    """`run_key` of the recipe `baseline` under everything else that was set for this record.
+
+    Records whose baselines are equal are compared; "" where the settings have become unknown.
+    """
+    try:
+        config = override(recipes.build(baseline), record.get("assignments", []))
+    except InputError:
+        return ""
+    return run_key(to_dict(config), record.get("data_hash"))
+
+
+def validated(record: Record, metric: str = METRIC) -> float | None:
+    """The metric on all validation examples after the last step; of records that lack it, on the
+    examples of the curve."""
+    if (whole := record["metrics"].get(f"valid/{metric}")) is not None:
+        return float(whole)
+    curve = record.get("curve") or [{}]
+    value = curve[-1].get(metric)
+    return None if value is None else float(value)
+
+
+def chosen(members: Iterable[Record]) -> tuple[list[Record], dict[str, int]]:
+    """Records of every searched row's best setting and of rows that train nothing; row -> settings.
+
+    Settings are compared by the validation of the first searched seed.
+    """
+    members = list(members)
+    kept: list[Record] = []
+    tried: dict[str, int] = {}
+    for row in dict.fromkeys(record["row"] for record in members):
+        of_row = [record for record in members if record["row"] == row]
+        seeds = [record["seed"] for record in of_row if record.get("searched")]
+        if not seeds:
+            kept += [r for r in of_row if r["config"]["recipe"] not in recipes.TRAINED]
+            continue
+        values = {
+            record_key(record): value
+            for record in of_row
+            if record["seed"] == min(seeds) and (value := validated(record)) is not None
+        }
+        if values:
+            tried[row] = len(values)
+            best = max(values, key=values.__getitem__)
+            kept += [record for record in of_row if record_key(record) == best]
+    return kept, tried
+
+
+def spread(records: list[Record]) -> dict[str, Spread]:
+    """Per metric: mean and sample standard deviation (None for one seed) over the seeds."""
+    result: dict[str, Spread] = {}
+    names = dict.fromkeys(name for record in records for name in record["metrics"])
+    for name in names:
+        found = [record["metrics"].get(name) for record in records]
+        values = [float(value) for value in found if isinstance(value, int | float)]
+        if values:
+            deviation = statistics.stdev(values) if len(values) > 1 else None
+            result[name] = {"mean": statistics.fmean(values), "std": deviation}
+    return result
+
+
+def _unused(saved: Record) -> tuple[str, ...]:
+    """Beginnings of fields that say how something is built which this run does not build."""
+    try:
+        objective = from_dict(saved).objective
+    except InputError:
+        return ()
+    image = builds_image(objective)
+    text = builds_generation(objective) or builds_reconstruction(objective)
+    unused: tuple[str, ...] = ()
+    if not image:
+        unused += ("objective.lambda_img", "model.imagery.", "collate.visual_features")
+    if not text:
+        unused += ("objective.generation", "objective.reconstruction", "model.decodability.")
+    if not (text or image):
+        unused += ("objective.lambda_dec", "objective.ce_reduction")
+    return unused

@@ -1,0 +1,50 @@
+"""What a report is made of: a heading, notes, a table, a picture; and how numbers are written."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from karma_ray.studies.comparison import Difference
+
+
+@dataclass(frozen=True)
+class Section:
+    """A heading, notes, a table and a picture; each may be absent."""
+
+    title: str
+    level: int = 3
+    notes: tuple[str, ...] = ()
+    header: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+    picture: str = ""
+    folded: bool = False
+
+
+def signed(value: float) -> str:
+    return f"{value:+.2f}"
+
+
+def spread_of(values: Iterable[float], digits: int = 2) -> str:
+    found = list(values)
+    if not found:
+        return "–"
+    mean = f"{statistics.fmean(found):.{digits}f}"
+    return mean if len(found) == 1 else f"{mean} ± {statistics.stdev(found):.{digits}f}"
+
+
+def delta(found: Difference | None) -> str:
+    """A difference with its spread over seeds, marked where it is shown."""
+    if found is None:
+        return "–"
+    spread = "" if found.spread is None else f" ± {found.spread:.2f}"
+    return f"{signed(found.mean)}{spread} {found.mark}".rstrip()
+
+
+def mean_of(values: Sequence[float]) -> float | None:
+    return statistics.fmean(values) if values else None
+
+
+def plain(value: float | None, digits: int = 1) -> str:
+    return "–" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,158 @@
+"""One run of a study, in a process of its own, and what is kept of it."""
+
+from __future__ import annotations
+
+import resource
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from karma_ray import recipes
+from karma_ray.artifacts import (
+    RunFolder,
+    exists,
+    join,
+    locked,
+    open_filesystem,
+    read_lines,
+    value_hash,
+)
+from karma_ray.config import Config
+from karma_ray.runs.executor import HERE, Executor
+
+CURVE = ("HR@10", "HR@50", "HR@200", "gAUC", "JS@50_excl_gt", "cold/HR@50")
+"""Validation metrics kept at every validated step."""
+LAST_REPORTS = 5
+"""Reports at the end of the training whose probes are averaged: each is of one batch."""
+_PROBES = ("decode", "collapse/", "negatives/", "loss/")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A row with one seed."""
+
+    row: str
+    config: Config
+    assignments: tuple[str, ...]
+    """What was set beyond the row's own recipe and settings."""
+    extra: tuple[str, ...] = ()
+    """The part of them that is not the data set's study settings."""
+    searched: tuple[str, ...] = ()
+    """What a search gave this row alone, in the configuration too."""
+
+    @property
+    def name(self) -> str:
+        """`ROW-seedN`, with a short hash of what was searched."""
+        name = f"{self.row}-seed{self.config.seed}"
+        return f"{name}-{value_hash(list(self.searched))[:4]}" if self.searched else name
+
+    def progress(self, run: str) -> str:
+        """How far its run is, from the run's log."""
+        steps = [line["step"] for line in read_lines(RunFolder(run).metrics_lines)
+                 if line["stage"] == "joint"]  # fmt: skip
+        return f"is at step {max(steps, default=0)} of {self.config.training.steps}"
+
+
+def first_stage_key(config: Config, data: str) -> str:
+    """Equal for configurations that share what `first_stage` makes."""
+    from karma_ray.runs.stages import pretrain_key, warmup_key
+
+    stages = [pretrain_key(config, ""), warmup_key(config, "", data)]
+    kind = config.model.kind if config.recipe in recipes.TRAINED else ""
+    return value_hash([kind, stages if kind else None, vars(config.evaluation), config.seed])
+
+
+def first_stage(config: Config, data: str, cache: str, executor: Executor = HERE) -> None:
+    """Pretraining, warm-up and floors into the cache."""
+    from karma_ray.runs.assessment import Judge, floor_metrics
+    from karma_ray.runs.first_stages import start_stage
+    from karma_ray.runs.preparation import ensure_prepared
+
+    source = ensure_prepared(data, config.prepare, executor.prepare)
+    if config.recipe in recipes.TRAINED:
+        start_stage(config, source, cache, executor=executor)
+    with locked(join(cache, "floors")):  # two that begin together share them
+        floor_metrics(Judge(config, source), cache)
+
+
+def train_trial(
+    config: Config, data: str, out: str, cache: str, executor: Executor = HERE
+) -> dict[str, Any]:
+    """Train and measure; returns the record's measured part, values per example included.
+
+    An interrupted run has its configuration and perhaps checkpoints: it goes on from there.
+    """
+    import torch
+
+    from karma_ray.runs.pipeline import train_run
+
+    started = time.monotonic()
+    torch.set_num_threads(config.training.num_threads())
+    folder = RunFolder(out)
+    resumed = exists(folder.config)
+    metrics = train_run(config, data, out, resume=resumed, cache=cache, executor=executor)
+    lines = list(read_lines(folder.metrics_lines))
+    joint = [line for line in lines if line["stage"] == "joint"]
+    return {
+        "metrics": metrics,
+        "probes": _probes(joint[-LAST_REPORTS:]),
+        "alarms": {
+            name.removeprefix("alarm/"): line["step"]
+            for line in reversed(joint)
+            for name in line
+            if name.startswith("alarm/")
+        },
+        "curve": _curve(lines),
+        "stage_seconds": {
+            stage: max(line["seconds"] for line in lines if line["stage"] == stage)
+            for stage in dict.fromkeys(line["stage"] for line in lines if line["stage"] != "valid")
+        },
+        "steps": joint[-1]["step"] if joint else 0,
+        "seconds": round(time.monotonic() - started, 1),
+        "resumed": resumed,
+        "peak_gib": _peak_gib(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "examples": _content(folder.path("outcomes", "examples.npz")),
+        "outcomes": _content(folder.path("outcomes", "outcomes.npz")),
+    }
+
+
+def _curve(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
+    """Validated steps; their seconds are those of the joint stage's training alone.
+
+    Time is written with every report, and validations fall between reports.
+    """
+    joint = [(line["step"], line["seconds"]) for line in lines if line["stage"] == "joint"]
+    steps, seconds = zip((0, 0.0), *joint, strict=True)
+    return [
+        {"step": line["step"], "seconds": round(float(np.interp(line["step"], steps, seconds)), 1)}
+        | {name: line[name] for name in CURVE if name in line}
+        for line in lines
+        if line["stage"] == "valid"
+    ]
+
+
+def _probes(lines: list[dict[str, Any]]) -> dict[str, float]:
+    """Means of what the reports measured on their batches."""
+    names = dict.fromkeys(name for line in lines for name in line if name.startswith(_PROBES))
+    found = {name: [line[name] for line in lines if line.get(name) is not None] for name in names}
+    return {name: float(np.mean(values)) for name, values in found.items() if values}
+
+
+def _peak_gib() -> dict[str, float]:
+    """Peak memory of this process, and of its part of the GPU."""
+    import torch
+
+    # Kilobytes on Linux.
+    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+    if torch.cuda.is_available():
+        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    return peak
+
+
+def _content(uri: str) -> bytes:
+    fs, path = open_filesystem(uri)
+    return bytes(fs.cat_file(path))

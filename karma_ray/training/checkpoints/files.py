@@ -1,0 +1,153 @@
+"""The files of checkpoints on a local disk or an object store, and whether they are whole."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from karma_ray.artifacts import join, open_filesystem
+from karma_ray.training.checkpoints.checkpoint import MARKER
+
+BLOCK_BYTES = 4 * 1024 * 1024
+
+
+class Torn(Exception):
+    """A checkpoint lacks a part, or a part is not what was written."""
+
+
+def step_name(step: int) -> str:
+    """Folder of a step's checkpoint."""
+    return f"step-{step:07d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step whose checkpoint lies in a folder of this name, if one does."""
+    match = re.fullmatch(r"step-(\d+)", name)
+    return int(match[1]) if match else None
+
+
+def checksum(content: bytes) -> str:
+    """BLAKE2b, 32 hex digits."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+class Vault:
+    """A folder or URI below which checkpoints lie. One try each: who calls, retries."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+        self.fs, self.path = open_filesystem(folder)
+        self.is_local = "file" in self.fs.protocol
+        self.poll_seconds = 0.05 if self.is_local else 1.0
+
+    def steps(self) -> list[int]:
+        """Steps that have a folder, committed or not, in order."""
+        self.fs.invalidate_cache()  # object stores' clients remember listings
+        try:
+            names = self.fs.ls(self.path, detail=False)
+        except FileNotFoundError:
+            return []
+        found = [step_of(name.rstrip("/").rsplit("/", 1)[-1]) for name in names]
+        return sorted(step for step in found if step is not None)
+
+    def has_marker(self, step: int) -> bool:
+        """Whether the step was committed."""
+        return self.document(f"{step_name(step)}/{MARKER}") is not None
+
+    def document(self, name: str) -> dict[str, Any] | None:
+        """A JSON object; None when it is absent or no JSON."""
+        try:
+            found = json.loads(self.get(join(self.folder, name)))
+        except (FileNotFoundError, ValueError):
+            return None
+        return found if isinstance(found, dict) else None
+
+    def write(self, name: str, content: bytes) -> None:
+        """Write one file."""
+        self.put(join(self.folder, name), content)
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a folder, if it is there."""
+        path = f"{self.path}/{name}"
+        self.fs.invalidate_cache()
+        if self.fs.exists(path):
+            self.fs.rm(path, recursive=True)
+
+    def remove_parts(self, name: str, of: int) -> None:
+        """Remove what worker `of` wrote into a step."""
+        self.fs.invalidate_cache()
+        own = re.compile(rf"(model|optimizer)-{of:05d}-.*|(random|done)-{of}\..*")
+        for path in self.fs.ls(f"{self.path}/{name}", detail=False):
+            if own.fullmatch(path.rsplit("/", 1)[-1]):
+                self.fs.rm(path)
+
+    @staticmethod
+    def get(uri: str) -> bytes:
+        """Content of one file; raises FileNotFoundError."""
+        fs, path = open_filesystem(uri)
+        content: bytes = fs.cat_file(path)
+        return content
+
+    @staticmethod
+    def put(uri: str, content: bytes) -> None:
+        """Write one file; on a local disk in one step, and down to the disk."""
+        fs, path = open_filesystem(uri)
+        if "file" not in fs.protocol:
+            fs.pipe_file(path, content)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        temporary = f"{path}.{os.getpid()}.tmp"
+        try:
+            with open(temporary, "wb") as sink:
+                sink.write(content)
+                sink.flush()
+                # Older checkpoints are removed after this one: it must not be in memory only.
+                os.fsync(sink.fileno())
+            os.replace(temporary, path)
+        except OSError:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def fetched(vault: Vault, name: str, opened: ExitStack, verified: bool = True) -> Path:
+    """The checkpoint as a local folder, copied if need be; raises Torn when it is not whole.
+
+    A copy is always checked against the manifest, a local folder when `verified`.
+    """
+    manifest = vault.document(f"{name}/{MARKER}")
+    if manifest is None or not isinstance(manifest.get("files"), dict):
+        raise Torn(f"it has no {MARKER}: its writer was cut off")
+    if vault.is_local:
+        target = Path(vault.path, name)
+    else:
+        target = Path(opened.enter_context(tempfile.TemporaryDirectory()))
+        (target / MARKER).write_text(json.dumps(manifest), encoding="utf-8")
+    for file, facts in manifest["files"].items():
+        if not vault.is_local:
+            try:
+                vault.fs.get_file(f"{vault.path}/{name}/{file}", str(target / file))
+            except FileNotFoundError:
+                raise Torn(f"{file} is missing") from None
+        if verified or not vault.is_local:
+            _check(target / file, facts)
+    return target
+
+
+def _check(file: Path, facts: dict[str, Any]) -> None:
+    if not file.exists():
+        raise Torn(f"{file.name} is missing")
+    size = file.stat().st_size
+    if size != facts["size"]:
+        raise Torn(f"{file.name} has {size} bytes, not {facts['size']}")
+    digest = hashlib.blake2b(digest_size=16)
+    with open(file, "rb") as source:
+        while block := source.read(BLOCK_BYTES):
+            digest.update(block)
+    if digest.hexdigest() != facts["blake2b"]:
+        raise Torn(f"{file.name} is not what was written")

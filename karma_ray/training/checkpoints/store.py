@@ -1,0 +1,275 @@
+"""Checkpoints that survive: written in the background, committed by a marker, read if whole.
+
+    FOLDER/ step-0000200/ parts of every worker, done-RANK.json, at last checkpoint.json
+            best.json     {checkpoint, metric, value}
+
+* `save` copies to CPU memory on the training thread; a thread writes. At most one write is in
+  flight: a second `save` waits for it. No thread uses a collective: worker r leaves
+  `done-r.json`, rank 0's thread waits for all of them and commits.
+* `checkpoint.json` lists every file with its size and checksum. A folder without it, or whose
+  files are not the listed ones, is torn: `restore` warns and takes the next older one.
+* Nothing is renamed and the marker comes last, so object stores will do.
+* A store that is away is waited for (outage.py); a checkpoint that fails for good costs
+  a warning, not the training.
+* A left-over of a killed driver commits nothing any more (ownership.py).
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import logging
+import math
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from karma_ray.errors import StorageError
+from karma_ray.training.checkpoints.checkpoint import MARKER, Progress, Snapshot, take_snapshot
+from karma_ray.training.checkpoints.files import Torn, Vault, checksum, fetched, step_name, step_of
+from karma_ray.training.checkpoints.outage import PATIENCE_S, reason, redacted, retried
+from karma_ray.training.checkpoints.ownership import Ownership
+from karma_ray.training.parallel import is_parallel, rank
+
+LOG = logging.getLogger(__name__)
+
+COMMIT_TIMEOUT_S = 600.0
+"""How long rank 0 waits for the parts of the others."""
+HURRIED_TIMEOUT_S = 20.0
+"""The same when the training has ended with an error."""
+
+
+class CheckpointStore:
+    """The checkpoints of one stage, as one worker sees them."""
+
+    def __init__(
+        self,
+        folder: str,
+        *,
+        keep: int = 2,
+        best_metric: str = "",
+        owner: str | None = None,
+        device: torch.device | str = "cpu",
+        patience: float = PATIENCE_S,
+        commit_timeout: float = COMMIT_TIMEOUT_S,
+    ) -> None:
+        """Every worker makes one at the same time, with the same arguments.
+
+        `keep` newest checkpoints stay, and the best by `best_metric` (higher is better).
+        `owner` is where the number of this start is left; without it nobody is kept out.
+        Raises StorageError when that cannot be written.
+        """
+        self._folder, self._vault = folder, Vault(folder)
+        self._keep, self._best_metric = max(1, keep), best_metric
+        self._device, self._patience, self._timeout = device, patience, commit_timeout
+        self._hurried = threading.Event()
+        self._writer: threading.Thread | None = None
+        self._restored, self._committed = -1, set[int]()
+        self._best: tuple[int, float] | None = None
+        self.stall_seconds = 0.0
+        """Time that `save` took from the training: copying, and waiting for the write before."""
+        self.failed: list[int] = []
+        """Steps whose checkpoint could not be written (on rank 0)."""
+        self._start = self._agreed(secrets.randbits(62))
+        self._ownership = Ownership(owner, self._start, patience)
+        if rank() == 0:
+            self._ownership.claim()
+
+    def is_owner(self) -> bool:
+        """Whether nobody has started this training anew (ownership.py)."""
+        return self._ownership.is_held()
+
+    def restore(self, read: Callable[[Path], Progress]) -> Progress | None:
+        """`read(local folder)` of the newest whole checkpoint, the same one on every worker.
+
+        Raises StorageError when the store stays away.
+        """
+        with ExitStack() as opened:
+            step, folder = -1, None
+            try:
+                if rank() == 0:
+                    step, folder = self._newest(opened)
+                step = self._restored = self._agreed(step)
+                if step < 0:
+                    return None
+                name = step_name(step)
+                folder = folder or self._retried(partial(fetched, self._vault, name, opened, False))
+            except Exception as error:
+                raise StorageError("checkpoint", redacted(self._folder), reason(error)) from error
+            return read(folder)
+
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        progress: Progress,
+        *,
+        score: float | None = None,
+        generator: np.random.Generator | None = None,
+    ) -> None:
+        """Copy this worker's part and write it in the background; every worker calls it.
+
+        `score` is the value of `best_metric` at this step, where it was measured.
+        """
+        started = time.perf_counter()
+        self.wait()
+        snapshot = take_snapshot(model, optimizer, progress, generator=generator)
+        self.stall_seconds += time.perf_counter() - started
+        # A daemon: an interrupted process ends without waiting for a store that is away.
+        self._writer = threading.Thread(
+            target=self._write, args=(snapshot, score), name="checkpoint", daemon=True
+        )
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Wait for the write in flight."""
+        if self._writer is not None:
+            self._writer.join()
+            self._writer = None
+
+    def finish(self, hurried: bool = False) -> None:
+        """Wait for the write in flight; `hurried` (after an error) without further retries."""
+        if hurried:
+            self._hurried.set()
+        self.wait()
+
+    def _agreed(self, value: int) -> int:
+        """Rank 0's value, on every worker."""
+        if not is_parallel():
+            return value
+        shared = torch.tensor([value], dtype=torch.int64, device=self._device)
+        dist.broadcast(shared, 0)
+        return int(shared.item())
+
+    def _retried(self, action: Callable[[], Any]) -> Any:
+        return retried(action, seconds=self._patience, hurried=self._hurried)
+
+    def _newest(self, opened: ExitStack) -> tuple[int, Path | None]:
+        for step in reversed(self._retried(self._vault.steps)):
+            name = step_name(step)
+            try:
+                folder = self._retried(partial(fetched, self._vault, name, opened))
+            except Torn as torn:
+                LOG.warning("checkpoint %s is torn (%s); the next older one is taken", name, torn)
+                continue
+            self._read_best(step)
+            return step, folder
+        return -1, None
+
+    def _read_best(self, newest: int) -> None:
+        """The best so far, unless it was measured after the step that training goes on from."""
+        found = self._retried(lambda: self._vault.document("best.json"))
+        step = step_of(str((found or {}).get("checkpoint")))
+        if found and step is not None and found.get("metric") == self._best_metric:
+            self._best = (step, float(found["value"])) if step <= newest else None
+
+    def _write(self, snapshot: Snapshot, score: float | None) -> None:
+        """The background thread: this worker's part and, on rank 0, the commit."""
+        name = step_name(snapshot.step)
+        try:
+            if not self._ownership.look():
+                return
+            self._write_part(name, snapshot)
+            if snapshot.rank == 0:
+                self._commit(name, snapshot)
+        except Exception as error:
+            self._give_up(name, snapshot, error)
+            return
+        if snapshot.rank == 0:
+            self._committed.add(snapshot.step)
+            self._tidy(snapshot.step, score)
+
+    def _write_part(self, name: str, snapshot: Snapshot) -> None:
+        if snapshot.rank == 0:
+            # What an earlier start committed here is about to be overwritten.
+            self._retried(lambda: self._vault.remove(f"{name}/{MARKER}"))
+        files: dict[str, Any] = {}
+        for file, content in snapshot.files():
+            self._retried(partial(self._vault.write, f"{name}/{file}", content))
+            files[file] = {"size": len(content), "blake2b": checksum(content)}
+        self._say_done(name, snapshot.rank, {"files": files})
+
+    def _say_done(self, name: str, of: int, facts: dict[str, Any]) -> None:
+        content = json.dumps({"start": self._start, **facts}).encode()
+        self._retried(lambda: self._vault.write(f"{name}/done-{of}.json", content))
+
+    def _commit(self, name: str, snapshot: Snapshot) -> None:
+        files: dict[str, Any] = {}
+        begun = time.monotonic()
+        for other in range(snapshot.num_workers):
+            while (done := self._done(name, other)) is None:
+                limit = HURRIED_TIMEOUT_S if self._hurried.is_set() else self._timeout
+                if time.monotonic() - begun > limit:
+                    raise TimeoutError(f"worker {other} has not written its part")
+                time.sleep(self._vault.poll_seconds)
+            if "failed" in done:
+                raise OSError(errno.ENOSPC, f"worker {other}: {done['failed']}")
+            files |= done["files"]
+        if not self._ownership.look():
+            raise PermissionError("another process continues this run")
+        manifest = {"step": snapshot.step, "num_workers": snapshot.num_workers, "files": files}
+        content = json.dumps(manifest, indent=2).encode()
+        self._retried(lambda: self._vault.write(f"{name}/{MARKER}", content))
+
+    def _done(self, name: str, of: int) -> dict[str, Any] | None:
+        """What worker `of` left in this start; markers of earlier starts may lie there too."""
+        found: dict[str, Any] | None = self._retried(
+            lambda: self._vault.document(f"{name}/done-{of}.json")
+        )
+        return found if found and found.get("start") == self._start else None
+
+    def _give_up(self, name: str, snapshot: Snapshot, error: Exception) -> None:
+        """Make room, tell whoever waits, and say once what it means."""
+        if snapshot.rank > 0:
+            try:
+                self._vault.remove_parts(name, snapshot.rank)
+                self._say_done(name, snapshot.rank, {"failed": reason(error)})
+            except Exception as second:
+                LOG.warning("checkpoint %s: %s; then %s", name, reason(error), reason(second))
+            return
+        self.failed.append(snapshot.step)
+        try:
+            self._vault.remove(name)
+        except Exception:
+            LOG.debug("could not remove the partial %s", name, exc_info=True)
+        last = max([self._restored, *self._committed])
+        resumed = step_name(last) if last >= 0 else "the start"
+        LOG.warning(
+            "checkpoint %s was not saved: %s; training goes on, and if it is cut off it will be "
+            "resumed from %s", name, reason(error), resumed,
+        )  # fmt: skip
+
+    def _tidy(self, step: int, score: float | None) -> None:
+        """Point at the best, drop what is older than the newest `keep`."""
+        try:
+            if score is not None and math.isfinite(score):
+                self._point_at_best(step, score)
+            # Newer ones than the restored are of this start, or were torn.
+            whole = [
+                s for s in self._retried(self._vault.steps)
+                if s in self._committed or (s <= self._restored and self._vault.has_marker(s))
+            ]  # fmt: skip
+            kept = {*sorted(whole)[-self._keep :], *([self._best[0]] if self._best else [])}
+            for other in self._vault.steps():
+                # Others may have begun a newer one.
+                if other < step and other not in kept:
+                    self._retried(partial(self._vault.remove, step_name(other)))
+        except Exception as error:
+            LOG.warning("older checkpoints could not be removed: %s", reason(error))
+
+    def _point_at_best(self, step: int, score: float) -> None:
+        if self._best is not None and score <= self._best[1]:
+            return
+        best = {"checkpoint": step_name(step), "metric": self._best_metric, "value": score}
+        self._retried(lambda: self._vault.write("best.json", json.dumps(best, indent=2).encode()))
+        self._best = (step, score)
