@@ -23,19 +23,19 @@ from karma_ray.artifacts import (
 from karma_ray.baselines.floors import build_floor
 from karma_ray.baselines.popularity import warm_mask
 from karma_ray.baselines.ranker import Ranker
-from karma_ray.runs.stages import STAGE_VERSION, Stage
 from karma_ray.config import Config
 from karma_ray.data.draws import row_keys
 from karma_ray.data.prepared import PreparedData
-from karma_ray.metrics.collapse import spread
-from karma_ray.model.interest import InterestModel
-from karma_ray.retrieval.retriever import Retriever
 from karma_ray.evaluation.cases import collect_cases
 from karma_ray.evaluation.checks import hidden_item_effect, with_strangers_history
 from karma_ray.evaluation.evaluate import EvaluationResult, evaluate
-from karma_ray.training.order import Source
-from karma_ray.evaluation.outcomes import Outcomes
 from karma_ray.evaluation.impressions import sampled
+from karma_ray.evaluation.outcomes import Outcomes
+from karma_ray.metrics.collapse import spread
+from karma_ray.model.interest import InterestModel
+from karma_ray.retrieval.retriever import Retriever
+from karma_ray.runs.stages import STAGE_VERSION, Stage
+from karma_ray.training.order import Source
 
 LOG = logging.getLogger(__name__)
 NUM_CASES = 12

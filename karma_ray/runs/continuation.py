@@ -22,13 +22,13 @@ from karma_ray.artifacts import (
     read_manifest,
     write_json,
 )
-from karma_ray.runs.stages import Stage, finished_stage, with_checkpoints
 from karma_ray.config import Config, from_dict, to_dict
 from karma_ray.data.pictures import has_images
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.model.lora import parse_rank
 from karma_ray.objectives.losses import builds_image
+from karma_ray.runs.stages import Stage, finished_stage, with_checkpoints
 from karma_ray.training.config import EXECUTION
 
 LOG = logging.getLogger(__name__)

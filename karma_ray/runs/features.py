@@ -60,9 +60,7 @@ VERSION = 1
 QUARANTINE_FILE = "quarantine.jsonl"
 
 
-EncodeParts = Callable[
-    ["Fitted | Loaded", list[Fragment], str, np.ndarray, str], Iterator[Part]
-]
+EncodeParts = Callable[["Fitted | Loaded", list[Fragment], str, np.ndarray, str], Iterator[Part]]
 """(how to make the encoder, row groups, items/, what each row is, work folder) -> their parts."""
 
 
@@ -96,7 +94,8 @@ def make_features(
 
     patch_pca, mean and deviation are fitted on the items of the training sequences where the
     data are prepared, else on all. Images are encoded in this process unless `encode` does
-    it elsewhere. Raises InputError on wrong settings, without items, and without one readable image.
+    it elsewhere. Raises InputError on wrong settings, without items, and without one readable
+    image.
     """
     config.check()
     require_data(data)
@@ -178,7 +177,9 @@ def _encode_all(
     if parts:
         LOG.info("features: %d of %d parts stand already", len(parts), len(fragments))
     if missing:
-        with tqdm(total=sum(len(rows_of(f, kinds)) for f in missing), unit="item", disable=None) as bar:
+        with tqdm(
+            total=sum(len(rows_of(f, kinds)) for f in missing), unit="item", disable=None
+        ) as bar:
             for part in encode(make, missing, items, kinds, work):
                 parts.append(part)
                 bar.update(part.with_image + part.without_image + len(part.broken))

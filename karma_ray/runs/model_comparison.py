@@ -19,15 +19,9 @@ import torch
 from karma_ray import recipes
 from karma_ray.artifacts import RunFolder, absolute, exists, read_json, read_manifest
 from karma_ray.baselines.popularity import warm_mask
-from karma_ray.runs.continuation import noted_stage
-from karma_ray.runs.stages import Stage, finished_stage
 from karma_ray.config import Config, from_dict
 from karma_ray.data.prepared import PreparedData, read_data_manifest
 from karma_ray.errors import InputError
-from karma_ray.metrics.attention import EPSILON
-from karma_ray.metrics.collapse import linear_cka
-from karma_ray.model.karma import KarmaModel
-from karma_ray.report.diagnosis_page import Comparison, Subject, render_diagnosis
 from karma_ray.evaluation.diagnosis import ModelDiagnosis, Specimens, Wanted, diagnose
 from karma_ray.evaluation.probe_sets import (
     NUM_ITEMS,
@@ -37,6 +31,12 @@ from karma_ray.evaluation.probe_sets import (
     vector_sample,
     word_sample,
 )
+from karma_ray.metrics.attention import EPSILON
+from karma_ray.metrics.collapse import linear_cka
+from karma_ray.model.karma import KarmaModel
+from karma_ray.report.diagnosis_page import Comparison, Subject, render_diagnosis
+from karma_ray.runs.continuation import noted_stage
+from karma_ray.runs.stages import Stage, finished_stage
 from karma_ray.training.step import JointStep
 
 LOG = logging.getLogger(__name__)

@@ -7,10 +7,7 @@ run that was cut off continues with `resume=True`.
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -23,16 +20,18 @@ from karma_ray.artifacts import (
     content_hash,
     exists,
     join,
-    locked,
-    open_filesystem,
     read_json,
-    read_lines,
     read_manifest,
-    value_hash,
     write_json,
     write_manifest,
-    write_table,
 )
+from karma_ray.config import Config, from_dict, to_dict
+from karma_ray.data.prepared import PreparedData, read_data_manifest
+from karma_ray.errors import InputError
+from karma_ray.report.page import render_report
+from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
+from karma_ray.retrieval.export import save_bundle
+from karma_ray.retrieval.retriever import check_run, index_run
 from karma_ray.runs.assessment import assess
 from karma_ray.runs.continuation import (
     Parent,
@@ -42,35 +41,17 @@ from karma_ray.runs.continuation import (
     noted_parent,
     noted_stage,
 )
-from karma_ray.runs.run_log import RunLog
-from karma_ray.runs.first_stages import start_stage
 from karma_ray.runs.executor import HERE, Executor
+from karma_ray.runs.first_stages import start_stage
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import CACHE, toy_shop
-from karma_ray.runs.stage_images import imagery_key
-from karma_ray.runs.stage_jobs import OnValidate, joint_job, warmup_job
+from karma_ray.runs.stage_jobs import OnValidate, joint_job
 from karma_ray.runs.stages import (
     Stage,
     finished_stage,
-    is_tiny,
     over_ids,
-    pretrain_key,
-    token_table,
-    warmup_key,
-    with_checkpoints,
 )
 from karma_ray.runs.training import run_training
-from karma_ray.config import Config, from_dict, to_dict
-from karma_ray.data.prepared import PreparedData, read_data_manifest
-from karma_ray.data.prompts import SpecialIds
-from karma_ray.errors import InputError
-from karma_ray.model.backbone import load_body, load_tokenizer
-from karma_ray.model.vision import build_seeing_body, save_seeing_body
-from karma_ray.report.page import render_report
-from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
-from karma_ray.retrieval.export import save_bundle
-from karma_ray.retrieval.retriever import check_run, index_run
-from karma_ray.training.language import pretrain
 
 LOG = logging.getLogger(__name__)
 
@@ -167,7 +148,11 @@ def evaluate_run(run: str, data: str | None = None, cache: str = CACHE) -> dict[
 
 
 def _first_stage(
-    config: Config, source: PreparedData, cache: str, run: str, parent: Parent | None,
+    config: Config,
+    source: PreparedData,
+    cache: str,
+    run: str,
+    parent: Parent | None,
     executor: Executor,
 ) -> Stage:
     if parent is None:
@@ -176,12 +161,12 @@ def _first_stage(
     return parent.stage(config, source.items_uri)
 
 
-
-
-
-
 def _train(
-    stage: Stage, source: PreparedData, run: str, on_validate: OnValidate | None, resume: bool,
+    stage: Stage,
+    source: PreparedData,
+    run: str,
+    on_validate: OnValidate | None,
+    resume: bool,
     executor: Executor,
 ) -> Stage:
     training = stage.config.training
@@ -210,12 +195,6 @@ def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
         table = ItemTable(catalog.item_ids, catalog.titles, vectors, parents)
         save_embeddings(table, folder.item_embeddings)
     index_run(folder.root)
-
-
-
-
-
-
 
 
 def _data_facts(source: PreparedData) -> dict[str, Any]:

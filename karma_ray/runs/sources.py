@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 
 from karma_ray.artifacts import absolute, exists, join, locked, value_hash
-from karma_ray.runs.features import FeaturesConfig, make_features
-from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.data.sessions import PrepareConfig
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.data.visual import features_uri
+from karma_ray.runs.features import FeaturesConfig, make_features
+from karma_ray.runs.preparation import ensure_prepared
 
 LOG = logging.getLogger(__name__)
 CACHE = "runs/cache"

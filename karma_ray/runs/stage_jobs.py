@@ -14,23 +14,23 @@ from torch import nn
 from karma_ray.artifacts import join
 from karma_ray.baselines.popularity import warm_mask
 from karma_ray.baselines.sequential import IdModel
-from karma_ray.runs.batches import stream_batches
-from karma_ray.runs.stages import Stage, over_ids, refresh_bank
-from karma_ray.runs.worker import TrainJob, WorkerContext
 from karma_ray.data.collate import Collator
 from karma_ray.data.prepared import PreparedData
+from karma_ray.evaluation.diagnosis import content_sink
+from karma_ray.evaluation.evaluate import evaluate
+from karma_ray.evaluation.probe_sets import ItemSample, item_sample
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import is_low_rank, set_trained
 from karma_ray.objectives.losses import builds_image
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.runs.batches import stream_batches
+from karma_ray.runs.stages import Stage, over_ids, refresh_bank
+from karma_ray.runs.worker import TrainJob, WorkerContext
 from karma_ray.training.action_step import ActionStep
-from karma_ray.evaluation.diagnosis import content_sink
-from karma_ray.evaluation.evaluate import evaluate
 from karma_ray.training.loop import Record
 from karma_ray.training.optim import Pace
 from karma_ray.training.order import Order, Source
-from karma_ray.evaluation.probe_sets import ItemSample, item_sample
 from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
 
 CURVE_EXAMPLES = 1000

@@ -20,7 +20,6 @@ import torch
 
 from karma_ray.artifacts import RunFolder, content_hash, join, read_json
 from karma_ray.baselines.sequential import IdModel, IdRecommender, IdSizes
-from karma_ray.runs.stage_images import TokenCollate, build_imagery, imagery_key, load_visual
 from karma_ray.config import Config, from_dict
 from karma_ray.data.batch import Batch
 from karma_ray.data.catalog import Catalog
@@ -36,6 +35,7 @@ from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import set_trained
 from karma_ray.objectives.losses import builds_generation, builds_image, builds_reconstruction
 from karma_ray.retrieval.encode import encode_catalog
+from karma_ray.runs.stage_images import TokenCollate, build_imagery, imagery_key, load_visual
 from karma_ray.training.checkpoints.checkpoint import load_weights
 
 STAGE_VERSION = 2

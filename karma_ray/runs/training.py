@@ -1,8 +1,7 @@
-"""Training on Ray Train, or in this process when `num_workers` is 0.
+"""Training one stage: in this process, or by workers that the caller knows how to start.
 
-Checkpoints lie in RUN/checkpoints/STAGE/ and are the same in both cases (training/checkpoints/store.py), so a
-run continues with another number of workers, or without Ray. Ray Train is told metrics only: what
-a restart continues from is what lies in the run folder.
+Checkpoints lie in RUN/checkpoints/STAGE/ and are the same in both cases, so a run continues with
+another number of workers, or with none.
 """
 
 from __future__ import annotations
@@ -12,17 +11,16 @@ from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-
 import torch
 
 from karma_ray.artifacts import absolute, exists, join, read_json
+from karma_ray.errors import InputError
 from karma_ray.runs.batches import local_blocks
 from karma_ray.runs.run_log import ProgressLine
 from karma_ray.runs.worker import TrainJob, run_worker
-from karma_ray.errors import InputError
+from karma_ray.training.checkpoints.files import Vault
 from karma_ray.training.loop import Record
 from karma_ray.training.order import Order, Window
-from karma_ray.training.checkpoints.files import Vault
 
 Distribute = Callable[[TrainJob, int], dict[str, Any]]
 """Trains a job with `training.num_workers` workers, restarted so many times after lost ones."""

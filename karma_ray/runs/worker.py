@@ -17,20 +17,20 @@ import torch
 from torch import nn
 
 from karma_ray.artifacts import join, write_json
-from karma_ray.runs.batches import ReadBlocks
-from karma_ray.runs.run_log import RunLog
 from karma_ray.errors import StorageError, TakenOver
 from karma_ray.evaluation.alarm import Alarm, messages
+from karma_ray.runs.batches import ReadBlocks
+from karma_ray.runs.run_log import RunLog
 from karma_ray.training.checkpoints.checkpoint import Progress, load_checkpoint, save_weights
+from karma_ray.training.checkpoints.outage import reason, redacted, retried
+from karma_ray.training.checkpoints.store import CheckpointStore
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.loop import Record, fit
 from karma_ray.training.memory import keep_heap, trim_heap
 from karma_ray.training.optim import Pace, build_optimizer, learning_rate_factor, same_pace
-from karma_ray.training.checkpoints.outage import reason, redacted, retried
 from karma_ray.training.order import Order, Window
 from karma_ray.training.parallel import barrier, global_sum, rank, world_size
 from karma_ray.training.placement import needs_all_workers, place
-from karma_ray.training.checkpoints.store import CheckpointStore
 
 if TYPE_CHECKING:
     from karma_ray.training.step import Step

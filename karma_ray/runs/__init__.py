@@ -1,0 +1,1 @@
+"""A run from tables to a run folder, without Ray."""
