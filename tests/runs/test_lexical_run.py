@@ -10,8 +10,6 @@ import torch
 
 from karma_ray import recipes
 from karma_ray.artifacts import read_json
-from karma_ray.runs.pipeline import evaluate_run, train_run
-from karma_ray.runs.stages import finished_stage
 from karma_ray.config import override
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
@@ -19,6 +17,8 @@ from karma_ray.errors import InputError
 from karma_ray.metrics.collapse import effective_rank
 from karma_ray.model.lexical import LexicalBlock
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.runs.pipeline import evaluate_run, train_run
+from karma_ray.runs.stages import finished_stage
 from tests.runs.test_lora_run import SMALL
 
 pytestmark = pytest.mark.ray

@@ -10,14 +10,14 @@ from safetensors.torch import load_file
 
 from karma_ray import recipes
 from karma_ray.artifacts import read_json
-from karma_ray.runs.continuation import noted_stage
-from karma_ray.runs.pipeline import evaluate_run, train_run
-from karma_ray.runs.stages import Stage, finished_stage
 from karma_ray.config import override
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.model.lora import is_low_rank, rank_of
+from karma_ray.runs.continuation import noted_stage
+from karma_ray.runs.pipeline import evaluate_run, train_run
+from karma_ray.runs.stages import Stage, finished_stage
 
 pytestmark = pytest.mark.ray
 

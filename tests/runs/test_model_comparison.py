@@ -12,11 +12,11 @@ import pytest
 
 from karma_ray import recipes
 from karma_ray.artifacts import read_json, write_json
-from karma_ray.runs.model_comparison import diagnose_runs, parse_heads
 from karma_ray.config import Config, override
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
+from karma_ray.runs.model_comparison import diagnose_runs, parse_heads
 
 pytestmark = pytest.mark.ray
 

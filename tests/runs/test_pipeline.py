@@ -12,11 +12,11 @@ from torch import nn
 
 from karma_ray import recipes
 from karma_ray.artifacts import read_json, read_lines, read_manifest, write_json
-from karma_ray.runs.worker import TrainJob
 from karma_ray.config import Config, override
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
+from karma_ray.runs.worker import TrainJob
 
 pytestmark = pytest.mark.ray
 
@@ -124,8 +124,8 @@ def test_measuring_again_gives_the_same_numbers(
 def test_recipes_that_are_compared_start_from_the_same_weights(
     finished: tuple[str, str, dict[str, Any]], shop: str
 ) -> None:
-    from karma_ray.runs.first_stages import start_stage
     from karma_ray.data.prepared import PreparedData
+    from karma_ray.runs.first_stages import start_stage
 
     _, cache, _ = finished
     source = PreparedData.load(shop)
@@ -139,9 +139,9 @@ def test_recipes_that_are_compared_start_from_the_same_weights(
 def test_without_a_warm_up_a_run_starts_from_the_pretrained_weights(
     finished: tuple[str, str, dict[str, Any]], shop: str
 ) -> None:
-    from karma_ray.runs.first_stages import start_stage
     from karma_ray.data.prepared import PreparedData
     from karma_ray.model.backbone import load_body
+    from karma_ray.runs.first_stages import start_stage
 
     source, cache = PreparedData.load(shop), finished[1]
     folders = sorted(Path(cache).iterdir())
@@ -166,10 +166,10 @@ def test_without_a_warm_up_a_run_starts_from_the_pretrained_weights(
 def test_a_delayed_encoder_stands_still_then_learns_also_when_the_run_is_cut(
     finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
 ) -> None:
-    from karma_ray.runs.first_stages import start_stage
-    from karma_ray.runs.stage_jobs import joint_job
     from karma_ray.cluster.training import run_training
     from karma_ray.data.prepared import PreparedData
+    from karma_ray.runs.first_stages import start_stage
+    from karma_ray.runs.stage_jobs import joint_job
 
     source = PreparedData.load(shop)
     config = _config("toy", "training.encoder_delay=0.5", "training.checkpoint_every=2")
@@ -287,8 +287,8 @@ def test_how_a_run_is_executed_may_change_when_it_is_resumed(
     finished: tuple[str, str, dict[str, Any]], shop: str
 ) -> None:
     from karma_ray.artifacts import RunFolder
-    from karma_ray.runs.continuation import EXECUTION, check_resumed, noted_stage
     from karma_ray.data.prepared import PreparedData
+    from karma_ray.runs.continuation import EXECUTION, check_resumed, noted_stage
 
     folder, source = RunFolder(finished[0]), PreparedData.load(shop)
     known = {f"training.{name}" for name in vars(_config().training)}

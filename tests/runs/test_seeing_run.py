@@ -11,7 +11,6 @@ import pytest
 from karma_ray import recipes
 from karma_ray.artifacts import join, read_json, read_table, write_table
 from karma_ray.cluster.embedding import CatalogEncoder
-from karma_ray.runs.stages import is_tiny, with_checkpoints
 from karma_ray.config import override
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import catalog_pixels
@@ -22,6 +21,7 @@ from karma_ray.errors import InputError
 from karma_ray.model.backbone import build_tiny, save_body
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle, save_bundle
+from karma_ray.runs.stages import is_tiny, with_checkpoints
 from tests import seeing, tiny
 from tests.cluster.test_features import picture
 from tests.runs.test_pipeline import SMALL
@@ -78,10 +78,10 @@ def test_an_encoder_that_would_see_nothing_is_refused_at_once(
 @pytest.mark.ray
 def test_a_run_sees_from_training_to_serving(ray_cluster: None, tmp_path: Path) -> None:
     from karma_ray.cluster.embedding import embed_items
-    from karma_ray.runs.pipeline import train_run
-    from karma_ray.runs.stages import finished_stage
     from karma_ray.retrieval.encode import load_embeddings
     from karma_ray.retrieval.retriever import Retriever, index_run
+    from karma_ray.runs.pipeline import train_run
+    from karma_ray.runs.stages import finished_stage
 
     shop, run = str(tmp_path / "shop"), str(tmp_path / "run")
     write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=120))

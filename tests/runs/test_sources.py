@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from karma_ray.artifacts import read_manifest
-from karma_ray.runs import sources
-from karma_ray.runs.sources import toy_shop
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.visual import VisualFeatures, features_uri
+from karma_ray.runs import sources
+from karma_ray.runs.sources import toy_shop
 
 pytestmark = pytest.mark.ray
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from karma_ray import recipes
-from karma_ray.runs.stage_images import build_imagery, imagery_key, load_visual, visual_uri
-from karma_ray.runs.stages import warmup_key
 from karma_ray.config import Config, override
 from karma_ray.data.visual import features_uri, write_visual_features
 from karma_ray.errors import InputError
 from karma_ray.model.karma import KarmaModel
+from karma_ray.runs.stage_images import build_imagery, imagery_key, load_visual, visual_uri
+from karma_ray.runs.stages import warmup_key
 from karma_ray.training.checkpoints.checkpoint import save_weights
 from tests import pictures, tiny
 
