@@ -102,7 +102,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     flags.add_argument(
         "--results", default="docs/results", metavar="DIR",
-        help="folder of the records (default: docs/results); the report lies in DIR.md",
+        help="folder of the records (default: docs/results); the report is written there too",
     )  # fmt: skip
     flags.add_argument("--report-only", action="store_true", help="run nothing")
     flags.add_argument(

@@ -1,6 +1,7 @@
-"""The report of all studies: docs/results.md, and a self-contained page beside its pictures.
+"""The report of all studies: their tables as Markdown, and a self-contained page with pictures.
 
-What somebody wrote into the Markdown file above the marker stays; what is below is generated.
+Both lie in the folder of the records and are generated; what people say about them stands elsewhere
+(docs/results.md).
 """
 
 from __future__ import annotations
@@ -22,13 +23,13 @@ from karma_ray.studies.sections import Section
 from karma_ray.studies.tables import TABLES
 
 COMMAND = "python jobs/ablate.py report"
-MARKER = "<!-- Everything below is generated; what is written above stays. -->"
+TABLES_FILE = "tables.md"
 PICTURED_GAINS = "gains.png"
-_TITLE = "# Results\n"
+_TITLE = "# Tables of all studies"
 
 
 def write_report(results: str | Path) -> tuple[Path, Path]:
-    """(Markdown, HTML) of every record in `results`; the former lies beside the folder."""
+    """(Markdown, HTML) of every record in `results`, written into that folder."""
     results = Path(results)
     pictures: dict[str, bytes] = {}
     sections: list[Section] = []
@@ -50,8 +51,8 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
         old.unlink()
     for name, content in pictures.items():
         (folder / name).write_bytes(content)
-    markdown, page = results.with_name(f"{results.name}.md"), folder / "report.html"
-    markdown.write_text(_markdown(sections, markdown, f"{results.name}/report", command))
+    markdown, page = results / TABLES_FILE, folder / "report.html"
+    markdown.write_text(_markdown(sections, command))
     page.write_text(_page(sections, pictures, command))
     return markdown, page
 
@@ -95,9 +96,9 @@ def _drawn(
     return [(title, name) for name, (title, _) in kept.items()]
 
 
-def _markdown(sections: Sequence[Section], path: Path, pictures: str, command: str) -> str:
-    before = path.read_text().split(MARKER)[0] if path.exists() else _TITLE
-    lines = [before.rstrip(), "", MARKER, "", f"Made by `{command}`.", ""]
+def _markdown(sections: Sequence[Section], command: str) -> str:
+    told = f"Made by `{command}`, which draws its pictures into `report/` beside this file."
+    lines = [_TITLE, "", told, ""]
     for section in sections:
         heading = f"{'#' * section.level} {section.title}"
         if section.folded:
@@ -111,8 +112,6 @@ def _markdown(sections: Sequence[Section], path: Path, pictures: str, command: s
         if section.rows:
             lines += [_line(section.header), "|" + "---|" * len(section.header)]
             lines += [*(_line(row) for row in section.rows), ""]
-        if section.picture:
-            lines += [f"![{section.title}]({pictures}/{section.picture})", ""]
         if section.folded:
             lines += ["</details>", ""]
     return "\n".join(lines)

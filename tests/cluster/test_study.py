@@ -312,15 +312,15 @@ def test_the_job_ends_in_a_report(
           *sets, "--set", "training.steps=20", "--results", "results"])  # fmt: skip
     told = capsys.readouterr().out
     assert "2 made; 0 were there" in told
-    text = Path("results.md").read_text()
+    text = Path("results/tables.md").read_text()
     assert "| with Tasks 1 and 2 | Pairwise CE, clicks alone |" in text
     assert "python jobs/ablate.py report --results results" in text
     assert Path("results/report/report.html").exists()
     records = [json.loads(path.read_text()) for path in Path("results").glob("*.json")]
     assert {record["steps"] for record in records} == {20}
-    before = Path("results.md").read_text()
+    before = Path("results/tables.md").read_text()
     main(["report", "--results", "results"])
-    assert Path("results.md").read_text() == before
+    assert Path("results/tables.md").read_text() == before
 
 
 @pytest.mark.parametrize(

@@ -91,7 +91,7 @@ def test_the_search_ends_with_the_best_candidate_for_every_seed(
     (taken,) = [r for r in first if r.get("searched") == second.get("searched")]
     best = max(r["metrics"]["valid/HR@50"] for r in first)
     assert len(first) == 3 and taken["metrics"]["valid/HR@50"] == best
-    text = Path("results.md").read_text()
+    text = Path("results/tables.md").read_text()
     assert "each row at its best setting" in text and "| SASRec (ids) | 0, 1 | 3 |" in text
     main(command)
     assert "0 made; 3 were there" in capsys.readouterr().out
