@@ -1,7 +1,8 @@
 """Measure a finished run again: metrics between floors, checks that it uses what it should.
 
 Every metric, the floors, the ceilings where the truth is known, strangers' histories beside the
-true ones, and the effect of items that h must not see. Replaces metrics.json and the report.
+true ones, and the effect of items that h must not see. On the data that the run was trained on,
+its metrics.json and report are replaced; what is measured on other data stands beside them.
 """
 
 from __future__ import annotations
@@ -15,9 +16,12 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__)
     flags.add_argument("run", metavar="RUN", help="run folder of jobs/train.py")
     flags.add_argument("--data", help="prepared data (default: what the run was trained on)")
+    flags.add_argument(
+        "--out", help="folder of a measurement on other data (default: RUN/evaluations/NAME)"
+    )
     arguments = flags.parse_args(argv)
-    evaluate_run(arguments.run, arguments.data)
-    print(summary(arguments.run))
+    folder, _ = evaluate_run(arguments.run, arguments.data, out=arguments.out)
+    print(summary(folder))
 
 
 if __name__ == "__main__":

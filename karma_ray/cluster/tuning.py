@@ -8,6 +8,7 @@ the test examples play no part.
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -230,15 +231,21 @@ def _collect(space: Space, base: Config, grid: tune.ResultGrid) -> Search:
                 error=error,
             )
         )
-    done = [trial for trial in trials if trial.error is None and trial.value is not None]
+    done = [trial for trial in trials if trial.error is None and _is_number(trial.value)]
     if not done:
-        raise KarmaRayError(f"every trial failed; the first one with: {trials[0].error}")
+        reason = trials[0].error or f"{space.metric} of {trials[0].value}"
+        raise KarmaRayError(f"every trial failed; the first one with: {reason}")
     return Search(space.metric, trials, max(done, key=_rank))
+
+
+def _is_number(value: float | None) -> bool:
+    """NaN compares as neither more nor less, so it could win a search."""
+    return value is not None and math.isfinite(value)
 
 
 def _rank(trial: Trial) -> tuple[bool, bool, float]:
     """Failed last; a trial that ran to its end before one that was stopped; then the metric."""
-    value = float("-inf") if trial.value is None else trial.value
+    value = trial.value if trial.value is not None and _is_number(trial.value) else -math.inf
     return trial.error is None, not trial.stopped_early, value
 
 

@@ -5,6 +5,8 @@ Legend: U items, L tokens, D width of h and e.
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,10 @@ from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.lexical import LexicalBlock
 from karma_ray.model.sight import NO_PICTURE, SeenRows, check_size, insert_pictures
 from karma_ray.ranges import check_ranges
+
+LOG = logging.getLogger(__name__)
+SAME_STATES = 1e-10
+"""Variance, beside the mean square, below which pooled states differ by rounding alone."""
 
 
 class ItemEncoder(nn.Module):
@@ -78,12 +84,20 @@ class ItemEncoder(nn.Module):
         between any two texts) and little variance elsewhere. Left so, decoders and dot products
         see every item as nearly the same and training starts collapsed. Whitening (BERT-flow,
         2011.05864; 2103.15316) keeps W_e a rotation, of the whitened states; `ridge`, a share
-        of the largest variance, keeps rounding noise from being blown up.
+        of the largest variance, keeps rounding noise from being blown up. A sample of equal texts
+        (a single item, or texts that are cut before they differ) has no directions: nothing is
+        fitted.
         """
         states = self.pooled(tokens, lengths, rows).double()
-        self.mean.copy_(states.mean(0))
         centred = states - states.mean(0)
         variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
+        if variances.max() <= SAME_STATES * states.square().mean():
+            LOG.warning(
+                "all of %d sampled items read the same, so nothing can tell them apart: give them "
+                "different texts, or read more of each (collate.max_item_tokens)", len(states),
+            )  # fmt: skip
+            return
+        self.mean.copy_(states.mean(0))
         scales = (variances.clamp(min=0) + ridge * variances.max()).rsqrt()
         rotation = self.output.weight.double()
         self.output.weight.copy_(rotation @ (axes * scales) @ axes.T)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import torch
 
 from karma_ray.artifacts import read_manifest, read_table, write_manifest, write_table
-from karma_ray.errors import SkewError
+from karma_ray.errors import KarmaRayError, SkewError
 from karma_ray.retrieval.index import check_parent
 
 if TYPE_CHECKING:
@@ -122,13 +122,25 @@ class ItemTable:
         return embedding_rows(self.item_ids, self.titles, self.embeddings)
 
 
+def check_finite(item_ids: Sequence[str], embeddings: NDArray[np.float32]) -> None:
+    """Raise KarmaRayError, with an example, where embeddings hold NaN or infinity."""
+    broken = np.flatnonzero(~np.isfinite(embeddings).all(1))
+    if len(broken):
+        raise KarmaRayError(
+            f"the embeddings of {len(broken)} of {len(item_ids)} items are not finite (for example "
+            f"of {item_ids[broken[0]]!r}), so they could never be found; the model has diverged"
+        )
+
+
 def embedding_rows(
     item_ids: Sequence[str], titles: Sequence[str], embeddings: NDArray[np.float32]
 ) -> pa.Table:
     """One `item_embeddings` row per item.
 
-    `title` rides along, so that an index can be made, and served, without the catalogue.
+    `title` rides along, so that an index can be made, and served, without the catalogue. Raises
+    KarmaRayError on embeddings that are not finite: no search would ever find those items.
     """
+    check_finite(item_ids, embeddings)
     values = pa.array(np.ascontiguousarray(embeddings).reshape(-1), pa.float32())
     return pa.table(
         {

@@ -82,13 +82,16 @@ class Judge:
 
 
 def assess(
-    config: Config, source: PreparedData, run: str, stage: Stage | None, cache: str
-) -> dict[str, Any]:
-    """Evaluate a run; writes floors.json, outcomes/ and, if it trained, checks.json and cases.json.
+    config: Config, source: PreparedData, run: str, stage: Stage | None, cache: str,
+    out: str | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate a run; writes floors.json, outcomes/ and, if it trained, checks.json and cases.json
+    into `out` (default: the run folder).
 
-    `stage` is None for a floor or ceiling. Returns the content of metrics.json.
+    `stage` is None for a floor or ceiling. Without test examples the checks and cases are of
+    validation examples. Returns the content of metrics.json.
     """
-    folder, judge = RunFolder(run), Judge(config, source)
+    folder, judge = RunFolder(out or run), Judge(config, source)
     LOG.info("evaluating %d test clicks", source.examples("test").num_rows)
     floors = floor_metrics(judge, cache)
     if stage is None:
@@ -100,6 +103,12 @@ def assess(
     retriever = Retriever.load(run, source.items_uri)
     metrics: dict[str, Any] = judge.both_splits(retriever, folder.path("outcomes"))
     examples = source.examples("test")
+    if examples.num_rows == 0:
+        LOG.warning("there are no test examples: checks and cases are of validation examples")
+        examples = source.examples("valid")
+    if examples.num_rows == 0:
+        LOG.warning("there are no validation examples either: nothing was measured")
+        return metrics
     metrics |= collapse_metrics(retriever, examples, config.seed)
     write_json(run_checks(judge, retriever, stage, examples), folder.path("checks.json"))
     cases = collect_cases(

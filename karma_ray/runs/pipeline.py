@@ -127,10 +127,15 @@ def _note_text_lengths(stage: Stage, folder: RunFolder, facts: Mapping[str, Any]
         LOG.warning(warning)
 
 
-def evaluate_run(run: str, data: str | None = None, cache: str = CACHE) -> dict[str, Any]:
-    """Measure a finished run again: metrics.json, floors, checks, cases and report are replaced.
+def evaluate_run(
+    run: str, data: str | None = None, cache: str = CACHE, out: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """Measure a finished run again; returns the folder of the measurement, and its metrics.
 
-    `data` defaults to the data the run was trained on. Raises InputError on an unfinished run.
+    On the data that it was trained on, metrics.json, floors, checks, cases and report of the run
+    are replaced. What is measured on other `data` stands beside them in `out` (default:
+    RUN/evaluations/NAME) with a data.json and a manifest that name these data. Raises InputError
+    on an unfinished run.
     """
     run, cache = absolute(run), absolute(cache)
     folder = RunFolder(run)
@@ -138,13 +143,34 @@ def evaluate_run(run: str, data: str | None = None, cache: str = CACHE) -> dict[
     trained = config.recipe in recipes.TRAINED
     if trained:
         check_run(run)
-    source = PreparedData.load(absolute(data) if data else read_manifest(run, "run")["data"])
+    trained_on = read_manifest(run, "run")["data"]
+    source = PreparedData.load(absolute(data) if data else trained_on)
     stage = finished_stage(run, source.items_uri) if trained else None
-    seconds = read_json(folder.metrics).get("seconds") if exists(folder.metrics) else None
-    metrics = assess(config, source, run, stage, cache) | {"seconds": seconds}
-    write_json(metrics, folder.metrics)
-    render_report(run)
-    return metrics
+    if source.uri == trained_on and out is None:
+        seconds = read_json(folder.metrics).get("seconds") if exists(folder.metrics) else None
+        metrics = assess(config, source, run, stage, cache) | {"seconds": seconds}
+        write_json(metrics, folder.metrics)
+        render_report(run)
+        return run, metrics
+    facts = _data_facts(source)
+    named = str(facts.get("name") or source.uri.rstrip("/").rsplit("/", 1)[-1])
+    beside = RunFolder(absolute(out) if out else folder.path("evaluations", named))
+    if exists(beside.path("bundle")):
+        raise InputError(
+            "--out", beside.root, "holds a run; a measurement needs a folder of its own"
+        )
+    write_json(to_dict(config), beside.config)
+    write_json(facts, beside.path("data.json"))
+    metrics = assess(config, source, run, stage, cache, beside.root)
+    write_json(metrics, beside.metrics)
+    parents = {"run": read_manifest(run, "run")["content_hash"],
+               "data": str(source.facts.get("input", ""))}  # fmt: skip
+    write_manifest(
+        beside.root, "evaluation", recipe=config.recipe, seed=config.seed, data=source.uri,
+        items=source.items_uri, run=run, version=__version__, parents=parents,
+    )  # fmt: skip
+    render_report(beside.root)
+    return beside.root, metrics
 
 
 def _first_stage(

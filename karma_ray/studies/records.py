@@ -6,6 +6,7 @@ every test example lies beside it (evaluation/outcomes.py). Records without `row
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -116,12 +117,13 @@ def baseline_key(record: Record, baseline: str) -> str:
 
 def validated(record: Record, metric: str = METRIC) -> float | None:
     """The metric on all validation examples after the last step; of records that lack it, on the
-    examples of the curve."""
-    if (whole := record["metrics"].get(f"valid/{metric}")) is not None:
-        return float(whole)
-    curve = record.get("curve") or [{}]
-    value = curve[-1].get(metric)
-    return None if value is None else float(value)
+    examples of the curve. None where there is no finite value."""
+    value = record["metrics"].get(f"valid/{metric}")
+    if value is None:
+        curve = record.get("curve") or [{}]
+        value = curve[-1].get(metric)
+    # NaN compares as neither more nor less, so it could be chosen.
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def chosen(members: Iterable[Record]) -> tuple[list[Record], dict[str, int]]:

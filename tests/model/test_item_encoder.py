@@ -150,6 +150,20 @@ def test_whitening_again_changes_nothing_but_the_rotation(pool: str) -> None:
     assert mean_cosine(_encode(encoder, *_texts())) == pytest.approx(once, abs=0.05)
 
 
+def test_items_that_read_the_same_are_left_alone_and_stay_finite(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    encoder = tiny.model().interest.item_encoder
+    tokens, lengths = _texts()
+    same = tokens[:1].expand(5, -1), lengths[:1].expand(5)
+    before = _encode(encoder, *same)
+    encoder.whiten(*same)
+    torch.testing.assert_close(_encode(encoder, *same), before)
+    assert "all of 5 sampled items read the same" in caplog.text
+    encoder.whiten(tokens[:1], lengths[:1])
+    assert _encode(encoder, *same).isfinite().all()
+
+
 def test_an_item_body_of_another_width_maps_orthogonally_to_the_users() -> None:
     wide = TinyBackboneConfig(
         hidden_size=48, num_layers=1, num_heads=2, num_key_value_heads=1, intermediate_size=64

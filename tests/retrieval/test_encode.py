@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from karma_ray.artifacts import read_table
-from karma_ray.errors import InputError, SkewError
+from karma_ray.errors import InputError, KarmaRayError, SkewError
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, load_embeddings, save_embeddings
 from tests import tiny_run
 
@@ -90,3 +90,12 @@ def test_reordering_joins_by_id_and_names_what_is_missing() -> None:
         table().in_order(["a", "b", "d"])
     with pytest.raises(SkewError, match="hold 3 items, 2"):
         table().in_order(["a", "b"])
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_embeddings_that_are_not_finite_are_refused_by_the_items_id(tmp_path, value) -> None:
+    embeddings = np.ones((3, 4), np.float32)
+    embeddings[1, 2] = value
+    table = ItemTable(["a", "b", "c"], ["A", "B", "C"], embeddings, {})
+    with pytest.raises(KarmaRayError, match=r"1 of 3 items are not finite \(for example of 'b'\)"):
+        save_embeddings(table, str(tmp_path))

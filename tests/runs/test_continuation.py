@@ -71,7 +71,7 @@ def test_the_first_loss_is_about_the_last_one_of_the_run_it_goes_on_from(
     # Finished, it is measured again, and it is a start for the next one.
     from karma_ray.runs.pipeline import evaluate_run
 
-    assert evaluate_run(run, cache=f"{root}/cache")["num_test"] == 30
+    assert evaluate_run(run, cache=f"{root}/cache")[1]["num_test"] == 30
     _train(root, run, init_from=first, resume=True)
     with pytest.raises(InputError, match=r"is not what .* was started from"):
         _train(root, run, init_from=run, resume=True)

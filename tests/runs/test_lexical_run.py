@@ -40,7 +40,7 @@ def test_the_words_of_the_catalogue_are_served_as_counted(
             train_run(wrong, shop, run, cache=cache)
     assert not (tmp_path / "cache").exists()  # before anything is pretrained
     metrics = train_run(config, shop, run, cache=cache)
-    assert evaluate_run(run, cache=cache) == pytest.approx(metrics, rel=1e-6)
+    assert evaluate_run(run, cache=cache)[1] == pytest.approx(metrics, rel=1e-6)
 
     stage = finished_stage(run, read_json(f"{run}/data.json")["uri"])
     tokens, lengths = stage.collator().catalog_tokens()

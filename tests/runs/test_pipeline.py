@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,16 @@ SMALL = [
 
 def _config(recipe: str = "toy", *more: str) -> Config:
     return override(recipes.build(recipe), [*SMALL, *more])
+
+
+def _copy(shop: str, folder: str, name: str) -> str:
+    """The shop's events and items without its planned cut points, under another name."""
+    for table in ("events", "items"):
+        shutil.copytree(f"{shop}/{table}", f"{folder}/{table}")
+    planned = ("valid_start", "test_start")
+    facts = {k: v for k, v in read_json(f"{shop}/manifest.json").items() if k not in planned}
+    write_json({**facts, "name": name}, f"{folder}/manifest.json")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +129,41 @@ def test_measuring_again_gives_the_same_numbers(
     from karma_ray.runs.pipeline import evaluate_run
 
     run, cache, metrics = finished
-    assert evaluate_run(run, cache=cache) == pytest.approx(metrics, rel=1e-6)
+    assert evaluate_run(run, cache=cache)[1] == pytest.approx(metrics, rel=1e-6)
+
+
+def test_a_measurement_on_other_data_stands_beside_the_runs_own(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
+) -> None:
+    from karma_ray.runs.pipeline import evaluate_run
+    from karma_ray.runs.preparation import ensure_prepared
+
+    run, cache, metrics = finished
+    other = _copy(shop, str(tmp_path / "other"), "other_days")
+    later = replace(_config().prepare, test_share=0.3)
+    ensure_prepared(other, later)
+    before = {name: Path(run, name).read_bytes() for name in ("metrics.json", "floors.json")}
+    folder, found = evaluate_run(run, other, cache=cache)
+    assert folder == f"{run}/evaluations/other_days"
+    assert found["num_test"] == 60 and found["MRR"] != metrics["MRR"]
+    assert read_json(f"{folder}/data.json")["name"] == "other_days"
+    assert read_manifest(folder, "evaluation")["data"] == other
+    assert "other_days" in Path(folder, "report/report.html").read_text()
+    assert before == {name: Path(run, name).read_bytes() for name in before}
+    assert read_manifest(run, "run")["data"] == shop
+
+
+def test_a_run_without_test_examples_is_whole(shop: str, tmp_path: Path) -> None:
+    from karma_ray.report.terminal import summary
+    from karma_ray.runs.pipeline import train_run
+
+    data, run = _copy(shop, str(tmp_path / "data"), "no_test"), str(tmp_path / "run")
+    config = _config("toy", "prepare.test_share=0")
+    metrics = train_run(config, data, run, cache=str(tmp_path / "cache"))
+    assert metrics["num_test"] == 0 and "HR@50" not in metrics
+    assert metrics["valid/num_test"] > 0 and "valid/HR@50" in metrics
+    assert read_json(f"{run}/metrics.json") == metrics
+    assert Path(run, "report/report.html").exists() and "0 test clicks" in summary(run)
 
 
 def test_recipes_that_are_compared_start_from_the_same_weights(

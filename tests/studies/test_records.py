@@ -131,3 +131,4 @@ def test_settings_are_chosen_by_all_validation_examples_where_they_were_measured
     assert validated(record) == 12.0
     assert validated({**record, "metrics": {"valid/HR@50": 11.0, "HR@50": 99.0}}) == 11.0
     assert validated({"metrics": {"HR@50": 99.0}}) is None
+    assert validated({"metrics": {"valid/HR@50": float("nan")}}) is None
