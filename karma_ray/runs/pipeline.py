@@ -88,6 +88,10 @@ def train_run(
     tables = absolute(data) if data else toy_shop(cache)
     source = ensure_prepared(tables, config.prepare, executor.prepare)
     check_sizes(config, source, with_warmup=parent is None)
+    if executor.train is None and config.training.num_workers > 1:
+        workers = config.training.num_workers
+        message = "cannot be started by this process alone; jobs/train.py starts them on Ray"
+        raise InputError("training.num_workers", workers, message, choices=[0, 1])
     parents = {"data": str(source.facts.get("input", ""))}
     if resume:
         check_resumed(config, source, folder)
