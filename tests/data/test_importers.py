@@ -488,6 +488,43 @@ def test_bad_rows_are_quarantined_with_their_reason_and_place(tmp_path: Path) ->
     assert [item["shade"] for item in rows(out, "items")] == ["red", "blue"]  # rides along
 
 
+def test_odd_quotes_and_broken_lines_cost_no_other_row(tmp_path: Path) -> None:
+    log = "user_id\ttimestamp\tquery\titem_id\tclicked\n" + "\n".join(
+        ['u1\t1\t"big lamp\t0001\t1', "u2\t2\tlamp\t0002\t1", 'u3\t3\t15" tv\t0001\t1',
+         "u4\t4\t0001", 'u5\t5\t"tv"\t0001\t1']
+    )  # fmt: skip
+    (tmp_path / "log.tsv").write_text(log)
+    (tmp_path / "items.csv").write_text('item_id,title\n0001,"Lamp 12\n0002,15" tv\n0003\n')
+    out = tmp_path / "out"
+    source, items = str(tmp_path / "log.tsv"), str(tmp_path / "items.csv")
+    manifest = import_long(source, str(out), items=items)
+    queries = {page["user_id"]: page["query"] for page in rows(out, "events")}
+    assert queries == {"u1": '"big lamp', "u2": "lamp", "u3": '15" tv', "u5": '"tv"'}
+    assert [item["title"] for item in rows(out, "items")] == ['"Lamp 12', '15" tv']
+    assert manifest["quarantined"] == {"not as many fields as the header": 2}
+    assert any("2 rows of" in note and "--quotes" in note for note in manifest["notes"])
+    import_long(source, str(out), items=items, quotes="csv")
+    assert {page["user_id"]: page["query"] for page in rows(out, "events")}["u5"] == "tv"
+
+
+def test_a_broken_json_line_stops_nothing_and_digits_are_kept(tmp_path: Path) -> None:
+    rest = '"item_id": "a", "clicked": true}'
+    lines = [
+        '{"user_id": 1234567890123456789, "timestamp": 1, ' + rest, "{broken", "[1]",
+        '{"user_id": 1234567890123456790, "timestamp": 2.5, ' + rest,
+    ]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    (tmp_path / "items.jsonl").write_text('{"item_id": "a", "title": "A"}')
+    out = tmp_path / "out"
+    manifest = import_long(
+        str(tmp_path / "log.jsonl"), str(out), items=str(tmp_path / "items.jsonl")
+    )
+    assert manifest["quarantined"] == {"not a JSON object": 2}
+    assert [row["row"] for row in rows(out, "quarantine_import")] == [1, 2]
+    users = [page["user_id"] for page in rows(out, "events")]
+    assert users == ["1234567890123456789", "1234567890123456790"]
+
+
 def test_an_impression_id_makes_the_page_and_its_absence_falls_back(tmp_path: Path) -> None:
     log = "user_id,timestamp,item_id,clicked,imp\n" + "\n".join(
         ["a,100,0001,0,x", "a,101,0002,1,x", "a,100,0001,1,", "a,101,0002,0,", "b,100,0001,1,x"]
