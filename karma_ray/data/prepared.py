@@ -25,7 +25,7 @@ from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
 
 SPLITS = ("valid", "test")
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 """Raised when code changes what `prepare` makes of the same input: it is then made anew."""
 
 

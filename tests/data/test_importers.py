@@ -525,6 +525,76 @@ def test_a_broken_json_line_stops_nothing_and_digits_are_kept(tmp_path: Path) ->
     assert users == ["1234567890123456789", "1234567890123456790"]
 
 
+def test_files_of_different_id_types_name_the_same_people_and_items(tmp_path: Path) -> None:
+    source = tmp_path / "log"
+    source.mkdir()
+    times = [1, 2]
+    pl.DataFrame(
+        {"user_id": [1234567890123456789, 1234567890123456790], "timestamp": times,
+         "item_id": ["7", "8"], "clicked": [True, False]}
+    ).write_parquet(source / "a.parquet")  # fmt: skip
+    pl.DataFrame(
+        {"user_id": [5.0, float("nan")], "timestamp": times, "item_id": ["7", "8"],
+         "clicked": [True, True]}
+    ).write_parquet(source / "b.parquet")  # fmt: skip
+    pl.DataFrame({"item_id": [7.0, 8.0], "title": ["a", "b"]}).write_parquet(
+        tmp_path / "items.parquet"
+    )
+    out = tmp_path / "out"
+    manifest = import_long(str(source), str(out), items=str(tmp_path / "items.parquet"))
+    users = {page["user_id"] for page in rows(out, "events")}
+    assert users == {"1234567890123456789", "1234567890123456790", "5"}
+    assert manifest["quarantined"] == {"null user": 1} and manifest["counts"]["clicks"] == 2
+    assert [item["item_id"] for item in rows(out, "items")] == ["7", "8"]
+    pl.DataFrame(
+        {"user_id": [1234567890123456789.0], "timestamp": [1], "item_id": ["7"], "clicked": [True]}
+    ).write_parquet(source / "b.parquet")
+    with pytest.raises(InputError, match=r"b\.parquet: column user_id: 1\.23.*rounded"):
+        import_long(str(source), str(out), items=str(tmp_path / "items.parquet"))
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_missing_label_is_no_click_and_a_missing_user_nobody(ending: str, tmp_path: Path) -> None:
+    nan = float("nan")
+    log = pl.DataFrame(
+        {"user_id": ["u", "u", "nan", "NULL", "None", "\\N", "NaN"], "timestamp": [1] * 7,
+         "item_id": ["7", "8", *["7"] * 5], "clicked": [1.0, nan, *[1.0] * 5],
+         "purchased": [nan, 1.0, *[nan] * 5]}
+    )  # fmt: skip
+    source = tmp_path / f"log.{ending}"
+    log.write_csv(source) if ending == "csv" else log.write_parquet(source)
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n8,b\n9,nan\n")
+    manifest = import_long(str(source), str(tmp_path / "out"), items=str(tmp_path / "items.csv"))
+    (page,) = rows(tmp_path / "out", "events")
+    assert page["clicked_item_ids"] == ["7"] and page["purchased_item_ids"] == ["8"]
+    assert page["exposed_item_ids"] == ["7", "8"]
+    assert manifest["quarantined"] == {"item without title": 1, "null user": 5}
+
+
+@pytest.mark.parametrize("kind", [pl.Int32, pl.Float64])
+@pytest.mark.parametrize("name", ["hm", "movielens", "online_retail", "amazon_industrial"])
+def test_numbers_as_ids_import_as_their_text(name: str, kind: type, tmp_path: Path) -> None:
+    source = WRITERS[name](tmp_path / "source")
+    texts = {"article_id", "customer_id", "InvoiceNo", "StockCode", "CustomerID"}
+    people = {"ann": "1", "bob": "2", "cy": "3", "u": "1", "v": "2", "w": "3", "C200": "9"}
+    people |= {"POST": "9"}
+    plain = pl.col(pl.String).replace(people)
+    frames = {file: pl.read_parquet(file) for file in source.glob("*.parquet")}
+    for cast in (pl.String, kind):
+        for file, frame in frames.items():
+            names = {c for c in frame.columns if c in texts or c.endswith("_id")}
+            new = frame.with_columns(plain)
+            for c in names - {"history_item_id"}:
+                new = new.with_columns(pl.col(c).cast(pl.Int64).cast(cast))
+            if "history_item_id" in names:
+                ids = pl.col("history_item_id").cast(pl.List(pl.Int64)).cast(pl.List(cast))
+                new = new.with_columns(ids)
+            new.write_parquet(file)
+        if cast == pl.String:
+            expected, _ = run(name, tmp_path)
+    assert run(name, tmp_path)[0]["data_hash"] == expected["data_hash"]
+
+
 def test_an_impression_id_makes_the_page_and_its_absence_falls_back(tmp_path: Path) -> None:
     log = "user_id,timestamp,item_id,clicked,imp\n" + "\n".join(
         ["a,100,0001,0,x", "a,101,0002,1,x", "a,100,0001,1,", "a,101,0002,0,", "b,100,0001,1,x"]

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import polars as pl
 
 from karma_ray.artifacts import exists, open_filesystem
 from karma_ray.data.importers.delimited import read_delimited
+from karma_ray.data.importers.source import with_ids
 from karma_ray.errors import InputError
 
 _ENDINGS = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
@@ -30,10 +32,12 @@ class ReadRows:
     """What a reader of the manifest should know about how they were read."""
 
 
-def read_files(uri: str, field: str, *, quotes: str = "auto") -> ReadRows:
+def read_files(uri: str, field: str, *, ids: Iterable[str] = (), quotes: str = "auto") -> ReadRows:
     """A file or a folder of one kind; cells of CSV, TSV and JSON lines stay strings.
 
-    Raises InputError naming `field` when there is no such file or it cannot be read.
+    The columns `ids` become text file by file: a type common to all files would round them.
+    Raises InputError naming `field` when there is no such file or it cannot be read, and on ids
+    that are rounded already.
     """
     if not exists(uri):
         raise InputError(field, uri, "does not exist")
@@ -46,9 +50,10 @@ def read_files(uri: str, field: str, *, quotes: str = "auto") -> ReadRows:
     for name in files:
         with fs.open(name, "rb") as source:
             try:
-                parts.append(_read(name, source.read(), quotes))
+                part = _read(name, source.read(), quotes)
             except (pl.exceptions.PolarsError, UnicodeDecodeError) as error:
                 raise InputError(field, name, f"cannot be read ({error})") from None
+        parts.append(replace(part, frame=with_ids(part.frame, ids, name)))
     try:
         frame = pl.concat([part.frame for part in parts], how="vertical_relaxed")
     except pl.exceptions.PolarsError as error:
@@ -66,9 +71,7 @@ def _read(name: str, content: bytes, quotes: str) -> ReadRows:
         rows = _read_json(name, content)
     else:
         rows = _read_delimited(name, content, "\t" if lower.endswith(".tsv") else ",", quotes)
-    return ReadRows(
-        rows.frame.with_columns(pl.lit(name).alias("source_file")), rows.rejected, rows.notes
-    )
+    return replace(rows, frame=rows.frame.with_columns(pl.lit(name).alias("source_file")))
 
 
 def _row_numbers() -> pl.Expr:

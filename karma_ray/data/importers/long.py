@@ -11,9 +11,10 @@ from typing import Any
 
 import polars as pl
 
+from karma_ray.data.identifiers import known_text
 from karma_ray.data.importers.delimited import QUOTES
 from karma_ray.data.importers.log_files import read_files
-from karma_ray.data.importers.long_parsing import flag, identifier, timestamp
+from karma_ray.data.importers.long_parsing import flag, timestamp
 from karma_ray.data.importers.output import DataFolder
 from karma_ray.errors import InputError
 
@@ -21,6 +22,7 @@ _REQUIRED = ("user_id", "item_id", "timestamp")
 _OPTIONAL = ("query", "clicked", "purchased", "position", "impression_id", "session_id")
 _ITEM_REQUIRED = ("item_id", "title")
 _ITEM_OPTIONAL = ("text", "brand", "category", "image")
+_IDS = ("user_id", "item_id", "impression_id", "session_id")
 _ROWS_PER_PART = 1_000_000
 
 
@@ -57,11 +59,14 @@ def import_long(
         raise InputError("--items", items, "is needed: the table of item ids and titles")
     if quotes not in QUOTES:
         raise InputError("--quotes", quotes, choices=QUOTES)
-    log_rows = read_files(src, "SRC", quotes=quotes)
-    log = map_columns(log_rows.frame, columns or {}, "--columns", _REQUIRED, _OPTIONAL)
-    item_rows = read_files(items, "--items", quotes=quotes)
+    columns, item_columns = columns or {}, item_columns or {}
+    ids = [columns.get(name, name) for name in _IDS]
+    log_rows = read_files(src, "SRC", ids=ids, quotes=quotes)
+    log = map_columns(log_rows.frame, columns, "--columns", _REQUIRED, _OPTIONAL)
+    ids = [item_columns.get("item_id", "item_id")]
+    item_rows = read_files(items, "--items", ids=ids, quotes=quotes)
     table = map_columns(
-        item_rows.frame, item_columns or {}, "--item-columns", _ITEM_REQUIRED, _ITEM_OPTIONAL
+        item_rows.frame, item_columns, "--item-columns", _ITEM_REQUIRED, _ITEM_OPTIONAL
     )
     if "image" in table.columns and table.schema["image"] != pl.Binary:
         raise InputError(
@@ -126,7 +131,8 @@ def map_columns(
 
 
 def _write_items(data: DataFolder, table: pl.DataFrame) -> set[str]:
-    table = table.with_columns(identifier("item_id"), identifier("title"))
+    texts = [name for name in ("title", "text", "brand", "category") if name in table.columns]
+    table = table.with_columns(known_text(name) for name in texts)
     reasons = {
         "item without id": pl.col("item_id").is_null(),
         "item without title": pl.col("title").is_null(),
@@ -142,14 +148,17 @@ def _write_items(data: DataFolder, table: pl.DataFrame) -> set[str]:
 def _readable(data: DataFolder, log: pl.DataFrame) -> pl.DataFrame:
     """Parsed exposures; what cannot be parsed goes to quarantine as it was."""
     schema = log.schema
-    ids = [name for name in ("user_id", "item_id", "query", "impression_id", "session_id")]
-    parsed = [identifier(name).alias(f"_{name}") for name in ids if name in schema]
+    parsed = [pl.col(name).alias(f"_{name}") for name in _IDS if name in schema]
+    if "query" in schema:
+        parsed.append(known_text("query").alias("_query"))
     parsed += [timestamp("timestamp", schema["timestamp"]).alias("_timestamp")]
     for name in ("clicked", "purchased"):
         if name in schema:
             parsed.append(flag(name, schema[name]).alias(f"_{name}"))
     if "position" in schema:
-        parsed.append(pl.col("position").cast(pl.Float64, strict=False).alias("_position"))
+        parsed.append(
+            pl.col("position").cast(pl.Float64, strict=False).fill_nan(None).alias("_position")
+        )
     reasons = {
         "null user": pl.col("_user_id").is_null(),
         "null item": pl.col("_item_id").is_null(),
