@@ -12,7 +12,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from karma_ray.artifacts import open_filesystem
+from karma_ray.artifacts import open_filesystem, table_files
 from karma_ray.errors import InputError
 
 
@@ -37,12 +37,8 @@ def list_fragments(folder: str) -> tuple[list[Fragment], list[tuple[str, pa.Sche
 
     Raises InputError when the folder is missing, holds no Parquet file or a broken one.
     """
-    fs, root = open_filesystem(folder)
-    if not fs.exists(root):
-        raise InputError("table", folder, "does not exist")
-    paths = sorted(path for path in fs.find(root) if path.endswith(".parquet"))
-    if not paths:
-        raise InputError("table", folder, "holds no .parquet file")
+    paths = table_files(folder)
+    fs, _ = open_filesystem(folder)
     fragments: list[Fragment] = []
     schemas: list[tuple[str, pa.Schema]] = []
     order = 0

@@ -553,6 +553,19 @@ def test_files_of_different_id_types_name_the_same_people_and_items(tmp_path: Pa
         import_long(str(source), str(out), items=str(tmp_path / "items.parquet"))
 
 
+def test_what_editors_and_clusters_leave_beside_a_log_is_not_imported(tmp_path: Path) -> None:
+    line = "user_id,timestamp,item_id\nu,1,7\n"
+    for name in ("log/a.csv", "log/.ipynb_checkpoints/a.csv", "log/_temporary/a.csv", "log/.a.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(line)
+    (tmp_path / "log" / ".a.csv.crc").write_bytes(b"\x00")
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    manifest = import_long(
+        str(tmp_path / "log"), str(tmp_path / "out"), items=str(tmp_path / "items.csv")
+    )
+    assert manifest["counts"]["clicks"] == 1
+
+
 @pytest.mark.parametrize("ending", ["csv", "parquet"])
 def test_a_missing_label_is_no_click_and_a_missing_user_nobody(ending: str, tmp_path: Path) -> None:
     nan = float("nan")

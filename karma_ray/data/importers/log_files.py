@@ -9,7 +9,7 @@ from typing import Any
 
 import polars as pl
 
-from karma_ray.artifacts import exists, open_filesystem
+from karma_ray.artifacts import data_files, exists, open_filesystem
 from karma_ray.data.importers.delimited import read_delimited
 from karma_ray.data.importers.source import with_ids
 from karma_ray.errors import InputError
@@ -41,9 +41,8 @@ def read_files(uri: str, field: str, *, ids: Iterable[str] = (), quotes: str = "
     """
     if not exists(uri):
         raise InputError(field, uri, "does not exist")
-    fs, path = open_filesystem(uri)
-    names = sorted(fs.find(path)) if fs.isdir(path) else [path]
-    files = [name for name in names if name.lower().endswith(_ENDINGS)]
+    fs, _ = open_filesystem(uri)
+    files = data_files(uri, _ENDINGS)
     if not files:
         raise InputError(field, uri, "is no such file nor a folder of them", choices=_ENDINGS)
     parts = []
