@@ -16,6 +16,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray import cli
+from karma_ray.data.importers.delimited import QUOTES
 from karma_ray.data.importers.long import import_long, parse_mapping
 from karma_ray.data.importers.registry import FORMATS, importer
 from karma_ray.errors import InputError
@@ -40,6 +41,11 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--item-columns", default="", metavar="OURS=THEIRS,...",
         help="long: item_id, title and optionally text, brand, category, image",
     )  # fmt: skip
+    parser.add_argument(
+        "--quotes", choices=QUOTES, default="auto",
+        help="long: whether a quote in CSV and TSV encloses a field (csv) or is a character like "
+        "any other (text); default auto: text in TSV, in CSV as its lines suggest",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     started = time.perf_counter()
     if arguments.format == "long":
@@ -49,6 +55,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             items=arguments.items,
             columns=parse_mapping(arguments.columns, "--columns"),
             item_columns=parse_mapping(arguments.item_columns, "--item-columns"),
+            quotes=arguments.quotes,
             seed=arguments.seed,
         )
     else:

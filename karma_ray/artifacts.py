@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from karma_ray.errors import InputError
 
 SCHEMA_VERSION = 1
 ROW_GROUP_ROWS = 2_048
+_HIDDEN = re.compile(r"/[._]")
 
 
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -71,18 +73,36 @@ def write_table(table: pa.Table, folder: str, part: str = "part-00000") -> None:
         pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
 
 
+def data_files(uri: str, endings: tuple[str, ...]) -> list[str]:
+    """Sorted paths, inside their filesystem, of the files below `uri` that end in `endings`.
+
+    Files and folders whose name starts with `.` or `_` are left out: editors, notebooks and
+    cluster jobs leave them (`.ipynb_checkpoints/`, `_temporary/`, `.part.crc`). A file that
+    `uri` itself names is taken.
+    """
+    fs, root = open_filesystem(uri)
+    named = [name for name in fs.find(root) if name.lower().endswith(endings)]
+    return sorted(n for n in named if not _HIDDEN.search(n.removeprefix(root)))
+
+
+def table_files(folder: str) -> list[str]:
+    """`data_files` of a Parquet table; raises InputError when it is missing or holds none."""
+    if not exists(folder):
+        raise InputError("table", folder, "does not exist")
+    files = data_files(folder, (".parquet",))
+    if not files:
+        raise InputError("table", folder, "holds no .parquet file")
+    return files
+
+
 def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:
     """Read every Parquet file below `folder`; `split=` folders become a column.
 
     Raises InputError when the folder is missing or holds no Parquet file.
     """
-    fs, path = open_filesystem(folder)
-    if not fs.exists(path):
-        raise InputError("table", folder, "does not exist")
     # Named one by one: a manifest or an index beside the table is not Parquet.
-    files = sorted(name for name in fs.find(path) if name.endswith(".parquet"))
-    if not files:
-        raise InputError("table", folder, "holds no .parquet file")
+    files = table_files(folder)
+    fs, path = open_filesystem(folder)
     dataset = ds.dataset(
         files, filesystem=fs, format="parquet", partitioning="hive", partition_base_dir=path
     )

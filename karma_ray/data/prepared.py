@@ -12,6 +12,7 @@ import polars as pl
 import pyarrow as pa
 
 from karma_ray.artifacts import (
+    data_files,
     exists,
     join,
     open_filesystem,
@@ -25,7 +26,7 @@ from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
 
 SPLITS = ("valid", "test")
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 """Raised when code changes what `prepare` makes of the same input: it is then made anew."""
 
 
@@ -86,10 +87,9 @@ def fingerprint(uri: str) -> str:
     fs, root = open_filesystem(uri)
     sizes = []
     for table in ("events", "items"):
-        folder = f"{root}/{table}"
-        if fs.exists(folder):
-            found = fs.find(folder, detail=True)
-            sizes += [(name[len(root) :], found[name]["size"]) for name in sorted(found)]
+        if exists(join(uri, table)):
+            names = data_files(join(uri, table), (".parquet",))
+            sizes += [(name[len(root) :], fs.size(name)) for name in names]
     return value_hash([PREPARE_VERSION, read_data_manifest(uri).get("content_hash"), sizes])
 
 

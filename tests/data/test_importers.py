@@ -488,6 +488,126 @@ def test_bad_rows_are_quarantined_with_their_reason_and_place(tmp_path: Path) ->
     assert [item["shade"] for item in rows(out, "items")] == ["red", "blue"]  # rides along
 
 
+def test_odd_quotes_and_broken_lines_cost_no_other_row(tmp_path: Path) -> None:
+    log = "user_id\ttimestamp\tquery\titem_id\tclicked\n" + "\n".join(
+        ['u1\t1\t"big lamp\t0001\t1', "u2\t2\tlamp\t0002\t1", 'u3\t3\t15" tv\t0001\t1',
+         "u4\t4\t0001", 'u5\t5\t"tv"\t0001\t1']
+    )  # fmt: skip
+    (tmp_path / "log.tsv").write_text(log)
+    (tmp_path / "items.csv").write_text('item_id,title\n0001,"Lamp 12\n0002,15" tv\n0003\n')
+    out = tmp_path / "out"
+    source, items = str(tmp_path / "log.tsv"), str(tmp_path / "items.csv")
+    manifest = import_long(source, str(out), items=items)
+    queries = {page["user_id"]: page["query"] for page in rows(out, "events")}
+    assert queries == {"u1": '"big lamp', "u2": "lamp", "u3": '15" tv', "u5": '"tv"'}
+    assert [item["title"] for item in rows(out, "items")] == ['"Lamp 12', '15" tv']
+    assert manifest["quarantined"] == {"not as many fields as the header": 2}
+    assert any("2 rows of" in note and "--quotes" in note for note in manifest["notes"])
+    import_long(source, str(out), items=items, quotes="csv")
+    assert {page["user_id"]: page["query"] for page in rows(out, "events")}["u5"] == "tv"
+
+
+def test_a_broken_json_line_stops_nothing_and_digits_are_kept(tmp_path: Path) -> None:
+    rest = '"item_id": "a", "clicked": true}'
+    lines = [
+        '{"user_id": 1234567890123456789, "timestamp": 1, ' + rest, "{broken", "[1]",
+        '{"user_id": 1234567890123456790, "timestamp": 2.5, ' + rest,
+    ]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    (tmp_path / "items.jsonl").write_text('{"item_id": "a", "title": "A"}')
+    out = tmp_path / "out"
+    manifest = import_long(
+        str(tmp_path / "log.jsonl"), str(out), items=str(tmp_path / "items.jsonl")
+    )
+    assert manifest["quarantined"] == {"not a JSON object": 2}
+    assert [row["row"] for row in rows(out, "quarantine_import")] == [1, 2]
+    users = [page["user_id"] for page in rows(out, "events")]
+    assert users == ["1234567890123456789", "1234567890123456790"]
+
+
+def test_files_of_different_id_types_name_the_same_people_and_items(tmp_path: Path) -> None:
+    source = tmp_path / "log"
+    source.mkdir()
+    times = [1, 2]
+    pl.DataFrame(
+        {"user_id": [1234567890123456789, 1234567890123456790], "timestamp": times,
+         "item_id": ["7", "8"], "clicked": [True, False]}
+    ).write_parquet(source / "a.parquet")  # fmt: skip
+    pl.DataFrame(
+        {"user_id": [5.0, float("nan")], "timestamp": times, "item_id": ["7", "8"],
+         "clicked": [True, True]}
+    ).write_parquet(source / "b.parquet")  # fmt: skip
+    pl.DataFrame({"item_id": [7.0, 8.0], "title": ["a", "b"]}).write_parquet(
+        tmp_path / "items.parquet"
+    )
+    out = tmp_path / "out"
+    manifest = import_long(str(source), str(out), items=str(tmp_path / "items.parquet"))
+    users = {page["user_id"] for page in rows(out, "events")}
+    assert users == {"1234567890123456789", "1234567890123456790", "5"}
+    assert manifest["quarantined"] == {"null user": 1} and manifest["counts"]["clicks"] == 2
+    assert [item["item_id"] for item in rows(out, "items")] == ["7", "8"]
+    pl.DataFrame(
+        {"user_id": [1234567890123456789.0], "timestamp": [1], "item_id": ["7"], "clicked": [True]}
+    ).write_parquet(source / "b.parquet")
+    with pytest.raises(InputError, match=r"b\.parquet: column user_id: 1\.23.*rounded"):
+        import_long(str(source), str(out), items=str(tmp_path / "items.parquet"))
+
+
+def test_what_editors_and_clusters_leave_beside_a_log_is_not_imported(tmp_path: Path) -> None:
+    line = "user_id,timestamp,item_id\nu,1,7\n"
+    for name in ("log/a.csv", "log/.ipynb_checkpoints/a.csv", "log/_temporary/a.csv", "log/.a.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(line)
+    (tmp_path / "log" / ".a.csv.crc").write_bytes(b"\x00")
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    manifest = import_long(
+        str(tmp_path / "log"), str(tmp_path / "out"), items=str(tmp_path / "items.csv")
+    )
+    assert manifest["counts"]["clicks"] == 1
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_missing_label_is_no_click_and_a_missing_user_nobody(ending: str, tmp_path: Path) -> None:
+    nan = float("nan")
+    log = pl.DataFrame(
+        {"user_id": ["u", "u", "nan", "NULL", "None", "\\N", "NaN"], "timestamp": [1] * 7,
+         "item_id": ["7", "8", *["7"] * 5], "clicked": [1.0, nan, *[1.0] * 5],
+         "purchased": [nan, 1.0, *[nan] * 5]}
+    )  # fmt: skip
+    source = tmp_path / f"log.{ending}"
+    log.write_csv(source) if ending == "csv" else log.write_parquet(source)
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n8,b\n9,nan\n")
+    manifest = import_long(str(source), str(tmp_path / "out"), items=str(tmp_path / "items.csv"))
+    (page,) = rows(tmp_path / "out", "events")
+    assert page["clicked_item_ids"] == ["7"] and page["purchased_item_ids"] == ["8"]
+    assert page["exposed_item_ids"] == ["7", "8"]
+    assert manifest["quarantined"] == {"item without title": 1, "null user": 5}
+
+
+@pytest.mark.parametrize("kind", [pl.Int32, pl.Float64])
+@pytest.mark.parametrize("name", ["hm", "movielens", "online_retail", "amazon_industrial"])
+def test_numbers_as_ids_import_as_their_text(name: str, kind: type, tmp_path: Path) -> None:
+    source = WRITERS[name](tmp_path / "source")
+    texts = {"article_id", "customer_id", "InvoiceNo", "StockCode", "CustomerID"}
+    people = {"ann": "1", "bob": "2", "cy": "3", "u": "1", "v": "2", "w": "3", "C200": "9"}
+    people |= {"POST": "9"}
+    plain = pl.col(pl.String).replace(people)
+    frames = {file: pl.read_parquet(file) for file in source.glob("*.parquet")}
+    for cast in (pl.String, kind):
+        for file, frame in frames.items():
+            names = {c for c in frame.columns if c in texts or c.endswith("_id")}
+            new = frame.with_columns(plain)
+            for c in names - {"history_item_id"}:
+                new = new.with_columns(pl.col(c).cast(pl.Int64).cast(cast))
+            if "history_item_id" in names:
+                ids = pl.col("history_item_id").cast(pl.List(pl.Int64)).cast(pl.List(cast))
+                new = new.with_columns(ids)
+            new.write_parquet(file)
+        if cast == pl.String:
+            expected, _ = run(name, tmp_path)
+    assert run(name, tmp_path)[0]["data_hash"] == expected["data_hash"]
+
+
 def test_an_impression_id_makes_the_page_and_its_absence_falls_back(tmp_path: Path) -> None:
     log = "user_id,timestamp,item_id,clicked,imp\n" + "\n".join(
         ["a,100,0001,0,x", "a,101,0002,1,x", "a,100,0001,1,", "a,101,0002,0,", "b,100,0001,1,x"]

@@ -36,8 +36,10 @@ def import_amazon_industrial(src: str, out: str, *, seed: int = 0) -> dict[str, 
     items_file = find_file(src, f"{_NAME}.items.parquet")
     valid_file = find_file(src, f"{_NAME}.valid.parquet")
     test_file = find_file(src, f"{_NAME}.test.parquet")
-    products = read_parquet(items_file, _ITEM_COLUMNS).with_row_index("row")
-    valid, test = (read_parquet(file, _ROW_COLUMNS) for file in (valid_file, test_file))
+    products = read_parquet(items_file, _ITEM_COLUMNS, _ROW_COLUMNS).with_row_index("row")
+    valid, test = (
+        read_parquet(file, _ROW_COLUMNS, _ROW_COLUMNS) for file in (valid_file, test_file)
+    )
     data = DataFolder(out)
     items = _items(products)
     untitled = items["title"].str.len_chars() == 0
@@ -109,7 +111,7 @@ def _items(products: pl.DataFrame) -> pl.DataFrame:
 
     return pl.DataFrame(
         {
-            "item_id": products["item_id"].cast(pl.String),
+            "item_id": products["item_id"],
             "title": cleaned("title"),
             "text": or_null(cleaned("description")),
             "brand": or_null(cleaned("brand")),
@@ -121,9 +123,7 @@ def _rows_by_user(
     data: DataFolder, frame: pl.DataFrame, file: str, known: set[str]
 ) -> dict[str, list[_Row]]:
     """(history, next item) of every user in file order; rows with unknown items rejected."""
-    frame = frame.with_row_index("row").with_columns(
-        pl.col("history_item_id").cast(pl.List(pl.String)), pl.col("item_id").cast(pl.String)
-    )
+    frame = frame.with_row_index("row")
     null = pl.any_horizontal(pl.col(_ROW_COLUMNS).is_null())
     data.reject(frame.filter(null), file, "null user, history or item")
     frame = frame.filter(~null)

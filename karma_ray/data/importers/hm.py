@@ -22,14 +22,15 @@ _ATTRIBUTES = (
 )  # fmt: skip
 _ARTICLE_COLUMNS = ("article_id", "product_code", "prod_name", "detail_desc", *_ATTRIBUTES)
 _SALE_COLUMNS = ("t_dat", "customer_id", "article_id")
+_IDS = ("article_id", "customer_id")
 _IMAGES_PER_PART = 1000
 
 
 def import_hm(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     """Write the data folder of the H&M files in `src`; returns its manifest."""
-    articles = read_parquet(find_file(src, "articles.parquet"), _ARTICLE_COLUMNS)
+    articles = read_parquet(find_file(src, "articles.parquet"), _ARTICLE_COLUMNS, _IDS)
     sales_file = find_file(src, "transactions.parquet")
-    sales = read_parquet(sales_file, _SALE_COLUMNS).with_row_index("row")
+    sales = read_parquet(sales_file, _SALE_COLUMNS, _IDS).with_row_index("row")
     data = DataFolder(out)
     items = hm_items(articles)
     queries = items.select("item_id", "query")
@@ -101,7 +102,7 @@ def _write_items(data: DataFolder, items: pl.DataFrame, image_files: list[str]) 
     """Items with a picture shard by shard, then the rest: memory holds one batch of pictures."""
     pictured: set[str] = set()
     for file in image_files:
-        for images in stream_parquet(file, ("article_id", "jpeg"), _IMAGES_PER_PART):
+        for images in stream_parquet(file, ("article_id", "jpeg"), _IDS, _IMAGES_PER_PART):
             fresh = images.rename({"article_id": "item_id", "jpeg": "image"}).filter(
                 ~pl.col("item_id").is_in(pictured)
             )

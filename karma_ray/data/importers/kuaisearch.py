@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 
+from karma_ray.data.identifiers import one_id
 from karma_ray.data.importers.output import DataFolder
 from karma_ray.data.importers.source import find_file, stream_json
 
@@ -54,6 +55,11 @@ def _text(value: object) -> str | None:
     return None if text.lower() in _NAMELESS else text
 
 
+def _ids(record: dict[str, Any], name: str, file: str) -> list[str]:
+    ids = (one_id(value, f"{file}: {name}") for value in record.get(name) or [])
+    return [item_id for item_id in ids if item_id is not None]
+
+
 def _reject(data: DataFolder, file: str, row: int, line: str, reason: str) -> None:
     data.reject(pl.DataFrame({"row": [row], "line": [line]}), file, reason)
 
@@ -68,7 +74,7 @@ def _write_items(data: DataFolder, file: str) -> set[str]:
         part.clear()
 
     for row, line, record in stream_json(file, _ITEM_KEYS):
-        item_id = str(record.get("item_id") or "") if record else ""
+        item_id = one_id(record.get("item_id"), f"{file}: item_id") if record else None
         title = _text(record.get("item_title")) if record else None
         if record is None or not item_id or title is None or item_id in known:
             reason = "repeated item id" if item_id in known else "item without id or title"
@@ -105,23 +111,22 @@ def _write_pages(data: DataFolder, file: str, known: set[str]) -> dict[str, int]
         if record is None or reason:
             _reject(data, file, row, line, reason or "not a JSON object")
             continue
-        page = {name: [str(i) for i in record.get(name) or []] for name in _PAGE_KEYS[3:]}
+        page = {name: _ids(record, name, file) for name in _PAGE_KEYS[3:]}
         kept = {name: [i for i in ids if i in known] for name, ids in page.items()}
         for key, name in _LISTS.items():
             lost[key] += len(page[name]) - len(kept[name])
         if not kept["impressed_item_ids"] and not kept["clicked_item_ids"]:
             lost["pages"] += 1
             continue
-        session = record.get("session_id")
         part.append(
             {
-                "user_id": str(record["user_id"]),
+                "user_id": one_id(record["user_id"], f"{file}: user_id"),
                 "timestamp": int(record["time_index"]),
                 "query": _text(record.get("query")),
                 "exposed_item_ids": kept["impressed_item_ids"],
                 "clicked_item_ids": kept["clicked_item_ids"],
                 "purchased_item_ids": kept["purchased_item_ids"],
-                "session_id": None if session is None else str(session),
+                "session_id": one_id(record.get("session_id"), f"{file}: session_id"),
             }
         )
         if len(part) == _ROWS_PER_PART:
@@ -133,7 +138,7 @@ def _write_pages(data: DataFolder, file: str, known: set[str]) -> dict[str, int]
 def _problem(record: dict[str, Any] | None) -> str | None:
     if record is None:
         return "not a JSON object"
-    if record.get("user_id") is None:
+    if one_id(record.get("user_id"), "user_id") is None:
         return "null user"
     if not isinstance(record.get("time_index"), int):
         return "time_index is no whole number"

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import polars as pl
 
+from karma_ray.data.identifiers import MISSING
+
 _OFFSET = r"(Z|[+-]\d{2}:?\d{2})$"
 _FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
 _TRUE = ["true", "t", "yes", "y"]
-_FALSE = ["false", "f", "no", "n", ""]
+_FALSE = ["false", "f", "no", "n", *(text.lower() for text in MISSING)]
 
 
 def timestamp(name: str, dtype: pl.DataType) -> pl.Expr:
@@ -27,7 +29,8 @@ def timestamp(name: str, dtype: pl.DataType) -> pl.Expr:
         return column.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
     if dtype.is_numeric():
         # A 32-bit column of seconds would overflow as microseconds.
-        return _epoch(column.cast(pl.Int64 if dtype.is_integer() else pl.Float64, strict=False))
+        whole = column.cast(pl.Int64, strict=False)
+        return _epoch(whole if dtype.is_integer() else column.cast(pl.Float64).fill_nan(None))
     text = column.cast(pl.String).str.strip_chars()
     number = text.str.contains(r"^-?\d+(\.\d+)?$")
     # Whole numbers stay integers: a double cannot hold nanoseconds.
@@ -41,18 +44,12 @@ def flag(name: str, dtype: pl.DataType) -> pl.Expr:
     column = pl.col(name)
     if dtype == pl.Boolean:
         return column.fill_null(False)
-    if dtype.is_numeric():
-        return column.fill_null(0) > 0
+    if dtype.is_numeric():  # NaN stands for a missing label; polars holds it to be above 0
+        return column.cast(pl.Float64).fill_nan(None).fill_null(0) > 0
     text = column.cast(pl.String).str.strip_chars().str.to_lowercase().fill_null("")
-    number = text.cast(pl.Float64, strict=False) > 0
+    number = text.cast(pl.Float64, strict=False).fill_nan(None) > 0
     said = pl.when(text.is_in(_TRUE)).then(True).when(text.is_in(_FALSE)).then(False)
     return said.otherwise(number)
-
-
-def identifier(name: str) -> pl.Expr:
-    """Column `name` as a string without outer spaces; empty becomes null."""
-    text = pl.col(name).cast(pl.String).str.strip_chars()
-    return pl.when(text != "").then(text)
 
 
 def _epoch(value: pl.Expr) -> pl.Expr:

@@ -12,6 +12,7 @@ from karma_ray.data.importers.source import find_file, read_parquet
 
 _RATING_COLUMNS = ("user_id", "item_id", "rating", "timestamp")
 _MOVIE_COLUMNS = ("item_id", "movie_title", "release_year", "class", "ml1m_id")
+_IDS = ("user_id", "item_id", "ml1m_id")
 LIKED = 4
 
 
@@ -23,9 +24,9 @@ def import_movielens(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     ratings_file = find_file(src, "ml100k_interactions.parquet")
     movies_file = find_file(src, "ml100k_items.parquet")
     posters_file = find_file(src, "posters.parquet")
-    ratings = read_parquet(ratings_file, _RATING_COLUMNS).with_row_index("row")
-    movies = read_parquet(movies_file, _MOVIE_COLUMNS).with_row_index("row")
-    posters = read_parquet(posters_file, ("ml1m_id", "jpeg")).unique("ml1m_id", keep="first")
+    ratings = read_parquet(ratings_file, _RATING_COLUMNS, _IDS).with_row_index("row")
+    movies = read_parquet(movies_file, _MOVIE_COLUMNS, _IDS).with_row_index("row")
+    posters = read_parquet(posters_file, ("ml1m_id", "jpeg"), _IDS).unique("ml1m_id", keep="first")
     data = DataFolder(out)
     untitled = pl.col("movie_title").str.to_lowercase().is_in(["unkonwn", "unknown", ""])
     untitled = untitled.fill_null(True)
@@ -37,7 +38,7 @@ def import_movielens(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
 
     bad = pl.any_horizontal(pl.col(_RATING_COLUMNS).is_null())
     data.reject(ratings.filter(bad), ratings_file, "null user, item, rating or time")
-    rated = ratings.filter(~bad).with_columns(pl.col("user_id", "item_id").cast(pl.String))
+    rated = ratings.filter(~bad)
     known = pl.col("item_id").is_in(items["item_id"].implode())
     data.reject(rated.filter(~known), ratings_file, "item not in the catalogue")
     pages = rating_pages(rated.filter(known), queries)
@@ -66,7 +67,7 @@ def movie_items(movies: pl.DataFrame, posters: pl.DataFrame) -> pl.DataFrame:
     first = genres.list.first().str.to_lowercase()
     year = pl.concat_str(pl.lit(" ("), pl.col("release_year"), pl.lit(")"))
     items = movies.join(posters, on="ml1m_id", how="left", maintain_order="left").select(
-        pl.col("item_id").cast(pl.String),
+        pl.col("item_id"),
         pl.concat_str(pl.col("movie_title"), year.fill_null("")).alias("title"),
         pl.lit(None, pl.String).alias("text"),
         pl.lit(None, pl.String).alias("brand"),

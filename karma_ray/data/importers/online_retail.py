@@ -23,7 +23,9 @@ _MIN_ITEMS = 5
 def import_online_retail(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     """Write the data folder of `online_retail.parquet` in `src`; returns its manifest."""
     file = find_file(src, "online_retail.parquet")
-    rows = read_parquet(file, _COLUMNS).with_row_index("row")
+    rows = read_parquet(file, _COLUMNS, ("InvoiceNo", "StockCode", "CustomerID")).with_row_index(
+        "row"
+    )
     data = DataFolder(out)
     sales = _keep_sales(data, rows, file)
     titles = retail_titles(sales)
@@ -93,7 +95,7 @@ def _keep_sales(data: DataFolder, rows: pl.DataFrame, file: str) -> pl.DataFrame
         data.reject(rows.filter(bad), file, reason)
         rows = rows.filter(~bad)
     return rows.with_columns(
-        pl.col("CustomerID").cast(pl.String).alias("user_id"),
+        pl.col("CustomerID").alias("user_id"),
         # 85123a and 85123A are one product
         pl.col("StockCode").str.to_uppercase().alias("item_id"),
         pl.col("InvoiceDate")
