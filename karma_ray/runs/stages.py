@@ -28,7 +28,9 @@ from karma_ray.data.prompts import Tokenizer
 from karma_ray.data.tokens import TextLengths, catalog_tokens
 from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
-from karma_ray.model.backbone import check_architecture, load_lm_head, load_tokenizer
+from karma_ray.model.backbones.checkpoints import load_lm_head
+from karma_ray.model.backbones.registry import checkpoint_family
+from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
@@ -48,7 +50,8 @@ NUM_COUNTED = 200_000
 
 
 def is_tiny(config: Config) -> bool:
-    """Whether the backbones are built here; raises InputError on a mixture or no Qwen3.
+    """Whether the backbones are built here; raises InputError on a mixture, and on
+    families that are not known.
 
     Item encoder and user decoder share one tokenizer, so either both are `tiny` or none.
     """
@@ -61,8 +64,8 @@ def is_tiny(config: Config) -> bool:
     if item == "tiny":
         return True
     seeing = config.model.item_encoder.modality == "multimodal"
-    check_architecture(item, "model.item_encoder.checkpoint", "qwen3_vl" if seeing else "qwen3")
-    check_architecture(user, "model.user_decoder.checkpoint")
+    checkpoint_family(item, "model.item_encoder.checkpoint", sees=seeing)
+    checkpoint_family(user, "model.user_decoder.checkpoint")
     return False
 
 

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karma_ray.data.batch import Batch
+from karma_ray.model.backbones.registry import family_of
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import rank_of
 from karma_ray.training.action_term import trained_steps
@@ -33,7 +34,7 @@ Learns = Literal["all", "adapters", "nothing", "no gradient"]
 
 @dataclass(frozen=True)
 class BodyCost:
-    """Operations of one forward pass of a Qwen3 body, without head and embeddings."""
+    """Operations of one forward pass of a body, without head and embeddings."""
 
     linear: float  # per token, in the layers' own weights
     low_rank: float  # per token, in adapters
@@ -43,16 +44,10 @@ class BodyCost:
     def of(cls, body: nn.Module) -> BodyCost:
         """From a body's configuration; adapters from their rank."""
         config = cast(Any, body).config
-        width, inner, layers = (
-            config.hidden_size, config.intermediate_size, config.num_hidden_layers,
-        )  # fmt: skip
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        shapes = [(width, queries), (width, keys), (width, keys), (queries, width),
-                  *3 * [(width, inner)]]  # fmt: skip
-        weights = sum(inside * outside for inside, outside in shapes)
-        sides = sum(inside + outside for inside, outside in shapes)
-        rank = rank_of(body) or 0
+        shape, layers = family_of(body).layer_shape(config), config.num_hidden_layers
+        weights = sum(inside * outside for inside, outside in shape.matrices)
+        sides = sum(inside + outside for inside, outside in shape.matrices)
+        rank, queries = rank_of(body) or 0, shape.attention_width
         return cls(2.0 * layers * weights, 2.0 * layers * rank * sides, 4.0 * layers * queries)
 
     def forward(self, tokens: float, pairs: float) -> float:
@@ -76,7 +71,7 @@ class Work:
     item_tokens: int
     item_pairs: int
     queries: int  # unique, that hold words
-    query_tokens: int  # with `<|endoftext|>`, as the item encoder reads them
+    query_tokens: int  # with the end of text, as the item encoder reads them
     query_pairs: int
     steps: int
     tokens: int  # prompt and slots of the user decoder

@@ -1,4 +1,4 @@
-"""The stand-in for a pretrained LLM: a tiny Qwen3 trained on the catalogue's own text.
+"""The stand-in for a pretrained LLM: a tiny one trained on the catalogue's own text.
 
 Writes a Hugging Face folder (config, weights, tokenizer); every later stage loads it exactly
 as it would load a real checkpoint.
@@ -16,7 +16,8 @@ import torch
 
 from karma_ray.artifacts import write_manifest
 from karma_ray.data.prompts import encode_texts
-from karma_ray.model.backbone import build_tiny, save_body, save_tokenizer, train_tokenizer
+from karma_ray.model.backbone import build_tiny, save_body
+from karma_ray.model.backbones.tokenizer import save_tokenizer, train_tokenizer
 from karma_ray.model.config import TinyBackboneConfig
 from karma_ray.training.config import PretrainConfig
 from karma_ray.training.loop import fit

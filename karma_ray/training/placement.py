@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from karma_ray.errors import InputError
-from karma_ray.model.sight import can_see
+from karma_ray.model.backbone import can_see
 from karma_ray.training.checkpoints.shards import is_sharded, local_part
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.parallel import broadcast_parameters, global_sum, is_parallel, world_size

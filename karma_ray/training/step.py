@@ -67,7 +67,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class PretrainStep:
-    """Causal language modelling of `text <|endoftext|>` on a bare body with tied head."""
+    """Causal language modelling of a text and its end on a bare body with tied head."""
 
     def __call__(self, body: nn.Module, batch: TokenBatch) -> StepOutput:
         """Mean cross-entropy per token."""

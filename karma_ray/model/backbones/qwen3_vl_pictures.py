@@ -1,4 +1,4 @@
-"""How a picture enters the item encoder: Qwen3-VL around the layers that also read plain text.
+"""How a picture enters a Qwen3-VL: around the layers that also read plain text.
 
 The trunk is the same Qwen3 body as of a text encoder, with `visual`, Qwen3-VL's vision tower,
 inside it: an item without a picture takes the very path of a text item. With one, the input is
@@ -14,27 +14,14 @@ K image tokens of a picture (G on a side), N patches, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karma_ray.errors import InputError
-
-NO_PICTURE = -1
-"""Catalogue row of what has no picture: a query, or text alone."""
-
-
-@dataclass(frozen=True)
-class SeenRows:
-    """Input of the trunk."""
-
-    embeddings: Tensor  # [U, S', D]
-    positions: Tensor | None  # [U, S', 3] time, row, column; None: each slot's number
-    last: Tensor  # [U] slot of the end token
-    deep: tuple[Tensor, ...]  # [U, S', D] each, added behind the first layers
+from karma_ray.model.backbones.family import SeenRows
+from karma_ray.model.layers import rotated
 
 
 def cut_patches(pixels: Tensor, patch: int, merge: int, temporal: int) -> tuple[Tensor, Tensor]:
@@ -111,17 +98,10 @@ def give_sight(body: nn.Module, visual: nn.Module, rotary: nn.Module, config: An
         seeing.layers[number].register_forward_hook(_Deepening(number), with_kwargs=True)
 
 
-def can_see(body: nn.Module) -> bool:
-    """Whether a body has a vision tower."""
-    return hasattr(body, "visual")
-
-
-def check_size(body: nn.Module, side: int) -> None:
-    """Raise InputError when pictures of this side cannot be cut into the tower's patches."""
+def block_side(body: nn.Module) -> int:
+    """Pixels of a side that become one token."""
     config = cast(Any, body).seeing.vision_config
-    block = config.patch_size * config.spatial_merge_size
-    if side < block or side % block:
-        raise InputError("model.item_encoder.image_size", side, f"is not a multiple of {block}")
+    return int(config.patch_size * config.spatial_merge_size)
 
 
 class PatchProjection(nn.Module):
@@ -165,7 +145,7 @@ class PictureAttention(nn.Module):
         cos, sin = (
             table.view(*query.shape[:2], 1, -1).to(query.dtype) for table in position_embeddings
         )
-        query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        query, key = rotated(query, cos, sin), rotated(key, cos, sin)
         states = functional.scaled_dot_product_attention(
             query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
         )
@@ -200,9 +180,3 @@ def _look(body: nn.Module, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
     seen = seeing.visual(patches, grid_thw=grids)
     tokens = seen.pooler_output.view(count, -1, seen.pooler_output.shape[-1])
     return tokens, [deep.view(tokens.shape) for deep in seen.deepstack_features]
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of [n, N, H, d]; cos and sin [n, N, 1, d]."""
-    first, second = x.chunk(2, -1)
-    return x * cos + torch.cat([-second, first], -1) * sin
