@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +111,20 @@ def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:
 
 def write_json(value: Any, uri: str) -> None:
     """Write indented JSON, replacing the file in one step on a local filesystem."""
+    _replace(json.dumps(value, indent=2, sort_keys=False, default=str) + "\n", uri)
+
+
+def write_lines(values: Iterable[Any], uri: str) -> None:
+    """Write a JSON line per value, keys sorted, replacing the file as `write_json` does."""
+    lines = (
+        json.dumps(value, sort_keys=True, separators=(",", ":"), default=str) for value in values
+    )
+    _replace("".join(f"{line}\n" for line in lines), uri)
+
+
+def _replace(text: str, uri: str) -> None:
     fs, path = open_filesystem(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    text = json.dumps(value, indent=2, sort_keys=False, default=str) + "\n"
     if fs.protocol in ("file", "local") or "file" in fs.protocol:
         temporary = f"{path}.{os.getpid()}.tmp"
         Path(temporary).write_text(text, encoding="utf-8")
@@ -237,11 +248,17 @@ class RunFolder:
 
 
 def read_lines(uri: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of a JSON-lines file; an absent file yields nothing."""
+    """Yield the records of a JSON-lines file; an absent file yields nothing.
+
+    Raises InputError with the number of a line that is not JSON.
+    """
     fs, path = open_filesystem(uri)
     if not fs.exists(path):
         return
     with fs.open(path, "r") as source:
-        for line in source:
+        for number, line in enumerate(source, start=1):
             if line.strip():
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError("line", f"{uri}:{number}", f"is not JSON ({error})") from None

@@ -5,7 +5,7 @@ Differences are in points over the table's baseline under the same condition.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 from karma_ray.studies.comparison import (
@@ -89,9 +89,12 @@ def _in_words(group: Group, found: Differences) -> Section:
             continue
         parts = []
         for sign, words in ((1, "higher on"), (-1, "lower on"), (0, "no difference shown on")):
-            told = [f"{m} ({_told(d)})" for m, d in of_row.items() if d.direction == sign]
+            told = [
+                f"{m} ({_told(d)})" for m, d in of_row.items() if d.direction == sign and not d.gone
+            ]
             if told:
                 parts.append(f"{words} {', '.join(told)}")
+        parts += _without_interval(of_row)
         seeds = max(len(d.seeds) for d in of_row.values())
         warning = " One seed: its spread is unknown." if seeds == 1 else ""
         sentences.append(f"{variant.label}: {'; '.join(parts)}.{warning}")
@@ -103,6 +106,19 @@ def _in_words(group: Group, found: Differences) -> Section:
         "design can detect."
     )
     return Section("In plain words", notes=(*sentences, note) if sentences else ())
+
+
+def _without_interval(of_row: Mapping[str, Difference]) -> list[str]:
+    """What is not said of other users, because runs have left no values per example."""
+    unknown = {metric: d for metric, d in of_row.items() if d.gone}
+    if not unknown:
+        return []
+    told = ", ".join(f"{metric} ({signed(d.mean)})" for metric, d in unknown.items())
+    names = ", ".join(dict.fromkeys(name for d in unknown.values() for name in d.gone))
+    return [
+        f"without an interval {told}, for the values per example of {names} are not here "
+        "(docs/ablations.md says how to make them again)"
+    ]
 
 
 def _told(difference: Difference) -> str:
@@ -161,6 +177,8 @@ def _orders(group: Group, metrics: Iterable[str]) -> list[str]:
 def _agreement(published: float, ours: Difference | None) -> str:
     if ours is None:
         return "–"
+    if ours.gone:
+        return "no interval"
     if not ours.direction:
         return "not shown"
     if len(ours.seeds) == 1:
