@@ -242,6 +242,36 @@ def test_a_folder_of_something_else_is_not_emptied(tmp_path: Path) -> None:
     assert (out / "thesis.txt").exists()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_failed_import_leaves_what_was_there_and_can_be_repaired(tmp_path: Path) -> None:
+    _, out = fold(tmp_path)
+    (out / "visual_features").mkdir()
+    (out / "visual_features" / "mine.txt").write_text("not of the import")
+    before = contents(out)
+    (tmp_path / "untitled.csv").write_text("sku,name\n0001,\n")
+    for where in (out, tmp_path / "new"):
+        with pytest.raises(InputError, match="the catalogue is empty"):
+            import_long(
+                str(tmp_path / "log.csv"), str(where), items=str(tmp_path / "untitled.csv"),
+                columns=parse_mapping(COLUMNS, "--columns"),
+                item_columns={"item_id": "sku", "title": "name"},
+            )  # fmt: skip
+    assert contents(out) == before and not (tmp_path / "new").exists()
+    manifest, out = fold(tmp_path, LOG + "u3,2024-05-03,lamp,0001,1,1\n")
+    assert manifest["counts"]["users"] == 3 and (out / "visual_features" / "mine.txt").exists()
+
+
+def test_what_a_killed_import_left_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "out" / "import-work" / "items").mkdir(parents=True)
+    (tmp_path / "out" / "items").mkdir()
+    _, out = fold(tmp_path)
+    assert not (out / "import-work").exists() and read_manifest(str(out), "data")
+
+
 def test_an_unknown_format_lists_the_choices() -> None:
     with pytest.raises(InputError, match=r"FORMAT: 'h-m'.*choices: hm, .*long"):
         importer("h-m")

@@ -40,40 +40,41 @@ def import_amazon_industrial(src: str, out: str, *, seed: int = 0) -> dict[str, 
     valid, test = (
         read_parquet(file, _ROW_COLUMNS, _ROW_COLUMNS) for file in (valid_file, test_file)
     )
-    data = DataFolder(out)
-    items = _items(products)
-    untitled = items["title"].str.len_chars() == 0
-    data.reject(products.filter(untitled), items_file, "title empty")
-    data.add("items", items.filter(~untitled))
+    with DataFolder(out) as data:
+        items = _items(products)
+        untitled = items["title"].str.len_chars() == 0
+        data.reject(products.filter(untitled), items_file, "title empty")
+        data.add("items", items.filter(~untitled))
 
-    known = set(items.filter(~untitled)["item_id"])
-    valid_rows = _rows_by_user(data, valid, valid_file, known)
-    test_rows = _rows_by_user(data, test, test_file, known)
-    for split, rows in (("valid", valid_rows), ("test", test_rows)):
-        data.add(f"examples/split={split}", example_table(_examples(rows, split)))
-    sequences = []
-    limit = max((len(past) for rows in valid_rows.values() for past, _ in rows), default=1)
-    for user, user_rows in valid_rows.items():
-        history = training_history(user_rows, limit)
-        steps = [Step(item, f"{user}:train:{n}") for n, item in enumerate(history)]
-        sequences += list(windows(user, steps))
-    data.add("sequences", sequence_table(sequences))
-    return data.finish(
-        name="amazon_industrial",
-        query_source="none",
-        negative_source="none",
-        licence="Amazon review data: research use",
-        presplit=True,
-        notes=[
-            "split upstream by global time 8:1:1, without times: timestamps are null",
-            "the upstream train rows are absent. Training uses the clicks in front of each user's "
-            "first valid target, at most 10; users without a valid row train nothing, and test "
-            "histories are never trained on, because they hold valid targets",
-            "a user's very first click has no upstream row, so a few training clicks may be "
-            "younger than the start of validation",
-            "no queries and no negatives: gAUC has no groups and is not reported",
-        ],
-    )
+        known = set(items.filter(~untitled)["item_id"])
+        valid_rows = _rows_by_user(data, valid, valid_file, known)
+        test_rows = _rows_by_user(data, test, test_file, known)
+        for split, rows in (("valid", valid_rows), ("test", test_rows)):
+            data.add(f"examples/split={split}", example_table(_examples(rows, split)))
+        sequences = []
+        limit = max((len(past) for rows in valid_rows.values() for past, _ in rows), default=1)
+        for user, user_rows in valid_rows.items():
+            history = training_history(user_rows, limit)
+            steps = [Step(item, f"{user}:train:{n}") for n, item in enumerate(history)]
+            sequences += list(windows(user, steps))
+        data.add("sequences", sequence_table(sequences))
+        return data.finish(
+            name="amazon_industrial",
+            query_source="none",
+            negative_source="none",
+            licence="Amazon review data: research use",
+            presplit=True,
+            notes=[
+                "split upstream by global time 8:1:1, without times: timestamps are null",
+                "the upstream train rows are absent. Training uses the clicks in front of each "
+                "user's "
+                "first valid target, at most 10; users without a valid row train nothing, and test "
+                "histories are never trained on, because they hold valid targets",
+                "a user's very first click has no upstream row, so a few training clicks may be "
+                "younger than the start of validation",
+                "no queries and no negatives: gAUC has no groups and is not reported",
+            ],
+        )
 
 
 def training_history(rows: list[_Row], max_history: int) -> list[str]:

@@ -72,17 +72,17 @@ def import_long(
         raise InputError(
             "--item-columns image", table.schema["image"], "must be bytes of a picture"
         )
-    data = DataFolder(out)
-    for file, reason, lines in [*log_rows.rejected, *item_rows.rejected]:
-        data.reject(lines, file, reason)
-    known = _write_items(data, table)
-    exposures = _readable(data, log)
-    if exposures.is_empty():
-        raise InputError("SRC", src, f"has no row that can be read: {dict(data.quarantined)}")
-    for part in fold_exposures(exposures).iter_slices(_ROWS_PER_PART):
-        data.add("events", part)
-    notes = [*log_rows.notes, *item_rows.notes]
-    return _finish(data, log.columns, exposures, known, notes)
+    with DataFolder(out) as data:
+        for file, reason, lines in [*log_rows.rejected, *item_rows.rejected]:
+            data.reject(lines, file, reason)
+        known = _write_items(data, table)
+        exposures = _readable(data, log)
+        if exposures.is_empty():
+            raise InputError("SRC", src, f"has no row that can be read: {dict(data.quarantined)}")
+        for part in fold_exposures(exposures).iter_slices(_ROWS_PER_PART):
+            data.add("events", part)
+        notes = [*log_rows.notes, *item_rows.notes]
+        return _finish(data, log.columns, exposures, known, notes)
 
 
 def _finish(

@@ -1,4 +1,9 @@
-"""The data folder an importer writes: tables in parts, rejected rows, manifest, counts."""
+"""The data folder an importer writes: tables in parts, rejected rows, manifest, counts.
+
+New tables grow in `DATA/import-work/` and take the old ones' place when all are written, so an
+import that fails leaves what was there. The old manifest is removed first and the new one put in
+place last: a half-replaced folder is never taken for a whole one.
+"""
 
 from __future__ import annotations
 
@@ -41,26 +46,39 @@ _SCHEMAS = {
     "examples/split=valid": EXAMPLES,
     "examples/split=test": EXAMPLES,
 }
-# Everything an import or a later preparation leaves here; an import starts from none of it.
+# Everything an import or a later preparation leaves here; none of it outlives a new import.
 _OWNED = (
     "items", "events", "query_matches", "quarantine_import", "sequences", "examples",
     "quarantine", "truth", "prepared.json", "manifest.json",
 )  # fmt: skip
 
 
+_WORK = "import-work"
+
+
 class DataFolder:
-    """Writes DATA part by part and counts what goes in."""
+    """Writes DATA part by part and counts what goes in; used in a `with`, left by `finish`."""
 
     def __init__(self, uri: str) -> None:
-        """Empty an earlier data folder at `uri`; raises InputError when it is something else."""
-        self.uri = uri
+        """Raises InputError when at `uri` lies something else than data of an earlier import."""
+        self.uri, self.work = uri, join(uri, _WORK)
         self.quarantined: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._parts: Counter[str] = Counter()
         self._users: set[str] = set()
         self._digest = hashlib.sha256()
-        _clear(uri)
+        _check_ours(uri)
+
+    def __enter__(self) -> DataFolder:
+        _remove(self.uri, _WORK)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        _remove(self.uri, _WORK)
+        fs, path = open_filesystem(self.uri)
+        if fs.isdir(path) and not fs.ls(path):
+            fs.rmdir(path)
 
     def add(self, name: str, table: pl.DataFrame | pa.Table) -> None:
         """Append a part to the table `name`, cast to its schema."""
@@ -68,7 +86,7 @@ class DataFolder:
         if arrow.num_rows == 0 and self._parts[name]:
             return
         arrow = check_columns(arrow, _SCHEMAS[name], f"{name} of {self.uri}")
-        write_table(arrow, join(self.uri, name), f"part-{self._parts[name]:05d}")
+        write_table(arrow, join(self.work, name), f"part-{self._parts[name]:05d}")
         if name != "quarantine_import":  # rejected rows name the file that they were read from
             self._digest.update(f"{name} {table_hash(arrow)}".encode())
         self._parts[name] += 1
@@ -135,21 +153,37 @@ class DataFolder:
         if presplit:
             times = {"valid_start": None, "test_start": None}
             prepared = {"prepare": asdict(PrepareConfig()), "presplit": True, **times, **facts}
-            write_json(prepared, join(self.uri, "prepared.json"))
-        return write_manifest(
-            self.uri, "data", name=name, **facts, data_hash=self._digest.hexdigest()[:16],
+            write_json(prepared, join(self.work, "prepared.json"))
+        manifest = write_manifest(
+            self.work, "data", name=name, **facts, data_hash=self._digest.hexdigest()[:16],
             licence=licence, notes=notes, presplit=presplit,
         )  # fmt: skip
+        self.publish()
+        return manifest
+
+    def publish(self) -> None:
+        """Put what was written in the place of an earlier import."""
+        fs, old = open_filesystem(self.uri)
+        _, new = open_filesystem(self.work)
+        for name in reversed(_OWNED):
+            _remove(self.uri, name)
+        for name in _OWNED:
+            if fs.exists(f"{new}/{name}"):
+                fs.mv(f"{new}/{name}", f"{old}/{name}", recursive=True)
 
 
-def _clear(uri: str) -> None:
+def _check_ours(uri: str) -> None:
     fs, path = open_filesystem(uri)
     if not exists(uri):
         return
     if not fs.isdir(path):
         raise InputError("OUT", uri, "is a file, not a folder")
-    if fs.ls(path) and not exists(join(uri, "manifest.json")):
+    ours = exists(join(uri, "manifest.json")) or exists(join(uri, _WORK))
+    if fs.ls(path) and not ours:
         raise InputError("OUT", uri, "is not empty and holds no manifest.json of an earlier import")
-    for name in _OWNED:
-        if fs.exists(f"{path}/{name}"):
-            fs.rm(f"{path}/{name}", recursive=True)
+
+
+def _remove(uri: str, name: str) -> None:
+    fs, path = open_filesystem(join(uri, name))
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
