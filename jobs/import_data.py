@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray import cli
 from karma_ray.data.importers.delimited import QUOTES
+from karma_ray.data.importers.log_files import TextFormat
 from karma_ray.data.importers.long import import_long, parse_mapping
 from karma_ray.data.importers.registry import FORMATS, importer
 from karma_ray.errors import InputError
@@ -46,6 +47,14 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         help="long: whether a quote in CSV and TSV encloses a field (csv) or is a character like "
         "any other (text); default auto: text in TSV, in CSV as its lines suggest",
     )  # fmt: skip
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="long: of CSV, TSV and JSON lines, for example latin-1 "
+        "(default: UTF-8, and UTF-16 where the file begins like it)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--time-format", metavar="FORMAT", help="long: how timestamps are written, for example "
+        "%%m/%%d/%%Y; ISO 8601 and epoch numbers need none",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     started = time.perf_counter()
     if arguments.format == "long":
@@ -55,12 +64,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             items=arguments.items,
             columns=parse_mapping(arguments.columns, "--columns"),
             item_columns=parse_mapping(arguments.item_columns, "--item-columns"),
-            quotes=arguments.quotes,
+            form=TextFormat(arguments.quotes, arguments.encoding),
+            time_format=arguments.time_format,
             seed=arguments.seed,
         )
     else:
         run = importer(arguments.format)
-        for flag in ("columns", "items", "item_columns"):
+        for flag in ("columns", "items", "item_columns", "encoding", "time_format"):
             if value := getattr(arguments, flag):
                 name = "--" + flag.replace("_", "-")
                 raise InputError(name, value, "is only for the format long")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jobs import import_data
 from karma_ray.artifacts import read_json, read_manifest, read_table
 from karma_ray.data.importers.amazon_industrial import clean_text, training_history
 from karma_ray.data.importers.derive import POOL_DAYS, shared_queries
+from karma_ray.data.importers.log_files import TextFormat
 from karma_ray.data.importers.long import import_long, parse_mapping
 from karma_ray.data.importers.long_parsing import timestamp
 from karma_ray.data.importers.presplit import Step, windows
@@ -533,7 +535,7 @@ def test_odd_quotes_and_broken_lines_cost_no_other_row(tmp_path: Path) -> None:
     assert [item["title"] for item in rows(out, "items")] == ['"Lamp 12', '15" tv']
     assert manifest["quarantined"] == {"not as many fields as the header": 2}
     assert any("2 rows of" in note and "--quotes" in note for note in manifest["notes"])
-    import_long(source, str(out), items=items, quotes="csv")
+    import_long(source, str(out), items=items, form=TextFormat("csv"))
     assert {page["user_id"]: page["query"] for page in rows(out, "events")}["u5"] == "tv"
 
 
@@ -695,12 +697,99 @@ def test_the_kind_of_file_does_not_change_the_events(ending: str, tmp_path: Path
         pl.Series(["2024-05-01"]),
         pl.Series([" 2024-05-01T00:00 "]),
         pl.Series(["2024-04-30 19:00:00.000-05:00"]),
+        pl.Series(["2024-05-01 00:00:00+00"]),
+        pl.Series(["2024-05-01 02:00:00 +02"]),
+        pl.Series(["2024-05-01 00:00:00 UTC"]),
+        pl.Series(["1.7145216e9"]),
+        pl.Series(["1714521600.0"]),
     ],
     ids=lambda values: str(values.dtype),
 )
 def test_every_way_to_write_a_time_means_the_same_moment(values: pl.Series) -> None:
     parsed = pl.DataFrame({"ts": values}).select(timestamp("ts", values.dtype))
     assert parsed.item() == datetime(2024, 5, 1, tzinfo=UTC)
+
+
+@pytest.mark.parametrize(
+    ("written", "stated"),
+    [
+        ("05/01/2024", "%m/%d/%Y"),
+        ("01.05.2024 00:00", "%d.%m.%Y %H:%M"),
+        ("20240501", "%Y%m%d"),
+        (20240501, "%Y%m%d"),
+        ("05/01/2024 02:00 +0200", "%m/%d/%Y %H:%M %z"),
+        ("2024-05-01", "%m/%d/%Y"),  # what is known anyway stays known
+    ],
+)
+def test_a_stated_format_says_what_a_time_means(written: object, stated: str) -> None:
+    values = pl.Series("ts", [written])
+    parsed = pl.DataFrame([values]).select(timestamp("ts", values.dtype, stated))
+    assert parsed.item() == datetime(2024, 5, 1, tzinfo=UTC)
+
+
+def test_times_that_cannot_be_read_name_the_flag_that_helps(tmp_path: Path) -> None:
+    log = "user_id,timestamp,item_id\nu,05/01/2024,0001\n"
+    with pytest.raises(InputError, match=r"'unparsable timestamp': 1.*--time-format"):
+        fold(tmp_path, log, "")
+    manifest, _ = fold(tmp_path, log + "u,20240501,0001\n", "")
+    assert [note for note in manifest["notes"] if "--time-format" in note] == [
+        "1 timestamps cannot be read; --time-format says how times are written, for example "
+        "%m/%d/%Y or %Y%m%d",
+        "all times lie before 1980, as row numbers do; --time-format says how times are written, "
+        "for example %m/%d/%Y or %Y%m%d",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["csv.gz", "semicolons", "utf-16", "utf-16-le", "latin-1", "bom"])
+def test_however_a_table_was_exported_it_says_the_same(kind: str, tmp_path: Path) -> None:
+    log = "user_id,timestamp,query,item_id\nu,1,größe 4,7\nv,2,größe 5,7\n"
+    if kind == "semicolons":
+        log = log.replace("4,", "4;").replace(",", ";")
+    source = tmp_path / ("log.csv.gz" if kind == "csv.gz" else "log.csv")
+    encoding = kind if kind in ("utf-16", "utf-16-le", "latin-1") else "utf-8"
+    content = log.encode("utf-8-sig" if kind == "bom" else encoding)
+    source.write_bytes(gzip.compress(content) if kind == "csv.gz" else content)
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    arguments = (str(source), str(tmp_path / "out"))
+    form = None
+    if kind == "latin-1":
+        with pytest.raises(InputError, match=r"log\.csv.*--encoding names another one"):
+            import_long(*arguments, items=str(tmp_path / "items.csv"))
+        form = TextFormat(encoding="latin-1")
+    if kind == "latin-1":
+        (tmp_path / "items.csv").write_text("item_id,title\n7,a\n", encoding="latin-1")
+    import_long(*arguments, items=str(tmp_path / "items.csv"), form=form)
+    assert [page["query"] for page in rows(tmp_path / "out", "events")] == ["größe 4", "größe 5"]
+
+
+def test_a_damaged_archive_and_an_unknown_encoding_are_named(tmp_path: Path) -> None:
+    _, items = write_long(tmp_path)
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(LOG.encode())[:40])
+    with pytest.raises(InputError, match=r"log\.csv\.gz' cannot be read"):
+        import_long(str(tmp_path / "log.csv.gz"), str(tmp_path / "out"), items=items)
+    with pytest.raises(InputError, match="--encoding: 'utf-9' is no encoding"):
+        import_long(items, str(tmp_path / "out"), items=items, form=TextFormat(encoding="utf-9"))
+
+
+def test_files_of_a_folder_may_order_their_columns_and_be_named_by_folders(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    texts = {"dt=2024-05-01": "user_id,item_id,clicked\nu,7,1\n",
+             "dt=2024-05-02": "clicked,item_id,extra,user_id\n1,7,x,v\n"}  # fmt: skip
+    for folder, text in texts.items():
+        (tmp_path / "log" / folder).mkdir(parents=True)
+        (tmp_path / "log" / folder / "part.csv").write_text(text)
+
+    def pages() -> list[tuple[str, int]]:
+        import_long(
+            str(tmp_path / "log"), str(tmp_path / "out"), items=str(tmp_path / "items.csv"),
+            columns={"timestamp": "dt"},
+        )  # fmt: skip
+        return [(p["user_id"], p["timestamp"].day) for p in rows(tmp_path / "out", "events")]
+
+    assert pages() == [("u", 1), ("v", 2)]
+    (tmp_path / "log" / "dt=2024-05-02" / "part.csv").write_text("item_id,user_id\n7,v\n")
+    with pytest.raises(InputError, match=r"dt=2024-05-02/part\.csv' lacks the column 'clicked'"):
+        pages()
 
 
 @pytest.mark.parametrize(
