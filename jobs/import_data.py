@@ -8,6 +8,8 @@ python jobs/import_data.py toy_shop few_users.json DATA     # {"num_users": 1000
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -20,6 +22,7 @@ from karma_ray.data.importers.delimited import QUOTES
 from karma_ray.data.importers.log_files import TextFormat
 from karma_ray.data.importers.long import import_long, parse_mapping
 from karma_ray.data.importers.registry import FORMATS, importer
+from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
 
 
@@ -91,11 +94,25 @@ def summary(manifest: dict[str, Any], out: str, seconds: float) -> str:
     lines.append(f"  negatives: {manifest['negative_source'].upper()}")
     lines += [f"  - {note}" for note in manifest["notes"]]
     lines.append(f"  licence: {manifest['licence']}")
-    if counts.get("clicks", counts.get("training_clicks", 0)) == 0:
-        lines.append("no click names a known item: nothing can be trained on this folder")
-    else:
-        lines.append(f"next: python jobs/train.py --data {out} --recipe karma_text")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_next(counts, out)])
+
+
+def _next(counts: dict[str, int], out: str) -> list[str]:
+    """The next command, and what has to be mended before it where preparing would refuse."""
+    unknown, train = counts.get("clicks_on_unknown_items", 0), f"--data {shlex.quote(out)}"
+    if counts.get("clicks", counts.get("training_clicks", 0)) == unknown:
+        return ["no click names a known item: nothing can be trained on this folder"]
+    train = f"python jobs/train.py {train} --recipe karma_text"
+    allowed = PrepareConfig().max_bad_share
+    bad, pages = counts.get("pages_with_unknown_clicks", 0), counts.get("events", 0)
+    if bad <= allowed * pages:
+        return [f"next: {train}"]
+    return [
+        f"{bad:,} of {pages:,} pages have clicks on items that the item table lacks; preparing "
+        f"allows {allowed:.0%}",
+        "next: import again with a fuller --items, or train without those clicks by:",
+        f"  {train} --set prepare.max_bad_share={math.ceil(100 * bad / pages) / 100:g}",
+    ]
 
 
 if __name__ == "__main__":

@@ -405,6 +405,18 @@ def test_amazon_trains_on_no_target_and_on_each_click_once(tmp_path: Path) -> No
     assert manifest["counts"]["training_clicks"] == 3
 
 
+def test_amazon_takes_the_category_from_the_names_of_the_files(tmp_path: Path) -> None:
+    source = write_amazon(tmp_path / "source")
+    for file in source.iterdir():
+        file.rename(source / file.name.replace("Industrial_and_Scientific", "Office_Products"))
+    manifest, _ = run("amazon_industrial", tmp_path)
+    assert manifest["name"] == "amazon_office_products"
+    assert manifest["notes"][0] == "category Office Products"
+    (source / "Toys.items.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match="several categories: Office_Products, Toys"):
+        run("amazon_industrial", tmp_path)
+
+
 def test_the_training_history_is_the_one_no_other_row_leads_to() -> None:
     chain = [([f"{i}" for i in range(max(0, n - 3), n)], f"{n}") for n in range(1, 7)]
     assert training_history(chain[::-1], 3) == ["0"]
@@ -655,6 +667,23 @@ def test_a_purchase_log_without_clicks_has_no_negatives(tmp_path: Path) -> None:
     assert manifest["negative_source"] == "none" and manifest["query_source"] == "none"
     assert [page["clicked_item_ids"] for page in rows(out, "events")] == [["0001"], ["0009"]]
     assert any(note.startswith("1 clicks name items without a row") for note in manifest["notes"])
+    assert not any("--columns impression_id" in note for note in manifest["notes"])
+
+
+def test_pages_of_one_row_are_told_with_the_column_that_helps(tmp_path: Path) -> None:
+    log = "user_id,timestamp,item_id,clicked,page\n" + "".join(
+        f"u,{n},000{1 + n % 2},{n % 2},{n // 2}\n" for n in range(40)
+    )
+    manifest, _ = fold(tmp_path, log, "")
+    assert manifest["negative_source"] == "none" and not manifest["counts"]["pages_with_negatives"]
+    assert [note for note in manifest["notes"] if "pages hold" in note] == [
+        "40 of 40 pages hold one item, so nothing was shown beside it: name the column of the "
+        "result page by --columns impression_id=COLUMN"
+    ]
+    manifest, _ = fold(tmp_path, log, "impression_id=page")
+    assert manifest["negative_source"] == "exposed"
+    assert manifest["counts"]["pages_with_negatives"] == 20
+    assert not any("pages hold" in note for note in manifest["notes"])
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl", "folder"])
@@ -796,7 +825,7 @@ def test_files_of_a_folder_may_order_their_columns_and_be_named_by_folders(tmp_p
     ("columns", "message"),
     [
         ("user_id=uid,item_id=sku,timestamp=when", "timestamp: 'when'.*choices: uid, ts, q, sku"),
-        ("user_id=uid,item_id=sku", "timestamp: None.*choices: uid, ts"),
+        ("user_id=uid,item_id=sku", "--columns timestamp is needed.*choices: uid, ts"),
         (COLUMNS + ",clicks=click", "'clicks' is not a field.*choices: user_id"),
         ("user_id", "'user_id' is not of the form"),
     ],
@@ -824,6 +853,31 @@ def test_the_job_prints_counts_and_the_next_command(
     printed = capsys.readouterr().out
     assert "DERIVED" in printed and "PROXY" in printed
     assert printed.rstrip().endswith(f"next: python jobs/train.py --data {out} --recipe karma_text")
+
+
+@pytest.mark.parametrize(
+    ("unknown", "end"),
+    [
+        (1, "next: python jobs/train.py --data '{out}' --recipe karma_text"),
+        (3, "  python jobs/train.py --data '{out}' --recipe karma_text "
+            "--set prepare.max_bad_share=0.3"),
+        (10, "no click names a known item: nothing can be trained on this folder"),
+    ],
+)  # fmt: skip
+def test_the_next_command_is_none_that_preparing_refuses(
+    unknown: int, end: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"u{n},{n},{'gone' if n < unknown else '7'}" for n in range(10)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,timestamp,item_id", *lines]))
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    out = str(tmp_path / "my data")
+    items = ["--items", str(tmp_path / "items.csv")]
+    import_data.main(["long", str(tmp_path / "log.csv"), out, *items])
+    printed = capsys.readouterr().out.rstrip().splitlines()
+    assert printed[-1] == end.format(out=out)
+    assert any("3 of 10 pages have clicks" in line for line in printed) == (unknown == 3)
+    with pytest.raises(InputError, match=r"^--items is needed: the table of item ids"):
+        import_data.main(["long", str(tmp_path / "log.csv"), out])
 
 
 def test_the_job_refuses_mappings_for_a_public_dataset(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ _ITEM_OPTIONAL = ("text", "brand", "category", "image")
 _NO_TIME = "unparsable timestamp"
 _TIME_ADVICE = "--time-format says how times are written, for example %m/%d/%Y or %Y%m%d"
 _IDS = ("user_id", "item_id", "impression_id", "session_id")
+_NEARLY_ALL = 0.95
 _NO_LOG_BEFORE = datetime(1980, 1, 1, tzinfo=UTC)
 _ROWS_PER_PART = 1_000_000
 
@@ -85,9 +86,10 @@ def import_long(
         if exposures.is_empty():
             found = f"has no row that can be read: {dict(data.quarantined)}; {_TIME_ADVICE}"
             raise InputError("SRC", src, found)
-        for part in fold_exposures(exposures).iter_slices(_ROWS_PER_PART):
+        pages = fold_exposures(exposures)
+        for part in pages.iter_slices(_ROWS_PER_PART):
             data.add("events", part)
-        notes = [*log_rows.notes, *item_rows.notes]
+        notes = [*log_rows.notes, *item_rows.notes, *_page_notes(log.columns, pages)]
         return _finish(data, log.columns, exposures, known, notes)
 
 
@@ -109,10 +111,21 @@ def _finish(
     return data.finish(
         name="long",
         query_source="real" if "query" in names else "none",
-        negative_source="exposed" if "clicked" in names else "none",
+        negative_source="exposed" if data.num_pages_with_negatives else "none",
         licence="yours",
         notes=notes,
     )
+
+
+def _page_notes(names: list[str], pages: pl.DataFrame) -> list[str]:
+    """What to do when nearly every page is one row of the log: it has no negative then."""
+    single = int((pages["exposed_item_ids"].list.len() == 1).sum())
+    if "clicked" not in names or single < _NEARLY_ALL * pages.height:
+        return []
+    told = f"{single} of {pages.height} pages hold one item, so nothing was shown beside it"
+    if "impression_id" in names:
+        return [f"{told}: does impression_id name a result page, or a row?"]
+    return [f"{told}: name the column of the result page by --columns impression_id=COLUMN"]
 
 
 def map_columns(

@@ -67,6 +67,7 @@ class DataFolder:
         self._counts: Counter[str] = Counter()
         self._parts: Counter[str] = Counter()
         self._users: set[str] = set()
+        self._item_ids: list[pa.Array] = []
         self._digest = hashlib.sha256()
         _check_ours(uri)
 
@@ -92,6 +93,7 @@ class DataFolder:
         self._parts[name] += 1
         self.rows[name] += arrow.num_rows
         if name == "items":
+            self._item_ids.append(arrow.column("item_id"))
             self._counts["with_image"] += arrow.num_rows - arrow.column("image").null_count
         elif name == "events":
             self._users.update(arrow.column("user_id").unique().to_pylist())
@@ -101,12 +103,25 @@ class DataFolder:
             wider = pc.greater(pc.fill_null(pc.list_value_length(exposed), 0), lengths)
             pages = pc.and_(wider, pc.greater(lengths, 0))
             self._counts["pages_with_negatives"] += pc.sum(pages).as_py() or 0
+            self._count_unknown(clicked)
         elif name == "sequences":
             self._users.update(arrow.column("user_id").unique().to_pylist())
             trained = pc.sum(pc.list_flatten(arrow.column("loss_mask"))).as_py()
             self._counts["training_clicks"] += trained or 0
         elif name.startswith("examples"):
             self._users.update(arrow.column("user_id").unique().to_pylist())
+
+    def _count_unknown(self, clicked: pa.ChunkedArray) -> None:
+        """Clicks that preparing will quarantine, and the pages that have one."""
+        items = pa.array([], pa.string())
+        if self._item_ids:
+            items = pa.concat_arrays([part for ids in self._item_ids for part in ids.chunks])
+        unknown = pc.invert(pc.is_in(pc.list_flatten(clicked), value_set=items))
+        if (count := pc.sum(unknown).as_py() or 0) == 0:
+            return
+        pages = pc.list_parent_indices(clicked).filter(unknown)
+        self._counts["clicks_on_unknown_items"] += count
+        self._counts["pages_with_unknown_clicks"] += pc.count_distinct(pages).as_py()
 
     def reject(self, frame: pl.DataFrame, source_file: str, reason: str) -> None:
         """Quarantine the rows of `frame`; its column `row`, when present, is the row number."""
@@ -160,6 +175,11 @@ class DataFolder:
         )  # fmt: skip
         self.publish()
         return manifest
+
+    @property
+    def num_pages_with_negatives(self) -> int:
+        """Pages so far with a click and an item that was shown and not clicked."""
+        return self._counts["pages_with_negatives"]
 
     def publish(self) -> None:
         """Put what was written in the place of an earlier import."""
