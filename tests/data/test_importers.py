@@ -603,6 +603,7 @@ def test_what_editors_and_clusters_leave_beside_a_log_is_not_imported(tmp_path: 
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(line)
     (tmp_path / "log" / ".a.csv.crc").write_bytes(b"\x00")
+    (tmp_path / "log" / "empty.csv").write_bytes(b"")
     (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
     manifest = import_long(
         str(tmp_path / "log"), str(tmp_path / "out"), items=str(tmp_path / "items.csv")
@@ -835,6 +836,17 @@ def test_a_wrong_mapping_names_the_column_and_the_choices(
 ) -> None:
     with pytest.raises(InputError, match=message):
         fold(tmp_path, columns=columns)
+
+
+def test_a_column_of_lists_is_named_with_its_type(tmp_path: Path) -> None:
+    log = pl.DataFrame({"user_id": ["u"], "timestamp": [1], "item_id": ["7"], "q": [["red"]]})
+    log.write_parquet(tmp_path / "log.parquet")
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    with pytest.raises(InputError, match=r"--columns query: 'List\(String\)' is no single value"):
+        import_long(
+            str(tmp_path / "log.parquet"), str(tmp_path / "out"), columns={"query": "q"},
+            items=str(tmp_path / "items.csv"),
+        )  # fmt: skip
 
 
 def test_a_log_without_a_readable_row_is_refused(tmp_path: Path) -> None:

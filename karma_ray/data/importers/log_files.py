@@ -87,15 +87,22 @@ def read_files(
     files = data_files(uri, _ENDINGS)
     if not files:
         raise InputError(field, uri, "is no such file nor a folder of them", choices=_ENDINGS)
-    parts = []
+    parts: list[ReadRows] = []
+    sources: list[str] = []
     for name in files:
         with fs.open(name, "rb") as source:
-            part = _open(name, source.read(), form or TextFormat(), field)
+            content = source.read()
+        if not content and len(files) > 1:  # a worker without rows leaves one
+            continue
+        part = _open(name, content, form or TextFormat(), field)
         columns = folder_columns(name, root) if name != root else {}
         further = [pl.lit(v).alias(c) for c, v in columns.items() if c not in part.frame.columns]
         frame = part.frame.with_columns(*further, pl.lit(name).alias("source_file"))
         parts.append(replace(part, frame=with_ids(frame, ids, name)))
-    _check_same(parts, files, list(needed), field)
+        sources.append(name)
+    if not parts:
+        raise InputError(field, uri, "holds empty files alone")
+    _check_same(parts, sources, list(needed), field)
     try:
         frame = pl.concat([part.frame for part in parts], how="diagonal_relaxed")
     except pl.exceptions.PolarsError as error:

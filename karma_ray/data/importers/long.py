@@ -84,7 +84,8 @@ def import_long(
         known = _write_items(data, table)
         exposures = _readable(data, log, time_format)
         if exposures.is_empty():
-            found = f"has no row that can be read: {dict(data.quarantined)}; {_TIME_ADVICE}"
+            advice = f"; {_TIME_ADVICE}" if data.quarantined[_NO_TIME] else ""
+            found = f"has no row that can be read: {dict(data.quarantined)}{advice}"
             raise InputError("SRC", src, found)
         pages = fold_exposures(exposures)
         for part in pages.iter_slices(_ROWS_PER_PART):
@@ -143,6 +144,10 @@ def map_columns(
             raise InputError(field, name, "is not a field of ours", choices=ours)
         if column not in have:
             raise InputError(f"{field} {name}", column, "is not a column of the file", have)
+    for name in {*ours} & {*have} | {*mapping}:
+        kind = frame.schema[mapping.get(name, name)]
+        if kind.is_nested():
+            raise InputError(f"{field} {name}", str(kind), "is no single value")
     for name in required:
         if name not in mapping and name not in have:
             raise InputError(f"{field} {name}", None, "is needed; columns of the file", have)
