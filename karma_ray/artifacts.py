@@ -41,6 +41,11 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([str(uri).rstrip("/"), *parts])
 
 
+def from_home(text: str) -> str:
+    """A path from `~` written out: most programs below take `~` for a folder's name."""
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+
+
 def absolute(uri: str) -> str:
     """`uri`, with a local path made absolute: workers start in folders of their own."""
     fs, path = open_filesystem(uri)

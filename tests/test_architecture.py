@@ -232,6 +232,18 @@ def test_jobs_reach_the_backbone_and_the_index_only_through_the_package() -> Non
     assert not complaints, "\n".join(complaints)
 
 
+def test_a_script_runs_the_package_that_it_stands_beside() -> None:
+    """Another checkout may be installed; `python jobs/train.py` has only jobs/ on its path."""
+    first = "sys.path.insert(0, "
+    complaints = [
+        f"{path} imports karma_ray before it puts the repository first on the path"
+        for path, text in read_sources("jobs", "benchmarks").items()
+        if '__name__ == "__main__"' in text
+        and not 0 <= text.find(first) < text.find("\nfrom karma_ray")
+    ]
+    assert not complaints, "\n".join(complaints)
+
+
 PLANTED = {
     "a low room reaches up": (
         room_complaints,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -42,7 +43,8 @@ class PreparedData:
         """Open prepared data; raises InputError when the folder is missing or not prepared."""
         require_data(uri)
         if not exists(join(uri, "prepared.json")):
-            raise InputError("--data", uri, "is not prepared: it has no prepared.json")
+            how = f"make it by: python jobs/prepare.py --data {shlex.quote(uri)}"
+            raise InputError("--data", uri, f"is not prepared: it has no prepared.json; {how}")
         return cls(uri, read_json(join(uri, "prepared.json")))
 
     @property

@@ -44,6 +44,7 @@ DUPLICATE_ITEM = "duplicate item_id"
 
 ITEM_REASONS = (NO_ITEM_ID, NO_TITLE, DUPLICATE_ITEM)
 
+_ZONE = r"\s+([+-]\d\d(?::?\d\d)?)$"
 _TIME_FORMATS = ("%FT%T%.f%#z", "%FT%T%.f", "%FT%H:%M", "%F")
 
 
@@ -73,7 +74,8 @@ def parse_times(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
         problem = "cannot be read as a time; write timestamp[us, UTC] or ISO 8601 strings"
         raise InputError(f"{source}: column timestamp", str(kind), problem)
     text = pl.Series("text", column.to_pylist(), dtype=pl.String).str.strip_chars()
-    text = text.str.replace(r"^(\d{4}-\d\d-\d\d) ", "${1}T")
+    text = text.str.replace(r"^(\d{4}-\d\d-\d\d) ", "${1}T").str.replace(_ZONE, "${1}")
+    text = text.str.replace(r"\s*(UTC|GMT)$", "Z")
     parsed = [
         pl.col("text").str.to_datetime(form, time_unit="us", strict=False) for form in _TIME_FORMATS
     ]

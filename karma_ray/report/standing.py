@@ -90,7 +90,8 @@ def standing(record: RunRecord, metric: str) -> Standing | None:
         for ranker in record.rankers()
         if ranker.role == "floor" and (floor_value := ranker.value(metric)) is not None
     ]
-    floor_value, floor = max(floors, default=(None, None))
+    # Of equal ones the first: without a query the filters are popularity, and are called so.
+    floor_value, floor = max(floors, key=lambda pair: pair[0], default=(None, None))
     ceiling = number(record.floors.get(CEILING, {}).get(metric))
     return Standing(metric, value, floor, floor_value, ceiling)
 

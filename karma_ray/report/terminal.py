@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import textwrap
 from typing import Any
 
@@ -89,4 +90,4 @@ def _alarms(record: RunRecord) -> list[str]:
 def _next_command(record: RunRecord) -> str:
     if not record.is_trained:
         return "python jobs/train.py --recipe karma_text (and the same --data)"
-    return f"python jobs/serve.py {record.run}"
+    return f"python jobs/serve.py {shlex.quote(record.run)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,7 +30,7 @@ def visual_uri(config: Config, items_uri: str) -> str:
     named = config.collate.visual_features
     uri = absolute(named) if named else features_uri(items_uri)
     if not exists(join(uri, "manifest.json")):
-        message = f"does not exist; make it by: python jobs/features.py {items_uri}"
+        message = f"does not exist; make it by: python jobs/features.py {shlex.quote(items_uri)}"
         raise InputError("collate.visual_features", uri, message)
     return uri
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -93,7 +94,8 @@ def _missing(row: Row, data: Data, extra: Sequence[str]) -> str:
         if not has_images(data.uri):
             return f"the items of {data.name} have no images"
         if not exists(features_uri(data.uri)):
-            return f"the images have no features; make them by: python jobs/features.py {data.uri}"
+            how = f"python jobs/features.py {shlex.quote(data.uri)}"
+            return f"the images have no features; make them by: {how}"
     return ""
 
 

@@ -61,6 +61,15 @@ def test_what_polars_reads_without_odd_lines_is_read_the_same() -> None:
     assert read_delimited(frame.write_csv(), ",", "csv").frame.drop("row").equals(frame)
 
 
+def test_lines_may_end_as_they_did_on_any_system() -> None:
+    for end in ("\n", "\r\n", "\r"):
+        assert values(end.join(["a,b", "1,2", "3,4"])) == [("1", "2"), ("3", "4")]
+
+
+def test_a_header_alone_has_no_rows() -> None:
+    assert values("a,b\n") == values("a\tb", "\t") == []
+
+
 def test_an_empty_text_is_no_table() -> None:
     with pytest.raises(pl.exceptions.NoDataError):
         read_delimited("\n", ",")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jobs import import_data
 from karma_ray.artifacts import read_json, read_manifest, read_table
 from karma_ray.data.importers.amazon_industrial import clean_text, training_history
 from karma_ray.data.importers.derive import POOL_DAYS, shared_queries
+from karma_ray.data.importers.log_files import TextFormat
 from karma_ray.data.importers.long import import_long, parse_mapping
 from karma_ray.data.importers.long_parsing import timestamp
 from karma_ray.data.importers.presplit import Step, windows
@@ -242,6 +244,36 @@ def test_a_folder_of_something_else_is_not_emptied(tmp_path: Path) -> None:
     assert (out / "thesis.txt").exists()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_failed_import_leaves_what_was_there_and_can_be_repaired(tmp_path: Path) -> None:
+    _, out = fold(tmp_path)
+    (out / "visual_features").mkdir()
+    (out / "visual_features" / "mine.txt").write_text("not of the import")
+    before = contents(out)
+    (tmp_path / "untitled.csv").write_text("sku,name\n0001,\n")
+    for where in (out, tmp_path / "new"):
+        with pytest.raises(InputError, match="the catalogue is empty"):
+            import_long(
+                str(tmp_path / "log.csv"), str(where), items=str(tmp_path / "untitled.csv"),
+                columns=parse_mapping(COLUMNS, "--columns"),
+                item_columns={"item_id": "sku", "title": "name"},
+            )  # fmt: skip
+    assert contents(out) == before and not (tmp_path / "new").exists()
+    manifest, out = fold(tmp_path, LOG + "u3,2024-05-03,lamp,0001,1,1\n")
+    assert manifest["counts"]["users"] == 3 and (out / "visual_features" / "mine.txt").exists()
+
+
+def test_what_a_killed_import_left_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "out" / "import-work" / "items").mkdir(parents=True)
+    (tmp_path / "out" / "items").mkdir()
+    _, out = fold(tmp_path)
+    assert not (out / "import-work").exists() and read_manifest(str(out), "data")
+
+
 def test_an_unknown_format_lists_the_choices() -> None:
     with pytest.raises(InputError, match=r"FORMAT: 'h-m'.*choices: hm, .*long"):
         importer("h-m")
@@ -371,6 +403,18 @@ def test_amazon_trains_on_no_target_and_on_each_click_once(tmp_path: Path) -> No
     first = data.catalog().texts()[0]
     assert first == "bolt & nut 0 | Acme | Steel"
     assert manifest["counts"]["training_clicks"] == 3
+
+
+def test_amazon_takes_the_category_from_the_names_of_the_files(tmp_path: Path) -> None:
+    source = write_amazon(tmp_path / "source")
+    for file in source.iterdir():
+        file.rename(source / file.name.replace("Industrial_and_Scientific", "Office_Products"))
+    manifest, _ = run("amazon_industrial", tmp_path)
+    assert manifest["name"] == "amazon_office_products"
+    assert manifest["notes"][0] == "category Office Products"
+    (source / "Toys.items.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match="several categories: Office_Products, Toys"):
+        run("amazon_industrial", tmp_path)
 
 
 def test_the_training_history_is_the_one_no_other_row_leads_to() -> None:
@@ -503,7 +547,7 @@ def test_odd_quotes_and_broken_lines_cost_no_other_row(tmp_path: Path) -> None:
     assert [item["title"] for item in rows(out, "items")] == ['"Lamp 12', '15" tv']
     assert manifest["quarantined"] == {"not as many fields as the header": 2}
     assert any("2 rows of" in note and "--quotes" in note for note in manifest["notes"])
-    import_long(source, str(out), items=items, quotes="csv")
+    import_long(source, str(out), items=items, form=TextFormat("csv"))
     assert {page["user_id"]: page["query"] for page in rows(out, "events")}["u5"] == "tv"
 
 
@@ -559,6 +603,7 @@ def test_what_editors_and_clusters_leave_beside_a_log_is_not_imported(tmp_path: 
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(line)
     (tmp_path / "log" / ".a.csv.crc").write_bytes(b"\x00")
+    (tmp_path / "log" / "empty.csv").write_bytes(b"")
     (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
     manifest = import_long(
         str(tmp_path / "log"), str(tmp_path / "out"), items=str(tmp_path / "items.csv")
@@ -623,6 +668,23 @@ def test_a_purchase_log_without_clicks_has_no_negatives(tmp_path: Path) -> None:
     assert manifest["negative_source"] == "none" and manifest["query_source"] == "none"
     assert [page["clicked_item_ids"] for page in rows(out, "events")] == [["0001"], ["0009"]]
     assert any(note.startswith("1 clicks name items without a row") for note in manifest["notes"])
+    assert not any("--columns impression_id" in note for note in manifest["notes"])
+
+
+def test_pages_of_one_row_are_told_with_the_column_that_helps(tmp_path: Path) -> None:
+    log = "user_id,timestamp,item_id,clicked,page\n" + "".join(
+        f"u,{n},000{1 + n % 2},{n % 2},{n // 2}\n" for n in range(40)
+    )
+    manifest, _ = fold(tmp_path, log, "")
+    assert manifest["negative_source"] == "none" and not manifest["counts"]["pages_with_negatives"]
+    assert [note for note in manifest["notes"] if "pages hold" in note] == [
+        "40 of 40 pages hold one item, so nothing was shown beside it: name the column of the "
+        "result page by --columns impression_id=COLUMN"
+    ]
+    manifest, _ = fold(tmp_path, log, "impression_id=page")
+    assert manifest["negative_source"] == "exposed"
+    assert manifest["counts"]["pages_with_negatives"] == 20
+    assert not any("pages hold" in note for note in manifest["notes"])
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl", "folder"])
@@ -665,6 +727,11 @@ def test_the_kind_of_file_does_not_change_the_events(ending: str, tmp_path: Path
         pl.Series(["2024-05-01"]),
         pl.Series([" 2024-05-01T00:00 "]),
         pl.Series(["2024-04-30 19:00:00.000-05:00"]),
+        pl.Series(["2024-05-01 00:00:00+00"]),
+        pl.Series(["2024-05-01 02:00:00 +02"]),
+        pl.Series(["2024-05-01 00:00:00 UTC"]),
+        pl.Series(["1.7145216e9"]),
+        pl.Series(["1714521600.0"]),
     ],
     ids=lambda values: str(values.dtype),
 )
@@ -674,10 +741,92 @@ def test_every_way_to_write_a_time_means_the_same_moment(values: pl.Series) -> N
 
 
 @pytest.mark.parametrize(
+    ("written", "stated"),
+    [
+        ("05/01/2024", "%m/%d/%Y"),
+        ("01.05.2024 00:00", "%d.%m.%Y %H:%M"),
+        ("20240501", "%Y%m%d"),
+        (20240501, "%Y%m%d"),
+        ("05/01/2024 02:00 +0200", "%m/%d/%Y %H:%M %z"),
+        ("2024-05-01", "%m/%d/%Y"),  # what is known anyway stays known
+    ],
+)
+def test_a_stated_format_says_what_a_time_means(written: object, stated: str) -> None:
+    values = pl.Series("ts", [written])
+    parsed = pl.DataFrame([values]).select(timestamp("ts", values.dtype, stated))
+    assert parsed.item() == datetime(2024, 5, 1, tzinfo=UTC)
+
+
+def test_times_that_cannot_be_read_name_the_flag_that_helps(tmp_path: Path) -> None:
+    log = "user_id,timestamp,item_id\nu,05/01/2024,0001\n"
+    with pytest.raises(InputError, match=r"'unparsable timestamp': 1.*--time-format"):
+        fold(tmp_path, log, "")
+    manifest, _ = fold(tmp_path, log + "u,20240501,0001\n", "")
+    assert [note for note in manifest["notes"] if "--time-format" in note] == [
+        "1 timestamps cannot be read; --time-format says how times are written, for example "
+        "%m/%d/%Y or %Y%m%d",
+        "all times lie before 1980, as row numbers do; --time-format says how times are written, "
+        "for example %m/%d/%Y or %Y%m%d",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["csv.gz", "semicolons", "utf-16", "utf-16-le", "latin-1", "bom"])
+def test_however_a_table_was_exported_it_says_the_same(kind: str, tmp_path: Path) -> None:
+    log = "user_id,timestamp,query,item_id\nu,1,größe 4,7\nv,2,größe 5,7\n"
+    if kind == "semicolons":
+        log = log.replace("4,", "4;").replace(",", ";")
+    source = tmp_path / ("log.csv.gz" if kind == "csv.gz" else "log.csv")
+    encoding = kind if kind in ("utf-16", "utf-16-le", "latin-1") else "utf-8"
+    content = log.encode("utf-8-sig" if kind == "bom" else encoding)
+    source.write_bytes(gzip.compress(content) if kind == "csv.gz" else content)
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    arguments = (str(source), str(tmp_path / "out"))
+    form = None
+    if kind == "latin-1":
+        with pytest.raises(InputError, match=r"log\.csv.*--encoding names another one"):
+            import_long(*arguments, items=str(tmp_path / "items.csv"))
+        form = TextFormat(encoding="latin-1")
+    if kind == "latin-1":
+        (tmp_path / "items.csv").write_text("item_id,title\n7,a\n", encoding="latin-1")
+    import_long(*arguments, items=str(tmp_path / "items.csv"), form=form)
+    assert [page["query"] for page in rows(tmp_path / "out", "events")] == ["größe 4", "größe 5"]
+
+
+def test_a_damaged_archive_and_an_unknown_encoding_are_named(tmp_path: Path) -> None:
+    _, items = write_long(tmp_path)
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(LOG.encode())[:40])
+    with pytest.raises(InputError, match=r"log\.csv\.gz' cannot be read"):
+        import_long(str(tmp_path / "log.csv.gz"), str(tmp_path / "out"), items=items)
+    with pytest.raises(InputError, match="--encoding: 'utf-9' is no encoding"):
+        import_long(items, str(tmp_path / "out"), items=items, form=TextFormat(encoding="utf-9"))
+
+
+def test_files_of_a_folder_may_order_their_columns_and_be_named_by_folders(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    texts = {"dt=2024-05-01": "user_id,item_id,clicked\nu,7,1\n",
+             "dt=2024-05-02": "clicked,item_id,extra,user_id\n1,7,x,v\n"}  # fmt: skip
+    for folder, text in texts.items():
+        (tmp_path / "log" / folder).mkdir(parents=True)
+        (tmp_path / "log" / folder / "part.csv").write_text(text)
+
+    def pages() -> list[tuple[str, int]]:
+        import_long(
+            str(tmp_path / "log"), str(tmp_path / "out"), items=str(tmp_path / "items.csv"),
+            columns={"timestamp": "dt"},
+        )  # fmt: skip
+        return [(p["user_id"], p["timestamp"].day) for p in rows(tmp_path / "out", "events")]
+
+    assert pages() == [("u", 1), ("v", 2)]
+    (tmp_path / "log" / "dt=2024-05-02" / "part.csv").write_text("item_id,user_id\n7,v\n")
+    with pytest.raises(InputError, match=r"dt=2024-05-02/part\.csv' lacks the column 'clicked'"):
+        pages()
+
+
+@pytest.mark.parametrize(
     ("columns", "message"),
     [
         ("user_id=uid,item_id=sku,timestamp=when", "timestamp: 'when'.*choices: uid, ts, q, sku"),
-        ("user_id=uid,item_id=sku", "timestamp: None.*choices: uid, ts"),
+        ("user_id=uid,item_id=sku", "--columns timestamp is needed.*choices: uid, ts"),
         (COLUMNS + ",clicks=click", "'clicks' is not a field.*choices: user_id"),
         ("user_id", "'user_id' is not of the form"),
     ],
@@ -687,6 +836,17 @@ def test_a_wrong_mapping_names_the_column_and_the_choices(
 ) -> None:
     with pytest.raises(InputError, match=message):
         fold(tmp_path, columns=columns)
+
+
+def test_a_column_of_lists_is_named_with_its_type(tmp_path: Path) -> None:
+    log = pl.DataFrame({"user_id": ["u"], "timestamp": [1], "item_id": ["7"], "q": [["red"]]})
+    log.write_parquet(tmp_path / "log.parquet")
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    with pytest.raises(InputError, match=r"--columns query: 'List\(String\)' is no single value"):
+        import_long(
+            str(tmp_path / "log.parquet"), str(tmp_path / "out"), columns={"query": "q"},
+            items=str(tmp_path / "items.csv"),
+        )  # fmt: skip
 
 
 def test_a_log_without_a_readable_row_is_refused(tmp_path: Path) -> None:
@@ -705,6 +865,31 @@ def test_the_job_prints_counts_and_the_next_command(
     printed = capsys.readouterr().out
     assert "DERIVED" in printed and "PROXY" in printed
     assert printed.rstrip().endswith(f"next: python jobs/train.py --data {out} --recipe karma_text")
+
+
+@pytest.mark.parametrize(
+    ("unknown", "end"),
+    [
+        (1, "next: python jobs/train.py --data '{out}' --recipe karma_text"),
+        (3, "  python jobs/train.py --data '{out}' --recipe karma_text "
+            "--set prepare.max_bad_share=0.3"),
+        (10, "no click names a known item: nothing can be trained on this folder"),
+    ],
+)  # fmt: skip
+def test_the_next_command_is_none_that_preparing_refuses(
+    unknown: int, end: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"u{n},{n},{'gone' if n < unknown else '7'}" for n in range(10)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,timestamp,item_id", *lines]))
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    out = str(tmp_path / "my data")
+    items = ["--items", str(tmp_path / "items.csv")]
+    import_data.main(["long", str(tmp_path / "log.csv"), out, *items])
+    printed = capsys.readouterr().out.rstrip().splitlines()
+    assert printed[-1] == end.format(out=out)
+    assert any("3 of 10 pages have clicks" in line for line in printed) == (unknown == 3)
+    with pytest.raises(InputError, match=r"^--items is needed: the table of item ids"):
+        import_data.main(["long", str(tmp_path / "log.csv"), out])
 
 
 def test_the_job_refuses_mappings_for_a_public_dataset(tmp_path: Path) -> None:

@@ -144,3 +144,10 @@ def test_words_for_a_missing_id_are_no_id() -> None:
     checked = check_items(check_columns(items, ITEMS, "items"))
     assert checked.table["item_id"].to_pylist() == ["1"]
     assert count_reasons(checked.quarantine) == {NO_ITEM_ID: 2}
+
+
+@pytest.mark.parametrize(
+    "text", ["2024-01-01 01:00:00+00", "2024-01-01 01:00:00 UTC", "2024-01-01 03:00:00 +02"]
+)
+def test_a_zone_may_be_written_in_words_or_hours(text: str) -> None:
+    assert parse_times(pa.chunked_array([[text]]), "log").to_pylist() == [at(1)]

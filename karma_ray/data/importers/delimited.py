@@ -38,8 +38,17 @@ class Delimited:
     """Rows with a quote that opens or closes no field and was kept as it stands."""
 
 
+def separator_of(header: str, default: str) -> str:
+    """What separates the names of a header: `default` where it stands, else the commonest."""
+    bare = re.sub('"[^"]*"', "", header)
+    candidates = [default, ";", "\t", "|", ","]
+    return default if default in bare else max(candidates, key=bare.count)
+
+
 def read_delimited(text: str, separator: str, quotes: str = "auto") -> Delimited:
     """The rows of `text`; `quotes` is one of QUOTES. Raises polars' errors on an empty text."""
+    if "\n" not in text:
+        text = text.replace("\r", "\n")  # as old spreadsheets end their lines
     lines = pl.select(pl.lit(text).str.split("\n").explode()).to_series()
     lines = lines.str.strip_chars_end("\r").alias("line")
     filled = np.flatnonzero((lines.str.len_bytes() > 0).to_numpy())

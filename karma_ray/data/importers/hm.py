@@ -31,41 +31,44 @@ def import_hm(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     articles = read_parquet(find_file(src, "articles.parquet"), _ARTICLE_COLUMNS, _IDS)
     sales_file = find_file(src, "transactions.parquet")
     sales = read_parquet(sales_file, _SALE_COLUMNS, _IDS).with_row_index("row")
-    data = DataFolder(out)
-    items = hm_items(articles)
-    queries = items.select("item_id", "query")
-    _write_items(data, items.drop("query"), find_files(src, "images-", ".parquet"))
-    data.add("query_matches", query_matches(queries))
+    with DataFolder(out) as data:
+        items = hm_items(articles)
+        queries = items.select("item_id", "query")
+        _write_items(data, items.drop("query"), find_files(src, "images-", ".parquet"))
+        data.add("query_matches", query_matches(queries))
 
-    bad = pl.any_horizontal(pl.col(_SALE_COLUMNS).is_null())
-    data.reject(sales.filter(bad), sales_file, "null user, item or day")
-    known = pl.col("article_id").is_in(items["item_id"].implode())
-    data.reject(sales.filter(~bad & ~known), sales_file, "item not in the catalogue")
-    purchases = (
-        sales.filter(~bad & known)
-        .select(
-            pl.col("customer_id").alias("user_id"),
-            pl.col("t_dat").cast(pl.Datetime("us")).dt.replace_time_zone("UTC").alias("timestamp"),
-            pl.col("article_id").alias("item_id"),
+        bad = pl.any_horizontal(pl.col(_SALE_COLUMNS).is_null())
+        data.reject(sales.filter(bad), sales_file, "null user, item or day")
+        known = pl.col("article_id").is_in(items["item_id"].implode())
+        data.reject(sales.filter(~bad & ~known), sales_file, "item not in the catalogue")
+        purchases = (
+            sales.filter(~bad & known)
+            .select(
+                pl.col("customer_id").alias("user_id"),
+                pl.col("t_dat")
+                .cast(pl.Datetime("us"))
+                .dt.replace_time_zone("UTC")
+                .alias("timestamp"),
+                pl.col("article_id").alias("item_id"),
+            )
+            .join(queries, on="item_id", how="left", maintain_order="left")
         )
-        .join(queries, on="item_id", how="left", maintain_order="left")
-    )
-    pages = fold_purchases(purchases, ["user_id", "timestamp", "query"])
-    data.add("events", add_proxy_negatives(pages, purchases, seed))
-    units = purchases.height - pages["clicked_item_ids"].list.len().sum()
-    return data.finish(
-        name="hm",
-        query_source="derived",
-        negative_source="proxy",
-        licence="believed non-commercial, no redistribution",
-        notes=[
-            'queries are DERIVED: "index group + product type" of the bought item, null where '
-            "fewer than 2 items share it or the type is unknown",
-            PROXY_NOTE,
-            f"{units} rows were further units of one purchase (same customer, day, article)",
-            "times are days: the order inside a day is the row order and means nothing",
-        ],
-    )
+        pages = fold_purchases(purchases, ["user_id", "timestamp", "query"])
+        data.add("events", add_proxy_negatives(pages, purchases, seed))
+        units = purchases.height - pages["clicked_item_ids"].list.len().sum()
+        return data.finish(
+            name="hm",
+            query_source="derived",
+            negative_source="proxy",
+            licence="believed non-commercial, no redistribution",
+            notes=[
+                'queries are DERIVED: "index group + product type" of the bought item, null where '
+                "fewer than 2 items share it or the type is unknown",
+                PROXY_NOTE,
+                f"{units} rows were further units of one purchase (same customer, day, article)",
+                "times are days: the order inside a day is the row order and means nothing",
+            ],
+        )
 
 
 def hm_items(articles: pl.DataFrame) -> pl.DataFrame:

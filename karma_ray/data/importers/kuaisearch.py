@@ -28,22 +28,22 @@ def import_kuaisearch(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     items_file, pages_file = find_file(src, "items.jsonl"), find_file(src, "recall.jsonl")
     _check_first(items_file, _ITEM_KEYS)
     _check_first(pages_file, _PAGE_KEYS)
-    data = DataFolder(out)
-    known = _write_items(data, items_file)
-    lost = _write_pages(data, pages_file, known)
-    return data.finish(
-        name="kuaisearch",
-        query_source="real",
-        negative_source="exposed",
-        licence="demo rows: demonstration only, not for quantitative evaluation",
-        notes=[
-            "time_index is read as an order only: timestamps are that number in seconds after "
-            "1970-01-01, so their distances may mean nothing",
-            f"items without a title row were left out: {lost['exposed']} impressions and "
-            f"{lost['clicked']} clicks of them; {lost['pages']} pages held no other item",
-            "the source's own split column is not used",
-        ],
-    )
+    with DataFolder(out) as data:
+        known = _write_items(data, items_file)
+        lost = _write_pages(data, pages_file, known)
+        return data.finish(
+            name="kuaisearch",
+            query_source="real",
+            negative_source="exposed",
+            licence="demo rows: demonstration only, not for quantitative evaluation",
+            notes=[
+                "time_index is read as an order only: timestamps are that number in seconds after "
+                "1970-01-01, so their distances may mean nothing",
+                f"items without a title row were left out: {lost['exposed']} impressions and "
+                f"{lost['clicked']} clicks of them; {lost['pages']} pages held no other item",
+                "the source's own split column is not used",
+            ],
+        )
 
 
 def _check_first(file: str, keys: tuple[str, ...]) -> None:

@@ -7,13 +7,13 @@ has our name needs no mapping.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
 
 from karma_ray.data.identifiers import known_text
-from karma_ray.data.importers.delimited import QUOTES
-from karma_ray.data.importers.log_files import read_files
+from karma_ray.data.importers.log_files import TextFormat, read_files
 from karma_ray.data.importers.long_parsing import flag, timestamp
 from karma_ray.data.importers.output import DataFolder
 from karma_ray.errors import InputError
@@ -22,7 +22,11 @@ _REQUIRED = ("user_id", "item_id", "timestamp")
 _OPTIONAL = ("query", "clicked", "purchased", "position", "impression_id", "session_id")
 _ITEM_REQUIRED = ("item_id", "title")
 _ITEM_OPTIONAL = ("text", "brand", "category", "image")
+_NO_TIME = "unparsable timestamp"
+_TIME_ADVICE = "--time-format says how times are written, for example %m/%d/%Y or %Y%m%d"
 _IDS = ("user_id", "item_id", "impression_id", "session_id")
+_NEARLY_ALL = 0.95
+_NO_LOG_BEFORE = datetime(1980, 1, 1, tzinfo=UTC)
 _ROWS_PER_PART = 1_000_000
 
 
@@ -44,27 +48,29 @@ def import_long(
     items: str | None,
     columns: Mapping[str, str] | None = None,
     item_columns: Mapping[str, str] | None = None,
-    quotes: str = "auto",
+    form: TextFormat | None = None,
+    time_format: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Fold the log `src` into events of `out`; returns the manifest.
 
     `src` and `items` are CSV, TSV, Parquet or JSON-lines files, or folders of one such kind. A
     page is an `impression_id` when there is one, else (user, timestamp, query). Rows that cannot
-    be read are quarantined with their reason; `quotes` says what a quote in a text file is
-    (delimited.py). Nothing is drawn at random: `seed` changes nothing.
+    be read are quarantined with their reason. `form` says how text files are to be read,
+    `time_format` (`%m/%d/%Y`) how times are written that `long_parsing.timestamp` does not know.
+    Nothing is drawn at random: `seed` changes nothing.
     Raises InputError on files and columns that do not exist, and when no row can be read.
     """
     if not items:
         raise InputError("--items", items, "is needed: the table of item ids and titles")
-    if quotes not in QUOTES:
-        raise InputError("--quotes", quotes, choices=QUOTES)
+    form = form or TextFormat()
+    form.check()
     columns, item_columns = columns or {}, item_columns or {}
-    ids = [columns.get(name, name) for name in _IDS]
-    log_rows = read_files(src, "SRC", ids=ids, quotes=quotes)
+    ids, needed = ([columns.get(n, n) for n in names] for names in (_IDS, _REQUIRED + _OPTIONAL))
+    log_rows = read_files(src, "SRC", ids=ids, needed=needed, form=form)
     log = map_columns(log_rows.frame, columns, "--columns", _REQUIRED, _OPTIONAL)
-    ids = [item_columns.get("item_id", "item_id")]
-    item_rows = read_files(items, "--items", ids=ids, quotes=quotes)
+    needed = [item_columns.get(name, name) for name in _ITEM_REQUIRED]
+    item_rows = read_files(items, "--items", ids=needed[:1], needed=needed, form=form)
     table = map_columns(
         item_rows.frame, item_columns, "--item-columns", _ITEM_REQUIRED, _ITEM_OPTIONAL
     )
@@ -72,17 +78,20 @@ def import_long(
         raise InputError(
             "--item-columns image", table.schema["image"], "must be bytes of a picture"
         )
-    data = DataFolder(out)
-    for file, reason, lines in [*log_rows.rejected, *item_rows.rejected]:
-        data.reject(lines, file, reason)
-    known = _write_items(data, table)
-    exposures = _readable(data, log)
-    if exposures.is_empty():
-        raise InputError("SRC", src, f"has no row that can be read: {dict(data.quarantined)}")
-    for part in fold_exposures(exposures).iter_slices(_ROWS_PER_PART):
-        data.add("events", part)
-    notes = [*log_rows.notes, *item_rows.notes]
-    return _finish(data, log.columns, exposures, known, notes)
+    with DataFolder(out) as data:
+        for file, reason, lines in [*log_rows.rejected, *item_rows.rejected]:
+            data.reject(lines, file, reason)
+        known = _write_items(data, table)
+        exposures = _readable(data, log, time_format)
+        if exposures.is_empty():
+            advice = f"; {_TIME_ADVICE}" if data.quarantined[_NO_TIME] else ""
+            found = f"has no row that can be read: {dict(data.quarantined)}{advice}"
+            raise InputError("SRC", src, found)
+        pages = fold_exposures(exposures)
+        for part in pages.iter_slices(_ROWS_PER_PART):
+            data.add("events", part)
+        notes = [*log_rows.notes, *item_rows.notes, *_page_notes(log.columns, pages)]
+        return _finish(data, log.columns, exposures, known, notes)
 
 
 def _finish(
@@ -94,15 +103,30 @@ def _finish(
     notes = [f"one page per {page}", *read]
     if "clicked" not in names:
         notes.append("the log has no clicked column: every row is a click, negatives are unknown")
+    if count := data.quarantined[_NO_TIME]:
+        notes.append(f"{count} timestamps cannot be read; {_TIME_ADVICE}")
+    if exposures["timestamp"].max() < _NO_LOG_BEFORE:  # type: ignore[operator]
+        notes.append(f"all times lie before 1980, as row numbers do; {_TIME_ADVICE}")
     if unknown:
         notes.append(f"{unknown} clicks name items without a row in the item table")
     return data.finish(
         name="long",
         query_source="real" if "query" in names else "none",
-        negative_source="exposed" if "clicked" in names else "none",
+        negative_source="exposed" if data.num_pages_with_negatives else "none",
         licence="yours",
         notes=notes,
     )
+
+
+def _page_notes(names: list[str], pages: pl.DataFrame) -> list[str]:
+    """What to do when nearly every page is one row of the log: it has no negative then."""
+    single = int((pages["exposed_item_ids"].list.len() == 1).sum())
+    if "clicked" not in names or single < _NEARLY_ALL * pages.height:
+        return []
+    told = f"{single} of {pages.height} pages hold one item, so nothing was shown beside it"
+    if "impression_id" in names:
+        return [f"{told}: does impression_id name a result page, or a row?"]
+    return [f"{told}: name the column of the result page by --columns impression_id=COLUMN"]
 
 
 def map_columns(
@@ -120,6 +144,10 @@ def map_columns(
             raise InputError(field, name, "is not a field of ours", choices=ours)
         if column not in have:
             raise InputError(f"{field} {name}", column, "is not a column of the file", have)
+    for name in {*ours} & {*have} | {*mapping}:
+        kind = frame.schema[mapping.get(name, name)]
+        if kind.is_nested():
+            raise InputError(f"{field} {name}", str(kind), "is no single value")
     for name in required:
         if name not in mapping and name not in have:
             raise InputError(f"{field} {name}", None, "is needed; columns of the file", have)
@@ -145,13 +173,13 @@ def _write_items(data: DataFolder, table: pl.DataFrame) -> set[str]:
     return set(kept["item_id"])
 
 
-def _readable(data: DataFolder, log: pl.DataFrame) -> pl.DataFrame:
+def _readable(data: DataFolder, log: pl.DataFrame, time_format: str | None) -> pl.DataFrame:
     """Parsed exposures; what cannot be parsed goes to quarantine as it was."""
     schema = log.schema
     parsed = [pl.col(name).alias(f"_{name}") for name in _IDS if name in schema]
     if "query" in schema:
         parsed.append(known_text("query").alias("_query"))
-    parsed += [timestamp("timestamp", schema["timestamp"]).alias("_timestamp")]
+    parsed += [timestamp("timestamp", schema["timestamp"], time_format).alias("_timestamp")]
     for name in ("clicked", "purchased"):
         if name in schema:
             parsed.append(flag(name, schema[name]).alias(f"_{name}"))
@@ -162,7 +190,7 @@ def _readable(data: DataFolder, log: pl.DataFrame) -> pl.DataFrame:
     reasons = {
         "null user": pl.col("_user_id").is_null(),
         "null item": pl.col("_item_id").is_null(),
-        "unparsable timestamp": pl.col("_timestamp").is_null(),
+        _NO_TIME: pl.col("_timestamp").is_null(),
     }
     for name in ("clicked", "purchased"):
         if name in schema:

@@ -6,20 +6,27 @@ import polars as pl
 
 from karma_ray.data.identifiers import MISSING
 
-_OFFSET = r"(Z|[+-]\d{2}:?\d{2})$"
+_OFFSET = r"\s*(Z|z|UTC|GMT|[+-]\d{2}(?::?\d{2})?)$"
+_NUMBER = r"^-?\d+(\.\d+)?([eE]\+?\d+)?$"
 _FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
 _TRUE = ["true", "t", "yes", "y"]
 _FALSE = ["false", "f", "no", "n", *(text.lower() for text in MISSING)]
 
 
-def timestamp(name: str, dtype: pl.DataType) -> pl.Expr:
+def timestamp(name: str, dtype: pl.DataType, stated: str | None = None) -> pl.Expr:
     """Column `name` as UTC microseconds; null where it cannot be read.
 
-    Dates, times with or without a zone (without: UTC), ISO strings, and epoch numbers whose unit
-    is told by their magnitude: below 1e11 seconds, below 1e14 milliseconds, below 1e17
-    microseconds, else nanoseconds.
+    What has the `stated` format (`%m/%d/%Y`) is read so. Else: dates, times with or without a
+    zone (without: UTC), ISO strings, and epoch numbers whose unit is told by their magnitude:
+    below 1e11 seconds, below 1e14 milliseconds, below 1e17 microseconds, else nanoseconds.
     """
     column = pl.col(name)
+    if stated:
+        text = column.cast(pl.String).str.strip_chars()
+        time = text.str.to_datetime(stated, strict=False, time_unit="us")
+        if "z" not in stated:
+            time = time.dt.replace_time_zone("UTC")
+        return pl.coalesce(time, timestamp(name, dtype))
     if isinstance(dtype, pl.Datetime):
         utc = column.cast(pl.Datetime("us", dtype.time_zone))
         if dtype.time_zone:
@@ -32,7 +39,7 @@ def timestamp(name: str, dtype: pl.DataType) -> pl.Expr:
         whole = column.cast(pl.Int64, strict=False)
         return _epoch(whole if dtype.is_integer() else column.cast(pl.Float64).fill_nan(None))
     text = column.cast(pl.String).str.strip_chars()
-    number = text.str.contains(r"^-?\d+(\.\d+)?$")
+    number = text.str.contains(_NUMBER)
     # Whole numbers stay integers: a double cannot hold nanoseconds.
     whole = _epoch(pl.when(number).then(text).cast(pl.Int64, strict=False))
     decimal = _epoch(pl.when(number).then(text).cast(pl.Float64, strict=False))
@@ -73,7 +80,7 @@ def _iso(text: pl.Expr) -> pl.Expr:
     )
     digits = offset.str.replace_all(r"\D", "")
     minutes = digits.str.slice(0, 2).cast(pl.Int64, strict=False) * 60
-    minutes += digits.str.slice(2, 2).cast(pl.Int64, strict=False)
+    minutes += digits.str.slice(2, 2).cast(pl.Int64, strict=False).fill_null(0)
     sign = pl.when(offset.str.starts_with("-")).then(-1).otherwise(1)
     shift = pl.duration(minutes=(minutes * sign).fill_null(0))
     return (parsed - shift).dt.replace_time_zone("UTC")

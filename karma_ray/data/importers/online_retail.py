@@ -26,39 +26,42 @@ def import_online_retail(src: str, out: str, *, seed: int = 0) -> dict[str, Any]
     rows = read_parquet(file, _COLUMNS, ("InvoiceNo", "StockCode", "CustomerID")).with_row_index(
         "row"
     )
-    data = DataFolder(out)
-    sales = _keep_sales(data, rows, file)
-    titles = retail_titles(sales)
-    untitled = ~pl.col("item_id").is_in(titles["item_id"].implode())
-    data.reject(sales.filter(untitled), file, "item without any description")
-    items = shared_queries(titles.with_columns(_last_word().alias("query")), _MIN_ITEMS)
-    data.add("items", items.drop("query"))
-    data.add("query_matches", query_matches(items))
+    with DataFolder(out) as data:
+        sales = _keep_sales(data, rows, file)
+        titles = retail_titles(sales)
+        untitled = ~pl.col("item_id").is_in(titles["item_id"].implode())
+        data.reject(sales.filter(untitled), file, "item without any description")
+        items = shared_queries(titles.with_columns(_last_word().alias("query")), _MIN_ITEMS)
+        data.add("items", items.drop("query"))
+        data.add("query_matches", query_matches(items))
 
-    invoices = pl.col("timestamp").min().over("InvoiceNo")
-    purchases = (
-        sales.with_columns(invoices)
-        .select("InvoiceNo", "user_id", "timestamp", "item_id")
-        .join(items.select("item_id", "query"), on="item_id", how="inner", maintain_order="left")
-    )
-    pages = fold_purchases(purchases, ["InvoiceNo", "user_id", "query"])
-    pages = add_proxy_negatives(pages, purchases, seed)
-    data.add("events", pages.rename({"InvoiceNo": "session_id"}))
-    lines = purchases.height - pages["clicked_item_ids"].list.len().sum()
-    return data.finish(
-        name="online_retail",
-        query_source="derived",
-        negative_source="proxy",
-        licence="CC BY 4.0 as far as known",
-        notes=[
-            "queries are DERIVED: the last word of the bought item's description, null where "
-            f"fewer than {_MIN_ITEMS} items share it",
-            PROXY_NOTE,
-            "one page per (invoice, query); the invoice's first minute is its time, read as UTC",
-            f"{lines} rows repeated an item of the same invoice and are counted once",
-            "about 44 % of next purchases are repeats: read first/ and repeat/ metrics apart",
-        ],
-    )
+        invoices = pl.col("timestamp").min().over("InvoiceNo")
+        purchases = (
+            sales.with_columns(invoices)
+            .select("InvoiceNo", "user_id", "timestamp", "item_id")
+            .join(
+                items.select("item_id", "query"), on="item_id", how="inner", maintain_order="left"
+            )
+        )
+        pages = fold_purchases(purchases, ["InvoiceNo", "user_id", "query"])
+        pages = add_proxy_negatives(pages, purchases, seed)
+        data.add("events", pages.rename({"InvoiceNo": "session_id"}))
+        lines = purchases.height - pages["clicked_item_ids"].list.len().sum()
+        return data.finish(
+            name="online_retail",
+            query_source="derived",
+            negative_source="proxy",
+            licence="CC BY 4.0 as far as known",
+            notes=[
+                "queries are DERIVED: the last word of the bought item's description, null where "
+                f"fewer than {_MIN_ITEMS} items share it",
+                PROXY_NOTE,
+                "one page per (invoice, query); the invoice's first minute is its time, read as "
+                "UTC",
+                f"{lines} rows repeated an item of the same invoice and are counted once",
+                "about 44 % of next purchases are repeats: read first/ and repeat/ metrics apart",
+            ],
+        )
 
 
 def retail_titles(sales: pl.DataFrame) -> pl.DataFrame:
