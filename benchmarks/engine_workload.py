@@ -36,6 +36,7 @@ from karma_ray.model.karma import DECODE_PROMPT, KarmaModel
 from karma_ray.training.loop import tensors_of
 from karma_ray.training.optim import build_optimizer
 from karma_ray.training.step import Step, StepOutput
+from karma_ray.training.step_state import AT_THE_END
 
 VOCABULARY = 151_936
 COMMON = {
@@ -119,7 +120,7 @@ class Workload:
     def forward(self, model: KarmaModel, step: Step, batch: Batch) -> StepOutput:
         """The loss of a batch, with gradients if the step makes them itself."""
         with self.autocast():
-            return step(model, batch)
+            return step(model, batch, AT_THE_END)
 
     def finish(self) -> None:
         """Wait for the device."""

@@ -36,7 +36,6 @@ from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import set_trained
 from karma_ray.objectives.losses import builds_generation, builds_image, builds_reconstruction
-from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.runs.stage_images import TokenCollate, build_imagery, imagery_key, load_visual
 from karma_ray.training.checkpoints.checkpoint import load_weights
 
@@ -248,13 +247,6 @@ def token_table(catalog: Catalog, tokens: np.ndarray, lengths: np.ndarray) -> pa
     lists = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
     ids = pa.array(lists, pa.list_(pa.int32()))
     return pa.table({"item_id": pa.array(catalog.item_ids), "token_ids": ids})
-
-
-def refresh_bank(model: KarmaModel, collator: Collator, precision: str) -> None:
-    """Encode the whole catalogue into `model.bank` [I, D], what histories are read through."""
-    vectors = encode_catalog(model.interest, *collator.catalog_tokens(), precision=precision)
-    device = next(model.parameters()).device
-    model.bank = torch.from_numpy(vectors).to(device)
 
 
 def pretrain_key(config: Config, items_hash: str) -> dict[str, object]:

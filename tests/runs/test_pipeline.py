@@ -18,6 +18,7 @@ from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.runs.worker import TrainJob
+from karma_ray.training.step_state import StepState
 
 SMALL = [
     "pretrain.steps=8", "warmup.steps=8", "training.steps=6", "training.batch_size=8",
@@ -223,24 +224,24 @@ def test_a_delayed_encoder_stands_still_then_learns_also_when_the_run_is_cut(
     def job(run: str, cut: bool) -> TrainJob:
         whole = joint_job(stage, source, run)
 
-        def watch(model: nn.Module, step: int) -> None:
-            assert whole.on_step is not None
-            whole.on_step(model, step)
+        def watch(model: nn.Module, step: int, state: StepState) -> StepState:
+            found = whole.before_step(model, step, state)
             trained = {p.requires_grad for p in model.interest.item_encoder.parameters()}
             assert trained == {step >= 3}
-            state = model.interest.item_encoder.state_dict()
-            seen[step] = all(torch.equal(start[name], state[name]) for name in start)
+            now = model.interest.item_encoder.state_dict()
+            seen[step] = all(torch.equal(start[name], now[name]) for name in start)
             if cut and step == 3:
                 raise KeyboardInterrupt
+            return found
 
-        return replace(whole, on_step=watch, validate=None)
+        return replace(whole, before_step=watch, validate=None)
 
     def losses(run: Path) -> list[float]:
         lines = read_lines(str(run / "metrics.jsonl"))
         return [line["loss/total"] for line in lines if line["stage"] == "joint"]
 
     run_training(job(str(tmp_path / "whole"), False), progress=False)
-    assert seen == {step: step <= 3 for step in range(7)}
+    assert seen == {step: step <= 3 for step in range(6)}
     with pytest.raises(KeyboardInterrupt):
         run_training(job(str(tmp_path / "cut"), True), progress=False)
     run_training(job(str(tmp_path / "cut"), False), resume=True, progress=False)

@@ -30,6 +30,7 @@ from karma_ray.training import flops
 from karma_ray.training.flops import BodyCost, Work, joint_flops, peak_flops, tabled_peak
 from karma_ray.training.item_table import share_items
 from karma_ray.training.step import JointStep
+from karma_ray.training.step_state import StepState
 from tests import tiny
 
 WIDE = TinyBackboneConfig(
@@ -147,11 +148,11 @@ def test_a_joint_step_costs_what_the_counter_says(passes: list[Pass], case: dict
     )
     if encoder != "full":
         set_trained(karma.interest.item_encoder, False)
-    if encoder == "bank":
-        karma.bank = torch.randn(len(tiny.catalog().item_ids), WIDE.hidden_size)
+    bank = torch.randn(len(tiny.catalog().item_ids), WIDE.hidden_size)
+    state = StepState(bank=bank if encoder == "bank" else None)
     with FlopCounterMode(display=False) as counter:
         step = JointStep(objective, "full" if encoder == "full" else "frozen")
-        step(karma, batch).loss.backward()  # type: ignore[no-untyped-call]
+        step(karma, batch, state).loss.backward()  # type: ignore[no-untyped-call]
     useful = joint_flops(
         karma, batch, generation=objective.generation > 0,
         reconstruction=objective.reconstruction > 0, encoder=encoder,
