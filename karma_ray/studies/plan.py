@@ -30,7 +30,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "training.batch_size=64", "training.steps=1500", "training.validate_every=150", *HERE,
     ),
     # Few clicks: hard negatives that count fully drown the query, and an encoder that learns from
-    # the start forgets the person (docs/log.md).
+    # the start forgets the person (docs/log.md, L15).
     "hm": (
         "model.score.scale=10", "objective.hard_weight=0.3", "training.encoder_delay=0.25",
         "training.encoder_lr=0.5", "training.steps=1600", "training.validate_every=200", *HERE,
