@@ -91,7 +91,7 @@ def hard_weight_at(config: ObjectiveConfig, progress: float) -> float:
 
     Before h knows what the query asks for, a hard negative is noise that only punishes any
     difference between items of one query: the fastest way down is to make them all the same
-    (METHOD 1.5; docs/log.md has the curves).
+    (METHOD 1.5; docs/log.md, L2).
     """
     if config.hard_ramp <= 0:
         return config.hard_weight

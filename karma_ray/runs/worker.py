@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 TRIM_SECONDS = 60.0
-"""Between two returns of freed memory: steps then fault it in anew (docs/log.md)."""
+"""Between two returns of freed memory: steps then fault it in anew (docs/log.md, L12)."""
 
 
 @dataclass(frozen=True)

@@ -98,12 +98,17 @@ class Difference:
     bootstrap: BootstrapResult | None
     """Over users, the seeds pooled; None without values per example."""
     gone: tuple[str, ...] = ()
-    """Runs whose values per example the bootstrap lacks."""
+    """Runs whose values per example the bootstrap lacks: it is then of the other seeds, if any."""
 
     @property
     def spread(self) -> float | None:
         """Sample standard deviation over seeds."""
         return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether an interval is wanted and nobody has what it needs."""
+        return self.bootstrap is None and bool(self.gone)
 
     @property
     def is_saturated(self) -> bool:

@@ -90,14 +90,18 @@ def _in_words(group: Group, found: Differences) -> Section:
         parts = []
         for sign, words in ((1, "higher on"), (-1, "lower on"), (0, "no difference shown on")):
             told = [
-                f"{m} ({_told(d)})" for m, d in of_row.items() if d.direction == sign and not d.gone
+                f"{m} ({_told(d)})"
+                for m, d in of_row.items()
+                if d.direction == sign and not d.is_unknown
             ]
             if told:
                 parts.append(f"{words} {', '.join(told)}")
-        parts += _without_interval(of_row)
+        unknown = [f"{m} ({signed(d.mean)})" for m, d in of_row.items() if d.is_unknown]
+        if unknown:
+            parts.append(f"without an interval {', '.join(unknown)}")
         seeds = max(len(d.seeds) for d in of_row.values())
         warning = " One seed: its spread is unknown." if seeds == 1 else ""
-        sentences.append(f"{variant.label}: {'; '.join(parts)}.{warning}")
+        sentences.append(f"{variant.label}: {'; '.join(parts)}.{warning}{_lacking(of_row)}")
     note = (
         "Shown means: the 95 % interval excludes 0, which adds what other users (drawn with "
         "replacement, seeds pooled) and other seeds (Student's t) would change; with one seed "
@@ -108,17 +112,15 @@ def _in_words(group: Group, found: Differences) -> Section:
     return Section("In plain words", notes=(*sentences, note) if sentences else ())
 
 
-def _without_interval(of_row: Mapping[str, Difference]) -> list[str]:
-    """What is not said of other users, because runs have left no values per example."""
-    unknown = {metric: d for metric, d in of_row.items() if d.gone}
-    if not unknown:
-        return []
-    told = ", ".join(f"{metric} ({signed(d.mean)})" for metric, d in unknown.items())
-    names = ", ".join(dict.fromkeys(name for d in unknown.values() for name in d.gone))
-    return [
-        f"without an interval {told}, for the values per example of {names} are not here "
-        "(docs/ablations.md says how to make them again)"
-    ]
+def _lacking(of_row: Mapping[str, Difference]) -> str:
+    """Whose values per example are missed: intervals over users are of other seeds, or none."""
+    names = ", ".join(dict.fromkeys(name for d in of_row.values() for name in d.gone))
+    if not names:
+        return ""
+    return (
+        f" The values per example of {names} are not here (docs/ablations.md): what other users "
+        "would change is told of the other seeds, where there are any."
+    )
 
 
 def _told(difference: Difference) -> str:
@@ -177,7 +179,7 @@ def _orders(group: Group, metrics: Iterable[str]) -> list[str]:
 def _agreement(published: float, ours: Difference | None) -> str:
     if ours is None:
         return "–"
-    if ours.gone:
+    if ours.is_unknown:
         return "no interval"
     if not ours.direction:
         return "not shown"

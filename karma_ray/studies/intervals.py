@@ -40,18 +40,23 @@ class Intervals:
     def of(self, pairs: Pairs, metric: str) -> BootstrapResult | None:
         """Users drawn with replacement, each with its examples under all seeds.
 
-        None where runs were tested on different examples, where the metric is a mean over something
-        else than examples, and where `gone` names a run.
+        Where `gone` names runs, of the seeds that are known; None where none is, where runs were
+        tested on different examples, and where the metric is a mean over something else.
         """
         if not _comparable(pairs):
             return None
-        found = self._of_data(pairs).setdefault(_key(pairs), {})
-        if metric not in found and not self._without_values(pairs):
+        kept = self._of_data(pairs)
+        if metric not in kept.get(_key(pairs), {}):
+            pairs = self._known_part(pairs, metric)
+        if not pairs:
+            return None
+        found = kept.setdefault(_key(pairs), {})
+        if metric not in found:
             found[metric] = self._computed(pairs, metric)
-        return found.get(metric)
+        return found[metric]
 
     def gone(self, pairs: Pairs, metric: str) -> tuple[str, ...]:
-        """Names of the runs whose values per example an interval would need and nobody has."""
+        """Names of runs whose values per example the interval of all seeds needs, and lacks."""
         if not _comparable(pairs) or metric in self._of_data(pairs).get(_key(pairs), {}):
             return ()
         return self._without_values(pairs)
@@ -86,6 +91,20 @@ class Intervals:
     def _without_values(self, pairs: Pairs) -> tuple[str, ...]:
         records = [record for pair in pairs for record in pair if self._values(record) is None]
         return tuple(dict.fromkeys(record["name"] for record in records))
+
+    def _known_part(self, pairs: Pairs, metric: str) -> Pairs:
+        """Most of the pairs: those whose values are here, or a part of which was kept.
+
+        Other users change a mean over fewer seeds no less, so its interval is none too narrow.
+        """
+        here = [pair for pair in pairs if not self._without_values([pair])]
+        by_runs = {(one["outcomes"], other["outcomes"]): (one, other) for one, other in pairs}
+        parts = [
+            [by_runs[runs] for runs in zip(*key, strict=True)]
+            for key, found in self._of_data(pairs).items()
+            if metric in found and by_runs.keys() >= set(zip(*key, strict=True))
+        ]
+        return max([here, *parts], key=len)
 
     def _computed(self, pairs: Pairs, metric: str) -> BootstrapResult | None:
         parts = []

@@ -9,7 +9,6 @@ run was made, and is not committed: intervals.py keeps what comparisons need of 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,6 @@ from karma_ray.objectives.losses import builds_generation, builds_image, builds_
 from karma_ray.training.config import EXECUTION
 
 Record = dict[str, Any]
-Spread = dict[str, float | None]
 OUTCOMES = "outcomes"
 """Folder of the values per example, below the records."""
 METRIC = "HR@50"
@@ -156,19 +154,6 @@ def chosen(members: Iterable[Record]) -> tuple[list[Record], dict[str, int]]:
             best = max(values, key=values.__getitem__)
             kept += [record for record in of_row if record_key(record) == best]
     return kept, tried
-
-
-def spread(records: list[Record]) -> dict[str, Spread]:
-    """Per metric: mean and sample standard deviation (None for one seed) over the seeds."""
-    result: dict[str, Spread] = {}
-    names = dict.fromkeys(name for record in records for name in record["metrics"])
-    for name in names:
-        found = [record["metrics"].get(name) for record in records]
-        values = [float(value) for value in found if isinstance(value, int | float)]
-        if values:
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            result[name] = {"mean": statistics.fmean(values), "std": deviation}
-    return result
 
 
 def _unused(saved: Record) -> tuple[str, ...]:

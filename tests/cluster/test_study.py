@@ -19,6 +19,7 @@ from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.studies.plan import (
     HERE,
+    SETTINGS,
     Data,
     named_rows,
     parsed_seeds,
@@ -105,14 +106,14 @@ def test_every_row_with_a_recipe_can_be_built(table: str, data: Data) -> None:
 
 def test_trials_come_seed_by_seed_and_say_what_was_set(data: Data) -> None:
     rows = [Row("action_only", ""), Row("a", "", "karma_text", ("objective.lambda_dec=0.3",))]
-    trials = planned(rows, [1, 0], data, ["training.steps=5"], study=SMALL)
+    trials = planned(rows, [1, 0], data, [*SMALL, "training.steps=5"])
     assert [t.name for t in trials] == [
         "action_only-seed1", "a-seed1", "action_only-seed0", "a-seed0",
     ]  # fmt: skip
     assert trials[1].config.objective.lambda_dec == 0.3
     assert trials[1].config.training.steps == 5
-    assert trials[1].extra == ("training.steps=5",)
-    assert trials[1].assignments == (*SMALL, "training.steps=5")
+    assert trials[1].extra == (*SMALL, "training.steps=5")
+    assert trials[1].assignments == (*SETTINGS["toy_shop"], *SMALL, "training.steps=5")
 
 
 def test_recipes_that_are_compared_share_their_first_stages(data: Data) -> None:
@@ -136,7 +137,7 @@ class Study:
         self.data = data
 
     def trials(self, *rows: str, more: tuple[str, ...] = ()) -> list[Trial]:
-        return planned([Row(row, row) for row in rows], [0], self.data, more, study=SMALL)
+        return planned([Row(row, row) for row in rows], [0], self.data, (*SMALL, *more))
 
     def run(self, trials: list[Trial], **limits: Any) -> Outcome:
         return run_study(

@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 
 from karma_ray.artifacts import read_lines
+from karma_ray.studies.comparison import Difference, Group, difference
+from karma_ray.studies.grouping import grouped
+from karma_ray.studies.intervals import Intervals
 from karma_ray.studies.page import write_report
-from karma_ray.studies.records import OUTCOMES
+from karma_ray.studies.records import OUTCOMES, read_records
+from karma_ray.studies.tables import TABLES
 from tests.studies.study_records import outcomes, write_record
 
 
@@ -22,6 +26,15 @@ def results(tmp_path: Path) -> Path:
         write_record(folder, "karma_text", seed, outcomes(3, shift=1 + seed))
     write_report(folder)
     return folder
+
+
+def compared(group: Group, metric: str) -> Difference:
+    """KARMA over clicks alone."""
+    karma = group.find("karma_text")
+    assert karma is not None and group.baseline is not None
+    found = difference(karma, group.baseline, metric)
+    assert found is not None
+    return found
 
 
 def told(results: Path, label: str) -> str:
@@ -49,13 +62,31 @@ def test_a_new_run_beside_an_old_one_without_values_is_said_to_lack_an_interval(
     assert "higher on" in told(results, "with Tasks 1 and 2")
 
 
-def test_another_seed_of_a_kept_comparison_asks_for_the_values_of_all(results: Path) -> None:
+def test_a_further_seed_keeps_the_interval_of_those_before_and_says_so(results: Path) -> None:
+    records = grouped(read_records(results), Intervals(results), TABLES["table1"])[0]
     shutil.rmtree(results / OUTCOMES)
     for row in ("action_only", "karma_text"):
         write_record(results, row, 2, outcomes(3))
+    (group,) = grouped(read_records(results), Intervals(results), TABLES["table1"])
+    before, after = (compared(g, "HR@50") for g in (records, group))
+    assert after.bootstrap == before.bootstrap and len(after.seeds) == len(before.seeds) + 1
+    assert not before.gone and set(after.gone) == {
+        f"{row}-seed{seed}" for row in ("action_only", "karma_text") for seed in (0, 1)
+    }
     sentence = told(results, "with Tasks 1 and 2")
-    for row in ("action_only", "karma_text"):
-        assert f"{row}-seed1" in sentence and f"{row}-seed2" not in sentence
+    assert "values per example of karma_text-seed0" in sentence and "seed2" not in sentence
+    assert "without an interval" not in sentence
+
+
+def test_seeds_whose_values_are_here_are_enough_for_an_interval(results: Path) -> None:
+    shutil.rmtree(results / OUTCOMES)
+    shutil.rmtree(results / "differences")
+    for row, hits in (("action_only", 2), ("karma_text", 3)):
+        write_record(results, row, 2, outcomes(hits))
+    (group,) = grouped(read_records(results), Intervals(results), TABLES["table1"])
+    found = compared(group, "HR@50")
+    assert len(found.seeds) == 3 and found.bootstrap is not None and found.gone
+    assert found.bootstrap.difference == pytest.approx(20.0)  # of the new seed alone
 
 
 def test_what_was_kept_of_a_run_goes_with_its_record(results: Path) -> None:
