@@ -21,7 +21,6 @@ from karma_ray.evaluation.evaluate import evaluate
 from karma_ray.evaluation.probe_sets import ItemSample, item_sample
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import is_low_rank, set_trained
-from karma_ray.objectives.losses import builds_image
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.runs.batches import stream_batches
@@ -67,7 +66,6 @@ class Paces:
 def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
     """Stage 1 on the `item_tokens` table at `tokens`."""
     config = stage.config
-    with_images = builds_image(config.objective)
     training = replace(
         config.training,
         steps=config.warmup.steps,
@@ -81,7 +79,7 @@ def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
         run=folder,
         stage="warmup",
         build=stage.build_warmup,
-        step=WarmupStep(lambda_img=config.objective.lambda_img if with_images else 0.0),
+        step=WarmupStep(config.objective.lambda_img),
         make_batches=partial(
             _batches, tokens, config.seed, training.batch_size, stage.make_warmup_collate
         ),

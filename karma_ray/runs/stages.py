@@ -35,7 +35,6 @@ from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import set_trained
-from karma_ray.objectives.losses import builds_generation, builds_image, builds_reconstruction
 from karma_ray.runs.stage_images import TokenCollate, build_imagery, imagery_key, load_visual
 from karma_ray.training.checkpoints.checkpoint import load_weights
 
@@ -72,12 +71,12 @@ def over_ids(config: Config) -> bool:
     """Whether the model is a baseline over item ids; raises InputError on terms that need texts."""
     if config.model.kind == "karma":
         return False
-    objective = config.objective
-    for builds, name in (
-        (builds_generation, "generation"), (builds_reconstruction, "reconstruction"),
-        (builds_image, "lambda_img"),
+    objective, built = config.objective, config.objective.built
+    for is_built, name in (
+        (built.generation, "generation"), (built.reconstruction, "reconstruction"),
+        (built.image, "lambda_img"),
     ):  # fmt: skip
-        if builds(objective):
+        if is_built:
             message = f"needs a model of texts, not {config.model.kind}: set it to 0"
             raise InputError(f"objective.{name}", getattr(objective, name), message)
     return True
@@ -166,8 +165,8 @@ class Stage:
             load_weights(self.warm, model)
         elif self.trained is None:
             self._fit_to_items(model.interest)
-        objective, images = self.config.objective, model.imagery
-        if builds_reconstruction(objective) or (images is not None and images.in_task2):
+        images = model.imagery
+        if self.config.objective.built.reconstruction or (images is not None and images.in_task2):
             head = model.lm_head if hasattr(model, "lm_head") else None
             model = KarmaModel(model.interest, model.tokenizer, lm_head=head, imagery=images)
         model.interest.generate_with(self.config.model.generator, self.config.seed)

@@ -18,7 +18,6 @@ from karma_ray.artifacts import read_lines, value_hash
 from karma_ray.config import Config, from_dict, override, to_dict
 from karma_ray.errors import InputError
 from karma_ray.evaluation.outcomes import Outcomes
-from karma_ray.objectives.losses import builds_generation, builds_image, builds_reconstruction
 from karma_ray.training.config import EXECUTION
 
 Record = dict[str, Any]
@@ -159,16 +158,14 @@ def chosen(members: Iterable[Record]) -> tuple[list[Record], dict[str, int]]:
 def _unused(saved: Record) -> tuple[str, ...]:
     """Beginnings of fields that say how something is built which this run does not build."""
     try:
-        objective = from_dict(saved).objective
+        built = from_dict(saved).objective.built
     except InputError:
         return ()
-    image = builds_image(objective)
-    text = builds_generation(objective) or builds_reconstruction(objective)
     unused: tuple[str, ...] = ()
-    if not image:
+    if not built.image:
         unused += ("objective.lambda_img", "model.imagery.", "collate.visual_features")
-    if not text:
+    if not built.text:
         unused += ("objective.generation", "objective.reconstruction", "model.decodability.")
-    if not (text or image):
+    if not (built.text or built.image):
         unused += ("objective.lambda_dec", "objective.ce_reduction")
     return unused

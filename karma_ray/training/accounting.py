@@ -7,7 +7,7 @@ from typing import Literal
 from torch import Tensor
 
 from karma_ray.model.karma import KarmaModel
-from karma_ray.objectives.losses import ObjectiveConfig, builds_generation, builds_reconstruction
+from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.training.flops import joint_flops
 from karma_ray.training.imagery_term import image_flops
 from karma_ray.training.item_table import SharedBatch
@@ -23,8 +23,7 @@ def work_done(
     batch = shared.batch
     slots = batch.item_tokens.numel() + 2 * batch.step_mask.numel()
     flops = joint_flops(
-        model, batch, generation=builds_generation(objective),
-        reconstruction=builds_reconstruction(objective),
+        model, batch, objective.built,
         encoder=encoder, positions=objective.act_positions, own=shared.own, pool=len(shared.pool),
     )  # fmt: skip
     return {

@@ -26,6 +26,7 @@ from karma_ray.data.batch import Batch
 from karma_ray.model.backbones.registry import family_of
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import rank_of
+from karma_ray.objectives.losses import BuiltTerms
 from karma_ray.training.action_term import trained_steps
 
 Learns = Literal["all", "adapters", "nothing", "no gradient"]
@@ -132,7 +133,7 @@ class Work:
 
 
 def joint_flops(
-    model: KarmaModel, batch: Batch, *, generation: bool, reconstruction: bool,
+    model: KarmaModel, batch: Batch, built: BuiltTerms, *,
     encoder: Literal["full", "frozen", "bank"], positions: str = "all",
     own: Tensor | None = None, pool: int | None = None,
 ) -> float:  # fmt: skip
@@ -149,15 +150,15 @@ def joint_flops(
     width = model.interest.learned_width
     square = 6.0 * width * width  # a D x D layer on one vector, forward and backward
     total = _encoding(model, work, encoder, with_queries=config.query_mode == "encoder")
-    tokens = work.tokens + generation * work.text_tokens
-    pairs = work.pairs + generation * work.text_pairs
+    tokens = work.tokens + built.generation * work.text_tokens
+    pairs = work.pairs + built.generation * work.text_pairs
     total += BodyCost.of(body).step(tokens, pairs, "all" if rank_of(body) is None else "adapters")
     projector = projector_cost(model)
     query = {"embed_pool": 2 * square, "encoder": projector}.get(config.query_mode, 0.0)
     total += projector * len(batch.item_lengths) + query * work.queries + square * work.steps
-    if generation:
+    if built.generation:
         total += _head(model, body) * work.targets
-    if reconstruction:
+    if built.reconstruction:
         total += _rows(model, work)
     # Items of a frozen encoder need no gradient.
     factor = 3 if encoder == "full" else 2

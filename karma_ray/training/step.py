@@ -22,9 +22,6 @@ from karma_ray.model.karma import Decoded, KarmaModel
 from karma_ray.objectives.losses import (
     LossTerms,
     ObjectiveConfig,
-    builds_generation,
-    builds_image,
-    builds_reconstruction,
 )
 from karma_ray.objectives.text import reduce_tokens, token_cross_entropy
 from karma_ray.training.accounting import work_done
@@ -69,7 +66,6 @@ class TokenBatch:
 class WarmupStep:
     """Stage 1 (METHOD 1.10): decode an item's text, and image, from its isolated embedding."""
 
-    train: str = "decoder"
     lambda_img: float = 0.0  # L_warm = CE + lambda_img L_img
 
     def __call__(
@@ -83,7 +79,7 @@ class WarmupStep:
         )
         loss = values.sum() / global_sum(values.new_tensor(float(len(values))))
         logs: dict[str, Tensor | float] = {"loss/warmup": global_sum(loss.detach())}
-        if self.lambda_img and batch.images is not None:
+        if batch.images is not None and self.lambda_img:
             count = global_sum(batch.images.mask.sum()).clamp(min=1)
             image = model.image_losses(items, batch.images).sum() / count
             logs["loss/image"] = global_sum(image.detach())
@@ -204,13 +200,11 @@ class JointStep:
         `items` and `history` [U, D] are the embeddings of the batch's items as targets and as
         inputs of the user decoder.
         """
-        objective = self.objective
+        objective, built = self.objective, self.objective.built
         text, first = None, None
-        if builds_image(objective) and model.imagery is not None and model.imagery.in_task1:
-            interest, text, first = model.forward_with_images(
-                batch, history, text=builds_generation(objective)
-            )
-        elif builds_generation(objective):
+        if built.image and model.imagery is not None and model.imagery.in_task1:
+            interest, text, first = model.forward_with_images(batch, history, text=built.generation)
+        elif built.generation:
             interest, text = model.forward_with_text(batch, history)
         else:
             interest = model.interest.interest(batch, history)
@@ -226,9 +220,9 @@ class JointStep:
 
         reconstruction, images = None, {}
         rows = model.interest.decodable(decoded_interest(batch, interest))
-        if builds_reconstruction(objective):
+        if built.reconstruction:
             reconstruction = mean(model.decode_interest(batch, rows))
-        if builds_image(objective):
+        if built.image:
             images = image_means(model, batch, rows, first, count[2])
         generation = None if text is None else mean(text)
         image = images.get("loss/image")
