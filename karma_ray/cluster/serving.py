@@ -7,11 +7,9 @@ Encoder and index share a replica because every hop between deployments costs mi
 from __future__ import annotations
 
 import json
-import logging
 import shlex
-import signal
-import threading
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -27,12 +25,11 @@ from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from karma_ray import __version__
-from karma_ray.cluster.session import connect
+from karma_ray.cluster.endpoint_process import held_port, raise_on_signals, run_until_signal
+from karma_ray.cluster.session import connect, joins_a_cluster
 from karma_ray.errors import InputError
 from karma_ray.retrieval.requests import HistoryItem
 from karma_ray.retrieval.retriever import Retriever, check_run
-
-LOG = logging.getLogger(__name__)
 
 APPLICATION = "karma_ray"
 MAX_K = 5000
@@ -43,6 +40,10 @@ MAX_QUEUED = 64
 """Requests that may wait in front of the replicas; further ones get 503."""
 RETRY_AFTER_S = 1.0
 """Value of `Retry-After` on a 503."""
+STOP_LOCAL_S = 5.0
+"""Seconds that Ray of our own has to answer the last requests and end."""
+STOP_CLUSTER_S = 30.0
+"""Seconds that a cluster which goes on has to take the application down."""
 
 ItemId = Annotated[str, Field(min_length=1, max_length=512)]
 Query = Annotated[str | None, Field(max_length=4096)]
@@ -196,9 +197,10 @@ def serve_run(
 ) -> str:
     """Serve a finished run; returns its base URL, or stays until Ctrl-C when `blocking`.
 
-    `on_ready` is called with the URL once it answers. The run is checked here first, so that
-    a missing part or a skew between model and index is an error message and not a replica
-    that keeps dying. Raises InputError and SkewError.
+    `on_ready` is called with the URL once it answers. The run and the port are checked here
+    first, so that a missing part, a skew between model and index or a port that is held is an
+    error message and not a replica that keeps dying. When `blocking`, SIGINT or SIGTERM ends
+    this process. Raises InputError and SkewError.
     """
     if not 0 < port < 65536:
         raise InputError("--port", port, "must lie between 1 and 65535")
@@ -207,24 +209,39 @@ def serve_run(
     check_run(run)
     # Replicas start in a folder of their own, so a relative path would not be found there.
     run = run if "://" in run else str(Path(run).resolve())
-    connect()
+    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
+
+    def start() -> None:
+        # Of a cluster that runs already, the port is opened by the head node, whoever asks.
+        with nullcontext() if joins_a_cluster() else held_port(host, port):
+            connect()
+            if blocking:
+                raise_on_signals()
+            _start(host, port, _application(run, num_replicas, max_queued_requests))
+        if on_ready is not None:
+            on_ready(url)
+
+    if blocking:
+        run_until_signal(start, _take_down, STOP_CLUSTER_S if joins_a_cluster() else STOP_LOCAL_S)
+    start()
+    return url
+
+
+def _start(host: str, port: int, application: serve.Application) -> None:
+    quiet = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
         http_options=HTTPOptions(host=host, port=port),
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
+        logging_config=quiet,
     )
-    serve.run(
-        _application(run, num_replicas, max_queued_requests),
-        name=APPLICATION,
-        route_prefix="/",
-        logging_config={"log_level": "WARNING", "enable_access_log": False},
-    )
-    url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
-    if on_ready is not None:
-        on_ready(url)
-    if blocking:
-        _wait_for_signal()
-    return url
+    serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+
+
+def _take_down() -> None:
+    """Only this application: what else runs on the cluster goes on."""
+    if ray.is_initialized():  # deleting would start Ray when the signal came before it was up
+        serve.delete(APPLICATION)
+        ray.shutdown()
 
 
 def curl_example(url: str, item_ids: list[str]) -> str:
@@ -249,18 +266,6 @@ def _application(run: str, num_replicas: int, max_queued_requests: int) -> serve
         ray_actor_options={"num_cpus": 0.1},
     )
     return deployment.bind()
-
-
-def _wait_for_signal() -> None:
-    """Until Ctrl-C or SIGTERM; only this application is taken down, not what else runs there."""
-    stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.set())
-    while not stop.wait(1.0):
-        pass
-    LOG.info("stopping")
-    serve.delete(APPLICATION)
-    ray.shutdown()
 
 
 def _utc(moment: datetime | None) -> datetime | None:

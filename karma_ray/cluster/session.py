@@ -37,7 +37,7 @@ def connect(num_cpus: int | None = None) -> None:
     _quiet_data()
     if ray.is_initialized():
         return
-    joins = bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
+    joins = joins_a_cluster()
     for name, value in (_QUIET if joins else _QUIET | _ALONE).items():
         os.environ.setdefault(name, value)
     root = str(Path(__file__).resolve().parents[2])
@@ -55,6 +55,11 @@ def connect(num_cpus: int | None = None) -> None:
         log_to_driver=False,
         logging_level=logging.WARNING,
     )
+
+
+def joins_a_cluster() -> bool:
+    """Whether `connect` joins a cluster that goes on when this process ends."""
+    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
 
 
 def _quiet_data() -> None:

@@ -1,0 +1,103 @@
+"""What an endpoint is to its machine: the port that it holds, and how a signal ends it."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from karma_ray.errors import InputError
+
+LOG = logging.getLogger(__name__)
+
+
+@contextmanager
+def held_port(host: str, port: int) -> Iterator[None]:
+    """Hold `port` of `host` for the endpoint that the block starts on it.
+
+    Serve opens its port as shareable, so a second endpoint would start without a word and the
+    two would answer in turn. Binding it alone first fails where anyone listens. A name beside
+    the port, free again when this process is gone, tells of an endpoint that is still starting.
+    Raises InputError.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise InputError("--host", host, f"is no address ({error})") from None
+    with socket.socket(socket.AF_UNIX) as name, socket.socket(family) as probe:
+        # Connections of an endpoint that has just ended linger on its port and do not count.
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            if sys.platform == "linux":
+                name.bind(f"\0karma_ray/port/{port}")
+            probe.bind(address)
+        except OSError as error:
+            raise _refusal(host, port, error) from None
+        probe.close()
+        yield
+
+
+def run_until_signal(
+    start: Callable[[], None], take_down: Callable[[], None], within_s: float
+) -> NoReturn:
+    """`start`, wait for SIGINT or SIGTERM, `take_down`; then this process ends.
+
+    The exit code is 0 once `start` has returned and 128 + signal before. A signal to the whole
+    process group ends Ray's processes too, and taking down would wait a minute for their answer
+    and abort: what is not taken down `within_s` seconds is left to end with this process.
+    """
+    raise_on_signals()
+    code = 0
+    try:
+        start()
+        _wait()
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    except SystemExit:
+        code = 128 + signal.SIGTERM
+    _ignore_signals()
+    LOG.info("stopping")
+    ending = threading.Thread(target=take_down, daemon=True)
+    ending.start()
+    ending.join(within_s)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # Ray's own exit handlers would wait for its processes again
+
+
+def raise_on_signals() -> None:
+    """SIGINT raises KeyboardInterrupt and SIGTERM SystemExit; again after Ray is up.
+
+    Ray puts a handler of its own in place, which aborts with a stack of addresses.
+    """
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
+def _wait() -> None:
+    stop = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.set())
+    while not stop.wait(1.0):
+        pass
+
+
+def _ignore_signals() -> None:
+    """`timeout` signals its child and then the child's group: the second comes on top."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _refusal(host: str, port: int, error: OSError) -> InputError:
+    if error.errno == errno.EADDRINUSE:
+        return InputError("--port", port, f"is held by another program on {host}; name a free one")
+    if error.errno == errno.EACCES:
+        return InputError("--port", port, "may not be opened by this user; name one above 1023")
+    return InputError("--host", host, f"cannot be listened on ({error.strerror})")
