@@ -174,7 +174,12 @@ def test_recipes_that_are_compared_start_from_the_same_weights(
     _, cache, _ = finished
     source = PreparedData.load(shop)
     same_shape = ("model.tiny.hidden_size=64", "model.tiny.intermediate_size=192")
-    more = (*same_shape, "model.tiny.vocab_size=2048", "model.score.scale=10")
+    more = (
+        *same_shape,
+        "model.tiny.vocab_size=2048",
+        "model.score.scale=20",
+        "model.item_encoder.lexical=64",
+    )
     karma = start_stage(_config("karma_text", *more), source, cache)
     action = start_stage(_config("action_only", *more), source, cache)
     assert action.warm == karma.warm
