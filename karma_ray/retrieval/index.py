@@ -27,6 +27,7 @@ from karma_ray.artifacts import (
     write_table,
 )
 from karma_ray.errors import InputError, SkewError
+from karma_ray.retrieval.finite import check_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -118,12 +119,16 @@ class ItemIndex:
         kind: IndexKind | None = None,
         parents: Mapping[str, str] | None = None,
     ) -> ItemIndex:
-        """Index `vectors` (= index_vectors(e)). Raises InputError on an empty catalogue."""
+        """Index `vectors` (= index_vectors(e)).
+
+        Raises InputError on an empty catalogue, KarmaRayError on vectors that are not finite.
+        """
         if len(item_ids) == 0:
             raise InputError("catalogue", 0, "items; an index needs at least one")
         assert len(vectors) == len(item_ids) == len(titles)
         kind = kind or Flat()
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        check_finite(item_ids, vectors)
         index = kind.build(vectors)
         return cls(
             faiss_index=index,
