@@ -37,7 +37,6 @@ from benchmarks.reference import ReferenceStep
 from karma_ray import cli
 from karma_ray.data.batch import Batch
 from karma_ray.model.karma import KarmaModel
-from karma_ray.objectives.losses import builds_generation, builds_reconstruction
 from karma_ray.training.flops import joint_flops, peak_flops
 from karma_ray.training.gradient_cache import narrow
 from karma_ray.training.memory import keep_heap
@@ -112,8 +111,7 @@ def speed(work: Workload, rounds: int, *, with_compiled: bool = False) -> None:
     objective = work.config.objective
     flops = statistics.mean(
         joint_flops(
-            model, batch, generation=builds_generation(objective),
-            reconstruction=builds_reconstruction(objective), encoder="full",
+            model, batch, objective.built, encoder="full",
             positions=objective.act_positions,
         )
         for batch in work.batches

@@ -26,15 +26,17 @@ from transformers import Qwen3Config, Qwen3Model
 from karma_ray.artifacts import absolute
 from karma_ray.config import Config, from_dict, to_dict
 from karma_ray.data.batch import Batch
-from karma_ray.data.prompts import SPECIAL_TOKENS
+from karma_ray.data.prompts import SpecialTokens
 from karma_ray.errors import InputError
-from karma_ray.model.backbone import ATTENTION, build_tiny
+from karma_ray.model.backbone import build_tiny
+from karma_ray.model.backbones.checkpoints import ATTENTION
+from karma_ray.model.backbones.qwen3 import make_lean
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import DECODE_PROMPT, KarmaModel
-from karma_ray.model.layers import make_lean
 from karma_ray.training.loop import tensors_of
 from karma_ray.training.optim import build_optimizer
 from karma_ray.training.step import Step, StepOutput
+from karma_ray.training.step_state import AT_THE_END
 
 VOCABULARY = 151_936
 COMMON = {
@@ -63,6 +65,11 @@ class Words:
     def __call__(self, text: list[str], **options: Any) -> dict[str, list[list[int]]]:
         """Token ids of the prompts."""
         return {"input_ids": [self.prompts[line] for line in text]}
+
+    @property
+    def text_marks(self) -> SpecialTokens:
+        """The special tokens, in the order in which `ids` has them."""
+        return SpecialTokens(*self.ids)
 
     def convert_tokens_to_ids(self, tokens: str) -> int:
         """Id of a special token."""
@@ -113,7 +120,7 @@ class Workload:
     def forward(self, model: KarmaModel, step: Step, batch: Batch) -> StepOutput:
         """The loss of a batch, with gradients if the step makes them itself."""
         with self.autocast():
-            return step(model, batch)
+            return step(model, batch, AT_THE_END)
 
     def finish(self) -> None:
         """Wait for the device."""
@@ -194,7 +201,7 @@ def real_workload(config: Config, data: str | None, num_batches: int) -> Workloa
     texts = [text for text in (decoder.prompt, encoder.instruction, DECODE_PROMPT) if text]
     prompts = tokenizer(texts, add_special_tokens=False)["input_ids"]
     words = Words(
-        {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS},
+        {token: tokenizer.convert_tokens_to_ids(token) for token in tokenizer.text_marks},
         dict(zip(texts, prompts, strict=True)),
         len(tokenizer),  # type: ignore[arg-type]
     )

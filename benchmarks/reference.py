@@ -48,6 +48,7 @@ from karma_ray.model.karma import KarmaModel
 from karma_ray.objectives.action import ACTION_LOSSES, pair_weights
 from karma_ray.objectives.losses import ObjectiveConfig, hard_weight_at
 from karma_ray.training.step import StepOutput
+from karma_ray.training.step_state import AT_THE_END, StepState
 
 
 @dataclass(frozen=True)
@@ -56,15 +57,16 @@ class ReferenceStep:
 
     objective: ObjectiveConfig
 
-    def __call__(self, model: nn.Module, batch: Batch) -> StepOutput:
+    def __call__(self, model: nn.Module, batch: Batch, state: StepState = AT_THE_END) -> StepOutput:
         """Equations 4 to 7 on one batch; called as `JointStep` is."""
         assert isinstance(model, KarmaModel)
         objective = self.objective
+        weighted = replace(objective, hard_weight=hard_weight_at(objective, state.progress))
         items = encode_uses(model, batch, batch.item_index, batch.item_mask)  # [B, T, D]
         hard = encode_uses(model, batch, batch.hard_index, batch.hard_mask)  # [B, T, H, D]
         history = history_slots(model, batch, items)
         interest = next_interest(model, batch, history)  # [B, T, D]
-        terms = {"loss/action": action_loss(model, batch, interest, items, hard, objective)}
+        terms = {"loss/action": action_loss(model, batch, interest, items, hard, weighted)}
         total = terms["loss/action"]
         if weight := objective.lambda_dec * objective.generation:
             rows, states = history_to_text(model, batch, history)
@@ -121,9 +123,8 @@ def action_loss(
     free = ~same.any(-1)[window]
     taken = batch.item_content[batch.hard_index][..., None] == clicked[:, None, None]
     wrong = (batch.hard_mask & ~taken.any(-1))[window, step]
-    hard_weight = hard_weight_at(objective, model.progress)
     weights = pair_weights(
-        wrong, free, objective.act_reduction, hard_weight, objective.batch_weight
+        wrong, free, objective.act_reduction, objective.hard_weight, objective.batch_weight
     )
     losses = ACTION_LOSSES[objective.action_loss](positive, scores, weights)
     return losses.sum() / trained.sum().clamp(min=1)

@@ -48,6 +48,7 @@ from karma_ray.training.flops import peak_flops
 from karma_ray.training.loop import Record, fit
 from karma_ray.training.memory import keep_heap
 from karma_ray.training.optim import build_optimizer
+from karma_ray.training.step_state import AT_THE_END
 
 REPORT_EVERY = 10
 WAYS = ("list", "stream", "ray")
@@ -191,7 +192,7 @@ def _step_flops(job: TrainJob, num_batches: int = 5) -> float:
     model = job.build()
     with FlopCounterMode(display=False) as counter:
         for batch in islice(_batches(job), num_batches):
-            torch.autograd.backward(job.step(model, batch).loss)
+            torch.autograd.backward(job.step(model, batch, AT_THE_END).loss)
     return float(counter.get_total_flops()) / num_batches
 
 

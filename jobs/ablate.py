@@ -13,9 +13,12 @@ can be stopped and continued, also on another machine. docs/ablations.md lists t
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.cli import parser, run
 from karma_ray.cluster.study import Outcome, run_study

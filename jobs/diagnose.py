@@ -10,6 +10,11 @@ Default heads: the paper's (9:1 and 11:1) where they exist, else head 1 of two l
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from karma_ray.cli import parser, run
 from karma_ray.report.diagnosis_page import screen
 from karma_ray.runs.model_comparison import diagnose_runs, parse_heads

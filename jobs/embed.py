@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -45,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     print(
         f"{manifest['num_items']} items x {manifest['width']} in {time.monotonic() - started:.0f} s"
-        f" -> {folder.item_embeddings}\nnext: python jobs/index.py {arguments.run}"
+        f" -> {folder.item_embeddings}\nnext: python jobs/index.py {shlex.quote(arguments.run)}"
     )
 
 

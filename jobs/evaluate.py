@@ -7,6 +7,11 @@ its metrics.json and report are replaced; what is measured on other data stands 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from karma_ray.cli import parser, run
 from karma_ray.report.terminal import summary
 from karma_ray.runs.pipeline import evaluate_run

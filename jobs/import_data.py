@@ -8,6 +8,8 @@ python jobs/import_data.py toy_shop few_users.json DATA     # {"num_users": 1000
 
 from __future__ import annotations
 
+import math
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -16,8 +18,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray import cli
+from karma_ray.data.importers.delimited import QUOTES
+from karma_ray.data.importers.log_files import TextFormat
 from karma_ray.data.importers.long import import_long, parse_mapping
 from karma_ray.data.importers.registry import FORMATS, importer
+from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
 
 
@@ -40,6 +45,19 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
         "--item-columns", default="", metavar="OURS=THEIRS,...",
         help="long: item_id, title and optionally text, brand, category, image",
     )  # fmt: skip
+    parser.add_argument(
+        "--quotes", choices=QUOTES, default="auto",
+        help="long: whether a quote in CSV and TSV encloses a field (csv) or is a character like "
+        "any other (text); default auto: text in TSV, in CSV as its lines suggest",
+    )  # fmt: skip
+    parser.add_argument(
+        "--encoding", metavar="NAME", help="long: of CSV, TSV and JSON lines, for example latin-1 "
+        "(default: UTF-8, and UTF-16 where the file begins like it)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--time-format", metavar="FORMAT", help="long: how timestamps are written, for example "
+        "%%m/%%d/%%Y; ISO 8601 and epoch numbers need none",
+    )  # fmt: skip
     arguments = parser.parse_args(argv)
     started = time.perf_counter()
     if arguments.format == "long":
@@ -49,11 +67,13 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             items=arguments.items,
             columns=parse_mapping(arguments.columns, "--columns"),
             item_columns=parse_mapping(arguments.item_columns, "--item-columns"),
+            form=TextFormat(arguments.quotes, arguments.encoding),
+            time_format=arguments.time_format,
             seed=arguments.seed,
         )
     else:
         run = importer(arguments.format)
-        for flag in ("columns", "items", "item_columns"):
+        for flag in ("columns", "items", "item_columns", "encoding", "time_format"):
             if value := getattr(arguments, flag):
                 name = "--" + flag.replace("_", "-")
                 raise InputError(name, value, "is only for the format long")
@@ -74,11 +94,25 @@ def summary(manifest: dict[str, Any], out: str, seconds: float) -> str:
     lines.append(f"  negatives: {manifest['negative_source'].upper()}")
     lines += [f"  - {note}" for note in manifest["notes"]]
     lines.append(f"  licence: {manifest['licence']}")
-    if counts.get("clicks", counts.get("training_clicks", 0)) == 0:
-        lines.append("no click names a known item: nothing can be trained on this folder")
-    else:
-        lines.append(f"next: python jobs/train.py --data {out} --recipe karma_text")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_next(counts, out)])
+
+
+def _next(counts: dict[str, int], out: str) -> list[str]:
+    """The next command, and what has to be mended before it where preparing would refuse."""
+    unknown, train = counts.get("clicks_on_unknown_items", 0), f"--data {shlex.quote(out)}"
+    if counts.get("clicks", counts.get("training_clicks", 0)) == unknown:
+        return ["no click names a known item: nothing can be trained on this folder"]
+    train = f"python jobs/train.py {train} --recipe karma_text"
+    allowed = PrepareConfig().max_bad_share
+    bad, pages = counts.get("pages_with_unknown_clicks", 0), counts.get("events", 0)
+    if bad <= allowed * pages:
+        return [f"next: {train}"]
+    return [
+        f"{bad:,} of {pages:,} pages have clicks on items that the item table lacks; preparing "
+        f"allows {allowed:.0%}",
+        "next: import again with a fuller --items, or train without those clicks by:",
+        f"  {train} --set prepare.max_bad_share={math.ceil(100 * bad / pages) / 100:g}",
+    ]
 
 
 if __name__ == "__main__":

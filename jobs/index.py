@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -28,7 +29,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{index.kind} index of {index.num_items} items, recall@{RECALL_AT} {index.recall:.3f}, "
         f"in {time.monotonic() - started:.1f} s -> {RunFolder(arguments.run).index}\n"
-        f"next: python jobs/serve.py {arguments.run}"
+        f"next: python jobs/serve.py {shlex.quote(arguments.run)}"
     )
 
 

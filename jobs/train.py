@@ -8,6 +8,11 @@ ray job submit --working-dir . -- python jobs/train.py --data s3://... --recipe 
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from karma_ray.artifacts import RunFolder
 from karma_ray.cli import default_out, load_config, parser, run
 from karma_ray.cluster.executor import ON_RAY

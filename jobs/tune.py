@@ -7,6 +7,12 @@ trials and the best one as --set flags for jobs/train.py.
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from karma_ray.cli import default_out, parser, run
 from karma_ray.cluster.search_space import load_space
 from karma_ray.cluster.session import connect
@@ -38,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     print(describe(result))
     print(f"folder  {out}")
-    data = f" --data {arguments.data}" if arguments.data else ""
+    data = f" --data {shlex.quote(arguments.data)}" if arguments.data else ""
     print(f"next  python jobs/train.py --recipe {base.recipe}{data} {result.flags()}")
 
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from karma_ray.errors import InputError
 
 SCHEMA_VERSION = 1
 ROW_GROUP_ROWS = 2_048
+_HIDDEN = re.compile(r"/[._]")
 
 
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
@@ -37,6 +39,11 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def join(uri: str, *parts: str) -> str:
     """Join path parts below a local path or URI."""
     return "/".join([str(uri).rstrip("/"), *parts])
+
+
+def from_home(text: str) -> str:
+    """A path from `~` written out: most programs below take `~` for a folder's name."""
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
 
 
 def absolute(uri: str) -> str:
@@ -71,18 +78,36 @@ def write_table(table: pa.Table, folder: str, part: str = "part-00000") -> None:
         pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
 
 
+def data_files(uri: str, endings: tuple[str, ...]) -> list[str]:
+    """Sorted paths, inside their filesystem, of the files below `uri` that end in `endings`.
+
+    Files and folders whose name starts with `.` or `_` are left out: editors, notebooks and
+    cluster jobs leave them (`.ipynb_checkpoints/`, `_temporary/`, `.part.crc`). A file that
+    `uri` itself names is taken.
+    """
+    fs, root = open_filesystem(uri)
+    named = [name for name in fs.find(root) if name.lower().endswith(endings)]
+    return sorted(n for n in named if not _HIDDEN.search(n.removeprefix(root)))
+
+
+def table_files(folder: str) -> list[str]:
+    """`data_files` of a Parquet table; raises InputError when it is missing or holds none."""
+    if not exists(folder):
+        raise InputError("table", folder, "does not exist")
+    files = data_files(folder, (".parquet",))
+    if not files:
+        raise InputError("table", folder, "holds no .parquet file")
+    return files
+
+
 def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:
     """Read every Parquet file below `folder`; `split=` folders become a column.
 
     Raises InputError when the folder is missing or holds no Parquet file.
     """
-    fs, path = open_filesystem(folder)
-    if not fs.exists(path):
-        raise InputError("table", folder, "does not exist")
     # Named one by one: a manifest or an index beside the table is not Parquet.
-    files = sorted(name for name in fs.find(path) if name.endswith(".parquet"))
-    if not files:
-        raise InputError("table", folder, "holds no .parquet file")
+    files = table_files(folder)
+    fs, path = open_filesystem(folder)
     dataset = ds.dataset(
         files, filesystem=fs, format="parquet", partitioning="hive", partition_base_dir=path
     )
@@ -91,9 +116,20 @@ def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:
 
 def write_json(value: Any, uri: str) -> None:
     """Write indented JSON, replacing the file in one step on a local filesystem."""
+    _replace(json.dumps(value, indent=2, sort_keys=False, default=str) + "\n", uri)
+
+
+def write_lines(values: Iterable[Any], uri: str) -> None:
+    """Write a JSON line per value, keys sorted, replacing the file as `write_json` does."""
+    lines = (
+        json.dumps(value, sort_keys=True, separators=(",", ":"), default=str) for value in values
+    )
+    _replace("".join(f"{line}\n" for line in lines), uri)
+
+
+def _replace(text: str, uri: str) -> None:
     fs, path = open_filesystem(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    text = json.dumps(value, indent=2, sort_keys=False, default=str) + "\n"
     if fs.protocol in ("file", "local") or "file" in fs.protocol:
         temporary = f"{path}.{os.getpid()}.tmp"
         Path(temporary).write_text(text, encoding="utf-8")
@@ -217,11 +253,17 @@ class RunFolder:
 
 
 def read_lines(uri: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of a JSON-lines file; an absent file yields nothing."""
+    """Yield the records of a JSON-lines file; an absent file yields nothing.
+
+    Raises InputError with the number of a line that is not JSON.
+    """
     fs, path = open_filesystem(uri)
     if not fs.exists(path):
         return
     with fs.open(path, "r") as source:
-        for line in source:
+        for number, line in enumerate(source, start=1):
             if line.strip():
-                yield json.loads(line)
+                try:
+                    yield json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise InputError("line", f"{uri}:{number}", f"is not JSON ({error})") from None

@@ -10,12 +10,22 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 from karma_ray import recipes
-from karma_ray.artifacts import join, read_json
+from karma_ray.artifacts import from_home, join, read_json
 from karma_ray.config import Config, describe_fields, from_dict, override, to_dict
 from karma_ray.errors import InputError, KarmaRayError
 
 
 class _Parser(argparse.ArgumentParser):
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse; what starts with `~/` is a path, also behind `=`, and written out."""
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if isinstance(value, str):
+                setattr(found, name, from_home(value))
+            elif isinstance(value, list):
+                setattr(found, name, [from_home(v) if isinstance(v, str) else v for v in value])
+        return found, rest
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message}\n")
 

@@ -17,6 +17,7 @@ from typing import Any, cast, get_type_hints
 
 from pydantic import ConfigDict
 
+from karma_ray.artifacts import from_home
 from karma_ray.data.collate import CollateConfig
 from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
@@ -61,9 +62,18 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(value: Mapping[str, Any]) -> Config:
-    """Build and validate a Config; raises InputError naming field, value and problem."""
+    """Build and validate a Config; raises InputError naming field, value and problem.
+
+    A text that starts with `~/` is a path, and written out.
+    """
     _check_names(Config, value, "")
-    return validated(Config, value)
+    return validated(Config, _from_home(value))
+
+
+def _from_home(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _from_home(part) for name, part in value.items()}
+    return from_home(value) if isinstance(value, str) else value
 
 
 def override(config: Config, assignments: Iterable[str]) -> Config:

@@ -25,6 +25,8 @@ class InputError(KarmaRayError):
 
     >>> str(InputError("--recipe", "karma_txt", choices=["karma_text"]))
     "--recipe: 'karma_txt' is not valid; choices: karma_text"
+    >>> str(InputError("--items", None, "is needed: the table of items"))
+    '--items is needed: the table of items'
     """
 
     def __init__(
@@ -34,7 +36,8 @@ class InputError(KarmaRayError):
         problem: str = "is not valid",
         choices: Iterable[object] | None = None,
     ) -> None:
-        message = f"{field}: {value!r} {problem}"
+        lacking = value is None and problem.startswith("is needed")
+        message = f"{field} {problem}" if lacking else f"{field}: {value!r} {problem}"
         if choices is not None:
             message += "; choices: " + ", ".join(str(choice) for choice in choices)
         super().__init__(message)

@@ -158,7 +158,7 @@ def toy() -> Config:
         pretrain=replace(base.pretrain, steps=200),
         warmup=replace(base.warmup, steps=200),
         objective=replace(base.objective, hard_weight=3.0, hard_ramp=0.05, lambda_dec=0.1),
-        # The late encoder is what lets so short a run find the person (docs/log.md).
+        # The late encoder is what lets so short a run find the person (docs/log.md, L5).
         training=replace(
             base.training,
             steps=1050,

@@ -9,11 +9,10 @@ import numpy as np
 import torch
 
 from karma_ray.data.pixels import PixelTable
-from karma_ray.model.backbone import build_tiny
+from karma_ray.model.backbone import build_tiny, build_tiny_with_pictures
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
-from karma_ray.model.vision import build_seeing_body
 from tests import tiny
 
 SIDE = 64
@@ -38,7 +37,7 @@ def model(seed: int = 0, **encoder: Any) -> KarmaModel:
     config = replace(config, item_encoder=ItemEncoderConfig(**settings))
     words = tiny.tokenizer()
     size = len(words.get_vocab())  # type: ignore[attr-defined]
-    body = build_seeing_body(build_tiny(tiny.BODY, size, 10 * seed + 1), 1, 2, seed)
+    body = build_tiny_with_pictures(build_tiny(tiny.BODY, size, 10 * seed + 1), 1, 2, seed)
     user = build_tiny(tiny.BODY, size, 10 * seed + 2)
     interest = InterestModel(config, body, user, words, seed)
     interest.load_state_dict(text.interest.state_dict(), strict=False)

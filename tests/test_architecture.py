@@ -6,6 +6,7 @@ Nothing is imported; every file is parsed with `ast`, so the whole check takes a
 from __future__ import annotations
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,8 +40,7 @@ ROOMS = (
 HOMES = {
     "ray": "karma_ray.cluster",
     "fastapi": "karma_ray.cluster",
-    # Two doors: language bodies and tokenizers; everything that sees pictures.
-    "transformers": ("karma_ray.model.backbone", "karma_ray.model.vision"),
+    "transformers": "karma_ray.model.backbones",
     "peft": "karma_ray.model.lora",
     "faiss": "karma_ray.retrieval",
     "matplotlib": ("karma_ray.report", "karma_ray.studies"),
@@ -125,6 +125,19 @@ def home_complaints(sources: Sources) -> list[str]:
     ]
 
 
+FAMILY = re.compile("qwen|llama|mistral|gemma", re.IGNORECASE)
+
+
+def family_complaints(sources: Sources) -> list[str]:
+    return [
+        f"{path}:{number} names a family of LLMs; only a module of model/backbones/ may"
+        for path, text in sources.items()
+        if not path.startswith("karma_ray/model/backbones/")
+        for number, line in enumerate(text.splitlines(), 1)
+        if FAMILY.search(line)
+    ]
+
+
 def relative_complaints(sources: Sources) -> list[str]:
     return [
         f"{path}:{node.lineno} has a relative import; imports are absolute here"
@@ -189,6 +202,7 @@ def size_complaints(sources: Sources) -> list[str]:
 PACKAGE_CHECKS = (
     room_complaints,
     home_complaints,
+    family_complaints,
     relative_complaints,
     cycle_complaints,
     name_complaints,
@@ -218,6 +232,18 @@ def test_jobs_reach_the_backbone_and_the_index_only_through_the_package() -> Non
     assert not complaints, "\n".join(complaints)
 
 
+def test_a_script_runs_the_package_that_it_stands_beside() -> None:
+    """Another checkout may be installed; `python jobs/train.py` has only jobs/ on its path."""
+    first = "sys.path.insert(0, "
+    complaints = [
+        f"{path} imports karma_ray before it puts the repository first on the path"
+        for path, text in read_sources("jobs", "benchmarks").items()
+        if '__name__ == "__main__"' in text
+        and not 0 <= text.find(first) < text.find("\nfrom karma_ray")
+    ]
+    assert not complaints, "\n".join(complaints)
+
+
 PLANTED = {
     "a low room reaches up": (
         room_complaints,
@@ -236,9 +262,13 @@ PLANTED = {
     ),
     "transformers outside the backbone": (
         home_complaints,
-        {"karma_ray/model/karma.py": "from transformers import Qwen3Model\n"},
-        "karma_ray.model.karma imports transformers; only karma_ray.model.backbone and "
-        "karma_ray.model.vision may",
+        {"karma_ray/model/karma.py": "from transformers import AutoModel\n"},
+        "karma_ray.model.karma imports transformers; only karma_ray.model.backbones may",
+    ),
+    "a family's name in a loss": (
+        family_complaints,
+        {"karma_ray/training/flops.py": "COST = 1  # of a Qwen3 layer\n"},
+        "karma_ray/training/flops.py:1 names a family of LLMs",
     ),
     "a relative import": (
         relative_complaints,

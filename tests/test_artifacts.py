@@ -10,6 +10,7 @@ import pytest
 from karma_ray.artifacts import (
     RunFolder,
     content_hash,
+    data_files,
     join,
     locked,
     read_json,
@@ -65,6 +66,17 @@ def test_a_folder_without_tables_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"holds no \.parquet file"):
         read_table(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("kind", ["path", "uri"])
+def test_hidden_and_temporary_files_are_no_data(tmp_path: Path, kind: str) -> None:
+    root = str(tmp_path / ".home") if kind == "path" else f"memory://{tmp_path.name}/.home"
+    for folder in ("t/day=1", "t/.ipynb_checkpoints", "t/_temporary/0", "t"):
+        write_table(TABLE, join(root, folder))
+    for name in (".part-00000.parquet", "_part.parquet", ".part-00000.parquet.crc"):
+        write_json("no table", join(root, "t", name))
+    assert read_table(join(root, "t")).num_rows == 4
+    assert len(data_files(join(root, "t", "_temporary"), (".parquet",))) == 1, "named on purpose"
 
 
 def test_a_content_hash_depends_on_names_and_bytes_and_not_on_manifests(tmp_path: Path) -> None:

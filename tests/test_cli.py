@@ -100,5 +100,17 @@ def test_help_explains_every_recipe_and_field(capsys) -> None:
     assert "objective.lambda_dec = 1.0" in printed
 
 
+def test_a_path_from_home_is_written_out_wherever_it_stands(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    flags = cli.parser("a job", config=True)
+    flags.add_argument("runs", nargs="+")
+    flags.add_argument("--data")
+    body = "model.item_encoder.checkpoint"
+    arguments = flags.parse_args(["~/a", "b~", "--data=~/d", "--set", f"{body}=~/model"])
+    assert (arguments.runs, arguments.data) == (["/home/me/a", "b~"], "/home/me/d")
+    config = cli.load_config(arguments, "karma_text")
+    assert config.model.item_encoder.checkpoint == "/home/me/model"
+
+
 def test_the_default_run_folder_is_named_for_its_recipe() -> None:
     assert cli.default_out("toy").startswith("runs/toy-")

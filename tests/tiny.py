@@ -21,7 +21,8 @@ from karma_ray.data.collate import Batch, CollateConfig, Collator
 from karma_ray.data.draws import row_keys
 from karma_ray.data.prompts import Tokenizer, encode_texts
 from karma_ray.data.schema import EXAMPLES, ITEMS, SEQUENCES
-from karma_ray.model.backbone import build_tiny, train_tokenizer
+from karma_ray.model.backbone import build_tiny
+from karma_ray.model.backbones.tokenizer import train_tokenizer
 from karma_ray.model.config import (
     DecodabilityConfig,
     ItemEncoderConfig,

@@ -13,7 +13,8 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.collate import CollateConfig, Collator
 from karma_ray.data.prompts import Tokenizer, encode_texts
 from karma_ray.data.schema import ITEMS
-from karma_ray.model.backbone import build_tiny, train_tokenizer
+from karma_ray.model.backbone import build_tiny
+from karma_ray.model.backbones.tokenizer import train_tokenizer
 from karma_ray.model.config import ModelConfig, ScoreConfig, TinyBackboneConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings

@@ -137,7 +137,6 @@ class IdModel(nn.Module):
     def __init__(self, interest: IdRecommender, tokenizer: Tokenizer) -> None:
         super().__init__()
         self.interest, self.tokenizer = interest, tokenizer
-        self.progress = 1.0  # share of the training done, for schedules of the objective
 
     def speak(self, interest: Tensor, requests: Batch | None = None) -> list[str]:
         """Nothing, for each h [R, D]: vectors of ids cannot be read as words."""

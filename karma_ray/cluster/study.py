@@ -80,7 +80,7 @@ def run_study(
     known = read_records(results)
     missing: list[Trial] = []
     for trial in trials:
-        record = finished_record(trial, data, known, results)
+        record = finished_record(trial, data, known)
         if record is None:
             missing.append(trial)
             continue

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,9 @@ class Search:
 
     def flags(self) -> str:
         """The best configuration as flags of `jobs/train.py`."""
-        return " ".join(f"--set {assignment}" for assignment in assignments(self.best.values))
+        return " ".join(
+            f"--set {shlex.quote(assignment)}" for assignment in assignments(self.best.values)
+        )
 
 
 def search(

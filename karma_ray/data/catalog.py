@@ -20,7 +20,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from karma_ray.artifacts import content_hash, join, read_table
+from karma_ray.artifacts import content_hash, join
+from karma_ray.data.fragments import list_fragments, read_fragment
+from karma_ray.data.identifiers import MISSING
 from karma_ray.data.schema import ITEMS, check_columns
 from karma_ray.errors import InputError
 
@@ -29,7 +31,7 @@ def usable_items(table: pa.Table) -> np.ndarray:
     """Mask [rows] of items with an id and a title, first occurrence of each id only."""
     ids = table.column("item_id")
     titled = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(table.column("title"))), 0)
-    named = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(ids)), 0)
+    named = pc.invert(pc.is_in(pc.utf8_trim_whitespace(ids), value_set=pa.array([None, *MISSING])))
     usable = pc.fill_null(pc.and_(titled, named), False).to_numpy(zero_copy_only=False).copy()
     candidates = np.flatnonzero(usable)
     codes = pc.dictionary_encode(ids.take(candidates)).combine_chunks().indices.to_numpy()
@@ -114,10 +116,26 @@ def _private_folder() -> Path:
 
 
 def _write_arrow(source: str, path: Path) -> None:
-    table = check_columns(read_table(source), ITEMS, "items").drop_columns(["image"])
+    table = _read_items(source)
     table = table.filter(pa.array(usable_items(table))).combine_chunks()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
     os.replace(temporary, path)
+
+
+def _read_items(folder: str) -> pa.Table:
+    """All item rows without their images. The files may differ in the type of an id."""
+    fragments, schemas = list_fragments(folder)
+    names = list(dict.fromkeys(name for _, schema in schemas for name in schema.names))
+    wanted = [name for name in names if name != "image"]
+    tables = [check_columns(ITEMS.empty_table(), ITEMS, folder)]
+    for fragment in fragments:
+        rows = read_fragment(folder, fragment.path, fragment.row_group, wanted)
+        tables.append(check_columns(rows, ITEMS, fragment.path))
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive")
+    except pa.ArrowTypeError as error:
+        raise InputError("items", folder, f"holds files of different columns ({error})") from None
+    return table.drop_columns(["image"])

@@ -7,11 +7,12 @@ from, and the input order, which breaks ties between pages of one time.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from karma_ray.artifacts import open_filesystem
+from karma_ray.artifacts import open_filesystem, table_files
 from karma_ray.errors import InputError
 
 
@@ -36,12 +37,8 @@ def list_fragments(folder: str) -> tuple[list[Fragment], list[tuple[str, pa.Sche
 
     Raises InputError when the folder is missing, holds no Parquet file or a broken one.
     """
-    fs, root = open_filesystem(folder)
-    if not fs.exists(root):
-        raise InputError("table", folder, "does not exist")
-    paths = sorted(path for path in fs.find(root) if path.endswith(".parquet"))
-    if not paths:
-        raise InputError("table", folder, "holds no .parquet file")
+    paths = table_files(folder)
+    fs, _ = open_filesystem(folder)
     fragments: list[Fragment] = []
     schemas: list[tuple[str, pa.Schema]] = []
     order = 0
@@ -63,11 +60,28 @@ def list_fragments(folder: str) -> tuple[list[Fragment], list[tuple[str, pa.Sche
 def read_fragment(
     folder: str, path: str, row_group: int, columns: list[str] | None = None
 ) -> pa.Table:
-    """The rows of one fragment of `folder`; columns the file does not have are left out."""
-    fs, _ = open_filesystem(folder)
+    """The rows of one fragment of `folder`; columns the file does not have are left out.
+
+    What the folders above the file name (`category=shoes/`) is a column where the file has none.
+    """
+    fs, root = open_filesystem(folder)
     with fs.open(path, "rb") as source:
         file = pq.ParquetFile(source)
         wanted = None
         if columns is not None:
             wanted = [name for name in columns if name in file.schema_arrow.names]
-        return file.read_row_group(row_group, columns=wanted)
+        table = file.read_row_group(row_group, columns=wanted)
+    for name, value in folder_columns(path, root).items():
+        if name not in file.schema_arrow.names:
+            table = table.append_column(name, pa.repeat(pa.scalar(value, pa.string()), len(table)))
+    return table
+
+
+def folder_columns(path: str, root: str) -> dict[str, str | None]:
+    """The columns that Hive-like folders between `root` and a file name: `dt=2024-05-01/`."""
+    parts = path.removeprefix(root).split("/")[:-1]
+    pairs = [part.split("=", 1) for part in parts if "=" in part]
+    return {
+        unquote(name): None if value == "__HIVE_DEFAULT_PARTITION__" else unquote(value)
+        for name, value in pairs
+    }

@@ -27,6 +27,7 @@ from karma_ray.artifacts import (
     join,
     open_filesystem,
     read_json,
+    table_files,
     write_json,
     write_table,
 )
@@ -88,8 +89,8 @@ def decode(data: bytes, side: int) -> np.ndarray:
 
 def has_images(data_uri: str) -> bool:
     """Whether any item of a data folder has an image, readable or not."""
-    fs, path = open_filesystem(join(data_uri, "items"))
-    files = sorted(name for name in fs.find(path) if name.endswith(".parquet"))
+    folder = join(data_uri, "items")
+    files, (fs, _) = table_files(folder), open_filesystem(folder)
     items = ds.dataset(files, filesystem=fs, format="parquet")
     if "image" not in items.schema.names:
         return False

@@ -18,6 +18,8 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.fragments import list_fragments
 from karma_ray.data.pictures import UNUSED, BrokenImage, decode, read_images, source_rows
 
+NO_PICTURE = -1
+"""Catalogue row of what has no picture: a query, or text alone."""
 FORMAT = 1
 """Raised when the code makes other pixels of the same image: older files are then not found."""
 
@@ -35,7 +37,7 @@ class PixelTable:
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Catalogue rows [n] int64 -> which have a picture [n] bool, and those pixels
-        [pictures, S, S, 3] uint8. Row -1 has none."""
+        [pictures, S, S, 3] uint8. Row NO_PICTURE has none."""
         pictured = (rows >= 0) & self.values[rows, 0].astype(bool)
         found = self.values[rows[pictured], 1:]
         return pictured, found.reshape(-1, self.side, self.side, 3)

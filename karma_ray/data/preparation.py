@@ -113,13 +113,14 @@ def build_partition(clean: pa.Table, cutoffs: Cutoffs, config: PrepareConfig) ->
         "test": build_examples(pages, cutoffs.test_start, None, config),
     }
     check_no_leak(sequences, examples, cutoffs)
+    unclicked = pages["exposed"].list.set_difference(pages["clicked"])
     trained = int(pc.sum(sequences["loss_mask"].combine_chunks().flatten()).as_py() or 0)
     counts = {
         "users": pages["user_id"].n_unique(),
         "pages": pages.height,
         "repeated_pages": clean.num_rows - pages.height,
         "pages_with_query": int((pages["query"].fill_null("") != "").sum()),
-        "pages_with_exposures": int((pages["exposed"].list.len() > 0).sum()),
+        "pages_with_negatives": int((unclicked.list.len() > 0).sum()),
         "clicks": int(pages["clicked"].list.len().sum()),
         "training_clicks": trained,
         "windows": sequences.num_rows,
@@ -137,10 +138,11 @@ def make_facts(
     manifest: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The content of prepared.json. Without a manifest the sources of queries and negatives are
-    what the logs show: an events table of one's own holds real queries and exposures or none."""
+    what the logs show: an events table of one's own holds real queries and items that were shown
+    and not clicked, or none."""
     known = manifest or {}
     query = "real" if counts["pages_with_query"] else "none"
-    negative = "exposed" if counts["pages_with_exposures"] else "none"
+    negative = "exposed" if counts["pages_with_negatives"] else "none"
     return {
         "schema_version": SCHEMA_VERSION,
         "prepare": dataclasses.asdict(config),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import polars as pl
 import pyarrow as pa
 
 from karma_ray.artifacts import (
+    data_files,
     exists,
     join,
     open_filesystem,
@@ -25,7 +27,7 @@ from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
 
 SPLITS = ("valid", "test")
-PREPARE_VERSION = 2
+PREPARE_VERSION = 3
 """Raised when code changes what `prepare` makes of the same input: it is then made anew."""
 
 
@@ -41,7 +43,8 @@ class PreparedData:
         """Open prepared data; raises InputError when the folder is missing or not prepared."""
         require_data(uri)
         if not exists(join(uri, "prepared.json")):
-            raise InputError("--data", uri, "is not prepared: it has no prepared.json")
+            how = f"make it by: python jobs/prepare.py --data {shlex.quote(uri)}"
+            raise InputError("--data", uri, f"is not prepared: it has no prepared.json; {how}")
         return cls(uri, read_json(join(uri, "prepared.json")))
 
     @property
@@ -86,10 +89,9 @@ def fingerprint(uri: str) -> str:
     fs, root = open_filesystem(uri)
     sizes = []
     for table in ("events", "items"):
-        folder = f"{root}/{table}"
-        if fs.exists(folder):
-            found = fs.find(folder, detail=True)
-            sizes += [(name[len(root) :], found[name]["size"]) for name in sorted(found)]
+        if exists(join(uri, table)):
+            names = data_files(join(uri, table), (".parquet",))
+            sizes += [(name[len(root) :], fs.size(name)) for name in names]
     return value_hash([PREPARE_VERSION, read_data_manifest(uri).get("content_hash"), sizes])
 
 

@@ -1,25 +1,29 @@
-"""Text -> token ids. The tokenizer is passed in; special tokens carry Qwen's own names.
-
-`<|endoftext|>` ends an item's text (its state is the item's embedding) and pads;
-`<|im_start|>` and `<|im_end|>` are the paper's `<s>` and `<e>` around decoded text.
-"""
+"""Text -> token ids. The tokenizer is passed in, and says what its special tokens are called."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-END_OF_TEXT = "<|endoftext|>"
-TEXT_START = "<|im_start|>"
-TEXT_END = "<|im_end|>"
-SPECIAL_TOKENS = (END_OF_TEXT, TEXT_START, TEXT_END)
+
+class SpecialTokens(NamedTuple):
+    """What a family of language models calls the tokens that are not text."""
+
+    end_of_text: str
+    """Ends an item's text (its state is the item's embedding), and pads."""
+    text_start: str
+    """The paper's `<s>`, in front of decoded text."""
+    text_end: str
+    """The paper's `<e>`, behind it."""
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer."""
+    """What is used of a Hugging Face tokenizer, and its `text_marks`."""
+
+    text_marks: SpecialTokens
 
     def __call__(self, text: list[str], **options: Any) -> Any: ...
 
@@ -42,15 +46,15 @@ class SpecialIds:
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> SpecialIds:
         """Look them up in a tokenizer."""
-        return cls(*(tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS))
+        return cls(*(tokenizer.convert_tokens_to_ids(token) for token in tokenizer.text_marks))
 
 
 def encode_texts(
     tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, *, end: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [N, L] int32, right-padded with `<|endoftext|>`, and lengths [N] int64.
+    """Token ids [N, L] int32, right-padded with the end of text, and lengths [N] int64.
 
-    With `end`, every text is cut to max_tokens - 1 and closed by `<|endoftext|>`.
+    With `end`, every text is cut to max_tokens - 1 and closed by the end of text.
     """
     eos = SpecialIds.of(tokenizer).end_of_text
     room = max_tokens - 1 if end else max_tokens

@@ -5,8 +5,10 @@ Legend: `events` and `items` are input, `sequences` trains, `examples` evaluates
 
 from __future__ import annotations
 
+import polars as pl
 import pyarrow as pa
 
+from karma_ray.data.identifiers import id_text
 from karma_ray.errors import InputError
 
 TIME = pa.timestamp("us", tz="UTC")
@@ -84,7 +86,8 @@ QUARANTINE = pa.schema(
 def check_columns(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
     """Cast `table` to `schema`, keeping further columns after it.
 
-    Missing nullable columns are filled with nulls. Raises InputError naming the column, its
+    Missing nullable columns are filled with nulls; floats where text belongs are read as ids
+    (`identifiers.id_text`): NaN is null and 7.0 is 7. Raises InputError naming the column, its
     type and what was expected when a required column is missing or cannot be cast.
     """
     columns: dict[str, pa.ChunkedArray] = {}
@@ -97,6 +100,9 @@ def check_columns(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
             columns[field.name] = pa.chunked_array([pa.nulls(table.num_rows, field.type)])
             continue
         column = table.column(field.name)
+        if _of_floats(column.type) and field.type in (pa.string(), STRINGS):
+            text = id_text(pl.Series(values=column), f"{source}: column {field.name}")
+            column = pa.chunked_array([text.to_arrow()])
         try:
             columns[field.name] = column.cast(field.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
@@ -108,3 +114,7 @@ def check_columns(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
     for name in table.column_names:
         columns.setdefault(name, table.column(name))
     return pa.table(columns)
+
+
+def _of_floats(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_floating(kind.value_type if pa.types.is_list(kind) else kind))

@@ -9,6 +9,8 @@ events  empty user_id | timestamp is not a time       the row is dropped
         click on an item not in the catalogue         the click is dropped, the page stays
 items   empty item_id | empty title | duplicate item_id (the first stays)
 
+An id is empty as well where it says `nan`, `NULL` or the like (identifiers.MISSING).
+
 A page without clicks is no fault: it is counted and left out, since it holds no click to learn.
 """
 
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,6 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from karma_ray.data.catalog import usable_items
+from karma_ray.data.identifiers import MISSING
 from karma_ray.data.schema import EVENTS, QUARANTINE, TIME, check_columns
 from karma_ray.errors import InputError, TooManyBadRows
 
@@ -41,6 +44,7 @@ DUPLICATE_ITEM = "duplicate item_id"
 
 ITEM_REASONS = (NO_ITEM_ID, NO_TITLE, DUPLICATE_ITEM)
 
+_ZONE = r"\s+([+-]\d\d(?::?\d\d)?)$"
 _TIME_FORMATS = ("%FT%T%.f%#z", "%FT%T%.f", "%FT%H:%M", "%F")
 
 
@@ -70,7 +74,8 @@ def parse_times(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
         problem = "cannot be read as a time; write timestamp[us, UTC] or ISO 8601 strings"
         raise InputError(f"{source}: column timestamp", str(kind), problem)
     text = pl.Series("text", column.to_pylist(), dtype=pl.String).str.strip_chars()
-    text = text.str.replace(r"^(\d{4}-\d\d-\d\d) ", "${1}T")
+    text = text.str.replace(r"^(\d{4}-\d\d-\d\d) ", "${1}T").str.replace(_ZONE, "${1}")
+    text = text.str.replace(r"\s*(UTC|GMT)$", "Z")
     parsed = [
         pl.col("text").str.to_datetime(form, time_unit="us", strict=False) for form in _TIME_FORMATS
     ]
@@ -100,7 +105,7 @@ def check_events(
     lists = {name: _clean_list(rows.column(name), item_ids) for name in _LIST_COLUMNS}
     clicked = lists["clicked_item_ids"]
     faults = [
-        (NO_USER, blank(rows.column("user_id"))),
+        (NO_USER, blank(rows.column("user_id"), MISSING)),
         (NO_TIME, _mask(pc.is_null(rows.column("timestamp")))),
         (NULL_ENTRY, np.logical_or.reduce([entry.had_null for entry in lists.values()])),
         (UNKNOWN_CLICK, clicked.num_unknown > 0),
@@ -124,7 +129,7 @@ def check_items(table: pa.Table, source: str = "items", first_row: int = 0) -> C
     """Validate item rows; keeps exactly the rows of `catalog.usable_items`, whose rule this is."""
     usable = usable_items(table)
     faults = [
-        (NO_ITEM_ID, blank(table.column("item_id"))),
+        (NO_ITEM_ID, blank(table.column("item_id"), MISSING)),
         (NO_TITLE, blank(table.column("title"))),
         (DUPLICATE_ITEM, ~usable),
     ]
@@ -149,10 +154,10 @@ def count_reasons(quarantine: pa.Table) -> dict[str, int]:
     return dict(Counter(quarantine.column("reason").to_pylist()).most_common())
 
 
-def blank(column: pa.ChunkedArray) -> np.ndarray:
-    """Mask [rows] of nulls and of strings without a visible character."""
-    visible = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(column)), 0)
-    return ~_mask(pc.fill_null(visible, False))
+def blank(column: pa.ChunkedArray, words: Sequence[str] = ("",)) -> np.ndarray:
+    """Mask [rows] of nulls and of strings that say `words` besides outer spaces."""
+    missing = pa.array([None, *words], pa.string())
+    return _mask(pc.is_in(pc.utf8_trim_whitespace(column), value_set=missing))
 
 
 _LIST_COLUMNS = ("exposed_item_ids", "clicked_item_ids", "purchased_item_ids")

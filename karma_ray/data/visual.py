@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from karma_ray.artifacts import (
+    data_files,
     join,
     locked,
     open_filesystem,
@@ -200,7 +201,7 @@ def _fill(values: np.ndarray, uri: str, facts: dict[str, Any], catalog: Catalog)
 
 
 def _batches(uri: str) -> Iterator[pa.RecordBatch]:
-    fs, root = open_filesystem(uri)
-    for name in sorted(name for name in fs.find(root) if name.endswith(".parquet")):
+    fs, _ = open_filesystem(uri)
+    for name in data_files(uri, (".parquet",)):
         with fs.open(name, "rb") as source:
             yield from pq.ParquetFile(source).iter_batches(4096, columns=["item_id", "feature"])

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from karma_ray.data.batch import Batch
+from karma_ray.data.pixels import NO_PICTURE
 from karma_ray.model.recall import RecallModel
-from karma_ray.model.sight import NO_PICTURE
 
 
 def with_strangers_history(examples: pa.Table, seed: int) -> pa.Table:

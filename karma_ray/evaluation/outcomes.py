@@ -1,4 +1,4 @@
-"""What a ranker did with every test example, small enough to be committed beside its metrics.
+"""What a ranker did with every test example, small enough to be kept for every run of a study.
 
 A paired bootstrap over users needs values per example, not means: ranks, term overlap, and the
 AUC of every judged request. They are whole numbers of 16 bits, in two compressed parts: what the

@@ -42,7 +42,7 @@ class ItemSample:
     """Items, as the item encoder reads them."""
 
     rows: np.ndarray  # [N] catalogue rows
-    tokens: Tensor  # [N, L] of equal length, ending in `<|endoftext|>`
+    tokens: Tensor  # [N, L] of equal length, ending in the end of text
     template: Tensor  # [N, L] separators and special tokens
     num_held_out: int  # how many of them have no click in training
 

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from karma_ray.data.batch import Batch
+from karma_ray.data.pixels import NO_PICTURE
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.item_encoder import ItemEncoder
 from karma_ray.model.layers import Attention
-from karma_ray.model.sight import NO_PICTURE
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from karma_ray.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne,
 
 @dataclass(frozen=True)
 class TinyBackboneConfig:
-    """Shape of the Qwen3 built here when no checkpoint is given (`checkpoint=tiny`)."""
+    """Shape of the backbone built here when no checkpoint is given (`checkpoint=tiny`)."""
 
     hidden_size: Count = 128
     """Width d."""
@@ -36,7 +36,7 @@ class ItemEncoderConfig:
     """E_phi, equation 2."""
 
     checkpoint: str = "tiny"
-    """`tiny`, a Hugging Face Qwen3 folder (multimodal: Qwen3-VL), or a hub name."""
+    """`tiny`, a Hugging Face folder of a family in model/backbones/, or a hub name."""
     pool: Literal["eos", "emb_token", "mean"] = "eos"
     """Last hidden state of the end token, of a learned [ITEM] vector, or the mean of all."""
     instruction: str = ""
@@ -45,12 +45,13 @@ class ItemEncoderConfig:
     """Further dimensions of e that hold the item's words, counted and not learned, and of h those
     of the history; for few clicks, which teach an encoder to forget the person."""
     modality: Literal["text", "multimodal"] = "text"
-    """What of an item is read: its text, or its image and text (`checkpoint`: a Qwen3-VL)."""
+    """What of an item is read: its text, or its image and text (`checkpoint`:
+    of a family that reads pictures)."""
     vision: Literal["full", "frozen"] = "full"
     """Whether the vision tower of a multimodal encoder learns where the encoder does."""
     image_size: Count = 64
-    """Pixels of a side of the pictures read: a multiple of patch * merge, 32 for Qwen3-VL, each of
-    which gives (image_size / 32)^2 tokens."""
+    """Pixels of a side of the pictures read: a multiple of the family's block (32), each of
+    which becomes a token."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class UserDecoderConfig:
     """D_theta, equation 3."""
 
     checkpoint: str = "tiny"
-    """`tiny`, a Hugging Face Qwen3 folder, or a hub name."""
+    """`tiny`, a Hugging Face folder of a family in model/backbones/, or a hub name."""
     layout: Literal["interleaved", "items_only", "query_last"] = "interleaved"
     """Where queries enter and where h_t is read."""
     query_mode: Literal["embed_pool", "tokens", "encoder", "none"] = "embed_pool"

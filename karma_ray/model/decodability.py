@@ -44,7 +44,7 @@ class TextTargets:
 def text_targets(
     tokens: Tensor, lengths: Tensor, special: SpecialIds, max_tokens: int
 ) -> TextTargets:
-    """From item tokens [R, L] that end in `<|endoftext|>`, lengths [R]."""
+    """From item tokens [R, L] that end in the end of text, lengths [R]."""
     words = (lengths - 1).clamp(max=max_tokens)
     width = int(words.max()) if len(words) else 0
     text = tokens[:, :width]

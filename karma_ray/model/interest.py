@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from karma_ray.data.batch import Batch
 from karma_ray.data.catalog import Catalog
+from karma_ray.data.pixels import NO_PICTURE
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.model.adapters import Score
 from karma_ray.model.backbone import hidden_size, load_body
@@ -22,9 +23,7 @@ from karma_ray.model.generator import Generator
 from karma_ray.model.item_encoder import ItemEncoder
 from karma_ray.model.lora import adapt, parse_rank
 from karma_ray.model.recall import RecallModel
-from karma_ray.model.sight import NO_PICTURE
 from karma_ray.model.user_decoder import Prefix, UserDecoder
-from karma_ray.model.vision import load_item_body
 
 
 class InterestModel(RecallModel):
@@ -58,7 +57,10 @@ class InterestModel(RecallModel):
         """Load both bodies from their checkpoints; `config.peft` may put adapters into them."""
         rank = parse_rank(config.peft)
         encoder = config.item_encoder
-        item = load_item_body(encoder.checkpoint, encoder.modality, "model.item_encoder.checkpoint")
+        item = load_body(
+            encoder.checkpoint, "model.item_encoder.checkpoint",
+            sees=encoder.modality == "multimodal",
+        )  # fmt: skip
         user = load_body(config.user_decoder.checkpoint, "model.user_decoder.checkpoint")
         if rank is not None:
             adapt(item, rank, seed)

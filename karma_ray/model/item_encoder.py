@@ -11,12 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from karma_ray.data.catalog import Catalog
-from karma_ray.data.pixels import PixelTable, catalog_pixels
+from karma_ray.data.pixels import NO_PICTURE, PixelTable, catalog_pixels
+from karma_ray.errors import InputError
 from karma_ray.model.adapters import rms_normalize
 from karma_ray.model.backbone import hidden_size, run_body, token_embeddings
+from karma_ray.model.backbones.family import SeenRows
+from karma_ray.model.backbones.registry import pictures_of
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.lexical import LexicalBlock
-from karma_ray.model.sight import NO_PICTURE, SeenRows, check_size, insert_pictures
 from karma_ray.ranges import check_ranges
 
 LOG = logging.getLogger(__name__)
@@ -46,7 +48,10 @@ class ItemEncoder(nn.Module):
         self.config, self.body = config, body
         self.pictures: PixelTable | None = None  # no part of the weights
         if config.modality == "multimodal":
-            check_size(body, config.image_size)
+            block = pictures_of(body).block(body)
+            if config.image_size < block or config.image_size % block:
+                message = f"is not a multiple of {block}"
+                raise InputError("model.item_encoder.image_size", config.image_size, message)
         generator = torch.Generator().manual_seed(seed)
         raw = hidden_size(body)
         self.output = nn.Linear(raw, width, bias=False)
@@ -64,7 +69,7 @@ class ItemEncoder(nn.Module):
             self.pictures = catalog_pixels(catalog, data_uri, self.config.image_size)
 
     def forward(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Right-padded tokens [U, L] ending in `<|endoftext|>`, lengths [U] -> e [U, D].
+        """Right-padded tokens [U, L] ending in the end of text, lengths [U] -> e [U, D].
 
         `rows` [U] are catalogue rows, whose pictures a multimodal encoder reads; it must be told
         NO_PICTURE (-1) of a query.
@@ -137,7 +142,7 @@ class ItemEncoder(nn.Module):
             raise ValueError("a multimodal item encoder needs pictures: call look_at first")
         pictured, pixels = self.pictures.gather(rows.cpu().numpy())
         device = embeddings.device
-        return insert_pictures(
+        return pictures_of(self.body).insert(
             self.body, embeddings, last, num_prefix, torch.from_numpy(pictured).to(device),
             torch.from_numpy(pixels).to(device), learns=self.config.vision == "full",
         )  # fmt: skip

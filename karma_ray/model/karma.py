@@ -58,8 +58,6 @@ class KarmaModel(nn.Module):
         super().__init__()
         self.interest = interest
         self.imagery = imagery
-        self.progress = 1.0  # share of the training done, for schedules of the objective
-        self.bank: Tensor | None = None  # [I, D] cached item embeddings, not part of the weights
         self.special = SpecialIds.of(tokenizer)
         self.tokenizer = tokenizer
         config = interest.config.decodability

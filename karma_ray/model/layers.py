@@ -1,4 +1,4 @@
-"""Qwen3's norm and attention with fewer passes over memory; weights and names are Qwen3's own.
+"""Norm and attention with fewer passes over memory; weights and names are transformers' own.
 
 At the widths of a laptop, and in the short rows of item texts, half of a step goes into casts and
 element-wise products, not into matrix products (benchmarks/engine.py prints the shares). Under
@@ -37,7 +37,10 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Qwen3's self-attention around `packing.attend`; the projections may hold adapters."""
+    """Self-attention with normed queries and keys around `packing.attend`.
+
+    The projections may hold adapters.
+    """
 
     def __init__(self, stock: nn.Module) -> None:
         super().__init__()
@@ -62,7 +65,7 @@ class Attention(nn.Module):
         key = self.k_norm(self.k_proj(hidden_states).view(shape))
         value = self.v_proj(hidden_states).view(shape)
         cos, sin = (table[:, :, None].to(query.dtype) for table in position_embeddings)
-        query, key = _rotated(query, cos, sin), _rotated(key, cos, sin)
+        query, key = rotated(query, cos, sin), rotated(key, cos, sin)
         states, _ = attend(
             self, query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2),
             attention_mask, self.scaling, self.attention_dropout if self.training else 0.0, packing,
@@ -77,17 +80,7 @@ def lean_norm(stock: nn.Module) -> RMSNorm:
     return RMSNorm(parts.weight, float(parts.variance_epsilon))
 
 
-def make_lean(body: nn.Module) -> None:
-    """Put this module's layers into a Qwen3 body, around the very same parameters."""
-    model = cast(Any, body)
-    for layer in model.layers:
-        layer.input_layernorm = lean_norm(layer.input_layernorm)
-        layer.post_attention_layernorm = lean_norm(layer.post_attention_layernorm)
-        layer.self_attn = Attention(layer.self_attn)
-    model.norm = lean_norm(model.norm)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary position embedding (2104.09864) of [B, S, H, d]; cos and sin [B, S, 1, d]."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin

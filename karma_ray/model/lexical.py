@@ -1,8 +1,9 @@
 """The words of an item as further dimensions of e: counted, not learned.
 
 A small encoder taught by clicks keeps of an item what queries ask for and drops the rest, with it
-what a person likes (docs/log.md). These dimensions stand still: e = [learned ; words] is still one
-vector with one inner product (dense and lexical in one: Lin and Lin, 2206.09912). Not in the paper.
+what a person likes (docs/log.md, L23). These dimensions stand still: e = [learned ; words] is still
+one vector with one inner product (dense and lexical in one: Lin and Lin, 2206.09912). Not in the
+paper.
 
 Legend: U items, L tokens, V vocabulary, K lexical dimensions.
 """

@@ -24,10 +24,9 @@ import torch
 from torch import nn
 
 from karma_ray.errors import InputError
+from karma_ray.model.backbones.registry import family_of
 
 FIELD = "model.peft"
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-"""Linear layers of a Qwen3 layer."""
 ALPHA = 2
 """alpha / R."""
 
@@ -49,8 +48,9 @@ def adapt(body: nn.Module, rank: int, seed: int) -> None:
     """
     from peft import LoraConfig, inject_adapter_in_model
 
+    linear = family_of(body).linear_layers
     config = LoraConfig(
-        r=rank, lora_alpha=ALPHA * rank, lora_dropout=0.0, target_modules=list(TARGETS)
+        r=rank, lora_alpha=ALPHA * rank, lora_dropout=0.0, target_modules=list(linear)
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)

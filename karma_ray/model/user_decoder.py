@@ -35,7 +35,7 @@ class UserDecoder(nn.Module):
 
     Where items hold words (LexicalBlock), h = norm([norm(W_h s) ; w m]) with m their mean over the
     history, as long as the rest, and w one learned number. A layer from s into the words was
-    tried: it learns the training clicks by heart (docs/log.md).
+    tried: it learns the training clicks by heart (docs/log.md, L24).
     """
 
     prompt: Tensor

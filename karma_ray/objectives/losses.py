@@ -14,6 +14,23 @@ from karma_ray.ranges import Share, Weight
 
 
 @dataclass(frozen=True)
+class BuiltTerms:
+    """Which decodability terms exist in a run: a weight of 0 means *not built*."""
+
+    generation: bool
+    """Task 1."""
+    reconstruction: bool
+    """Task 2."""
+    image: bool
+    """The visual term."""
+
+    @property
+    def text(self) -> bool:
+        """Whether any text is decoded."""
+        return self.generation or self.reconstruction
+
+
+@dataclass(frozen=True)
 class ObjectiveConfig:
     """Weights and variants of the terms. A weight of 0 means *not built*."""
 
@@ -44,6 +61,15 @@ class ObjectiveConfig:
     """Weight of the generator's loss."""
     ce_reduction: Literal["token_mean", "sum"] = "token_mean"
     """Cross-entropy averaged over an example's tokens, or summed as written."""
+
+    @property
+    def built(self) -> BuiltTerms:
+        """The one place that says what a weight of 0 leaves out."""
+        return BuiltTerms(
+            generation=self.lambda_dec * self.generation != 0,
+            reconstruction=self.lambda_dec * self.reconstruction != 0,
+            image=self.lambda_dec * self.lambda_img != 0,
+        )
 
 
 @dataclass(frozen=True)
@@ -91,23 +117,8 @@ def hard_weight_at(config: ObjectiveConfig, progress: float) -> float:
 
     Before h knows what the query asks for, a hard negative is noise that only punishes any
     difference between items of one query: the fastest way down is to make them all the same
-    (METHOD 1.5; docs/log.md has the curves).
+    (METHOD 1.5; docs/log.md, L2).
     """
     if config.hard_ramp <= 0:
         return config.hard_weight
     return config.hard_weight * min(1.0, max(0.0, progress / config.hard_ramp - 1.0))
-
-
-def builds_generation(config: ObjectiveConfig) -> bool:
-    """Whether Task 1 exists in this run: a weight of 0 means *not built*."""
-    return config.lambda_dec * config.generation != 0
-
-
-def builds_reconstruction(config: ObjectiveConfig) -> bool:
-    """Whether Task 2 exists in this run."""
-    return config.lambda_dec * config.reconstruction != 0
-
-
-def builds_image(config: ObjectiveConfig) -> bool:
-    """Whether the visual term exists in this run."""
-    return config.lambda_dec * config.lambda_img != 0

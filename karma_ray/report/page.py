@@ -28,6 +28,12 @@ _DATA_FACTS = {
 }
 
 
+BARS = "comparison"
+"""The picture that the page opens with; the other ones are its curves."""
+NUM_FIRST_CASES = 4
+"""Cases in sight; the others fold away."""
+
+
 def render_report(run: str) -> str:
     """Write the report of `run` (local path or URI) and return the path of its HTML page.
 
@@ -44,8 +50,10 @@ def render_report(run: str) -> str:
         "plots": [
             {"title": PLOTS[name][0], "base64": base64.b64encode(picture).decode()}
             for name, picture in pictures.items()
-            if picture is not None
-        ]
+            if picture is not None and name != BARS
+        ],
+        "bars_picture": base64.b64encode(pictures[BARS] or b"").decode(),
+        "num_first_cases": NUM_FIRST_CASES,
     }
     page = join(report, "report.html")
     write_bytes(page, environment(True).get_template("report.html.jinja").render(facts).encode())

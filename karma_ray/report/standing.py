@@ -18,6 +18,7 @@ SECTIONS = {
     "first/": "First-time targets",
     "repeat/": "Repeat targets",
 }
+PARTS = {"": "All test clicks", "warm/": "Items clicked in training", "cold/": "New items"}
 CEILING = "oracle"
 
 
@@ -68,6 +69,11 @@ def format_metric(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
+def format_short(value: float | None) -> str:
+    """One decimal, or a dash where nothing was measured."""
+    return "–" if value is None else f"{value:.1f}"
+
+
 def format_count(value: object) -> str:
     """A count with thousands separated, or a dash."""
     count = number(value)
@@ -84,7 +90,8 @@ def standing(record: RunRecord, metric: str) -> Standing | None:
         for ranker in record.rankers()
         if ranker.role == "floor" and (floor_value := ranker.value(metric)) is not None
     ]
-    floor_value, floor = max(floors, default=(None, None))
+    # Of equal ones the first: without a query the filters are popularity, and are called so.
+    floor_value, floor = max(floors, key=lambda pair: pair[0], default=(None, None))
     ceiling = number(record.floors.get(CEILING, {}).get(metric))
     return Standing(metric, value, floor, floor_value, ceiling)
 
@@ -110,21 +117,49 @@ def sections(record: RunRecord) -> list[Section]:
 
 
 def headline(record: RunRecord) -> list[str]:
-    """What the numbers say, a sentence each."""
-    result = [
+    """What the numbers say, a sentence each: the verdict, what each metric means, the checks."""
+    meanings = [
         _sentence(place) for metric in HEADLINE if (place := standing(record, metric)) is not None
     ]
-    places = [place for metric in HEADLINE if (place := standing(record, metric)) is not None]
-    compared = [place for place in places if place.floor is not None]
-    failed = [place for place in compared if not place.passes]
-    if record.is_trained and compared:
-        names = ", ".join(place.metric for place in compared)
-        if failed:
-            missed = ", ".join(f"{place.floor} on {place.metric}" for place in failed)
-            result.append(f"It does NOT pass every floor: it stays at or below {missed}.")
-        else:
-            result.append(f"It passes every floor on {names}.")
-    return [*result, *_shuffle_sentence(record), *_perturbation_sentences(record)]
+    return [*verdict(record), *meanings, *check_sentences(record)]
+
+
+def verdict(record: RunRecord) -> list[str]:
+    """A line each for all clicks, warm and cold items: which floors the run passes.
+
+    Empty for a floor or ceiling, and where no floor was measured.
+    """
+    if not record.is_trained:
+        return []
+    lines = []
+    for prefix, name in PARTS.items():
+        places = [standing(record, prefix + metric) for metric in HEADLINE]
+        compared = [place for place in places if place is not None and place.floor is not None]
+        count = number(record.metrics.get(f"{prefix}num_test"))
+        if compared and count != 0:
+            lines.append(f"{name} ({format_count(count)}): {_passed(compared)}.")
+    return lines
+
+
+def _passed(places: list[Standing]) -> str:
+    passed = [place.metric.rpartition("/")[2] for place in places if place.passes]
+    missed = [
+        f"{place.metric.rpartition('/')[2]} {format_short(place.value)} is not above "
+        f"{place.floor}'s {format_short(place.floor_value)}"
+        for place in places
+        if not place.passes
+    ]
+    above = [f"above every floor on {_listed(passed)}"] if passed else []
+    return "; ".join([*above, *missed])
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([*([", ".join(names[:-1])] if names[1:] else []), names[-1]])
+
+
+def check_sentences(record: RunRecord) -> list[str]:
+    """Whether the history is used, and whether the future is."""
+    return [*_shuffle_sentence(record), *_perturbation_sentences(record)]
 
 
 def _sentence(place: Standing) -> str:

@@ -1,71 +1,75 @@
-"""The one screen a job ends with: where this run stands, where it lies, what to type next."""
+"""The one screen a job ends with: where this run stands, some cases, what to type next."""
 
 from __future__ import annotations
 
+import shlex
 import textwrap
+from typing import Any
 
 from karma_ray.artifacts import RunFolder, exists
 from karma_ray.evaluation.alarm import messages
-from karma_ray.report.record import Ranked, RunRecord, number, read_run
-from karma_ray.report.standing import format_count, format_metric, headline
+from karma_ray.report.bars import bars
+from karma_ray.report.record import RunRecord, read_run
+from karma_ray.report.standing import check_sentences, format_count, verdict
 
-COLUMNS = ("HR@10", "HR@50", "NDCG@10", "MRR", "gAUC", "JS@50")
-PARTS = {"in_query/": "inside the query", "warm/": "warm items", "cold/": "cold items"}
+LINE = 100
+NUM_CASES = 2
+NUM_SHOWN = 3
+"""Items of a history, and of a recalled list, of each case."""
 
 
 def summary(run: str) -> str:
     """The closing screen of a run, at most 40 lines; raises InputError when there is no run."""
     record = read_run(run)
-    lines = [
-        f"{record.recipe} on {record.data_name}: "
-        f"{format_count(record.metrics.get('num_test'))} test clicks, "
-        f"seed {record.config.get('seed', '–')} (rates in percent)",
-        "",
-        *_table(record),
-        "",
-        *_wrapped([*headline(record), *record.labels(), *_quarantine(record), *_alarms(record)]),
-        "",
-        f"run folder  {record.run}",
+    notes = [*check_sentences(record), *record.labels(), *_quarantine(record), *_alarms(record)]
+    blocks = [
+        [
+            f"{record.recipe} on {record.data_name}: "
+            f"{format_count(record.metrics.get('num_test'))} test clicks, "
+            f"seed {record.config.get('seed', '–')} (rates in percent)"
+        ],
+        _wrapped(verdict(record)),
+        bars(record),
+        *(_case(case) for case in record.cases[:NUM_CASES]),
+        _wrapped(notes),
+        _places(record),
     ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _case(case: dict[str, Any]) -> list[str]:
+    """Query and history, the first recalled titles with the clicked one marked, and the words."""
+    rank = case.get("rank")
+    history = [step["title"] for step in (case.get("history") or [])[-NUM_SHOWN:]]
+    recalled = [
+        ("* " if hit["is_truth"] else "  ") + hit["title"]
+        for hit in (case.get("recalled") or [])[:NUM_SHOWN]
+    ]
+    lines = [
+        f"asked     {case.get('query') or '(no query)'}",
+        f"history   {' | '.join(history) or '(empty)'}",
+        *(f"{'recalled' if not place else '':<8}{line}" for place, line in enumerate(recalled)),
+        f"clicked   {case['truth']} (rank {rank if rank is not None else '–'})",
+    ]
+    if case.get("decoded"):
+        lines.append(f"decoded   {case['decoded']}")
+    return [textwrap.shorten(line, LINE, placeholder=" ...") if len(line) > LINE else line
+            for line in lines]  # fmt: skip
+
+
+def _places(record: RunRecord) -> list[str]:
+    lines = [f"run folder  {record.run}"]
     report = RunFolder(record.run).path("report", "report.html")
     if exists(report):
         lines.append(f"report      {report}")
-    lines.append(f"next        {_next_command(record)}")
-    return "\n".join(lines)
-
-
-def _table(record: RunRecord) -> list[str]:
-    rankers = record.rankers()
-    names = [*(_label(ranker) for ranker in rankers), *(f"    {part}" for part in PARTS.values())]
-    width = max(map(len, names))
-    lines = [" " * width + "".join(f"{column:>9}" for column in COLUMNS)]
-    for ranker in rankers:
-        lines.append(_row(_label(ranker), width, ranker, ""))
-        if ranker.role == "run":
-            lines += [
-                _row(f"    {part}", width, ranker, prefix)
-                for prefix, part in PARTS.items()
-                if number(ranker.metrics.get(f"{prefix}num_test"))
-            ]
-    return lines
-
-
-def _row(label: str, width: int, ranker: Ranked, prefix: str) -> str:
-    cells = (format_metric(ranker.value(prefix + column)) for column in COLUMNS)
-    return f"{label:<{width}}" + "".join(f"{cell:>9}" for cell in cells)
-
-
-def _label(ranker: Ranked) -> str:
-    mark = {"floor": "  ", "run": "> ", "ceiling": "  "}[ranker.role]
-    note = {"floor": "", "run": " (this run)", "ceiling": " (ceiling)"}[ranker.role]
-    return mark + ranker.name + note
+    return [*lines, f"next        {_next_command(record)}"]
 
 
 def _wrapped(sentences: list[str]) -> list[str]:
     return [
         line
         for sentence in sentences
-        for line in textwrap.wrap(sentence, 100, subsequent_indent="  ")
+        for line in textwrap.wrap(sentence, LINE, subsequent_indent="  ")
     ]
 
 
@@ -86,4 +90,4 @@ def _alarms(record: RunRecord) -> list[str]:
 def _next_command(record: RunRecord) -> str:
     if not record.is_trained:
         return "python jobs/train.py --recipe karma_text (and the same --data)"
-    return f"python jobs/serve.py {record.run}"
+    return f"python jobs/serve.py {shlex.quote(record.run)}"

@@ -33,7 +33,8 @@ from karma_ray.baselines.sequential import IdRecommender
 from karma_ray.data.collate import CollateConfig
 from karma_ray.data.prompts import Tokenizer
 from karma_ray.errors import InputError, KarmaRayError
-from karma_ray.model.backbone import load_body, load_tokenizer, save_body, save_tokenizer
+from karma_ray.model.backbone import load_body, save_body
+from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer
 from karma_ray.model.config import (
     GeneratorConfig,
     ItemEncoderConfig,
@@ -46,8 +47,6 @@ from karma_ray.model.denoiser import DenoiserConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.lora import merged
 from karma_ray.model.recall import RecallModel
-from karma_ray.model.sight import can_see
-from karma_ray.model.vision import load_item_body, save_seeing_body
 from karma_ray.retrieval.finite import check_weights
 
 ITEM_ENCODER, USER_DECODER, TOKENIZER = "item_encoder", "user_decoder", "tokenizer"
@@ -121,17 +120,17 @@ def load_bundle(uri: str) -> Bundle:
 
 def _save_parts(interest: InterestModel, folder: Path) -> dict[str, Any]:
     """Bodies and adapters; returns their configuration."""
-    item = merged(interest.item_encoder.body)
-    (save_seeing_body if can_see(item) else save_body)(item, str(folder / ITEM_ENCODER))
+    save_body(merged(interest.item_encoder.body), str(folder / ITEM_ENCODER))
     save_body(merged(interest.user_decoder.body), str(folder / USER_DECODER))
     save_file(_adapters(interest), str(folder / ADAPTERS))
     return _parts(interest.config)
 
 
 def _load_parts(model: ModelConfig, folder: Path, tokenizer: Tokenizer, uri: str) -> InterestModel:
+    sees = model.item_encoder.modality == "multimodal"
     interest = InterestModel(
         model,
-        load_item_body(str(folder / ITEM_ENCODER), model.item_encoder.modality, "bundle"),
+        load_body(str(folder / ITEM_ENCODER), "bundle", sees=sees),
         load_body(str(folder / USER_DECODER)),
         tokenizer,
     )

@@ -27,7 +27,6 @@ from karma_ray.data.pictures import has_images
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.model.lora import parse_rank
-from karma_ray.objectives.losses import builds_image
 from karma_ray.runs.stages import Stage, finished_stage, with_checkpoints
 from karma_ray.training.config import EXECUTION
 
@@ -129,7 +128,7 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
         )
         raise InputError("model.decodability.recon_text", "shuffled", message)
     config.model.check()
-    if builds_image(config.objective):
+    if config.objective.built.image:
         config.model.imagery.check()
     parse_rank(config.model.peft)
     lexical, items = config.model.item_encoder.lexical, source.facts["counts"]["items"]

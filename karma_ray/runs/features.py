@@ -49,7 +49,7 @@ from karma_ray.data.prepared import require_data
 from karma_ray.data.staging import remove
 from karma_ray.data.visual import KIND, features_uri, grid_of, write_visual_manifest
 from karma_ray.errors import InputError
-from karma_ray.model.vision import load_vision_encoder
+from karma_ray.model.backbones.vision_encoder import load_vision_encoder
 
 LOG = logging.getLogger(__name__)
 

@@ -25,8 +25,8 @@ from karma_ray.artifacts import (
 from karma_ray.config import Config
 from karma_ray.data.prepared import PreparedData
 from karma_ray.data.prompts import SpecialIds
-from karma_ray.model.backbone import load_body, load_tokenizer
-from karma_ray.model.vision import build_seeing_body, save_seeing_body
+from karma_ray.model.backbone import build_tiny_with_pictures, load_body, save_body
+from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.run_log import RunLog
 from karma_ray.runs.stage_images import imagery_key
@@ -64,7 +64,7 @@ def start_stage(
         with locked(folder):
             _pretrained(config, source, folder)
         _copy_lines(f"{folder}-log", run)
-        config = with_checkpoints(config, _with_eyes(config, folder), folder)
+        config = with_checkpoints(config, _with_pictures(config, folder), folder)
     stage = Stage(config, source.items_uri)
     if config.warmup.skip:
         return stage
@@ -101,8 +101,8 @@ def _pretrained(config: Config, source: PreparedData, folder: str) -> None:
     log.close()
 
 
-def _with_eyes(config: Config, folder: str) -> str:
-    """The tiny item encoder: the language model itself, or a Qwen3-VL around its weights."""
+def _with_pictures(config: Config, folder: str) -> str:
+    """The tiny item encoder: the language model itself, or one that reads pictures around it."""
     if config.model.item_encoder.modality != "multimodal":
         return folder
     seeing = f"{folder}-vl"
@@ -111,9 +111,10 @@ def _with_eyes(config: Config, folder: str) -> str:
             draft = f"{seeing}.tmp"
             shutil.rmtree(draft, ignore_errors=True)
             special = SpecialIds.of(load_tokenizer(folder))
-            body = load_body(folder)
-            body = build_seeing_body(body, special.text_start, special.text_end, config.seed)
-            save_seeing_body(body, draft)
+            body = build_tiny_with_pictures(
+                load_body(folder), special.text_start, special.text_end, config.seed
+            )
+            save_body(body, draft)
             os.replace(draft, seeing)
     return seeing
 

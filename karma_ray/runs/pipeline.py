@@ -88,6 +88,7 @@ def train_run(
     tables = absolute(data) if data else toy_shop(cache)
     source = ensure_prepared(tables, config.prepare, executor.prepare)
     check_sizes(config, source, with_warmup=parent is None)
+    _check_workers(config, executor)
     parents = {"data": str(source.facts.get("input", ""))}
     if resume:
         check_resumed(config, source, folder)
@@ -106,8 +107,7 @@ def train_run(
         _serve_side(stage, folder, executor)
     write_manifest(
         run, "run", recipe=config.recipe, seed=config.seed, data=source.uri,
-        items=source.items_uri,
-        version=__version__, parents=parents,
+        items=source.items_uri, version=__version__, parents=parents,
     )  # fmt: skip
     metrics = assess(config, source, run, stage, cache)
     metrics["seconds"] = round(time.time() - started, 1)
@@ -115,6 +115,14 @@ def train_run(
     render_report(run)
     folder.link_latest()
     return metrics
+
+
+def _check_workers(config: Config, executor: Executor) -> None:
+    """Raise InputError when several workers are asked for and nobody can start them."""
+    workers = config.training.num_workers
+    if executor.train is None and workers > 1:
+        message = "cannot be started by this process alone; jobs/train.py starts them on Ray"
+        raise InputError("training.num_workers", workers, message, choices=[0, 1])
 
 
 def _note_text_lengths(stage: Stage, folder: RunFolder, facts: Mapping[str, Any]) -> None:

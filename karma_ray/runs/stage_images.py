@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,7 +21,6 @@ from karma_ray.errors import InputError
 from karma_ray.model.backbone import token_embeddings
 from karma_ray.model.imagery import Imagery, ImageShape, ImageTargets
 from karma_ray.model.interest import InterestModel
-from karma_ray.objectives.losses import builds_image
 from karma_ray.training.step import TokenBatch
 
 
@@ -29,14 +29,14 @@ def visual_uri(config: Config, items_uri: str) -> str:
     named = config.collate.visual_features
     uri = absolute(named) if named else features_uri(items_uri)
     if not exists(join(uri, "manifest.json")):
-        message = f"does not exist; make it by: python jobs/features.py {items_uri}"
+        message = f"does not exist; make it by: python jobs/features.py {shlex.quote(items_uri)}"
         raise InputError("collate.visual_features", uri, message)
     return uri
 
 
 def load_visual(config: Config, items_uri: str, catalog: Catalog) -> VisualFeatures | None:
     """The features, of a run that reconstructs them."""
-    if not builds_image(config.objective):
+    if not config.objective.built.image:
         return None
     return VisualFeatures.load(visual_uri(config, items_uri), catalog)
 
@@ -48,20 +48,20 @@ def build_imagery(
 
     Of finished weights (`trained`) the shape is theirs: features need not be there any more.
     """
-    if not builds_image(config.objective):
+    if not config.objective.built.image:
         return None
-    if trained is None:
+    if trained is not None:
+        shape = _saved_shape(trained)
+    else:
         facts = read_manifest(visual_uri(config, items_uri), KIND)
         shape = ImageShape(int(facts["num_tokens"]), int(facts["width"]))
-    else:
-        shape = _saved_shape(trained)
     rows = token_embeddings(interest.user_decoder.body)
     return Imagery(config.model.imagery, shape, rows, config.seed)
 
 
 def imagery_key(config: Config, items_uri: str) -> dict[str, object]:
     """What warmed-up weights depend on besides, in a run with a visual term."""
-    if not builds_image(config.objective):
+    if not config.objective.built.image:
         return {}
     features = read_manifest(visual_uri(config, items_uri), KIND)["content_hash"]
     return {

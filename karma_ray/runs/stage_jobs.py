@@ -21,17 +21,17 @@ from karma_ray.evaluation.evaluate import evaluate
 from karma_ray.evaluation.probe_sets import ItemSample, item_sample
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import is_low_rank, set_trained
-from karma_ray.objectives.losses import builds_image
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.runs.batches import stream_batches
-from karma_ray.runs.stages import Stage, over_ids, refresh_bank
+from karma_ray.runs.stages import Stage, over_ids
 from karma_ray.runs.worker import TrainJob, WorkerContext
 from karma_ray.training.action_step import ActionStep
 from karma_ray.training.loop import Record
 from karma_ray.training.optim import Pace
 from karma_ray.training.order import Order, Source
 from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
+from karma_ray.training.step_state import StepState
 
 CURVE_EXAMPLES = 1000
 """Valid examples behind each point of the curve over steps; the final metrics use them all."""
@@ -66,7 +66,6 @@ class Paces:
 def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
     """Stage 1 on the `item_tokens` table at `tokens`."""
     config = stage.config
-    with_images = builds_image(config.objective)
     training = replace(
         config.training,
         steps=config.warmup.steps,
@@ -80,7 +79,7 @@ def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
         run=folder,
         stage="warmup",
         build=stage.build_warmup,
-        step=WarmupStep(lambda_img=config.objective.lambda_img if with_images else 0.0),
+        step=WarmupStep(config.objective.lambda_img),
         make_batches=partial(
             _batches, tokens, config.seed, training.batch_size, stage.make_warmup_collate
         ),
@@ -120,7 +119,7 @@ def joint_job(
         pace_of=Paces(training.new_module_lr, encoder),
         probe=JointProbe(stage, step),
         validate=Validation(stage, source, on_validate),
-        on_step=BeforeStep(stage, step),
+        before_step=BeforeStep(stage, step),
     )
 
 
@@ -143,13 +142,7 @@ def _ids_job(
         seed=config.seed,
         probe=step.probe,
         validate=Validation(stage, source, on_validate),
-        on_step=partial(_note_progress, training.steps),
     )  # fmt: skip
-
-
-def _note_progress(steps: int, model: nn.Module, step: int) -> None:
-    assert isinstance(model, IdModel)
-    model.progress = step / steps
 
 
 @dataclass
@@ -176,7 +169,7 @@ class Plateau:
 
 @dataclass
 class BeforeStep:
-    """What depends on the step: the objective's schedules, and the history bank.
+    """What depends on the step: whether the item encoder learns, and the history bank.
 
     The bank is filled once while the encoder is frozen, every R steps under `targets_only`.
     """
@@ -185,21 +178,23 @@ class BeforeStep:
     step: JointStep
     _collator: Collator | None = field(default=None, repr=False)
 
-    def __call__(self, model: nn.Module, step: int) -> None:
-        """Called before the first step and after each."""
+    def __call__(self, model: nn.Module, step: int, state: StepState) -> StepState:
+        """The state of the step behind `step` finished ones; `state` has the bank of the last."""
         assert isinstance(model, KarmaModel)
         training = self.stage.config.training
-        model.progress = step / training.steps
-        frozen = self.step.is_frozen(model.progress)
+        frozen = self.step.is_frozen(state.progress)
         # Also queries may go through the item encoder (query_mode=encoder).
         set_trained(model.interest.item_encoder, not frozen)
         if training.encoder_grad == "full" and not frozen:
-            model.bank = None
-            return
+            return replace(state, bank=None)
         due = not frozen and step % training.bank_refresh_steps == 0
-        if model.bank is None or due:
-            self._collator = self._collator or self.stage.collator()
-            refresh_bank(model, self._collator, training.precision)
+        if state.bank is not None and not due:
+            return state
+        self._collator = self._collator or self.stage.collator()
+        tokens = self._collator.catalog_tokens()
+        vectors = encode_catalog(model.interest, *tokens, precision=training.precision)
+        device = next(model.parameters()).device
+        return replace(state, bank=torch.from_numpy(vectors).to(device))
 
 
 @dataclass
@@ -213,10 +208,10 @@ class JointProbe:
     step: JointStep
     _items: ItemSample | None = field(default=None, repr=False)
 
-    def __call__(self, model: nn.Module, batch: Any) -> Record:
-        """`batch` is that of the reported step."""
+    def __call__(self, model: nn.Module, batch: Any, state: StepState) -> Record:
+        """`batch` and `state` are those of the reported step."""
         assert isinstance(model, KarmaModel)
-        record, config = self.step.probe(model, batch), self.stage.config
+        record, config = self.step.probe(model, batch, state), self.stage.config
         if config.training.compile:  # compiled layers do not show their attention
             return record
         if self._items is None:
@@ -274,7 +269,7 @@ def _batches(
     )  # fmt: skip
 
 
-def _warmup_probe(model: nn.Module, batch: TokenBatch) -> Record:
+def _warmup_probe(model: nn.Module, batch: TokenBatch, state: StepState) -> Record:
     assert isinstance(model, KarmaModel)
     with torch.no_grad():
         return {"decode_gap": WarmupStep().gap(model, batch)}

@@ -28,13 +28,13 @@ from karma_ray.data.prompts import Tokenizer
 from karma_ray.data.tokens import TextLengths, catalog_tokens
 from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
-from karma_ray.model.backbone import check_architecture, load_lm_head, load_tokenizer
+from karma_ray.model.backbones.checkpoints import load_lm_head
+from karma_ray.model.backbones.registry import checkpoint_family
+from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import set_trained
-from karma_ray.objectives.losses import builds_generation, builds_image, builds_reconstruction
-from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.runs.stage_images import TokenCollate, build_imagery, imagery_key, load_visual
 from karma_ray.training.checkpoints.checkpoint import load_weights
 
@@ -48,7 +48,8 @@ NUM_COUNTED = 200_000
 
 
 def is_tiny(config: Config) -> bool:
-    """Whether the backbones are built here; raises InputError on a mixture or no Qwen3.
+    """Whether the backbones are built here; raises InputError on a mixture, and on
+    families that are not known.
 
     Item encoder and user decoder share one tokenizer, so either both are `tiny` or none.
     """
@@ -61,8 +62,8 @@ def is_tiny(config: Config) -> bool:
     if item == "tiny":
         return True
     seeing = config.model.item_encoder.modality == "multimodal"
-    check_architecture(item, "model.item_encoder.checkpoint", "qwen3_vl" if seeing else "qwen3")
-    check_architecture(user, "model.user_decoder.checkpoint")
+    checkpoint_family(item, "model.item_encoder.checkpoint", sees=seeing)
+    checkpoint_family(user, "model.user_decoder.checkpoint")
     return False
 
 
@@ -70,12 +71,12 @@ def over_ids(config: Config) -> bool:
     """Whether the model is a baseline over item ids; raises InputError on terms that need texts."""
     if config.model.kind == "karma":
         return False
-    objective = config.objective
-    for builds, name in (
-        (builds_generation, "generation"), (builds_reconstruction, "reconstruction"),
-        (builds_image, "lambda_img"),
+    objective, built = config.objective, config.objective.built
+    for is_built, name in (
+        (built.generation, "generation"), (built.reconstruction, "reconstruction"),
+        (built.image, "lambda_img"),
     ):  # fmt: skip
-        if builds(objective):
+        if is_built:
             message = f"needs a model of texts, not {config.model.kind}: set it to 0"
             raise InputError(f"objective.{name}", getattr(objective, name), message)
     return True
@@ -164,8 +165,8 @@ class Stage:
             load_weights(self.warm, model)
         elif self.trained is None:
             self._fit_to_items(model.interest)
-        objective, images = self.config.objective, model.imagery
-        if builds_reconstruction(objective) or (images is not None and images.in_task2):
+        images = model.imagery
+        if self.config.objective.built.reconstruction or (images is not None and images.in_task2):
             head = model.lm_head if hasattr(model, "lm_head") else None
             model = KarmaModel(model.interest, model.tokenizer, lm_head=head, imagery=images)
         model.interest.generate_with(self.config.model.generator, self.config.seed)
@@ -245,13 +246,6 @@ def token_table(catalog: Catalog, tokens: np.ndarray, lengths: np.ndarray) -> pa
     lists = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
     ids = pa.array(lists, pa.list_(pa.int32()))
     return pa.table({"item_id": pa.array(catalog.item_ids), "token_ids": ids})
-
-
-def refresh_bank(model: KarmaModel, collator: Collator, precision: str) -> None:
-    """Encode the whole catalogue into `model.bank` [I, D], what histories are read through."""
-    vectors = encode_catalog(model.interest, *collator.catalog_tokens(), precision=precision)
-    device = next(model.parameters()).device
-    model.bank = torch.from_numpy(vectors).to(device)
 
 
 def pretrain_key(config: Config, items_hash: str) -> dict[str, object]:

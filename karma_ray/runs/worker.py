@@ -25,7 +25,7 @@ from karma_ray.training.checkpoints.checkpoint import Progress, load_checkpoint,
 from karma_ray.training.checkpoints.outage import reason, redacted, retried
 from karma_ray.training.checkpoints.store import CheckpointStore
 from karma_ray.training.config import TrainingConfig
-from karma_ray.training.loop import Record, fit
+from karma_ray.training.loop import Prepare, Probe, Record, fit, keep_state
 from karma_ray.training.memory import keep_heap, trim_heap
 from karma_ray.training.optim import Pace, build_optimizer, learning_rate_factor, same_pace
 from karma_ray.training.order import Order, Window
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 TRIM_SECONDS = 60.0
-"""Between two returns of freed memory: steps then fault it in anew (docs/log.md)."""
+"""Between two returns of freed memory: steps then fault it in anew (docs/log.md, L12)."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,14 @@ class TrainJob:
     """Seed of the workers' torch random state (dropout)."""
     pace_of: Callable[[str], Pace] = same_pace
     """How a parameter learns, from its name: rate, start, rise."""
-    probe: Callable[[nn.Module, Any], Record] | None = None
+    probe: Probe | None = None
     """Measured on the batch of every report (collapse probes)."""
     validate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
     """Metrics on valid examples; called on rank 0 every `validate_every` steps and at the end."""
     should_stop: Callable[[Record], bool] | None = None
     """Ends the stage early; must decide from losses alone, which are equal on all workers."""
-    on_step: Callable[[nn.Module, int], None] | None = None
-    """Called on every worker before the first step and after each (history bank)."""
+    before_step: Prepare = keep_state
+    """Called on every worker before each step (history bank)."""
 
     @property
     def checkpoints(self) -> str:
@@ -176,8 +176,6 @@ def _fitted(
     """`fit` from step `start`; returns the steps done."""
     training = job.training
     context = WorkerContext(rank(), world_size(), start, training.steps, channel.read_blocks)
-    if job.on_step is not None:
-        job.on_step(model, start)
     return fit(
         model,
         job.step,
@@ -190,6 +188,7 @@ def _fitted(
         grad_clip=training.grad_clip,
         precision=training.precision,
         report_every=training.report_every,
+        before_step=job.before_step,
         probe=job.probe,
         after_step=hooks.after_step,
         failure_dir=join(job.run, "failures", job.stage),
@@ -270,8 +269,6 @@ class _Hooks:
 
     def after_step(self, step: int) -> None:
         job = self._job
-        if job.on_step is not None:
-            job.on_step(self._model, step)
         training = job.training
         if training.validate_every and step % training.validate_every == 0:
             self.validate(step)

@@ -10,13 +10,12 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import numpy as np
 from scipy.stats import t as student_t
 
 from karma_ray import recipes
-from karma_ray.evaluation.outcomes import Outcomes
-from karma_ray.metrics.significance import BootstrapResult, paired_bootstrap
+from karma_ray.metrics.significance import BootstrapResult
 from karma_ray.report.record import number
+from karma_ray.studies.intervals import Intervals
 from karma_ray.studies.records import Record
 from karma_ray.studies.rows import Row
 
@@ -38,7 +37,8 @@ class Variant:
     key: str
     """`results.run_key` of its configuration."""
     records: Mapping[int, Record]
-    outcomes: Mapping[int, Outcomes]
+    intervals: Intervals
+    """Where its bootstraps come from."""
     tried: int = 1
     """Settings that it was chosen from."""
 
@@ -97,11 +97,18 @@ class Difference:
     """The difference of each seed that both have."""
     bootstrap: BootstrapResult | None
     """Over users, the seeds pooled; None without values per example."""
+    gone: tuple[str, ...] = ()
+    """Runs whose values per example the bootstrap lacks: it is then of the other seeds, if any."""
 
     @property
     def spread(self) -> float | None:
         """Sample standard deviation over seeds."""
         return statistics.stdev(self.seeds) if len(self.seeds) > 1 else None
+
+    @property
+    def is_unknown(self) -> bool:
+        """Whether an interval is wanted and nobody has what it needs."""
+        return self.bootstrap is None and bool(self.gone)
 
     @property
     def is_saturated(self) -> bool:
@@ -166,36 +173,15 @@ class Difference:
 def difference(row: Variant, baseline: Variant, metric: str) -> Difference | None:
     """Row minus baseline over the seeds that both have; None where there is none."""
     mine, theirs = row.values(metric), baseline.values(metric)
-    pairs = [
+    seeds = [
         (one, other)
         for seed in sorted({*row.records, *baseline.records})
         if (one := row.record_of(seed)) in mine and (other := baseline.record_of(seed)) in theirs
     ]
-    if not pairs:
+    if not seeds:
         return None
-    each = tuple(mine[one] - theirs[other] for one, other in pairs)
-    return Difference(statistics.fmean(each), each, _bootstrap(row, baseline, metric, pairs))
-
-
-def _bootstrap(
-    row: Variant, baseline: Variant, metric: str, pairs: list[tuple[int, int]]
-) -> BootstrapResult | None:
-    """Users drawn with replacement, each with its examples under all seeds; `pairs` are the seeds
-    of the row's and of the baseline's record."""
-    parts = []
-    for one, other in pairs:
-        mine, theirs = row.outcomes.get(one), baseline.outcomes.get(other)
-        names = {row.records[one].get("examples"), baseline.records[other].get("examples")}
-        if mine is None or theirs is None or len(names) > 1:
-            return None
-        left, right = mine.values(metric), theirs.values(metric)
-        if left is None or right is None or not _per_click(row.records[one]):
-            return None
-        parts.append((left[0], right[0], left[1], left[2]))
-    mine_all, theirs_all, users, weights = map(np.concatenate, zip(*parts, strict=True))
-    return paired_bootstrap(mine_all, theirs_all, users.tolist(), seed=0, weights=weights)
-
-
-def _per_click(record: Record) -> bool:
-    """What is kept per example is per click: the mean over requests is another number."""
-    return bool(record["config"].get("evaluation", {}).get("hr_unit", "click") == "click")
+    each = tuple(mine[one] - theirs[other] for one, other in seeds)
+    pairs = [(row.records[one], baseline.records[other]) for one, other in seeds]
+    bootstrap = row.intervals.of(pairs, metric)
+    gone = row.intervals.gone(pairs, metric)
+    return Difference(statistics.fmean(each), each, bootstrap, gone)

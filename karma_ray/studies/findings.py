@@ -5,7 +5,7 @@ Differences are in points over the table's baseline under the same condition.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from itertools import groupby
 
 from karma_ray.studies.comparison import (
@@ -89,12 +89,19 @@ def _in_words(group: Group, found: Differences) -> Section:
             continue
         parts = []
         for sign, words in ((1, "higher on"), (-1, "lower on"), (0, "no difference shown on")):
-            told = [f"{m} ({_told(d)})" for m, d in of_row.items() if d.direction == sign]
+            told = [
+                f"{m} ({_told(d)})"
+                for m, d in of_row.items()
+                if d.direction == sign and not d.is_unknown
+            ]
             if told:
                 parts.append(f"{words} {', '.join(told)}")
+        unknown = [f"{m} ({signed(d.mean)})" for m, d in of_row.items() if d.is_unknown]
+        if unknown:
+            parts.append(f"without an interval {', '.join(unknown)}")
         seeds = max(len(d.seeds) for d in of_row.values())
         warning = " One seed: its spread is unknown." if seeds == 1 else ""
-        sentences.append(f"{variant.label}: {'; '.join(parts)}.{warning}")
+        sentences.append(f"{variant.label}: {'; '.join(parts)}.{warning}{_lacking(of_row)}")
     note = (
         "Shown means: the 95 % interval excludes 0, which adds what other users (drawn with "
         "replacement, seeds pooled) and other seeds (Student's t) would change; with one seed "
@@ -103,6 +110,17 @@ def _in_words(group: Group, found: Differences) -> Section:
         "design can detect."
     )
     return Section("In plain words", notes=(*sentences, note) if sentences else ())
+
+
+def _lacking(of_row: Mapping[str, Difference]) -> str:
+    """Whose values per example are missed: intervals over users are of other seeds, or none."""
+    names = ", ".join(dict.fromkeys(name for d in of_row.values() for name in d.gone))
+    if not names:
+        return ""
+    return (
+        f" The values per example of {names} are not here (docs/ablations.md): what other users "
+        "would change is told of the other seeds, where there are any."
+    )
 
 
 def _told(difference: Difference) -> str:
@@ -161,6 +179,8 @@ def _orders(group: Group, metrics: Iterable[str]) -> list[str]:
 def _agreement(published: float, ours: Difference | None) -> str:
     if ours is None:
         return "–"
+    if ours.is_unknown:
+        return "no interval"
     if not ours.direction:
         return "not shown"
     if len(ours.seeds) == 1:

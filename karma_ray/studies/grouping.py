@@ -9,11 +9,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 
 from karma_ray import recipes
 from karma_ray.studies.comparison import Group, Variant
-from karma_ray.studies.records import Record, baseline_key, chosen, outcomes_of, record_key
+from karma_ray.studies.intervals import Intervals
+from karma_ray.studies.records import Record, baseline_key, chosen, record_key
 from karma_ray.studies.rows import Row, Table
 from karma_ray.training.config import EXECUTION
 
@@ -21,7 +21,7 @@ SEARCHED = "each row at its best setting"
 """Condition of a group whose trained rows had a search of their own."""
 
 
-def grouped(records: Iterable[Record], results: Path, table: Table) -> list[Group]:
+def grouped(records: Iterable[Record], intervals: Intervals, table: Table) -> list[Group]:
     """The table's records by data and condition, rows in the table's order.
 
     What is only counted is beside the rows of every condition: nothing that is set for training
@@ -39,14 +39,14 @@ def grouped(records: Iterable[Record], results: Path, table: Table) -> list[Grou
         members += _counted(records, members, rows)
         plain = [record for record in members if not record.get("searched")]
         if plain:
-            variants = _variants(plain, rows, recipe, results)
+            variants = _variants(plain, rows, recipe, intervals)
             base = [v for v in variants if v.row.name == table.baseline and v.key == key]
             result.append(Group(data, condition, base[0] if base else None, variants))
         if len(plain) < len(members):
             best, tried = chosen(members)
             variants = tuple(
                 replace(v, tried=tried.get(v.row.name, 1))
-                for v in _variants(best, rows, recipe, results)
+                for v in _variants(best, rows, recipe, intervals)
             )
             base = [v for v in variants if v.row.name == table.baseline]
             told = ", ".join(part for part in (condition, SEARCHED) if part)
@@ -74,7 +74,7 @@ def _counted(records: list[Record], members: list[Record], rows: Mapping[str, Ro
 
 
 def _variants(
-    members: list[Record], rows: Mapping[str, Row], recipe: str, results: Path
+    members: list[Record], rows: Mapping[str, Row], recipe: str, intervals: Intervals
 ) -> tuple[Variant, ...]:
     by_run: dict[tuple[str, str], list[Record]] = {}
     for record in members:
@@ -86,8 +86,7 @@ def _variants(
             records.sort(key=lambda record: record["seed"])
             told = [a for a in _settings(records[0]) if not _matters(records[0], recipe, a)]
             label = ", ".join([row.title, *(told if len(of_row) > 1 else [])])
-            outcomes = {r["seed"]: o for r in records if (o := outcomes_of(r, results))}
-            found.append(Variant(row, label, key, {r["seed"]: r for r in records}, outcomes))
+            found.append(Variant(row, label, key, {r["seed"]: r for r in records}, intervals))
     return tuple(found)
 
 

@@ -16,6 +16,7 @@ from karma_ray.artifacts import value_hash
 from karma_ray.studies.comparison import Group, Variant
 from karma_ray.studies.findings import Differences, differences, group_sections
 from karma_ray.studies.grouping import grouped
+from karma_ray.studies.intervals import Intervals
 from karma_ray.studies.overview import gains, overview, picture
 from karma_ray.studies.plots import curve_picture, delta_picture
 from karma_ray.studies.records import read_records
@@ -34,7 +35,8 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
     pictures: dict[str, bytes] = {}
     sections: list[Section] = []
     records = read_records(results)
-    groups = {name: grouped(records, results, table) for name, table in TABLES.items()}
+    intervals = Intervals(results)
+    groups = {name: grouped(records, intervals, table) for name, table in TABLES.items()}
     found_gains = gains([*groups["table1"], *groups["infonce"]])
     if (drawn_gains := picture(found_gains)) is not None:
         pictures[PICTURED_GAINS] = drawn_gains
@@ -44,6 +46,7 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
             found = differences(group)
             drawn = _drawn(group, name, found, pictures)
             sections += group_sections(group, table, found, drawn)
+    intervals.save(records)
     command = COMMAND if results == Path("docs/results") else f"{COMMAND} --results {results}"
     folder = results / "report"
     folder.mkdir(parents=True, exist_ok=True)

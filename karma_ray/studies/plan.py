@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,7 +21,8 @@ HERE = ("training.num_workers=0", "training.threads_per_worker=1")
 """A trial trains inside its own process."""
 _LONG = ("training.steps=1000", "training.validate_every=200", *HERE)
 SETTINGS: dict[str, tuple[str, ...]] = {
-    # The shape of the `toy` recipe, for longer: every recipe of the toy shop with the same one.
+    # Not those of the `toy` recipe, which follow what wins in five minutes: every row has the same
+    # shape, and they stay as they are, or the records are nobody's (tests/studies/test_records.py).
     "toy_shop": (
         "model.tiny.hidden_size=64", "model.tiny.intermediate_size=192",
         "model.tiny.vocab_size=2048", "model.score.scale=10", "objective.hard_weight=2",
@@ -29,7 +31,7 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "training.batch_size=64", "training.steps=1500", "training.validate_every=150", *HERE,
     ),
     # Few clicks: hard negatives that count fully drown the query, and an encoder that learns from
-    # the start forgets the person (docs/log.md).
+    # the start forgets the person (docs/log.md, L15).
     "hm": (
         "model.score.scale=10", "objective.hard_weight=0.3", "training.encoder_delay=0.25",
         "training.encoder_lr=0.5", "training.steps=1600", "training.validate_every=200", *HERE,
@@ -93,7 +95,8 @@ def _missing(row: Row, data: Data, extra: Sequence[str]) -> str:
         if not has_images(data.uri):
             return f"the items of {data.name} have no images"
         if not exists(features_uri(data.uri)):
-            return f"the images have no features; make them by: python jobs/features.py {data.uri}"
+            how = f"python jobs/features.py {shlex.quote(data.uri)}"
+            return f"the images have no features; make them by: {how}"
     return ""
 
 
@@ -119,15 +122,14 @@ def check_settings(rows: Iterable[Row], extra: Sequence[str]) -> None:
 
 
 def planned(
-    rows: Iterable[Row], seeds: Sequence[int], data: Data, extra: Sequence[str] = (),
-    study: Sequence[str] | None = None,
-) -> list[Trial]:  # fmt: skip
+    rows: Iterable[Row], seeds: Sequence[int], data: Data, extra: Sequence[str] = ()
+) -> list[Trial]:
     """Every row x seed, seed by seed, built before the first starts so that a typo ends it at once.
 
-    `study` replaces the settings of the data set, `extra` comes after them.
+    `extra` comes after the settings of the data set.
     """
     kind = data.name.partition("-")[0]
-    base = SETTINGS.get(kind, SETTINGS["*"]) if study is None else tuple(study)
+    base = SETTINGS.get(kind, SETTINGS["*"])
     trials = []
     for row in rows:
         config = override(recipes.build(row.built_from), [*base, *row.settings, *extra])

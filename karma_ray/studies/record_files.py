@@ -1,4 +1,4 @@
-"""Records of finished runs, as files of a results folder: found, named and written."""
+"""Records of finished runs, as lines of a results folder's files: found, named and written."""
 
 from __future__ import annotations
 
@@ -7,29 +7,21 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from karma_ray.artifacts import join, read_json, value_hash, write_json
+from karma_ray.artifacts import join, locked, read_lines, value_hash, write_lines
 from karma_ray.config import to_dict
 from karma_ray.studies.plan import Data
-from karma_ray.studies.records import OUTCOMES, Record, outcomes_of, run_key, same_run
+from karma_ray.studies.records import Record, outcomes_path, run_key, same_run
 from karma_ray.studies.trial import Trial
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def finished_record(
-    trial: Trial, data: Data, known: Iterable[Record], results: Path
-) -> Record | None:
-    """The record of this run, seed and data, with its values per example.
+def finished_record(trial: Trial, data: Data, known: Iterable[Record]) -> Record | None:
+    """The record of this run, seed and data.
 
     Where only other rows have it (`hllm` is `action_only` under InfoNCE), one of theirs.
     """
-    found = [
-        record
-        for record in known
-        if record.get("row")
-        and same_run(record, trial.config, data.hash)
-        and outcomes_of(record, results) is not None
-    ]
+    found = [r for r in known if r.get("row") and same_run(r, trial.config, data.hash)]
     return min(found, key=lambda record: record["row"] != trial.row, default=None)
 
 
@@ -49,28 +41,18 @@ def run_folder(trial: Trial, data: Data, runs: str) -> str:
 
 
 def write_record(trial: Trial, found: Record, data: Data, results: Path) -> None:
-    """Values per example first, so that a record never lacks them."""
-    examples, outcomes = found.pop("examples"), found.pop("outcomes")
-    folder = results / OUTCOMES
-    folder.mkdir(parents=True, exist_ok=True)
-    names = {"examples": f"{data.name}-{value_hash(examples.hex())[:8]}.npz",
-             "outcomes": f"{_path(trial, data, results).stem}.npz"}  # fmt: skip
+    """Values per example first, so that the record of a run made here has them."""
+    examples, outcomes = found["examples"], found["outcomes"]
+    names = {"examples": _digest(examples), "outcomes": _digest(examples + outcomes)}
     for name, content in zip(names.values(), (examples, outcomes), strict=True):
-        (folder / name).write_bytes(content)
+        path = outcomes_path(results, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     write_found(trial, {**found, **names, "commit": commit()}, data, results)
 
 
-def _path(trial: Trial, data: Data, results: Path) -> Path:
-    """Where a record goes; another configuration of the same row and seed keeps its file."""
-    stem = f"{data.name}-{trial.name}"
-    path = results / f"{stem}.json"
-    if path.exists() and not same_run(read_json(str(path)), trial.config, data.hash):
-        path = results / f"{stem}-{run_key(to_dict(trial.config), data.hash)[:8]}.json"
-    return path
-
-
 def write_found(trial: Trial, found: Record, data: Data, results: Path) -> None:
-    """A record of what was `found`, under the trial's row."""
+    """A record of what was `found`, under the trial's row; no other record of the file changes."""
     told = {
         "data": data.name,
         "row": trial.row,
@@ -81,4 +63,26 @@ def write_found(trial: Trial, found: Record, data: Data, results: Path) -> None:
         **({"searched": list(trial.searched)} if trial.searched else {}),
     }
     same = {"data_hash": data.hash, "config": to_dict(trial.config)}
-    write_json({**found, **told, **same}, str(_path(trial, data, results)))
+    uri = str(results / f"{data.name}.jsonl")
+    with locked(uri):  # of two studies that finish a run at once, none loses its record
+        known = list(read_lines(uri))
+        name = _name(trial, data, known)
+        others = [record for record in known if record["name"] != name]
+        write_lines(in_order([*others, {**found, **told, **same, "name": name}]), uri)
+
+
+def in_order(records: Iterable[Record]) -> list[Record]:
+    """As a file has them."""
+    return sorted(records, key=lambda record: str(record["name"]))
+
+
+def _name(trial: Trial, data: Data, known: Iterable[Record]) -> str:
+    """Of a record; another configuration of the same row and seed keeps its own."""
+    for record in known:
+        if record["name"] == trial.name and not same_run(record, trial.config, data.hash):
+            return f"{trial.name}-{run_key(to_dict(trial.config), data.hash)[:8]}"
+    return trial.name
+
+
+def _digest(content: bytes) -> str:
+    return value_hash(content.hex())[:8]

@@ -1,27 +1,26 @@
-"""Finished runs as small committed JSON files: which of them are the same run, which compare.
+"""Finished runs as committed records: which of them are the same run, which compare.
 
-A record is `{data, row, recipe, seed, config, assignments, set, metrics, ...}`; what became of
-every test example lies beside it (evaluation/outcomes.py). Records without `row` are older ones.
+A record is `{data, name, row, recipe, seed, config, assignments, set, metrics, ...}`, a line of its
+data set's file. What became of every test example (evaluation/outcomes.py) lies beside it where the
+run was made, and is not committed: intervals.py keeps what comparisons need of it. Records without
+`row` are older ones, in no table.
 """
 
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from karma_ray import recipes
-from karma_ray.artifacts import read_json, value_hash
+from karma_ray.artifacts import read_lines, value_hash
 from karma_ray.config import Config, from_dict, override, to_dict
 from karma_ray.errors import InputError
 from karma_ray.evaluation.outcomes import Outcomes
-from karma_ray.objectives.losses import builds_generation, builds_image, builds_reconstruction
 from karma_ray.training.config import EXECUTION
 
 Record = dict[str, Any]
-Spread = dict[str, float | None]
 OUTCOMES = "outcomes"
 """Folder of the values per example, below the records."""
 METRIC = "HR@50"
@@ -35,15 +34,19 @@ _ALWAYS = ("model.decodability.max_target_tokens",)
 
 
 def read_records(results: Path) -> list[Record]:
-    """Every record of a folder, in the order of their file names."""
-    return [read_json(str(path)) for path in sorted(results.glob("*.json"))]
+    """Every record of a folder, by data set and name."""
+    return [record for path in sorted(results.glob("*.jsonl")) for record in read_lines(str(path))]
+
+
+def outcomes_path(results: Path, name: str) -> Path:
+    """Where one part of the values per example lies; `name` is a hash of the content."""
+    return results / OUTCOMES / f"{name}.npz"
 
 
 def outcomes_of(record: Record, results: Path) -> Outcomes | None:
     """The values per example of a record, where both of its files are there."""
-    names = [record.get("examples"), record.get("outcomes")]
-    paths = [results / OUTCOMES / name for name in names if name]
-    if len(paths) < len(names) or not all(path.exists() for path in paths):
+    paths = [outcomes_path(results, record[name]) for name in ("examples", "outcomes")]
+    if not all(path.exists() for path in paths):
         return None
     return Outcomes.unpacked(*(path.read_bytes() for path in paths))
 
@@ -152,32 +155,17 @@ def chosen(members: Iterable[Record]) -> tuple[list[Record], dict[str, int]]:
     return kept, tried
 
 
-def spread(records: list[Record]) -> dict[str, Spread]:
-    """Per metric: mean and sample standard deviation (None for one seed) over the seeds."""
-    result: dict[str, Spread] = {}
-    names = dict.fromkeys(name for record in records for name in record["metrics"])
-    for name in names:
-        found = [record["metrics"].get(name) for record in records]
-        values = [float(value) for value in found if isinstance(value, int | float)]
-        if values:
-            deviation = statistics.stdev(values) if len(values) > 1 else None
-            result[name] = {"mean": statistics.fmean(values), "std": deviation}
-    return result
-
-
 def _unused(saved: Record) -> tuple[str, ...]:
     """Beginnings of fields that say how something is built which this run does not build."""
     try:
-        objective = from_dict(saved).objective
+        built = from_dict(saved).objective.built
     except InputError:
         return ()
-    image = builds_image(objective)
-    text = builds_generation(objective) or builds_reconstruction(objective)
     unused: tuple[str, ...] = ()
-    if not image:
+    if not built.image:
         unused += ("objective.lambda_img", "model.imagery.", "collate.visual_features")
-    if not text:
+    if not built.text:
         unused += ("objective.generation", "objective.reconstruction", "model.decodability.")
-    if not (text or image):
+    if not (built.text or built.image):
         unused += ("objective.lambda_dec", "objective.ce_reduction")
     return unused

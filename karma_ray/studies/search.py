@@ -16,7 +16,6 @@ from karma_ray import recipes
 from karma_ray.config import Config, override
 from karma_ray.data.prepared import read_data_manifest
 from karma_ray.errors import InputError
-from karma_ray.objectives.losses import builds_generation, builds_reconstruction
 from karma_ray.studies.plan import Data, planned
 from karma_ray.studies.records import METRIC, read_records, same_run, validated
 from karma_ray.studies.rows import Row
@@ -42,7 +41,7 @@ def candidates(config: Config, number: int, *, has_negatives: bool = True) -> li
         raise InputError("--search", number, f"must be 2 to {MOST} settings a row")
     objective = config.objective
     found: list[Factors] = [{}, {RATE: 1 / 3}, {RATE: 3}]
-    if builds_generation(objective) or builds_reconstruction(objective):
+    if objective.built.text:
         found += [{TEXTS: 1 / 3}, {TEXTS: 1 / 10}]
     if has_negatives and objective.action_loss != "infonce":
         found += [{WEIGHT: 1 / 3}, {WEIGHT: 3}]

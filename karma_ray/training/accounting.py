@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from karma_ray.model.karma import KarmaModel
-from karma_ray.objectives.losses import ObjectiveConfig, builds_generation, builds_reconstruction
+from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.training.flops import joint_flops
 from karma_ray.training.imagery_term import image_flops
 from karma_ray.training.item_table import SharedBatch
 
 
 def work_done(
-    model: KarmaModel, shared: SharedBatch, objective: ObjectiveConfig, frozen: bool
+    model: KarmaModel,
+    shared: SharedBatch,
+    objective: ObjectiveConfig,
+    encoder: Literal["full", "frozen", "bank"],
 ) -> dict[str, Tensor | float]:
-    """This worker's counts, and the work that was not done twice; `frozen` is the item encoder."""
+    """This worker's counts, and the work that was not done twice."""
     batch = shared.batch
     slots = batch.item_tokens.numel() + 2 * batch.step_mask.numel()
     flops = joint_flops(
-        model, batch, generation=builds_generation(objective),
-        reconstruction=builds_reconstruction(objective),
-        encoder=("frozen" if model.bank is None else "bank") if frozen else "full",
-        positions=objective.act_positions, own=shared.own, pool=len(shared.pool),
+        model, batch, objective.built,
+        encoder=encoder, positions=objective.act_positions, own=shared.own, pool=len(shared.pool),
     )  # fmt: skip
     return {
         "negatives/pool": float(len(shared.pool)),

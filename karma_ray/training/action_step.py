@@ -18,6 +18,7 @@ from karma_ray.training.action_term import Pool, action_term, trained_steps
 from karma_ray.training.item_table import SharedBatch, share_items
 from karma_ray.training.parallel import global_sum
 from karma_ray.training.step import StepOutput
+from karma_ray.training.step_state import AT_THE_END, StepState
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class ActionStep:
 
     objective: ObjectiveConfig
 
-    def __call__(self, model: nn.Module, batch: Batch) -> StepOutput:
+    def __call__(self, model: nn.Module, batch: Batch, state: StepState = AT_THE_END) -> StepOutput:
         """Equation 5 on one batch."""
         assert isinstance(model, IdModel)
         shared = share_items(batch)
@@ -38,7 +39,7 @@ class ActionStep:
         with torch.autocast(interest.device.type, enabled=False):
             action = action_term(
                 model.interest, batch, interest, items.float(), pool, self.objective,
-                model.progress,
+                state.progress,
             )  # fmt: skip
         loss = action.loss / count
         values = torch.cat([loss.detach().float()[None], action.negatives / count])
@@ -53,7 +54,9 @@ class ActionStep:
         return StepOutput(loss, logs)
 
     @torch.no_grad()
-    def probe(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+    def probe(
+        self, model: nn.Module, batch: Batch, state: StepState = AT_THE_END
+    ) -> dict[str, float]:
         """Effective rank and mean cosine of e and h; words cannot be decoded from ids."""
         assert isinstance(model, IdModel)
         shared = share_items(batch)

@@ -23,8 +23,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karma_ray.data.batch import Batch
+from karma_ray.model.backbones.registry import family_of
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import rank_of
+from karma_ray.objectives.losses import BuiltTerms
 from karma_ray.training.action_term import trained_steps
 
 Learns = Literal["all", "adapters", "nothing", "no gradient"]
@@ -33,7 +35,7 @@ Learns = Literal["all", "adapters", "nothing", "no gradient"]
 
 @dataclass(frozen=True)
 class BodyCost:
-    """Operations of one forward pass of a Qwen3 body, without head and embeddings."""
+    """Operations of one forward pass of a body, without head and embeddings."""
 
     linear: float  # per token, in the layers' own weights
     low_rank: float  # per token, in adapters
@@ -43,16 +45,10 @@ class BodyCost:
     def of(cls, body: nn.Module) -> BodyCost:
         """From a body's configuration; adapters from their rank."""
         config = cast(Any, body).config
-        width, inner, layers = (
-            config.hidden_size, config.intermediate_size, config.num_hidden_layers,
-        )  # fmt: skip
-        queries = config.num_attention_heads * config.head_dim
-        keys = config.num_key_value_heads * config.head_dim
-        shapes = [(width, queries), (width, keys), (width, keys), (queries, width),
-                  *3 * [(width, inner)]]  # fmt: skip
-        weights = sum(inside * outside for inside, outside in shapes)
-        sides = sum(inside + outside for inside, outside in shapes)
-        rank = rank_of(body) or 0
+        shape, layers = family_of(body).layer_shape(config), config.num_hidden_layers
+        weights = sum(inside * outside for inside, outside in shape.matrices)
+        sides = sum(inside + outside for inside, outside in shape.matrices)
+        rank, queries = rank_of(body) or 0, shape.attention_width
         return cls(2.0 * layers * weights, 2.0 * layers * rank * sides, 4.0 * layers * queries)
 
     def forward(self, tokens: float, pairs: float) -> float:
@@ -76,7 +72,7 @@ class Work:
     item_tokens: int
     item_pairs: int
     queries: int  # unique, that hold words
-    query_tokens: int  # with `<|endoftext|>`, as the item encoder reads them
+    query_tokens: int  # with the end of text, as the item encoder reads them
     query_pairs: int
     steps: int
     tokens: int  # prompt and slots of the user decoder
@@ -137,7 +133,7 @@ class Work:
 
 
 def joint_flops(
-    model: KarmaModel, batch: Batch, *, generation: bool, reconstruction: bool,
+    model: KarmaModel, batch: Batch, built: BuiltTerms, *,
     encoder: Literal["full", "frozen", "bank"], positions: str = "all",
     own: Tensor | None = None, pool: int | None = None,
 ) -> float:  # fmt: skip
@@ -154,15 +150,15 @@ def joint_flops(
     width = model.interest.learned_width
     square = 6.0 * width * width  # a D x D layer on one vector, forward and backward
     total = _encoding(model, work, encoder, with_queries=config.query_mode == "encoder")
-    tokens = work.tokens + generation * work.text_tokens
-    pairs = work.pairs + generation * work.text_pairs
+    tokens = work.tokens + built.generation * work.text_tokens
+    pairs = work.pairs + built.generation * work.text_pairs
     total += BodyCost.of(body).step(tokens, pairs, "all" if rank_of(body) is None else "adapters")
     projector = projector_cost(model)
     query = {"embed_pool": 2 * square, "encoder": projector}.get(config.query_mode, 0.0)
     total += projector * len(batch.item_lengths) + query * work.queries + square * work.steps
-    if generation:
+    if built.generation:
         total += _head(model, body) * work.targets
-    if reconstruction:
+    if built.reconstruction:
         total += _rows(model, work)
     # Items of a frozen encoder need no gradient.
     factor = 3 if encoder == "full" else 2

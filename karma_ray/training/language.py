@@ -1,4 +1,4 @@
-"""The stand-in for a pretrained LLM: a tiny Qwen3 trained on the catalogue's own text.
+"""The stand-in for a pretrained LLM: a tiny one trained on the catalogue's own text.
 
 Writes a Hugging Face folder (config, weights, tokenizer); every later stage loads it exactly
 as it would load a real checkpoint.
@@ -8,22 +8,47 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from karma_ray.artifacts import write_manifest
 from karma_ray.data.prompts import encode_texts
-from karma_ray.model.backbone import build_tiny, save_body, save_tokenizer, train_tokenizer
+from karma_ray.model.backbone import build_tiny, run_body, save_body, token_embeddings
+from karma_ray.model.backbones.tokenizer import save_tokenizer, train_tokenizer
 from karma_ray.model.config import TinyBackboneConfig
+from karma_ray.objectives.text import token_cross_entropy
 from karma_ray.training.config import PretrainConfig
 from karma_ray.training.loop import fit
 from karma_ray.training.optim import build_optimizer
-from karma_ray.training.step import PretrainStep, TokenBatch
+from karma_ray.training.parallel import global_sum
+from karma_ray.training.step import StepOutput, TokenBatch
+from karma_ray.training.step_state import AT_THE_END, StepState
 
 Record = dict[str, float]
+
+
+@dataclass(frozen=True)
+class PretrainStep:
+    """Causal language modelling of a text and its end on a bare body with tied head."""
+
+    def __call__(
+        self, body: nn.Module, batch: TokenBatch, state: StepState = AT_THE_END
+    ) -> StepOutput:
+        """Mean cross-entropy per token."""
+        embed = token_embeddings(body)
+        labels = batch.tokens[:, 1:]
+        mask = torch.arange(labels.shape[1], device=labels.device) < batch.lengths[:, None] - 1
+        states = run_body(body, embed[batch.tokens[:, :-1]], real=mask)
+        values = token_cross_entropy(states, embed, labels, mask)
+        loss = values.sum() / global_sum(mask.sum()).clamp(min=1)
+        return StepOutput(
+            loss, {"loss/pretrain": global_sum(loss.detach()), "tokens": float(batch.lengths.sum())}
+        )
 
 
 def pretrain(

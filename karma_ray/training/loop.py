@@ -27,6 +27,7 @@ from karma_ray.training.optim import learning_rate_factor, set_learning_rate
 from karma_ray.training.parallel import global_sum, rank, sum_gradients
 from karma_ray.training.placement import clip_gradients
 from karma_ray.training.profiling import profiled
+from karma_ray.training.step_state import StepState
 
 if TYPE_CHECKING:  # the loop needs the shape of a step's output, not the model behind it
     from karma_ray.training.step import Step, StepOutput
@@ -35,6 +36,16 @@ Record = dict[str, float]
 Report = Callable[[Record], bool | None]
 """Called with the means since the last report; a true answer ends the training. Every worker
 gets the same losses, so an answer made from them is the same everywhere."""
+Prepare = Callable[[nn.Module, int, StepState], StepState]
+"""Called before a step, with the number of finished ones and the state as far as it is known;
+returns the state that the step is given."""
+Probe = Callable[[nn.Module, Any, StepState], Record]
+"""Measured on the batch of a report."""
+
+
+def keep_state(model: nn.Module, number: int, state: StepState) -> StepState:
+    """Nothing but the progress changes from step to step."""
+    return state
 
 
 def fit(
@@ -50,7 +61,8 @@ def fit(
     grad_clip: float = 1.0,
     precision: Literal["bfloat16", "float32"] = "bfloat16",
     report_every: int = 20,
-    probe: Callable[[nn.Module, Any], Record] | None = None,
+    before_step: Prepare = keep_state,
+    probe: Probe | None = None,
     after_step: Callable[[int], None] | None = None,
     failure_dir: str | None = None,
     progress: bool = False,
@@ -58,13 +70,12 @@ def fit(
 ) -> int:
     """Train until `steps` steps are done in all or `batches` ends; returns the steps done.
 
-    `batches` begins at `start_step`. `schedule` maps a step to a factor of the peak learning
-    rate (default: `learning_rate_factor` over `steps`). `after_step` is called with the number
-    of finished steps, on every worker (checkpoints, evaluation). With `profile_dir` a trace of
-    three steps is written below it. Raises NonFiniteLoss, on all
-    workers alike, after saving the batch below `failure_dir`.
+    `batches` begins at `start_step`. `schedule` maps a step to a factor of the peak learning rate
+    (default: `learning_rate_factor` over `steps`). `after_step` is called with the number of
+    finished steps, on every worker. With `profile_dir` a trace of three steps is written below it.
+    Raises NonFiniteLoss, on all workers alike, after saving the batch below `failure_dir`.
     """
-    device = next(model.parameters()).device
+    device, state = next(model.parameters()).device, StepState()
     factor = schedule or (lambda number: learning_rate_factor(number, steps))
     meters, stream, rate = Meters(getattr(torch, precision)), iter(batches), 0.0
     model.train()
@@ -73,18 +84,18 @@ def fit(
             if (batch := _next_batch(stream, device, meters)) is None:
                 steps = number
                 break
+            with meters.paused():
+                state = before_step(model, number, StepState(number / steps, state.bank))
             rate = set_learning_rate(optimizer, factor(number), number)
             optimizer.zero_grad(set_to_none=True)
             with _autocast(device, precision):
-                output = step(model, batch)
-            _check_terms(output, batch, number + 1, failure_dir)
-            norm = _backward(model, output, grad_clip)
-            _check_norm(norm, output, batch, number + 1, failure_dir)
+                output = step(model, batch, state)
+            norm = _backward(model, output, grad_clip, batch, number + 1, failure_dir)
             optimizer.step()
             meters.add(output, norm)
             stop = False
             if (number + 1) % report_every == 0 or number + 1 == steps:
-                meters.note(_probed(probe, model, batch, precision))
+                meters.note(_probed(probe, model, batch, state, precision))
                 stop = bool(report(record := meters.record(number + 1, rate)))
                 bar.set_postfix_str(_postfix(record), refresh=False)
             bar.update(1)
@@ -121,20 +132,29 @@ def _autocast(device: torch.device, precision: str) -> AbstractContextManager[An
 
 
 def _probed(
-    probe: Callable[[nn.Module, Any], Record] | None, model: nn.Module, batch: Any, precision: str
+    probe: Probe | None, model: nn.Module, batch: Any, state: StepState, precision: str
 ) -> Record:
     if probe is None:
         return {}
     with torch.no_grad(), _autocast(next(model.parameters()).device, precision):
-        return probe(model, batch)
+        return probe(model, batch, state)
 
 
-def _backward(model: nn.Module, output: StepOutput, grad_clip: float) -> Tensor:
-    """Gradients of the global loss, clipped; returns their norm before clipping."""
+def _backward(
+    model: nn.Module, output: StepOutput, grad_clip: float, batch: Any, number: int,
+    failure_dir: str | None,
+) -> Tensor:  # fmt: skip
+    """Gradients of the global loss, clipped; returns their norm before clipping.
+
+    Raises NonFiniteLoss before or behind the backward pass.
+    """
+    _check_terms(output, batch, number, failure_dir)
     if output.loss.requires_grad:
         output.loss.backward()  # type: ignore[no-untyped-call]
     sum_gradients(model.parameters())
-    return clip_gradients(model, grad_clip)
+    norm = clip_gradients(model, grad_clip)
+    _check_norm(norm, output, batch, number, failure_dir)
+    return norm
 
 
 def _check_terms(output: StepOutput, batch: Any, number: int, folder: str | None) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from karma_ray.artifacts import open_filesystem
+from karma_ray.artifacts import data_files, open_filesystem
 from karma_ray.errors import InputError
 
 WINDOW_ROWS = 16_384
@@ -103,7 +103,7 @@ class Source:
     def scan(cls, uri: str) -> Source:
         """Read the footers below `uri`; raises InputError when there is no row."""
         fs, path = open_filesystem(uri)
-        files = sorted(fs.glob(f"{path}/**/*.parquet")) if fs.isdir(path) else [path]
+        files = data_files(uri, (".parquet",)) if fs.isdir(path) else [path]
         groups: list[RowGroup] = []
         for file in files:
             with fs.open(file, "rb") as source:

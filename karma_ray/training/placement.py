@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from karma_ray.errors import InputError
-from karma_ray.model.sight import can_see
+from karma_ray.model.backbone import can_see
 from karma_ray.training.checkpoints.shards import is_sharded, local_part
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.parallel import broadcast_parameters, global_sum, is_parallel, world_size
@@ -28,13 +28,20 @@ def place(model: nn.Module, training: TrainingConfig, device: torch.device) -> n
     broadcast_parameters(model)
     for body in bodies(model):
         if training.activation_checkpointing:
-            body.activation_checkpointing_enable({"use_reentrant": False})
+            _keep_layer_inputs(body)
         if training.compile:
             for layer in body.layers:
                 layer.compile(dynamic=True)
         if training.parallelism == "shard" and is_parallel():
             _shard(body, training.precision, device)
     return model
+
+
+def _keep_layer_inputs(body: Any) -> None:
+    """Activation checkpointing, by the name that the installed transformers has for it."""
+    renamed = getattr(body, "activation_checkpointing_enable", None)
+    enable = renamed or body.gradient_checkpointing_enable  # its name before transformers 5.22
+    enable({"use_reentrant": False})
 
 
 def bodies(model: nn.Module) -> list[Any]:

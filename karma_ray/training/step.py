@@ -10,22 +10,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from karma_ray.data.batch import Batch
 from karma_ray.metrics.collapse import spread
-from karma_ray.model.backbone import run_body, token_embeddings
 from karma_ray.model.imagery import ImageTargets
 from karma_ray.model.karma import Decoded, KarmaModel
 from karma_ray.objectives.losses import (
     LossTerms,
     ObjectiveConfig,
-    builds_generation,
-    builds_image,
-    builds_reconstruction,
 )
 from karma_ray.objectives.text import reduce_tokens, token_cross_entropy
 from karma_ray.training.accounting import work_done
@@ -35,6 +31,7 @@ from karma_ray.training.gradient_cache import CachedItems, micro_batches, run_ba
 from karma_ray.training.imagery_term import image_gap, image_means, num_images
 from karma_ray.training.item_table import SharedBatch, share_items
 from karma_ray.training.parallel import global_sum
+from karma_ray.training.step_state import AT_THE_END, StepState
 
 
 @dataclass(frozen=True)
@@ -46,7 +43,7 @@ class StepOutput:
     logs: dict[str, Tensor | float]  # global values; `tokens` and `examples` are this worker's
 
 
-Step = Callable[[nn.Module, Any], StepOutput]
+Step = Callable[[nn.Module, Any, StepState], StepOutput]
 
 
 @dataclass(frozen=True)
@@ -66,30 +63,14 @@ class TokenBatch:
 
 
 @dataclass(frozen=True)
-class PretrainStep:
-    """Causal language modelling of `text <|endoftext|>` on a bare body with tied head."""
-
-    def __call__(self, body: nn.Module, batch: TokenBatch) -> StepOutput:
-        """Mean cross-entropy per token."""
-        embed = token_embeddings(body)
-        labels = batch.tokens[:, 1:]
-        mask = torch.arange(labels.shape[1], device=labels.device) < batch.lengths[:, None] - 1
-        states = run_body(body, embed[batch.tokens[:, :-1]], real=mask)
-        values = token_cross_entropy(states, embed, labels, mask)
-        loss = values.sum() / global_sum(mask.sum()).clamp(min=1)
-        return StepOutput(
-            loss, {"loss/pretrain": global_sum(loss.detach()), "tokens": float(batch.lengths.sum())}
-        )
-
-
-@dataclass(frozen=True)
 class WarmupStep:
     """Stage 1 (METHOD 1.10): decode an item's text, and image, from its isolated embedding."""
 
-    train: str = "decoder"
     lambda_img: float = 0.0  # L_warm = CE + lambda_img L_img
 
-    def __call__(self, model: nn.Module, batch: TokenBatch) -> StepOutput:
+    def __call__(
+        self, model: nn.Module, batch: TokenBatch, state: StepState = AT_THE_END
+    ) -> StepOutput:
         """Mean over items of the token-mean cross-entropy, and of L_img where it is built."""
         assert isinstance(model, KarmaModel)
         items = model.interest.encode_items(batch.tokens, batch.lengths, batch.rows)
@@ -98,7 +79,7 @@ class WarmupStep:
         )
         loss = values.sum() / global_sum(values.new_tensor(float(len(values))))
         logs: dict[str, Tensor | float] = {"loss/warmup": global_sum(loss.detach())}
-        if self.lambda_img and batch.images is not None:
+        if batch.images is not None and self.lambda_img:
             count = global_sum(batch.images.mask.sum()).clamp(min=1)
             image = model.image_losses(items, batch.images).sum() / count
             logs["loss/image"] = global_sum(image.detach())
@@ -131,22 +112,22 @@ class JointStep:
     micro_batch_size: int = 0
     micro_tokens: int = 16_384
 
-    def __call__(self, model: nn.Module, batch: Batch) -> StepOutput:
+    def __call__(self, model: nn.Module, batch: Batch, state: StepState = AT_THE_END) -> StepOutput:
         """Equations 5 to 8 on one batch."""
         assert isinstance(model, KarmaModel)
         shared = share_items(batch)
         batch, count = shared.batch, self._counts(shared.batch)
         if self.micro_batch_size:
-            sums, total = self._in_parts(model, shared, count)
+            sums, total = self._in_parts(model, shared, count, state)
         else:
-            items = self._items(model, shared)
+            items = self._items(model, shared, state)
             observe_items(model.interest, items)
             pool = Pool(items[shared.pool], batch.item_content[shared.pool])
-            history = self._history(model, batch, items)
-            sums, total = self._sums(model, batch, items, history, pool, count)
+            history = self._history(batch, items, state)
+            sums, total = self._sums(model, batch, items, history, pool, count, state)
         values = torch.stack([value.detach().float() for value in sums.values()])
         logs: dict[str, Tensor | float] = dict(zip(sums, global_sum(values), strict=True))
-        logs.update(work_done(model, shared, self.objective, self.is_frozen(model.progress)))
+        logs.update(work_done(model, shared, self.objective, self._encoder(state)))
         return StepOutput(total, logs)
 
     def is_delayed(self, progress: float) -> bool:
@@ -157,33 +138,38 @@ class JointStep:
         """Whether the item encoder stands still at this share of the training."""
         return self.encoder_grad == "frozen" or self.is_delayed(progress)
 
-    def _items(self, model: KarmaModel, shared: SharedBatch) -> Tensor:
+    def _encoder(self, state: StepState) -> Literal["full", "frozen", "bank"]:
+        """How the step comes by its items: encoded, with a gradient or without, or looked up."""
+        if not self.is_frozen(state.progress):
+            return "full"
+        return "frozen" if state.bank is None else "bank"
+
+    def _items(self, model: KarmaModel, shared: SharedBatch, state: StepState) -> Tensor:
         """e [G, D] of the step's unique items; without gradient while the encoder is frozen."""
-        if not self.is_frozen(model.progress):
-            return shared.encoded(model.interest.encode_items)
-        if model.bank is not None:
-            return model.bank[shared.batch.item_rows]
-        with torch.no_grad():
+        if self.is_frozen(state.progress) and state.bank is not None:
+            return state.bank[shared.batch.item_rows]
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen(state.progress)):
             return shared.encoded(model.interest.encode_items)
 
     def _in_parts(
-        self, model: KarmaModel, shared: SharedBatch, count: Tensor
+        self, model: KarmaModel, shared: SharedBatch, count: Tensor, state: StepState
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The gradient cache: forward and backward, part by part."""
         batch, cached = shared.batch, None
-        if self.is_frozen(model.progress) and model.bank is not None:
-            items = model.bank[batch.item_rows]
+        frozen = self.is_frozen(state.progress)
+        if frozen and state.bank is not None:
+            items = state.bank[batch.item_rows]
         else:
             cached = CachedItems(shared, model.interest.encode_items, self.micro_tokens)
             items = cached.vectors
-            if self.is_frozen(model.progress):
+            if frozen:
                 items, cached = items.detach(), None
         observe_items(model.interest, items)
-        history = self._history(model, batch, items)
+        history = self._history(batch, items, state)
         sums: dict[str, Tensor] = {}
         for part, used in micro_batches(batch, self.micro_batch_size):
             pool = Pool(items[shared.pool], batch.item_content[shared.pool])
-            found, total = self._sums(model, part, items[used], history[used], pool, count)
+            found, total = self._sums(model, part, items[used], history[used], pool, count, state)
             run_backward(total)
             for name, value in found.items():
                 sums[name] = sums.get(name, torch.zeros_like(value)) + value.detach()
@@ -191,13 +177,13 @@ class JointStep:
             cached.backward()
         return sums, sums["loss/total"]
 
-    def _history(self, model: KarmaModel, batch: Batch, items: Tensor) -> Tensor:
+    def _history(self, batch: Batch, items: Tensor, state: StepState) -> Tensor:
         """What the history is read through: live embeddings, or the cached bank."""
-        if self.encoder_grad != "targets_only" or self.is_frozen(model.progress):
+        if self.encoder_grad != "targets_only" or self.is_frozen(state.progress):
             return items
-        if model.bank is None:
+        if state.bank is None:
             return items.detach()
-        return model.bank[batch.item_rows]
+        return state.bank[batch.item_rows]
 
     def _counts(self, batch: Batch) -> Tensor:
         """Trained, decoded and pictured steps over all workers [3], divisors of the sums."""
@@ -207,26 +193,24 @@ class JointStep:
 
     def _sums(
         self, model: KarmaModel, batch: Batch, items: Tensor, history: Tensor, pool: Pool,
-        count: Tensor,
+        count: Tensor, state: StepState,
     ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
         """This part's shares of the logged global means, and of the total loss.
 
         `items` and `history` [U, D] are the embeddings of the batch's items as targets and as
         inputs of the user decoder.
         """
-        objective = self.objective
+        objective, built = self.objective, self.objective.built
         text, first = None, None
-        if builds_image(objective) and model.imagery is not None and model.imagery.in_task1:
-            interest, text, first = model.forward_with_images(
-                batch, history, text=builds_generation(objective)
-            )
-        elif builds_generation(objective):
+        if built.image and model.imagery is not None and model.imagery.in_task1:
+            interest, text, first = model.forward_with_images(batch, history, text=built.generation)
+        elif built.generation:
             interest, text = model.forward_with_text(batch, history)
         else:
             interest = model.interest.interest(batch, history)
         with torch.autocast(interest.device.type, enabled=False):
             action = action_term(
-                model.interest, batch, interest, items.float(), pool, objective, model.progress
+                model.interest, batch, interest, items.float(), pool, objective, state.progress
             )
         decoded = batch.decode_mask.flatten()
 
@@ -236,9 +220,9 @@ class JointStep:
 
         reconstruction, images = None, {}
         rows = model.interest.decodable(decoded_interest(batch, interest))
-        if builds_reconstruction(objective):
+        if built.reconstruction:
             reconstruction = mean(model.decode_interest(batch, rows))
-        if builds_image(objective):
+        if built.image:
             images = image_means(model, batch, rows, first, count[2])
         generation = None if text is None else mean(text)
         image = images.get("loss/image")
@@ -250,7 +234,9 @@ class JointStep:
         return {**images, **terms.named(), "loss/total": total, **negatives}, total
 
     @torch.no_grad()
-    def probe(self, model: KarmaModel, batch: Batch) -> dict[str, float]:
+    def probe(
+        self, model: KarmaModel, batch: Batch, state: StepState = AT_THE_END
+    ) -> dict[str, float]:
         """Collapse probes of one batch: decode gap, effective rank and mean cosine of e and h.
 
         The gap, CE(shuffled h) - CE(h) in nats per token, is measured through Task 2's decoder
@@ -259,11 +245,11 @@ class JointStep:
         not say that the words are gone (docs/diagnosis.md).
         """
         shared = share_items(batch)
-        batch, items = shared.batch, self._items(model, shared)
+        batch, items = shared.batch, self._items(model, shared, state)
         if self.micro_batch_size:  # a sample: the whole batch would not fit
             batch, used = next(iter(micro_batches(batch, self.micro_batch_size)))
             items = items[used]
-        interest = model.interest.interest(batch, self._history(model, batch, items))
+        interest = model.interest.interest(batch, self._history(batch, items, state))
         decoded = batch.decode_mask.flatten()
         rows = model.interest.decodable(decoded_interest(batch, interest))
         other = rows.clone()

@@ -16,7 +16,6 @@ from karma_ray.config import Config, override, to_dict
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
-from karma_ray.objectives.losses import builds_generation, builds_reconstruction
 
 SMALL = [
     "model.tiny.hidden_size=32", "model.tiny.intermediate_size=64", "model.tiny.vocab_size=512",
@@ -60,7 +59,7 @@ def test_a_baseline_differs_from_action_only_in_what_it_is(
 ) -> None:
     assert changes(recipe) == {"recipe": recipe, **differs}
     objective = recipes.build(recipe).objective
-    assert not builds_generation(objective) and not builds_reconstruction(objective)
+    assert not objective.built.text
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +76,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module", params=TRAINED)
 def finished(
-    request: pytest.FixtureRequest, ray_cluster: None, shop: str, cache: str,
+    request: pytest.FixtureRequest, shop: str, cache: str,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> tuple[str, str]:  # fmt: skip
     """Name and folder of a finished run."""
@@ -88,7 +87,6 @@ def finished(
     return request.param, run
 
 
-@pytest.mark.ray
 def test_a_baseline_makes_a_complete_run_folder(finished: tuple[str, str]) -> None:
     recipe, run = finished
     for part in (
@@ -110,14 +108,12 @@ def test_a_baseline_makes_a_complete_run_folder(finished: tuple[str, str]) -> No
     assert ("decode_gap" in joint[0]) == (not over_ids)
 
 
-@pytest.mark.ray
 def test_a_baseline_sees_nothing_of_the_future(finished: tuple[str, str]) -> None:
     checks = read_json(f"{finished[1]}/checks.json")
     assert checks["future_perturbation_max_abs"] == 0
     assert checks["same_step_perturbation_max_abs"] == 0
 
 
-@pytest.mark.ray
 def test_measuring_a_baseline_again_gives_the_same_numbers(
     finished: tuple[str, str], cache: str
 ) -> None:
@@ -127,7 +123,6 @@ def test_measuring_a_baseline_again_gives_the_same_numbers(
     assert evaluate_run(finished[1], cache=cache)[1] == pytest.approx(metrics, rel=1e-6)
 
 
-@pytest.mark.ray
 def test_what_a_baseline_trains_is_what_serves(finished: tuple[str, str]) -> None:
     """The learned temperature moved and is exported; a frozen encoder stands still."""
     from karma_ray.retrieval.export import load_bundle
@@ -151,10 +146,7 @@ def test_what_a_baseline_trains_is_what_serves(finished: tuple[str, str]) -> Non
         assert moved and not any(name.startswith("item_encoder.") for name in moved)
 
 
-@pytest.mark.ray
-def test_an_id_run_cut_off_ends_as_the_whole_one(
-    ray_cluster: None, shop: str, cache: str, tmp_path: Path
-) -> None:
+def test_an_id_run_cut_off_ends_as_the_whole_one(shop: str, cache: str, tmp_path: Path) -> None:
     from karma_ray.runs.pipeline import train_run
 
     def stop(step: int, metrics: Any) -> None:
@@ -170,7 +162,6 @@ def test_an_id_run_cut_off_ends_as_the_whole_one(
     assert resumed | {"seconds": 0} == whole | {"seconds": 0}
 
 
-@pytest.mark.ray
 def test_an_id_run_goes_on_from_a_finished_one_and_from_no_other_kind(
     finished: tuple[str, str], shop: str, cache: str, tmp_path: Path
 ) -> None:
@@ -199,6 +190,7 @@ def test_a_model_over_ids_is_not_taken_for_one_of_texts(kind: str) -> None:
 def test_an_id_run_on_two_ray_workers_ends_where_one_ends(
     ray_cluster: None, shop: str, cache: str, tmp_path: Path
 ) -> None:
+    from karma_ray.cluster.executor import ON_RAY
     from karma_ray.runs.pipeline import train_run
 
     losses = []
@@ -206,15 +198,14 @@ def test_an_id_run_on_two_ray_workers_ends_where_one_ends(
         settings = config("sasrec", f"training.num_workers={workers}", "model.ids.dropout=0",
                           "training.precision=float32")  # fmt: skip
         run = str(tmp_path / str(workers))
-        train_run(settings, shop, run, cache=cache)
+        train_run(settings, shop, run, cache=cache, executor=ON_RAY)
         lines = [line for line in read_lines(f"{run}/metrics.jsonl") if line["stage"] == "joint"]
         losses.append([line["loss/total"] for line in lines])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.ray
 def test_a_term_that_needs_texts_is_refused_before_anything_is_trained(
-    ray_cluster: None, shop: str, cache: str, tmp_path: Path
+    shop: str, cache: str, tmp_path: Path
 ) -> None:
     from karma_ray.runs.pipeline import train_run
 
@@ -223,13 +214,10 @@ def test_a_term_that_needs_texts_is_refused_before_anything_is_trained(
                   cache=cache)  # fmt: skip
 
 
-@pytest.mark.ray
-def test_the_floors_that_an_older_cache_lacks_are_added(
-    ray_cluster: None, shop: str, tmp_path: Path
-) -> None:
+def test_the_floors_that_an_older_cache_lacks_are_added(shop: str, tmp_path: Path) -> None:
     from karma_ray.artifacts import write_json
-    from karma_ray.cluster.sharding import ensure_prepared
     from karma_ray.runs.assessment import Judge, floor_metrics
+    from karma_ray.runs.preparation import ensure_prepared
 
     settings = config("bm25")
     judge = Judge(settings, ensure_prepared(shop, settings.prepare))

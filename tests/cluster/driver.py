@@ -20,13 +20,13 @@ from tests.cluster import test_training as small
 STEPS = 40
 
 
-def slow_step(seconds: float, model: nn.Module, batch: Any) -> StepOutput:
+def slow_step(seconds: float, model: nn.Module, batch: Any, *_: object) -> StepOutput:
     """A step that leaves time to be killed in."""
     time.sleep(seconds)
     return small._step(model, batch)
 
 
-def counted_step(counts: str, model: nn.Module, batch: Any) -> StepOutput:
+def counted_step(counts: str, model: nn.Module, batch: Any, *_: object) -> StepOutput:
     """A slow step that notes the number of workers."""
     if rank() == 0:
         with open(counts, "a") as lines:

@@ -33,6 +33,7 @@ from karma_ray.runs.worker import TrainJob
 from karma_ray.training.checkpoints.files import Vault
 from karma_ray.training.parallel import rank
 from karma_ray.training.step import StepOutput
+from karma_ray.training.step_state import StepState
 from tests.cluster import driver
 from tests.cluster import test_training as small
 from tests.cluster.stores import BUCKET, Store, running_store
@@ -56,7 +57,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
 # A lost worker.
 
 
-def _killing_step(marker: str, at: int, model: nn.Module, batch: Any) -> StepOutput:
+def _killing_step(marker: str, at: int, model: nn.Module, batch: Any, *_: object) -> StepOutput:
     """The last worker kills itself, as a lost machine would, in its step `at`; once."""
     if rank() == 1:
         with open(marker, "a") as steps:
@@ -174,10 +175,13 @@ def test_a_left_over_of_a_killed_driver_stops(tmp_path: Path, rows: str) -> None
 # A store that goes away.
 
 
-def _leaves(store: Store, at: int, seconds: float, model: nn.Module, step: int) -> None:
+def _leaves(
+    store: Store, at: int, seconds: float, model: nn.Module, step: int, state: StepState
+) -> StepState:
     """The store goes away after step `at`, once."""
     if step == at and not store.outages:
         store.go_away(seconds)
+    return state
 
 
 def _assert_survives_an_outage(store: Store, folder: Path, rows: str, seconds: float) -> None:
@@ -185,7 +189,7 @@ def _assert_survives_an_outage(store: Store, folder: Path, rows: str, seconds: f
     plain = driver.job(str(folder / "whole"), rows, 0)
     run_training(plain, progress=False)
     step = partial(driver.slow_step, (seconds + 4) / driver.STEPS)
-    job = replace(plain, run=run, step=step, on_step=partial(_leaves, store, 9, seconds))
+    job = replace(plain, run=run, step=step, before_step=partial(_leaves, store, 9, seconds))
     summary = run_training(job, progress=False)
     assert store.outages == 1
     assert (summary["steps"], summary["failed_checkpoints"]) == (driver.STEPS, 0)
@@ -220,7 +224,7 @@ def test_a_run_on_a_store_is_resumed_from_its_newest_whole_checkpoint(
     run = f"s3://{BUCKET}/cut"
     calls = iter(range(100))
 
-    def cut(model: nn.Module, batch: Any) -> StepOutput:
+    def cut(model: nn.Module, batch: Any, *_: object) -> StepOutput:
         if next(calls) == 23:
             raise KeyboardInterrupt
         return small._step(model, batch)
@@ -290,7 +294,7 @@ def _small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def _fill(disk: Path, model: nn.Module, step: int) -> None:
+def _fill(disk: Path, model: nn.Module, step: int, state: StepState) -> StepState:
     """From step 12 to step 22 nothing more goes onto the disk."""
     if step == 12:
         with suppress(OSError), open(disk / "filler", "wb", buffering=0) as sink:
@@ -298,6 +302,7 @@ def _fill(disk: Path, model: nn.Module, step: int) -> None:
                 sink.write(bytes(4096))
     if step == 22:
         (disk / "filler").unlink()
+    return state
 
 
 # TensorBoard's own thread ends with its file.
@@ -307,7 +312,7 @@ def test_a_full_disk_costs_checkpoints_but_not_the_training(
 ) -> None:
     with _small_disk(tmp_path / "disk", "1m") as disk, caplog.at_level(logging.WARNING):
         job = driver.job(str(disk / "run"), rows, 0)
-        summary = run_training(replace(job, on_step=partial(_fill, disk)), progress=False)
+        summary = run_training(replace(job, before_step=partial(_fill, disk)), progress=False)
         assert summary["failed_checkpoints"] == 2  # of steps 15 and 20
         vault = Vault(f"{disk}/run/checkpoints/joint")
         assert vault.steps() == [driver.STEPS - 5, driver.STEPS]
@@ -347,7 +352,7 @@ def test_one_bad_number_ends_the_run_in_one_line_and_leaves_the_checkpoint(
 ) -> None:
     calls = iter(range(100))
 
-    def poisoned(model: nn.Module, batch: Any) -> StepOutput:
+    def poisoned(model: nn.Module, batch: Any, *_: object) -> StepOutput:
         inputs, target = batch
         if next(calls) == 12:
             inputs = inputs.clone()

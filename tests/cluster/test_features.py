@@ -26,7 +26,7 @@ from karma_ray.data.pictures import decode
 from karma_ray.data.schema import ITEMS, SEQUENCES
 from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
-from karma_ray.model.vision import load_vision_encoder
+from karma_ray.model.backbones.vision_encoder import load_vision_encoder
 from karma_ray.runs import features
 from karma_ray.runs.features import FeaturesConfig
 from tests import tiny

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 
 from jobs.ablate import main
 from karma_ray import cli, recipes
-from karma_ray.artifacts import read_json, read_lines, write_json
+from karma_ray.artifacts import read_lines, write_json
 from karma_ray.cluster.study import Outcome, run_study
 from karma_ray.config import override
 from karma_ray.data.synthetic.config import ToyShopConfig
@@ -20,6 +19,7 @@ from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.studies.plan import (
     HERE,
+    SETTINGS,
     Data,
     named_rows,
     parsed_seeds,
@@ -106,14 +106,14 @@ def test_every_row_with_a_recipe_can_be_built(table: str, data: Data) -> None:
 
 def test_trials_come_seed_by_seed_and_say_what_was_set(data: Data) -> None:
     rows = [Row("action_only", ""), Row("a", "", "karma_text", ("objective.lambda_dec=0.3",))]
-    trials = planned(rows, [1, 0], data, ["training.steps=5"], study=SMALL)
+    trials = planned(rows, [1, 0], data, [*SMALL, "training.steps=5"])
     assert [t.name for t in trials] == [
         "action_only-seed1", "a-seed1", "action_only-seed0", "a-seed0",
     ]  # fmt: skip
     assert trials[1].config.objective.lambda_dec == 0.3
     assert trials[1].config.training.steps == 5
-    assert trials[1].extra == ("training.steps=5",)
-    assert trials[1].assignments == (*SMALL, "training.steps=5")
+    assert trials[1].extra == (*SMALL, "training.steps=5")
+    assert trials[1].assignments == (*SETTINGS["toy_shop"], *SMALL, "training.steps=5")
 
 
 def test_recipes_that_are_compared_share_their_first_stages(data: Data) -> None:
@@ -137,15 +137,19 @@ class Study:
         self.data = data
 
     def trials(self, *rows: str, more: tuple[str, ...] = ()) -> list[Trial]:
-        return planned([Row(row, row) for row in rows], [0], self.data, more, study=SMALL)
+        return planned([Row(row, row) for row in rows], [0], self.data, (*SMALL, *more))
 
     def run(self, trials: list[Trial], **limits: Any) -> Outcome:
         return run_study(
             trials, self.data, self.results, runs=self.runs, cache=self.cache, **limits
         )
 
+    def lines(self) -> list[str]:
+        return (self.results / "toy_shop.jsonl").read_text().splitlines()
+
     def record(self, name: str) -> dict[str, Any]:
-        return dict(read_json(str(self.results / f"toy_shop-{name}.json")))
+        (found,) = (r for r in read_records(self.results) if r["name"] == name)
+        return found
 
 
 @pytest.fixture(scope="module")
@@ -183,11 +187,10 @@ def test_a_finished_run_leaves_all_that_the_report_needs(study: tuple[Study, Out
 @pytest.mark.ray
 def test_a_stopped_study_goes_on_and_makes_nothing_twice(study: tuple[Study, Outcome]) -> None:
     made, _ = study
-    path = made.results / "toy_shop-action_only-seed0.json"
-    before = (path.stat().st_mtime_ns, path.read_bytes())
+    before = made.lines()
     outcome = made.run(made.trials("action_only", "karma_text"), concurrent=1)
     assert outcome.there == ["action_only-seed0"] and outcome.done == ["karma_text-seed0"]
-    assert before == (path.stat().st_mtime_ns, path.read_bytes())
+    assert len(made.lines()) == 2 and before[0] in made.lines()
     again = made.run(made.trials("action_only", "karma_text"))
     assert again.told() == "0 made; 2 were there"
 
@@ -262,13 +265,13 @@ def test_another_setting_or_other_data_are_not_taken_for_the_same(
     (trial,) = made.trials("action_only")
     (longer,) = made.trials("action_only", more=("training.steps=8",))
     (faster,) = made.trials("action_only", more=("training.threads_per_worker=2",))
-    assert finished_record(trial, made.data, known, made.results)
-    assert finished_record(faster, made.data, known, made.results)
-    assert finished_record(longer, made.data, known, made.results) is None
+    assert finished_record(trial, made.data, known)
+    assert finished_record(faster, made.data, known)
+    assert finished_record(longer, made.data, known) is None
     elsewhere = Data(made.data.uri, made.data.name, "other")
-    assert finished_record(trial, elsewhere, known, made.results) is None
-    without = [{**record, "outcomes": "gone.npz"} for record in known]
-    assert finished_record(trial, made.data, without, made.results) is None
+    assert finished_record(trial, elsewhere, known) is None
+    without = [{**record, "outcomes": "gone"} for record in known]
+    assert finished_record(trial, made.data, without)  # a study goes on from records alone
 
 
 @pytest.mark.ray
@@ -284,7 +287,7 @@ def test_a_run_of_another_row_is_told_under_this_one_and_not_made_again(
     assert outcome.there == ["again-seed0"] and not outcome.done
     (again,) = (r for r in read_records(other.results) if r["row"] == "again")
     (first,) = (r for r in there if r["row"] == "action_only" and r["seed"] == 0)
-    assert again == {**first, "row": "again"}
+    assert again == {**first, "row": "again", "name": "again-seed0"}
     assert len(read_records(other.results)) == len(there) + 1
     assert other.run(trials).there == ["again-seed0"]
 
@@ -316,7 +319,7 @@ def test_the_job_ends_in_a_report(
     assert "| with Tasks 1 and 2 | Pairwise CE, clicks alone |" in text
     assert "python jobs/ablate.py report --results results" in text
     assert Path("results/report/report.html").exists()
-    records = [json.loads(path.read_text()) for path in Path("results").glob("*.json")]
+    records = read_records(Path("results"))
     assert {record["steps"] for record in records} == {20}
     before = Path("results/tables.md").read_text()
     main(["report", "--results", "results"])

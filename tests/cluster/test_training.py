@@ -88,14 +88,14 @@ def _batches(data: str, make_collator: Any, context: WorkerContext) -> Iterator[
     )
 
 
-def _step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> StepOutput:
+def _step(model: nn.Module, batch: tuple[Tensor, Tensor], *_: object) -> StepOutput:
     inputs, target = batch
     error = (model(inputs) - target).square().sum()
     loss = error / global_sum(torch.tensor(float(len(inputs))))
     return StepOutput(loss, {"loss/square": global_sum(loss), "examples": len(inputs)})
 
 
-def _broken_step(model: nn.Module, batch: tuple[Tensor, Tensor]) -> StepOutput:
+def _broken_step(model: nn.Module, batch: tuple[Tensor, Tensor], *_: object) -> StepOutput:
     fine = _step(model, batch)
     return StepOutput(fine.loss, {"loss/generation": fine.loss / 0.0})
 
@@ -140,7 +140,7 @@ def test_an_interrupted_run_continues_as_if_nothing_had_happened(tmp_path: Path,
     run_training(job(tmp_path / "whole", _step), progress=False)
     calls = iter(range(100))
 
-    def interrupted(model: nn.Module, batch: Any) -> StepOutput:
+    def interrupted(model: nn.Module, batch: Any, *_: object) -> StepOutput:
         if next(calls) == 15:
             raise KeyboardInterrupt
         return _step(model, batch)

@@ -107,3 +107,15 @@ def test_content_ids_are_equal_for_equal_text_but_for_case_and_spaces() -> None:
     (copy,) = tiny.catalog().rows(["copy"])
     assert content[copy] == content[0]
     assert len(set(content.tolist())) == tiny.catalog().num_items - 1
+
+
+def test_files_of_different_id_types_are_one_catalogue_and_folders_name_columns(
+    tmp_path: Path,
+) -> None:
+    items = tmp_path / "data" / "items"
+    for number, ids in enumerate(([7, 1234567890123456789], [8.0, float("nan")], ["9", "x"])):
+        table = pa.table({"item_id": ids, "title": ["a", "b"]})
+        write_table(table, str(items / f"category=shoes {number}"), "part")
+    loaded = Catalog.load(str(tmp_path / "data"), str(tmp_path / "cache"))
+    assert loaded.item_ids == ["7", "1234567890123456789", "8", "9", "x"]
+    assert loaded.column("category")[-1] == "shoes 2"

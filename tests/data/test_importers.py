@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections import Counter
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from jobs import import_data
 from karma_ray.artifacts import read_json, read_manifest, read_table
 from karma_ray.data.importers.amazon_industrial import clean_text, training_history
 from karma_ray.data.importers.derive import POOL_DAYS, shared_queries
+from karma_ray.data.importers.log_files import TextFormat
 from karma_ray.data.importers.long import import_long, parse_mapping
 from karma_ray.data.importers.long_parsing import timestamp
 from karma_ray.data.importers.presplit import Step, windows
@@ -242,6 +244,36 @@ def test_a_folder_of_something_else_is_not_emptied(tmp_path: Path) -> None:
     assert (out / "thesis.txt").exists()
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
+
+
+def test_a_failed_import_leaves_what_was_there_and_can_be_repaired(tmp_path: Path) -> None:
+    _, out = fold(tmp_path)
+    (out / "visual_features").mkdir()
+    (out / "visual_features" / "mine.txt").write_text("not of the import")
+    before = contents(out)
+    (tmp_path / "untitled.csv").write_text("sku,name\n0001,\n")
+    for where in (out, tmp_path / "new"):
+        with pytest.raises(InputError, match="the catalogue is empty"):
+            import_long(
+                str(tmp_path / "log.csv"), str(where), items=str(tmp_path / "untitled.csv"),
+                columns=parse_mapping(COLUMNS, "--columns"),
+                item_columns={"item_id": "sku", "title": "name"},
+            )  # fmt: skip
+    assert contents(out) == before and not (tmp_path / "new").exists()
+    manifest, out = fold(tmp_path, LOG + "u3,2024-05-03,lamp,0001,1,1\n")
+    assert manifest["counts"]["users"] == 3 and (out / "visual_features" / "mine.txt").exists()
+
+
+def test_what_a_killed_import_left_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "out" / "import-work" / "items").mkdir(parents=True)
+    (tmp_path / "out" / "items").mkdir()
+    _, out = fold(tmp_path)
+    assert not (out / "import-work").exists() and read_manifest(str(out), "data")
+
+
 def test_an_unknown_format_lists_the_choices() -> None:
     with pytest.raises(InputError, match=r"FORMAT: 'h-m'.*choices: hm, .*long"):
         importer("h-m")
@@ -373,6 +405,18 @@ def test_amazon_trains_on_no_target_and_on_each_click_once(tmp_path: Path) -> No
     assert manifest["counts"]["training_clicks"] == 3
 
 
+def test_amazon_takes_the_category_from_the_names_of_the_files(tmp_path: Path) -> None:
+    source = write_amazon(tmp_path / "source")
+    for file in source.iterdir():
+        file.rename(source / file.name.replace("Industrial_and_Scientific", "Office_Products"))
+    manifest, _ = run("amazon_industrial", tmp_path)
+    assert manifest["name"] == "amazon_office_products"
+    assert manifest["notes"][0] == "category Office Products"
+    (source / "Toys.items.parquet").write_bytes(b"")
+    with pytest.raises(InputError, match="several categories: Office_Products, Toys"):
+        run("amazon_industrial", tmp_path)
+
+
 def test_the_training_history_is_the_one_no_other_row_leads_to() -> None:
     chain = [([f"{i}" for i in range(max(0, n - 3), n)], f"{n}") for n in range(1, 7)]
     assert training_history(chain[::-1], 3) == ["0"]
@@ -488,6 +532,127 @@ def test_bad_rows_are_quarantined_with_their_reason_and_place(tmp_path: Path) ->
     assert [item["shade"] for item in rows(out, "items")] == ["red", "blue"]  # rides along
 
 
+def test_odd_quotes_and_broken_lines_cost_no_other_row(tmp_path: Path) -> None:
+    log = "user_id\ttimestamp\tquery\titem_id\tclicked\n" + "\n".join(
+        ['u1\t1\t"big lamp\t0001\t1', "u2\t2\tlamp\t0002\t1", 'u3\t3\t15" tv\t0001\t1',
+         "u4\t4\t0001", 'u5\t5\t"tv"\t0001\t1']
+    )  # fmt: skip
+    (tmp_path / "log.tsv").write_text(log)
+    (tmp_path / "items.csv").write_text('item_id,title\n0001,"Lamp 12\n0002,15" tv\n0003\n')
+    out = tmp_path / "out"
+    source, items = str(tmp_path / "log.tsv"), str(tmp_path / "items.csv")
+    manifest = import_long(source, str(out), items=items)
+    queries = {page["user_id"]: page["query"] for page in rows(out, "events")}
+    assert queries == {"u1": '"big lamp', "u2": "lamp", "u3": '15" tv', "u5": '"tv"'}
+    assert [item["title"] for item in rows(out, "items")] == ['"Lamp 12', '15" tv']
+    assert manifest["quarantined"] == {"not as many fields as the header": 2}
+    assert any("2 rows of" in note and "--quotes" in note for note in manifest["notes"])
+    import_long(source, str(out), items=items, form=TextFormat("csv"))
+    assert {page["user_id"]: page["query"] for page in rows(out, "events")}["u5"] == "tv"
+
+
+def test_a_broken_json_line_stops_nothing_and_digits_are_kept(tmp_path: Path) -> None:
+    rest = '"item_id": "a", "clicked": true}'
+    lines = [
+        '{"user_id": 1234567890123456789, "timestamp": 1, ' + rest, "{broken", "[1]",
+        '{"user_id": 1234567890123456790, "timestamp": 2.5, ' + rest,
+    ]  # fmt: skip
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    (tmp_path / "items.jsonl").write_text('{"item_id": "a", "title": "A"}')
+    out = tmp_path / "out"
+    manifest = import_long(
+        str(tmp_path / "log.jsonl"), str(out), items=str(tmp_path / "items.jsonl")
+    )
+    assert manifest["quarantined"] == {"not a JSON object": 2}
+    assert [row["row"] for row in rows(out, "quarantine_import")] == [1, 2]
+    users = [page["user_id"] for page in rows(out, "events")]
+    assert users == ["1234567890123456789", "1234567890123456790"]
+
+
+def test_files_of_different_id_types_name_the_same_people_and_items(tmp_path: Path) -> None:
+    source = tmp_path / "log"
+    source.mkdir()
+    times = [1, 2]
+    pl.DataFrame(
+        {"user_id": [1234567890123456789, 1234567890123456790], "timestamp": times,
+         "item_id": ["7", "8"], "clicked": [True, False]}
+    ).write_parquet(source / "a.parquet")  # fmt: skip
+    pl.DataFrame(
+        {"user_id": [5.0, float("nan")], "timestamp": times, "item_id": ["7", "8"],
+         "clicked": [True, True]}
+    ).write_parquet(source / "b.parquet")  # fmt: skip
+    pl.DataFrame({"item_id": [7.0, 8.0], "title": ["a", "b"]}).write_parquet(
+        tmp_path / "items.parquet"
+    )
+    out = tmp_path / "out"
+    manifest = import_long(str(source), str(out), items=str(tmp_path / "items.parquet"))
+    users = {page["user_id"] for page in rows(out, "events")}
+    assert users == {"1234567890123456789", "1234567890123456790", "5"}
+    assert manifest["quarantined"] == {"null user": 1} and manifest["counts"]["clicks"] == 2
+    assert [item["item_id"] for item in rows(out, "items")] == ["7", "8"]
+    pl.DataFrame(
+        {"user_id": [1234567890123456789.0], "timestamp": [1], "item_id": ["7"], "clicked": [True]}
+    ).write_parquet(source / "b.parquet")
+    with pytest.raises(InputError, match=r"b\.parquet: column user_id: 1\.23.*rounded"):
+        import_long(str(source), str(out), items=str(tmp_path / "items.parquet"))
+
+
+def test_what_editors_and_clusters_leave_beside_a_log_is_not_imported(tmp_path: Path) -> None:
+    line = "user_id,timestamp,item_id\nu,1,7\n"
+    for name in ("log/a.csv", "log/.ipynb_checkpoints/a.csv", "log/_temporary/a.csv", "log/.a.csv"):
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(line)
+    (tmp_path / "log" / ".a.csv.crc").write_bytes(b"\x00")
+    (tmp_path / "log" / "empty.csv").write_bytes(b"")
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    manifest = import_long(
+        str(tmp_path / "log"), str(tmp_path / "out"), items=str(tmp_path / "items.csv")
+    )
+    assert manifest["counts"]["clicks"] == 1
+
+
+@pytest.mark.parametrize("ending", ["csv", "parquet"])
+def test_a_missing_label_is_no_click_and_a_missing_user_nobody(ending: str, tmp_path: Path) -> None:
+    nan = float("nan")
+    log = pl.DataFrame(
+        {"user_id": ["u", "u", "nan", "NULL", "None", "\\N", "NaN"], "timestamp": [1] * 7,
+         "item_id": ["7", "8", *["7"] * 5], "clicked": [1.0, nan, *[1.0] * 5],
+         "purchased": [nan, 1.0, *[nan] * 5]}
+    )  # fmt: skip
+    source = tmp_path / f"log.{ending}"
+    log.write_csv(source) if ending == "csv" else log.write_parquet(source)
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n8,b\n9,nan\n")
+    manifest = import_long(str(source), str(tmp_path / "out"), items=str(tmp_path / "items.csv"))
+    (page,) = rows(tmp_path / "out", "events")
+    assert page["clicked_item_ids"] == ["7"] and page["purchased_item_ids"] == ["8"]
+    assert page["exposed_item_ids"] == ["7", "8"]
+    assert manifest["quarantined"] == {"item without title": 1, "null user": 5}
+
+
+@pytest.mark.parametrize("kind", [pl.Int32, pl.Float64])
+@pytest.mark.parametrize("name", ["hm", "movielens", "online_retail", "amazon_industrial"])
+def test_numbers_as_ids_import_as_their_text(name: str, kind: type, tmp_path: Path) -> None:
+    source = WRITERS[name](tmp_path / "source")
+    texts = {"article_id", "customer_id", "InvoiceNo", "StockCode", "CustomerID"}
+    people = {"ann": "1", "bob": "2", "cy": "3", "u": "1", "v": "2", "w": "3", "C200": "9"}
+    people |= {"POST": "9"}
+    plain = pl.col(pl.String).replace(people)
+    frames = {file: pl.read_parquet(file) for file in source.glob("*.parquet")}
+    for cast in (pl.String, kind):
+        for file, frame in frames.items():
+            names = {c for c in frame.columns if c in texts or c.endswith("_id")}
+            new = frame.with_columns(plain)
+            for c in names - {"history_item_id"}:
+                new = new.with_columns(pl.col(c).cast(pl.Int64).cast(cast))
+            if "history_item_id" in names:
+                ids = pl.col("history_item_id").cast(pl.List(pl.Int64)).cast(pl.List(cast))
+                new = new.with_columns(ids)
+            new.write_parquet(file)
+        if cast == pl.String:
+            expected, _ = run(name, tmp_path)
+    assert run(name, tmp_path)[0]["data_hash"] == expected["data_hash"]
+
+
 def test_an_impression_id_makes_the_page_and_its_absence_falls_back(tmp_path: Path) -> None:
     log = "user_id,timestamp,item_id,clicked,imp\n" + "\n".join(
         ["a,100,0001,0,x", "a,101,0002,1,x", "a,100,0001,1,", "a,101,0002,0,", "b,100,0001,1,x"]
@@ -503,6 +668,23 @@ def test_a_purchase_log_without_clicks_has_no_negatives(tmp_path: Path) -> None:
     assert manifest["negative_source"] == "none" and manifest["query_source"] == "none"
     assert [page["clicked_item_ids"] for page in rows(out, "events")] == [["0001"], ["0009"]]
     assert any(note.startswith("1 clicks name items without a row") for note in manifest["notes"])
+    assert not any("--columns impression_id" in note for note in manifest["notes"])
+
+
+def test_pages_of_one_row_are_told_with_the_column_that_helps(tmp_path: Path) -> None:
+    log = "user_id,timestamp,item_id,clicked,page\n" + "".join(
+        f"u,{n},000{1 + n % 2},{n % 2},{n // 2}\n" for n in range(40)
+    )
+    manifest, _ = fold(tmp_path, log, "")
+    assert manifest["negative_source"] == "none" and not manifest["counts"]["pages_with_negatives"]
+    assert [note for note in manifest["notes"] if "pages hold" in note] == [
+        "40 of 40 pages hold one item, so nothing was shown beside it: name the column of the "
+        "result page by --columns impression_id=COLUMN"
+    ]
+    manifest, _ = fold(tmp_path, log, "impression_id=page")
+    assert manifest["negative_source"] == "exposed"
+    assert manifest["counts"]["pages_with_negatives"] == 20
+    assert not any("pages hold" in note for note in manifest["notes"])
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl", "folder"])
@@ -545,6 +727,11 @@ def test_the_kind_of_file_does_not_change_the_events(ending: str, tmp_path: Path
         pl.Series(["2024-05-01"]),
         pl.Series([" 2024-05-01T00:00 "]),
         pl.Series(["2024-04-30 19:00:00.000-05:00"]),
+        pl.Series(["2024-05-01 00:00:00+00"]),
+        pl.Series(["2024-05-01 02:00:00 +02"]),
+        pl.Series(["2024-05-01 00:00:00 UTC"]),
+        pl.Series(["1.7145216e9"]),
+        pl.Series(["1714521600.0"]),
     ],
     ids=lambda values: str(values.dtype),
 )
@@ -554,10 +741,92 @@ def test_every_way_to_write_a_time_means_the_same_moment(values: pl.Series) -> N
 
 
 @pytest.mark.parametrize(
+    ("written", "stated"),
+    [
+        ("05/01/2024", "%m/%d/%Y"),
+        ("01.05.2024 00:00", "%d.%m.%Y %H:%M"),
+        ("20240501", "%Y%m%d"),
+        (20240501, "%Y%m%d"),
+        ("05/01/2024 02:00 +0200", "%m/%d/%Y %H:%M %z"),
+        ("2024-05-01", "%m/%d/%Y"),  # what is known anyway stays known
+    ],
+)
+def test_a_stated_format_says_what_a_time_means(written: object, stated: str) -> None:
+    values = pl.Series("ts", [written])
+    parsed = pl.DataFrame([values]).select(timestamp("ts", values.dtype, stated))
+    assert parsed.item() == datetime(2024, 5, 1, tzinfo=UTC)
+
+
+def test_times_that_cannot_be_read_name_the_flag_that_helps(tmp_path: Path) -> None:
+    log = "user_id,timestamp,item_id\nu,05/01/2024,0001\n"
+    with pytest.raises(InputError, match=r"'unparsable timestamp': 1.*--time-format"):
+        fold(tmp_path, log, "")
+    manifest, _ = fold(tmp_path, log + "u,20240501,0001\n", "")
+    assert [note for note in manifest["notes"] if "--time-format" in note] == [
+        "1 timestamps cannot be read; --time-format says how times are written, for example "
+        "%m/%d/%Y or %Y%m%d",
+        "all times lie before 1980, as row numbers do; --time-format says how times are written, "
+        "for example %m/%d/%Y or %Y%m%d",
+    ]
+
+
+@pytest.mark.parametrize("kind", ["csv.gz", "semicolons", "utf-16", "utf-16-le", "latin-1", "bom"])
+def test_however_a_table_was_exported_it_says_the_same(kind: str, tmp_path: Path) -> None:
+    log = "user_id,timestamp,query,item_id\nu,1,größe 4,7\nv,2,größe 5,7\n"
+    if kind == "semicolons":
+        log = log.replace("4,", "4;").replace(",", ";")
+    source = tmp_path / ("log.csv.gz" if kind == "csv.gz" else "log.csv")
+    encoding = kind if kind in ("utf-16", "utf-16-le", "latin-1") else "utf-8"
+    content = log.encode("utf-8-sig" if kind == "bom" else encoding)
+    source.write_bytes(gzip.compress(content) if kind == "csv.gz" else content)
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    arguments = (str(source), str(tmp_path / "out"))
+    form = None
+    if kind == "latin-1":
+        with pytest.raises(InputError, match=r"log\.csv.*--encoding names another one"):
+            import_long(*arguments, items=str(tmp_path / "items.csv"))
+        form = TextFormat(encoding="latin-1")
+    if kind == "latin-1":
+        (tmp_path / "items.csv").write_text("item_id,title\n7,a\n", encoding="latin-1")
+    import_long(*arguments, items=str(tmp_path / "items.csv"), form=form)
+    assert [page["query"] for page in rows(tmp_path / "out", "events")] == ["größe 4", "größe 5"]
+
+
+def test_a_damaged_archive_and_an_unknown_encoding_are_named(tmp_path: Path) -> None:
+    _, items = write_long(tmp_path)
+    (tmp_path / "log.csv.gz").write_bytes(gzip.compress(LOG.encode())[:40])
+    with pytest.raises(InputError, match=r"log\.csv\.gz' cannot be read"):
+        import_long(str(tmp_path / "log.csv.gz"), str(tmp_path / "out"), items=items)
+    with pytest.raises(InputError, match="--encoding: 'utf-9' is no encoding"):
+        import_long(items, str(tmp_path / "out"), items=items, form=TextFormat(encoding="utf-9"))
+
+
+def test_files_of_a_folder_may_order_their_columns_and_be_named_by_folders(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    texts = {"dt=2024-05-01": "user_id,item_id,clicked\nu,7,1\n",
+             "dt=2024-05-02": "clicked,item_id,extra,user_id\n1,7,x,v\n"}  # fmt: skip
+    for folder, text in texts.items():
+        (tmp_path / "log" / folder).mkdir(parents=True)
+        (tmp_path / "log" / folder / "part.csv").write_text(text)
+
+    def pages() -> list[tuple[str, int]]:
+        import_long(
+            str(tmp_path / "log"), str(tmp_path / "out"), items=str(tmp_path / "items.csv"),
+            columns={"timestamp": "dt"},
+        )  # fmt: skip
+        return [(p["user_id"], p["timestamp"].day) for p in rows(tmp_path / "out", "events")]
+
+    assert pages() == [("u", 1), ("v", 2)]
+    (tmp_path / "log" / "dt=2024-05-02" / "part.csv").write_text("item_id,user_id\n7,v\n")
+    with pytest.raises(InputError, match=r"dt=2024-05-02/part\.csv' lacks the column 'clicked'"):
+        pages()
+
+
+@pytest.mark.parametrize(
     ("columns", "message"),
     [
         ("user_id=uid,item_id=sku,timestamp=when", "timestamp: 'when'.*choices: uid, ts, q, sku"),
-        ("user_id=uid,item_id=sku", "timestamp: None.*choices: uid, ts"),
+        ("user_id=uid,item_id=sku", "--columns timestamp is needed.*choices: uid, ts"),
         (COLUMNS + ",clicks=click", "'clicks' is not a field.*choices: user_id"),
         ("user_id", "'user_id' is not of the form"),
     ],
@@ -567,6 +836,17 @@ def test_a_wrong_mapping_names_the_column_and_the_choices(
 ) -> None:
     with pytest.raises(InputError, match=message):
         fold(tmp_path, columns=columns)
+
+
+def test_a_column_of_lists_is_named_with_its_type(tmp_path: Path) -> None:
+    log = pl.DataFrame({"user_id": ["u"], "timestamp": [1], "item_id": ["7"], "q": [["red"]]})
+    log.write_parquet(tmp_path / "log.parquet")
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    with pytest.raises(InputError, match=r"--columns query: 'List\(String\)' is no single value"):
+        import_long(
+            str(tmp_path / "log.parquet"), str(tmp_path / "out"), columns={"query": "q"},
+            items=str(tmp_path / "items.csv"),
+        )  # fmt: skip
 
 
 def test_a_log_without_a_readable_row_is_refused(tmp_path: Path) -> None:
@@ -585,6 +865,31 @@ def test_the_job_prints_counts_and_the_next_command(
     printed = capsys.readouterr().out
     assert "DERIVED" in printed and "PROXY" in printed
     assert printed.rstrip().endswith(f"next: python jobs/train.py --data {out} --recipe karma_text")
+
+
+@pytest.mark.parametrize(
+    ("unknown", "end"),
+    [
+        (1, "next: python jobs/train.py --data '{out}' --recipe karma_text"),
+        (3, "  python jobs/train.py --data '{out}' --recipe karma_text "
+            "--set prepare.max_bad_share=0.3"),
+        (10, "no click names a known item: nothing can be trained on this folder"),
+    ],
+)  # fmt: skip
+def test_the_next_command_is_none_that_preparing_refuses(
+    unknown: int, end: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"u{n},{n},{'gone' if n < unknown else '7'}" for n in range(10)]
+    (tmp_path / "log.csv").write_text("\n".join(["user_id,timestamp,item_id", *lines]))
+    (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
+    out = str(tmp_path / "my data")
+    items = ["--items", str(tmp_path / "items.csv")]
+    import_data.main(["long", str(tmp_path / "log.csv"), out, *items])
+    printed = capsys.readouterr().out.rstrip().splitlines()
+    assert printed[-1] == end.format(out=out)
+    assert any("3 of 10 pages have clicks" in line for line in printed) == (unknown == 3)
+    with pytest.raises(InputError, match=r"^--items is needed: the table of item ids"):
+        import_data.main(["long", str(tmp_path / "log.csv"), out])
 
 
 def test_the_job_refuses_mappings_for_a_public_dataset(tmp_path: Path) -> None:

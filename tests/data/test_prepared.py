@@ -111,11 +111,22 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
         data.examples("train")
 
 
+def test_what_was_shown_and_clicked_alike_is_no_page_with_negatives() -> None:
+    rows = [event(f"u{n}", n, ["i1"], ["i1"]) for n in range(20)]
+    facts = prepare_tables(events_table(rows), items_table(3), PrepareConfig()).facts
+    assert facts["counts"]["pages_with_negatives"] == 0 and facts["negative_source"] == "none"
+    rows += [event("v", 3, ["i1"], ["i2", "i1"])]
+    facts = prepare_tables(events_table(rows), items_table(3), PrepareConfig()).facts
+    assert facts["counts"]["pages_with_negatives"] == 1 and facts["negative_source"] == "exposed"
+
+
 def test_data_that_are_not_there_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--data: .*nowhere' does not exist"):
         PreparedData.load(str(tmp_path / "nowhere"))
-    with pytest.raises(InputError, match="is not prepared"):
-        PreparedData.load(str(tmp_path))
+    (tmp_path / "my data").mkdir()
+    command = r"is not prepared.*python jobs/prepare\.py --data '.*/my data'"
+    with pytest.raises(InputError, match=command):
+        PreparedData.load(str(tmp_path / "my data"))
 
 
 def test_only_settings_that_change_rows_ask_for_a_new_preparation(tmp_path: Path) -> None:

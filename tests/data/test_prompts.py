@@ -6,16 +6,17 @@ import numpy as np
 import pytest
 
 from karma_ray.data import prompts
-from karma_ray.data.prompts import SPECIAL_TOKENS, SpecialIds, TextMemory, encode_texts
+from karma_ray.data.prompts import SpecialIds, TextMemory, encode_texts
 from tests import tiny
 
 LONG = "soft and warm in winter, dry in the rain, and never out of fashion"
 
 
 def test_the_three_special_tokens_have_ids_of_their_own() -> None:
-    special = SpecialIds.of(tiny.tokenizer())
+    words = tiny.tokenizer()
+    special = SpecialIds.of(words)
     ids = [special.end_of_text, special.text_start, special.text_end]
-    assert ids == [tiny.tokenizer().convert_tokens_to_ids(token) for token in SPECIAL_TOKENS]
+    assert ids == [words.convert_tokens_to_ids(token) for token in words.text_marks]
     assert len(set(ids)) == 3
 
 

@@ -14,7 +14,7 @@ from karma_ray.data import tokens
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import encode_texts
 from karma_ray.data.tokens import TextLengths, catalog_tokens
-from karma_ray.model.backbone import load_tokenizer, save_tokenizer, train_tokenizer
+from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from tests import tiny
 
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from karma_ray.data.catalog import usable_items
-from karma_ray.data.schema import ITEMS
+from karma_ray.data.schema import ITEMS, check_columns
 from karma_ray.data.validation import (
     CLEAN_EVENTS,
     DUPLICATE_ITEM,
@@ -120,3 +120,34 @@ def test_more_bad_rows_than_allowed_stop_the_job() -> None:
     check_share({NO_USER: 2}, 10, 0.2, "events")
     with pytest.raises(TooManyBadRows, match=r"events: 3 of 10 .*empty user_id: 2.*0\.2"):
         check_share({NO_USER: 2, NO_TIME: 1}, 10, 0.2, "events")
+
+
+def test_floats_where_ids_belong_are_text_and_their_gaps_null() -> None:
+    nan = float("nan")
+    table = pa.table(
+        {"user_id": [7.0, nan, 8.0], "timestamp": [at(1), at(2), at(3)],
+         "clicked_item_ids": [[1.0], [1.0], [nan, 2.0]], "query": [nan, nan, nan]}
+    )  # fmt: skip
+    checked = check_events(table, pa.array(["1", "2"]))
+    assert checked.table["user_id"].to_pylist() == ["7", "8"]
+    assert checked.table["clicked_item_ids"].to_pylist() == [["1"], ["2"]]
+    assert checked.table["query"].to_pylist() == [None, None]
+    assert count_reasons(checked.quarantine) == {NO_USER: 1, NULL_ENTRY: 1}
+    with pytest.raises(InputError, match=r"user_id: 1e\+18 is a rounded number"):
+        check_events(table.set_column(0, "user_id", pa.array([1e18] * 3)), pa.array(["1"]))
+
+
+def test_words_for_a_missing_id_are_no_id() -> None:
+    rows = [event(user, 1, ["i1"]) for user in ("u", "nan", "NULL", "None", "\\N")]
+    assert count_reasons(check_events(events_table(rows), IDS).quarantine) == {NO_USER: 4}
+    items = pa.table({"item_id": ["nan", "NULL", "1"], "title": ["a", "b", "nan bread"]})
+    checked = check_items(check_columns(items, ITEMS, "items"))
+    assert checked.table["item_id"].to_pylist() == ["1"]
+    assert count_reasons(checked.quarantine) == {NO_ITEM_ID: 2}
+
+
+@pytest.mark.parametrize(
+    "text", ["2024-01-01 01:00:00+00", "2024-01-01 01:00:00 UTC", "2024-01-01 03:00:00 +02"]
+)
+def test_a_zone_may_be_written_in_words_or_hours(text: str) -> None:
+    assert parse_times(pa.chunked_array([[text]]), "log").to_pylist() == [at(1)]

@@ -20,6 +20,7 @@ from karma_ray.runs.training import run_training
 from karma_ray.runs.worker import TrainJob, WorkerContext
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.step import JointStep
+from karma_ray.training.step_state import StepState
 from tests import tiny
 
 HEALTHY = {
@@ -178,14 +179,15 @@ def test_a_resumed_training_does_not_warn_again(
 ) -> None:
     run = str(tmp_path / "run")
 
-    def cut(model: nn.Module, step: int) -> None:
+    def cut(model: nn.Module, step: int, state: StepState) -> StepState:
         if step == 5:
             raise KeyboardInterrupt
+        return state
 
     from dataclasses import replace
 
     with pytest.raises(KeyboardInterrupt):
-        run_training(replace(job(run, True, steps=6), on_step=cut), progress=False)
+        run_training(replace(job(run, True, steps=6), before_step=cut), progress=False)
     caplog.clear()
     run_training(job(run, True, steps=6), resume=True, progress=False)
     assert [line["step"] for line in read_lines(f"{run}/metrics.jsonl")][:6] == [1, 2, 3, 4, 5, 6]

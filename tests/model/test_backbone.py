@@ -1,8 +1,10 @@
-"""The one door to transformers: Qwen3 folders load, anything else is named and refused."""
+"""Backbones of a known family load, anything else is named and refused."""
 
 from __future__ import annotations
 
 import json
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +14,19 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from karma_ray.data.prompts import SpecialIds, encode_texts
+from karma_ray.data.prompts import SpecialIds, SpecialTokens, encode_texts
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import (
     build_tiny,
     load_body,
-    load_lm_head,
-    load_tokenizer,
     run_body,
     save_body,
-    save_tokenizer,
     token_embeddings,
-    train_tokenizer,
     truncated,
 )
+from karma_ray.model.backbones import registry
+from karma_ray.model.backbones.checkpoints import load_lm_head
+from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from karma_ray.model.config import TinyBackboneConfig
 from tests import tiny
 
@@ -233,6 +234,22 @@ def test_a_tokenizer_without_the_special_tokens_is_refused(tmp_path: Path) -> No
     PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"lacks the special token <\|endoftext\|>"):
         load_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_brings_the_special_tokens_of_its_family(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    marks = SpecialTokens("<end>", "<s>", "</s>")
+    other = replace(registry.FAMILIES["qwen3"], model_type="other", special=marks)
+    monkeypatch.setitem(registry.FAMILIES, "other", other)
+    words = {token: number for number, token in enumerate((*marks, "red", "[UNK]"))}
+    plain = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(tmp_path)
+    assert SpecialIds.of(load_tokenizer(str(tmp_path))) == SpecialIds(0, 1, 2)
+    save_tokenizer(tiny.tokenizer(), str(tmp_path / "own"))
+    own = load_tokenizer(str(tmp_path / "own"))
+    assert own.text_marks == pickle.loads(pickle.dumps(own)).text_marks
+    assert own.text_marks == registry.FAMILIES["qwen3"].special
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

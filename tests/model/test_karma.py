@@ -100,10 +100,3 @@ def test_only_fig1_speaks_with_the_query_in_sight(recon_cond: str) -> None:
     ]
     assert (words[0] == words[1]) == (recon_cond == "eq7")
     assert (words[0] == karma.speak(h)) == (recon_cond == "eq7")
-
-
-def test_the_cached_bank_is_no_part_of_the_weights() -> None:
-    karma = tiny.model()
-    names = set(karma.state_dict())
-    karma.bank = torch.zeros(49, 32)
-    assert set(karma.state_dict()) == names

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import build_tiny, save_body
+from karma_ray.model.backbones.qwen3 import QWEN3
 from karma_ray.model.config import DecodabilityConfig, ItemEncoderConfig, ModelConfig
 from karma_ray.model.config import UserDecoderConfig as UserConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
-from karma_ray.model.lora import TARGETS, is_low_rank, merged, parse_rank, rank_of, set_trained
+from karma_ray.model.lora import is_low_rank, merged, parse_rank, rank_of, set_trained
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.training.optim import build_optimizer
 from karma_ray.training.step import JointStep
@@ -103,7 +104,7 @@ def test_what_is_trained_and_how_many_numbers_that_is(folder: Path) -> None:
         assert any(part in name for name in names), part
     wide, narrow, inner = tiny.BODY.hidden_size, tiny.BODY.hidden_size // 2, 64
     sides = [2 * wide, wide + narrow, wide + narrow, 2 * wide, *3 * [wide + inner]]
-    assert len(sides) == len(TARGETS)
+    assert len(sides) == len(QWEN3.linear_layers)
     adapters = 2 * tiny.BODY.num_layers * RANK * sum(sides)
     held = dict(karma.named_parameters())
     assert sum(held[name].numel() for name in names if is_low_rank(name)) == adapters

@@ -14,10 +14,16 @@ from karma_ray.artifacts import join
 from karma_ray.data.pixels import PixelTable
 from karma_ray.errors import InputError
 from karma_ray.model import packing
-from karma_ray.model.backbone import build_tiny, run_body, save_body, token_embeddings
+from karma_ray.model.backbone import (
+    build_tiny,
+    build_tiny_with_pictures,
+    load_body,
+    run_body,
+    save_body,
+    token_embeddings,
+)
+from karma_ray.model.backbones.qwen3_vl_pictures import cut_patches, insert_pictures
 from karma_ray.model.lora import adapt, merged
-from karma_ray.model.sight import cut_patches, insert_pictures
-from karma_ray.model.vision import build_seeing_body, load_seeing_body, save_seeing_body
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle, save_bundle
@@ -39,13 +45,13 @@ def _texts(rows: list[int] = ROWS) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A Qwen3-VL folder whose weights are wide enough that attention attends."""
-    body = build_seeing_body(build_tiny(tiny.BODY, 300, 0), 5, 6, 1)
+    body = build_tiny_with_pictures(build_tiny(tiny.BODY, 300, 0), 5, 6, 1)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for value in body.parameters():
             value.add_(0.1 * torch.randn(value.shape, generator=generator))
     path = str(tmp_path_factory.mktemp("vl"))
-    save_seeing_body(body, path)
+    save_body(body, path)
     return path
 
 
@@ -56,7 +62,7 @@ def test_hidden_states_are_those_of_transformers_own_qwen3_vl(
 ) -> None:
     """Positions in a plane and DeepStack included; of 4 and of 9 image tokens."""
     monkeypatch.setattr(packing, "worth_packing", lambda real: packed)
-    body, reference = load_seeing_body(folder, "x"), Qwen3VLModel.from_pretrained(folder).eval()
+    body, reference = load_body(folder, "x", sees=True), Qwen3VLModel.from_pretrained(folder).eval()
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(10, 290, (3, 7), generator=generator)
     lengths, pictured = torch.tensor([7, 7, 5]), torch.tensor([True, False, True])
@@ -85,9 +91,9 @@ def test_hidden_states_are_those_of_transformers_own_qwen3_vl(
 
 
 def test_a_saved_body_loads_with_the_very_same_weights(folder: str, tmp_path: Path) -> None:
-    body = load_seeing_body(folder, "x")
-    save_seeing_body(body, str(tmp_path))
-    again = load_seeing_body(str(tmp_path), "x").state_dict()
+    body = load_body(folder, "x", sees=True)
+    save_body(body, str(tmp_path))
+    again = load_body(str(tmp_path), "x", sees=True).state_dict()
     assert again.keys() == body.state_dict().keys()
     assert all(torch.equal(value, again[name]) for name, value in body.state_dict().items())
 
@@ -206,6 +212,6 @@ def test_rows_pictures_and_sizes_are_asked_for() -> None:
 def test_a_folder_that_cannot_see_is_refused(tmp_path: Path) -> None:
     save_body(build_tiny(tiny.BODY, 300, 0), str(tmp_path))
     with pytest.raises(InputError, match=r"model.item_encoder.checkpoint: 'qwen3'.*qwen3_vl"):
-        load_seeing_body(str(tmp_path), "model.item_encoder.checkpoint")
-    with pytest.raises(InputError, match="cannot be loaded"):
-        load_seeing_body(str(tmp_path / "nowhere"), "x")
+        load_body(str(tmp_path), "model.item_encoder.checkpoint", sees=True)
+    with pytest.raises(InputError, match=r"no config\.json"):
+        load_body(str(tmp_path / "nowhere"), "x", sees=True)

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from karma_ray.errors import InputError
-from karma_ray.model.sight import cut_patches
-from karma_ray.model.vision import load_vision_encoder
+from karma_ray.model.backbones.qwen3_vl_pictures import cut_patches
+from karma_ray.model.backbones.vision_encoder import load_vision_encoder
 
 SHAPE: dict[str, Any] = {
     "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,

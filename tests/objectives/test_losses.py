@@ -8,9 +8,6 @@ import torch
 from karma_ray.objectives.losses import (
     LossTerms,
     ObjectiveConfig,
-    builds_generation,
-    builds_image,
-    builds_reconstruction,
     hard_weight_at,
 )
 
@@ -28,8 +25,8 @@ def test_the_image_term_is_weighed_beside_the_texts() -> None:
     terms = LossTerms(ACTION, image=torch.tensor(20.0))
     assert terms.total(config).item() == pytest.approx(1 + 0.5 * 0.3 * 20)
     assert terms.named()["loss/image"].item() == 20.0
-    assert builds_image(config) and not builds_image(ObjectiveConfig())
-    assert not builds_image(ObjectiveConfig(lambda_dec=0.0, lambda_img=0.3))
+    assert config.built.image and not ObjectiveConfig().built.image
+    assert not ObjectiveConfig(lambda_dec=0.0, lambda_img=0.3).built.image
 
 
 def test_the_defaults_are_equation_nine_with_lambda_one() -> None:
@@ -65,7 +62,7 @@ def test_a_weight_of_zero_means_not_built(
     weights: dict[str, float], built: tuple[bool, bool]
 ) -> None:
     config = ObjectiveConfig(**weights)  # type: ignore[arg-type]
-    assert (builds_generation(config), builds_reconstruction(config)) == built
+    assert (config.built.generation, config.built.reconstruction) == built
 
 
 def test_hard_negatives_wait_then_count_more_and_more() -> None:

@@ -51,6 +51,23 @@ def test_the_page_shows_metrics_curves_checks_cases_and_decoded_text(write_run) 
     assert text.count("data:image/png;base64,") == 6
 
 
+def test_the_page_opens_with_words_bars_and_cases_and_folds_the_tables(write_run) -> None:
+    text, _ = read(render_report(write_run()))
+    parts = ["In plain words", "Between floors and ceilings", "red mug", "All metrics", "Curves"]
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places)
+    tables = text[text.index("All metrics") : text.index("<h2>Curves")]
+    assert tables.count("<table>") == tables.count("<details>") == 6
+
+
+def test_cases_after_the_first_four_fold_away(write_run) -> None:
+    case = {"query": "mug", "history": [], "truth": "Mug", "rank": 1, "recalled": [], "decoded": ""}
+    _, words = read(render_report(write_run(**{"report/cases.json": [case] * 6})))
+    assert "2 more cases" in words
+    _, words = read(render_report(write_run(**{"report/cases.json": [case] * 4})))
+    assert "more cases" not in words
+
+
 def test_the_page_stands_alone(write_run) -> None:
     text, _ = read(render_report(write_run()))
     assert re.findall(r'(?:src|href)="(?!data:)', text) == []

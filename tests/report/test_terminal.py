@@ -4,11 +4,34 @@ from karma_ray.report.page import render_report
 from karma_ray.report.terminal import summary
 
 
-def test_the_run_stands_between_its_floors_and_its_ceilings(write_run) -> None:
+def test_the_screen_opens_with_a_line_each_for_all_clicks_warm_and_new_items(write_run) -> None:
+    floors = {
+        "popularity": {"HR@10": 30.0, "HR@50": 30.0, "gAUC": 45.0, "cold/HR@10": 60.0},
+        "oracle": {"HR@10": 99.0, "cold/HR@10": 99.0},
+    }
+    lines = summary(write_run(**{"floors.json": floors})).splitlines()
+    assert lines[2] == "All test clicks (1,234): above every floor on HR@10, HR@50 and gAUC."
+    assert lines[3] == "New items (1,234): HR@10 40.0 is not above popularity's 60.0."
+
+
+def test_a_case_shows_query_history_recalled_titles_and_the_decoded_words(write_run) -> None:
     text = summary(write_run())
-    order = ["popularity", "affinity", "> karma_text (this run)", "oracle (ceiling)"]
-    places = [text.index(name) for name in order]
-    assert places == sorted(places)
+    assert (
+        "asked     red mug\n"
+        "history   Blue mug with stars | Oak tray\n"
+        "recalled  Red mug with stripes\n"
+        "        * Red mug with dots\n"
+        "clicked   Red mug with dots (rank 2)\n"
+        "decoded   red mug with dots ceramic"
+    ) in text
+
+
+def test_a_title_of_any_length_stays_on_its_line(write_run) -> None:
+    hit = {"title": "x" * 90 + " and much more", "score": 1.0, "is_truth": False}
+    case = {"query": "", "history": None, "truth": "y " * 200, "rank": None, "recalled": [hit]}
+    lines = summary(write_run(**{"report/cases.json": [case]})).splitlines()
+    assert "asked     (no query)" in lines and "history   (empty)" in lines
+    assert all(len(line) <= 100 for line in lines if "run" not in line.split("/"))
 
 
 def test_the_summary_fits_one_screen(write_run) -> None:
@@ -46,7 +69,7 @@ def test_a_floor_run_is_not_offered_for_serving(write_run) -> None:
 
 def test_empty_sections_take_no_line(write_run) -> None:
     run = write_run(**{"metrics.json": {"HR@10": 1.0, "num_test": 5, "cold/num_test": 0}})
-    assert "cold items" not in summary(run)
+    assert "New items" not in summary(run)
 
 
 def test_a_collapse_alarm_is_on_the_screen(write_run) -> None:

@@ -21,12 +21,11 @@ from karma_ray.runs.pipeline import evaluate_run, train_run
 from karma_ray.runs.stages import finished_stage
 from tests.runs.test_lora_run import SMALL
 
-pytestmark = pytest.mark.ray
 SIZE = 16
 
 
 def test_the_words_of_the_catalogue_are_served_as_counted(
-    ray_cluster: None, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     shop, run, cache = (str(tmp_path / name) for name in ("shop", "run", "cache"))
     write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=120))

@@ -19,8 +19,6 @@ from karma_ray.runs.continuation import noted_stage
 from karma_ray.runs.pipeline import evaluate_run, train_run
 from karma_ray.runs.stages import Stage, finished_stage
 
-pytestmark = pytest.mark.ray
-
 SMALL = [
     "pretrain.steps=8", "warmup.steps=6", "training.steps=6", "training.batch_size=8",
     "training.report_every=3", "training.checkpoint_every=3", "training.num_workers=0",
@@ -29,7 +27,7 @@ SMALL = [
 
 
 def test_base_weights_stay_through_both_stages_and_the_run_measures_the_same_again(
-    ray_cluster: None, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     shop, run, cache = (str(tmp_path / name) for name in ("shop", "run", "cache"))
     write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=120))

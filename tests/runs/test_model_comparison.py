@@ -18,8 +18,6 @@ from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.runs.model_comparison import diagnose_runs, parse_heads
 
-pytestmark = pytest.mark.ray
-
 
 def _config(recipe: str = "toy", *more: str) -> Config:
     small = [
@@ -31,7 +29,7 @@ def _config(recipe: str = "toy", *more: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def runs(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `karma` and `action` of the same beginning, and a floor."""
     from karma_ray.runs.pipeline import train_run
 

@@ -18,8 +18,7 @@ from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.runs.worker import TrainJob
-
-pytestmark = pytest.mark.ray
+from karma_ray.training.step_state import StepState
 
 SMALL = [
     "pretrain.steps=8", "warmup.steps=8", "training.steps=6", "training.batch_size=8",
@@ -51,7 +50,7 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def finished(
-    ray_cluster: None, shop: str, tmp_path_factory: pytest.TempPathFactory
+    shop: str, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, str, dict[str, Any]]:
     from karma_ray.runs.pipeline import train_run
 
@@ -211,10 +210,10 @@ def test_without_a_warm_up_a_run_starts_from_the_pretrained_weights(
 def test_a_delayed_encoder_stands_still_then_learns_also_when_the_run_is_cut(
     finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
 ) -> None:
-    from karma_ray.cluster.training import run_training
     from karma_ray.data.prepared import PreparedData
     from karma_ray.runs.first_stages import start_stage
     from karma_ray.runs.stage_jobs import joint_job
+    from karma_ray.runs.training import run_training
 
     source = PreparedData.load(shop)
     config = _config("toy", "training.encoder_delay=0.5", "training.checkpoint_every=2")
@@ -225,24 +224,24 @@ def test_a_delayed_encoder_stands_still_then_learns_also_when_the_run_is_cut(
     def job(run: str, cut: bool) -> TrainJob:
         whole = joint_job(stage, source, run)
 
-        def watch(model: nn.Module, step: int) -> None:
-            assert whole.on_step is not None
-            whole.on_step(model, step)
+        def watch(model: nn.Module, step: int, state: StepState) -> StepState:
+            found = whole.before_step(model, step, state)
             trained = {p.requires_grad for p in model.interest.item_encoder.parameters()}
             assert trained == {step >= 3}
-            state = model.interest.item_encoder.state_dict()
-            seen[step] = all(torch.equal(start[name], state[name]) for name in start)
+            now = model.interest.item_encoder.state_dict()
+            seen[step] = all(torch.equal(start[name], now[name]) for name in start)
             if cut and step == 3:
                 raise KeyboardInterrupt
+            return found
 
-        return replace(whole, on_step=watch, validate=None)
+        return replace(whole, before_step=watch, validate=None)
 
     def losses(run: Path) -> list[float]:
         lines = read_lines(str(run / "metrics.jsonl"))
         return [line["loss/total"] for line in lines if line["stage"] == "joint"]
 
     run_training(job(str(tmp_path / "whole"), False), progress=False)
-    assert seen == {step: step <= 3 for step in range(7)}
+    assert seen == {step: step <= 3 for step in range(6)}
     with pytest.raises(KeyboardInterrupt):
         run_training(job(str(tmp_path / "cut"), True), progress=False)
     run_training(job(str(tmp_path / "cut"), False), resume=True, progress=False)
@@ -292,6 +291,16 @@ def test_a_batch_that_workers_cannot_share_is_refused_before_anything_is_trained
     ):
         train_run(config, shop, str(tmp_path / "x"), cache=finished[1])
     assert not (tmp_path / "x").exists()
+
+
+def test_workers_that_nobody_starts_are_refused(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
+) -> None:
+    from karma_ray.runs.pipeline import train_run
+
+    config = _config("toy", "training.num_workers=2")
+    with pytest.raises(InputError, match=r"num_workers: 2 cannot be started by this process"):
+        train_run(config, shop, str(tmp_path / "x"), cache=finished[1])
 
 
 @pytest.mark.parametrize(
@@ -416,7 +425,9 @@ def test_a_checkpoint_of_another_architecture_is_refused_before_anything_is_trai
 
 
 @pytest.mark.slow
+@pytest.mark.ray
 def test_karma_on_two_workers_ends_where_one_ends(ray_cluster: None, tmp_path: Path) -> None:
+    from karma_ray.cluster.executor import ON_RAY
     from karma_ray.runs.pipeline import train_run
 
     shop = str(tmp_path / "shop")
@@ -433,7 +444,9 @@ def test_karma_on_two_workers_ends_where_one_ends(ray_cluster: None, tmp_path: P
              f"training.num_workers={workers}", "evaluation.max_examples=60"],
         )  # fmt: skip
         run = str(tmp_path / f"run-{workers}")
-        metrics[workers] = train_run(config, shop, run, cache=str(tmp_path / "cache"))
+        metrics[workers] = train_run(
+            config, shop, run, cache=str(tmp_path / "cache"), executor=ON_RAY
+        )
         lines = [line for line in read_lines(f"{run}/metrics.jsonl") if line["stage"] == "joint"]
         found[workers] = {line["step"]: line["loss/total"] for line in lines}
     assert list(found[2]) == list(range(1, 21))

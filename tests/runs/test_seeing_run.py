@@ -58,9 +58,8 @@ def test_checkpoints_must_fit_the_modality(tmp_path: Path) -> None:
         is_tiny(with_checkpoints(config, str(tmp_path), str(tmp_path)))
 
 
-@pytest.mark.ray
 def test_an_encoder_that_would_see_nothing_is_refused_at_once(
-    ray_cluster: None, tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     from karma_ray.runs.pipeline import train_run
 

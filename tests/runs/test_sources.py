@@ -14,8 +14,6 @@ from karma_ray.data.visual import VisualFeatures, features_uri
 from karma_ray.runs import sources
 from karma_ray.runs.sources import toy_shop
 
-pytestmark = pytest.mark.ray
-
 
 def test_the_toy_shop_is_prepared_and_has_features_of_its_pictures(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,7 +6,8 @@ import pytest
 
 from karma_ray import recipes
 from karma_ray.config import override
-from karma_ray.model.backbone import build_tiny, save_body, save_tokenizer
+from karma_ray.model.backbone import build_tiny, save_body
+from karma_ray.model.backbones.tokenizer import save_tokenizer
 from karma_ray.model.karma import KarmaModel
 from karma_ray.runs.stages import Stage, warmup_key, with_checkpoints
 from tests import tiny_run

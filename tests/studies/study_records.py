@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from karma_ray import recipes
+from karma_ray.artifacts import read_lines, value_hash, write_lines
 from karma_ray.config import override, to_dict
 from karma_ray.evaluation.outcomes import Examples, Outcomes
-from karma_ray.studies.records import OUTCOMES
+from karma_ray.studies.record_files import in_order
+from karma_ray.studies.records import outcomes_path
 from karma_ray.studies.tables import TABLES
 
 NUM_USERS, NUM_CLICKS = 40, 200
@@ -33,26 +34,31 @@ def write_record(
     """A record as a study leaves it; its metrics are those of `found`."""
     its = next(r for table in TABLES.values() for r in table.rows if r.name == row)
     config = override(recipes.build(its.built_from), [*its.settings, *settings, f"seed={seed}"])
-    examples, packed = found.packed()
-    stem = "-".join(["toy", row, *(s.split("=")[1] for s in settings), f"seed{seed}"])
-    (results / OUTCOMES).mkdir(parents=True, exist_ok=True)
-    (results / OUTCOMES / "toy-examples.npz").write_bytes(examples)
-    (results / OUTCOMES / f"{stem}.npz").write_bytes(packed)
+    parts = found.packed()
+    stem = "-".join([row, *(s.split("=")[1] for s in settings), f"seed{seed}"])
+    digests = [value_hash(content.hex())[:8] for content in (parts[0], b"".join(parts))]
+    for digest, content in zip(digests, parts, strict=True):
+        path = outcomes_path(results, digest)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     metrics: dict[str, float] = {"num_test": NUM_CLICKS, "collapse/effective_rank_e": 12.5}
     for name in ("HR@10", "HR@50", "HR@200", "cold/HR@50", "in_query/HR@10", "JS@50", "gAUC"):
         values, _, weights = found.values(name) or (np.zeros(1), None, np.ones(1))
         metrics[name] = float(np.average(values, weights=weights))
     record = {
-        "data": "toy", "row": row, "recipe": config.recipe, "seed": seed, "data_hash": "d",
+        "data": "toy", "name": stem, "row": row,
+        "recipe": config.recipe, "seed": seed, "data_hash": "d",
         "set": list(settings), "assignments": list(settings), "metrics": metrics,
         "probes": {"decode_gap": 0.25}, "alarms": {"gap": 60}, "steps": 100,
         "seconds": 60.0, "resumed": False,
         "stage_seconds": {"joint": 40.0}, "peak_gib": {"host": 1.5}, "device": "cpu",
-        "threads": 1, "commit": "0123456789abcdef", "examples": "toy-examples.npz",
-        "outcomes": f"{stem}.npz", "config": to_dict(config),
+        "threads": 1, "commit": "0123456789abcdef", "examples": digests[0],
+        "outcomes": digests[1], "config": to_dict(config),
         "curve": [
             {"step": 50, "seconds": 20.0, "HR@50": 10.0},
             {"step": 100, "seconds": 40.0, "HR@50": 30.0},
         ],
     } | more  # fmt: skip
-    (results / f"{stem}.json").write_text(json.dumps(record))
+    uri = str(results / "toy.jsonl")
+    others = [other for other in read_lines(uri) if other["name"] != stem]
+    write_lines(in_order([*others, record]), uri)

@@ -9,6 +9,7 @@ import pytest
 from karma_ray.studies.comparison import Group, difference
 from karma_ray.studies.curves import late_gain, race
 from karma_ray.studies.grouping import SEARCHED, grouped
+from karma_ray.studies.intervals import Intervals
 from karma_ray.studies.records import read_records
 from karma_ray.studies.tables import TABLES
 from tests.studies.study_records import NUM_CLICKS, outcomes, write_record
@@ -17,7 +18,7 @@ TABLE = TABLES["table1"]
 
 
 def groups(results: Path, table: str = "table1") -> list[Group]:
-    return grouped(read_records(results), results, TABLES[table])
+    return grouped(read_records(results), Intervals(results), TABLES[table])
 
 
 @pytest.fixture
@@ -132,7 +133,7 @@ def test_what_is_not_trained_is_beside_the_rows_of_every_condition(tmp_path: Pat
 
 
 def test_records_without_values_per_example_have_no_interval(tmp_path: Path) -> None:
-    write_record(tmp_path, "action_only", 0, outcomes(2), outcomes="gone.npz")
+    write_record(tmp_path, "action_only", 0, outcomes(2), outcomes="gone")
     write_record(tmp_path, "karma_text", 0, outcomes(3))
     (group,) = groups(tmp_path)
     karma = group.find("karma_text")
@@ -140,6 +141,7 @@ def test_records_without_values_per_example_have_no_interval(tmp_path: Path) -> 
     found = difference(karma, group.baseline, "HR@50")
     assert found is not None and found.mean == pytest.approx(20.0)
     assert found.bootstrap is None and found.direction == 0 and found.detectable is None
+    assert found.gone == ("action_only-seed0",)
 
 
 def test_every_condition_has_its_own_baseline(tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.studies.plan import Data, named_rows
+from karma_ray.studies.records import read_records
 from karma_ray.studies.search import MOST, candidates, chosen_trials, search_trials
 from tests.cluster.test_study import ONE_THREAD, SMALL
 
@@ -85,7 +85,7 @@ def test_the_search_ends_with_the_best_candidate_for_every_seed(
     told = capsys.readouterr().out
     assert "3 made; 0 were there" in told  # three candidates of the trained row
     assert "3 made; 1 were there" in told  # its other seed, the floor's two
-    records = [json.loads(path.read_text()) for path in Path("results").glob("*.json")]
+    records = read_records(Path("results"))
     first = [r for r in records if r["row"] == "sasrec" and r["seed"] == 0]
     (second,) = [r for r in records if r["row"] == "sasrec" and r["seed"] == 1]
     (taken,) = [r for r in first if r.get("searched") == second.get("searched")]

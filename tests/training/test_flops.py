@@ -30,6 +30,7 @@ from karma_ray.training import flops
 from karma_ray.training.flops import BodyCost, Work, joint_flops, peak_flops, tabled_peak
 from karma_ray.training.item_table import share_items
 from karma_ray.training.step import JointStep
+from karma_ray.training.step_state import StepState
 from tests import tiny
 
 WIDE = TinyBackboneConfig(
@@ -147,14 +148,13 @@ def test_a_joint_step_costs_what_the_counter_says(passes: list[Pass], case: dict
     )
     if encoder != "full":
         set_trained(karma.interest.item_encoder, False)
-    if encoder == "bank":
-        karma.bank = torch.randn(len(tiny.catalog().item_ids), WIDE.hidden_size)
+    bank = torch.randn(len(tiny.catalog().item_ids), WIDE.hidden_size)
+    state = StepState(bank=bank if encoder == "bank" else None)
     with FlopCounterMode(display=False) as counter:
         step = JointStep(objective, "full" if encoder == "full" else "frozen")
-        step(karma, batch).loss.backward()  # type: ignore[no-untyped-call]
+        step(karma, batch, state).loss.backward()  # type: ignore[no-untyped-call]
     useful = joint_flops(
-        karma, batch, generation=objective.generation > 0,
-        reconstruction=objective.reconstruction > 0, encoder=encoder,
+        karma, batch, objective.built, encoder=encoder,
     )  # fmt: skip
     wasted = 0.0
     for body, _, _, tokens, pairs in passes:
@@ -169,7 +169,7 @@ def test_a_joint_step_costs_what_the_counter_says(passes: list[Pass], case: dict
 
 def test_padding_duplicates_and_micro_batches_are_not_work() -> None:
     karma, batch = tiny.model(), tiny.batch()
-    kinds: dict[str, Any] = {"generation": True, "reconstruction": True, "encoder": "full"}
+    kinds: dict[str, Any] = {"built": ObjectiveConfig().built, "encoder": "full"}
     wider = replace(batch, item_tokens=torch.nn.functional.pad(batch.item_tokens, (0, 9)))
     assert joint_flops(karma, wider, **kinds) == joint_flops(karma, batch, **kinds)
     own = torch.arange(len(batch.item_rows))
@@ -193,7 +193,7 @@ def test_counting_a_batch_of_64_windows_takes_about_a_millisecond() -> None:
     times = []
     for _ in range(20):
         started = time.perf_counter()
-        joint_flops(karma, batch, generation=True, reconstruction=True, encoder="full")
+        joint_flops(karma, batch, ObjectiveConfig().built, encoder="full")
         times.append(time.perf_counter() - started)
     assert min(times) < 5e-3  # below 1 ms on an idle core
 

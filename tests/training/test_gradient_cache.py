@@ -19,6 +19,7 @@ from karma_ray.training.item_table import share_items
 from karma_ray.training.meters import COUNTS
 from karma_ray.training.parallel import global_sum, sum_gradients
 from karma_ray.training.step import JointStep
+from karma_ray.training.step_state import AT_THE_END
 from tests import generating, pictures, tiny
 from tests.gloo import run_workers
 
@@ -242,7 +243,7 @@ def test_a_wrong_gather_order_would_be_noticed(workers: list[dict[str, Any]]) ->
 
     def loss(vectors: Tensor) -> float:
         candidates = action.Pool(vectors[pool], batch.item_content[pool])
-        return float(step._sums(model, batch, vectors, vectors, candidates, count)[1])
+        return float(step._sums(model, batch, vectors, vectors, candidates, count, AT_THE_END)[1])
 
     assert loss(items) == pytest.approx(float(workers[0]["whole"][0]), rel=1e-4)
     assert abs(loss(items.roll(1, 0)) - loss(items)) > 1e-2

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from karma_ray.data.prompts import encode_texts
-from karma_ray.model.backbone import load_body, load_tokenizer
+from karma_ray.model.backbone import load_body
+from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.training.config import PretrainConfig
 from karma_ray.training.language import pretrain, token_batches
 from tests import tiny

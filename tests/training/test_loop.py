@@ -24,7 +24,7 @@ def _batches(count: int, seed: int = 0) -> list[Batch]:
     return [(rows, rows @ truth) for rows in inputs]
 
 
-def _step(model: nn.Module, batch: Batch) -> StepOutput:
+def _step(model: nn.Module, batch: Batch, *_: object) -> StepOutput:
     rows, target = batch
     loss = nn.functional.mse_loss(model(rows).float(), target)
     return StepOutput(loss, {"loss/square": loss, "examples": len(rows), "tokens": rows.numel()})
@@ -71,7 +71,7 @@ def test_reports_hold_means_speed_rate_and_waiting() -> None:
 def test_the_reported_loss_is_the_mean_over_the_steps_since_the_last_report() -> None:
     losses: list[float] = []
 
-    def recording(model: nn.Module, batch: Batch) -> StepOutput:
+    def recording(model: nn.Module, batch: Batch, *_: object) -> StepOutput:
         output = _step(model, batch)
         losses.append(output.loss.item())
         return output
@@ -138,7 +138,7 @@ def test_a_large_gradient_is_clipped_to_the_bound() -> None:
 
 
 def test_a_term_that_is_not_finite_is_named_and_its_batch_saved(tmp_path: Path) -> None:
-    def step(model: nn.Module, batch: Batch) -> StepOutput:
+    def step(model: nn.Module, batch: Batch, *_: object) -> StepOutput:
         fine = _step(model, batch)
         broken = fine.loss * float("nan") if batch[0].max() > 100 else fine.loss
         logs = {"loss/action": fine.loss, "loss/generation": broken}
@@ -157,7 +157,7 @@ def test_a_term_that_is_not_finite_is_named_and_its_batch_saved(tmp_path: Path) 
 
 
 def test_a_gradient_that_is_not_finite_leaves_the_weights_alone() -> None:
-    def step(model: nn.Module, batch: Batch) -> StepOutput:
+    def step(model: nn.Module, batch: Batch, *_: object) -> StepOutput:
         # sqrt has a finite value and an infinite slope at 0.
         return StepOutput(model(torch.zeros_like(batch[0])).sub(model.bias).sum().abs().sqrt(), {})
 

@@ -16,14 +16,15 @@ from karma_ray.model.karma import Decoded, KarmaModel
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.training.action_term import Pool, action_term, trained_steps
 from karma_ray.training.item_table import share_items
+from karma_ray.training.language import PretrainStep
 from karma_ray.training.step import (
     JointStep,
-    PretrainStep,
     TokenBatch,
     WarmupStep,
     decoded_interest,
     decoded_losses,
 )
+from karma_ray.training.step_state import AT_THE_END, StepState
 from tests import tiny
 
 ACTION_ONLY = ObjectiveConfig(generation=0.0, reconstruction=0.0)
@@ -297,9 +298,8 @@ def _gradients(karma: KarmaModel, batch: Batch, encoder_grad: str) -> dict[str, 
 @pytest.mark.parametrize("banked", [False, True])
 def test_a_frozen_encoder_gets_no_gradient_at_all(banked: bool) -> None:
     karma, batch = tiny.model(), tiny.batch()
-    if banked:
-        karma.bank = torch.randn(tiny.catalog().num_items, 32)
-    loss = JointStep(ObjectiveConfig(), "frozen")(karma, batch).loss
+    state = StepState(bank=torch.randn(tiny.catalog().num_items, 32) if banked else None)
+    loss = JointStep(ObjectiveConfig(), "frozen")(karma, batch, state).loss
     found = tiny.gradients(karma, loss)
     assert found and not _encoder(found)
 
@@ -307,10 +307,9 @@ def test_a_frozen_encoder_gets_no_gradient_at_all(banked: bool) -> None:
 def test_a_delayed_encoder_is_frozen_before_its_share_of_the_training() -> None:
     karma, batch = tiny.model(), tiny.batch()
     step = JointStep(ObjectiveConfig(), encoder_delay=0.5)
-    karma.progress = 0.49
-    assert not _encoder(tiny.gradients(karma, step(karma, batch).loss))
-    karma.progress = 0.5
-    found = _encoder(tiny.gradients(karma, step(karma, batch).loss))
+    before, after = StepState(0.49), StepState(0.5)
+    assert not _encoder(tiny.gradients(karma, step(karma, batch, before).loss))
+    found = _encoder(tiny.gradients(karma, step(karma, batch, after).loss))
     _assert_equal(
         found, _encoder(tiny.gradients(karma, JointStep(ObjectiveConfig())(karma, batch).loss))
     )
@@ -338,7 +337,7 @@ def test_targets_only_gives_an_item_that_is_only_history_nothing() -> None:
     items.requires_grad_()
     for encoder_grad, reached in (("full", [0, 1, 2, 3, 4]), ("targets_only", [2, 4])):
         step = JointStep(ACTION_ONLY, encoder_grad)
-        h = karma.interest.interest(batch, step._history(karma, batch, items))
+        h = karma.interest.interest(batch, step._history(batch, items, AT_THE_END))
         loss, _ = _action(karma, batch, h, items, ACTION_ONLY)
         (gradient,) = torch.autograd.grad(loss, items)
         assert batch.item_rows[gradient.abs().sum(1) > 0].tolist() == reached
@@ -350,12 +349,13 @@ def test_under_targets_only_the_history_is_read_through_the_bank() -> None:
     live = step(karma, batch).loss
     tokens, lengths = tiny.item_tokens()
     with torch.no_grad():
-        karma.bank = karma.interest.encode_items(
+        bank = karma.interest.encode_items(
             torch.from_numpy(tokens.astype(np.int64)), torch.from_numpy(lengths)
         )
-    torch.testing.assert_close(step(karma, batch).loss, live, atol=1e-4, rtol=1e-4)
-    karma.bank = karma.bank.flip(0)
-    assert abs(step(karma, batch).loss.item() - live.item()) > 1e-2
+    banked = step(karma, batch, StepState(bank=bank)).loss
+    torch.testing.assert_close(banked, live, atol=1e-4, rtol=1e-4)
+    flipped = step(karma, batch, StepState(bank=bank.flip(0))).loss
+    assert abs(flipped.item() - live.item()) > 1e-2
 
 
 # --- pretraining and warm-up -----------------------------------------------------------------

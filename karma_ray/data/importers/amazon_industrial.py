@@ -1,4 +1,7 @@
-"""Amazon Reviews 2018, Industrial and Scientific 5-core: split upstream, without times."""
+"""Amazon Reviews 2018, a 5-core category: split upstream, without times.
+
+The category is that of the file names: `Industrial_and_Scientific.items.parquet`, or another.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from karma_ray.data.importers.presplit import (
     sequence_table,
     windows,
 )
-from karma_ray.data.importers.source import find_file, read_parquet
+from karma_ray.data.importers.source import find_file, find_files, read_parquet
+from karma_ray.errors import InputError
 
 _NAME = "Industrial_and_Scientific"
 _ITEM_COLUMNS = ("item_id", "title", "description", "brand")
@@ -33,45 +37,60 @@ def import_amazon_industrial(src: str, out: str, *, seed: int = 0) -> dict[str, 
 
     Nothing is drawn at random: `seed` is accepted like everywhere and changes nothing.
     """
-    items_file = find_file(src, f"{_NAME}.items.parquet")
-    valid_file = find_file(src, f"{_NAME}.valid.parquet")
-    test_file = find_file(src, f"{_NAME}.test.parquet")
-    products = read_parquet(items_file, _ITEM_COLUMNS).with_row_index("row")
-    valid, test = (read_parquet(file, _ROW_COLUMNS) for file in (valid_file, test_file))
-    data = DataFolder(out)
-    items = _items(products)
-    untitled = items["title"].str.len_chars() == 0
-    data.reject(products.filter(untitled), items_file, "title empty")
-    data.add("items", items.filter(~untitled))
-
-    known = set(items.filter(~untitled)["item_id"])
-    valid_rows = _rows_by_user(data, valid, valid_file, known)
-    test_rows = _rows_by_user(data, test, test_file, known)
-    for split, rows in (("valid", valid_rows), ("test", test_rows)):
-        data.add(f"examples/split={split}", example_table(_examples(rows, split)))
-    sequences = []
-    limit = max((len(past) for rows in valid_rows.values() for past, _ in rows), default=1)
-    for user, user_rows in valid_rows.items():
-        history = training_history(user_rows, limit)
-        steps = [Step(item, f"{user}:train:{n}") for n, item in enumerate(history)]
-        sequences += list(windows(user, steps))
-    data.add("sequences", sequence_table(sequences))
-    return data.finish(
-        name="amazon_industrial",
-        query_source="none",
-        negative_source="none",
-        licence="Amazon review data: research use",
-        presplit=True,
-        notes=[
-            "split upstream by global time 8:1:1, without times: timestamps are null",
-            "the upstream train rows are absent. Training uses the clicks in front of each user's "
-            "first valid target, at most 10; users without a valid row train nothing, and test "
-            "histories are never trained on, because they hold valid targets",
-            "a user's very first click has no upstream row, so a few training clicks may be "
-            "younger than the start of validation",
-            "no queries and no negatives: gAUC has no groups and is not reported",
-        ],
+    category = _category(src)
+    items_file = find_file(src, f"{category}.items.parquet")
+    valid_file = find_file(src, f"{category}.valid.parquet")
+    test_file = find_file(src, f"{category}.test.parquet")
+    products = read_parquet(items_file, _ITEM_COLUMNS, _ROW_COLUMNS).with_row_index("row")
+    valid, test = (
+        read_parquet(file, _ROW_COLUMNS, _ROW_COLUMNS) for file in (valid_file, test_file)
     )
+    with DataFolder(out) as data:
+        items = _items(products)
+        untitled = items["title"].str.len_chars() == 0
+        data.reject(products.filter(untitled), items_file, "title empty")
+        data.add("items", items.filter(~untitled))
+
+        known = set(items.filter(~untitled)["item_id"])
+        valid_rows = _rows_by_user(data, valid, valid_file, known)
+        test_rows = _rows_by_user(data, test, test_file, known)
+        for split, rows in (("valid", valid_rows), ("test", test_rows)):
+            data.add(f"examples/split={split}", example_table(_examples(rows, split)))
+        sequences = []
+        limit = max((len(past) for rows in valid_rows.values() for past, _ in rows), default=1)
+        for user, user_rows in valid_rows.items():
+            history = training_history(user_rows, limit)
+            steps = [Step(item, f"{user}:train:{n}") for n, item in enumerate(history)]
+            sequences += list(windows(user, steps))
+        data.add("sequences", sequence_table(sequences))
+        return data.finish(
+            name="amazon_industrial" if category == _NAME else f"amazon_{category.lower()}",
+            query_source="none",
+            negative_source="none",
+            licence="Amazon review data: research use",
+            presplit=True,
+            notes=[
+                f"category {category.replace('_', ' ')}",
+                "split upstream by global time 8:1:1, without times: timestamps are null",
+                "the upstream train rows are absent. Training uses the clicks in front of each "
+                "user's first valid target, at most 10; users without a valid row train nothing, "
+                "and test "
+                "histories are never trained on, because they hold valid targets",
+                "a user's very first click has no upstream row, so a few training clicks may be "
+                "younger than the start of validation",
+                "no queries and no negatives: gAUC has no groups and is not reported",
+            ],
+        )
+
+
+def _category(src: str) -> str:
+    """The category whose items lie in `src`, by their file's name."""
+    end = ".items.parquet"
+    names = [path.rsplit("/", 1)[-1] for path in find_files(src, "", end)]
+    found = [name.removesuffix(end) for name in names if not name.startswith((".", "_"))]
+    if len(found) > 1:
+        raise InputError("SRC", src, f"holds several categories: {', '.join(found)}; keep one")
+    return found[0] if found else _NAME
 
 
 def training_history(rows: list[_Row], max_history: int) -> list[str]:
@@ -109,7 +128,7 @@ def _items(products: pl.DataFrame) -> pl.DataFrame:
 
     return pl.DataFrame(
         {
-            "item_id": products["item_id"].cast(pl.String),
+            "item_id": products["item_id"],
             "title": cleaned("title"),
             "text": or_null(cleaned("description")),
             "brand": or_null(cleaned("brand")),
@@ -121,9 +140,7 @@ def _rows_by_user(
     data: DataFolder, frame: pl.DataFrame, file: str, known: set[str]
 ) -> dict[str, list[_Row]]:
     """(history, next item) of every user in file order; rows with unknown items rejected."""
-    frame = frame.with_row_index("row").with_columns(
-        pl.col("history_item_id").cast(pl.List(pl.String)), pl.col("item_id").cast(pl.String)
-    )
+    frame = frame.with_row_index("row")
     null = pl.any_horizontal(pl.col(_ROW_COLUMNS).is_null())
     data.reject(frame.filter(null), file, "null user, history or item")
     frame = frame.filter(~null)

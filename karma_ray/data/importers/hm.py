@@ -22,49 +22,53 @@ _ATTRIBUTES = (
 )  # fmt: skip
 _ARTICLE_COLUMNS = ("article_id", "product_code", "prod_name", "detail_desc", *_ATTRIBUTES)
 _SALE_COLUMNS = ("t_dat", "customer_id", "article_id")
+_IDS = ("article_id", "customer_id")
 _IMAGES_PER_PART = 1000
 
 
 def import_hm(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     """Write the data folder of the H&M files in `src`; returns its manifest."""
-    articles = read_parquet(find_file(src, "articles.parquet"), _ARTICLE_COLUMNS)
+    articles = read_parquet(find_file(src, "articles.parquet"), _ARTICLE_COLUMNS, _IDS)
     sales_file = find_file(src, "transactions.parquet")
-    sales = read_parquet(sales_file, _SALE_COLUMNS).with_row_index("row")
-    data = DataFolder(out)
-    items = hm_items(articles)
-    queries = items.select("item_id", "query")
-    _write_items(data, items.drop("query"), find_files(src, "images-", ".parquet"))
-    data.add("query_matches", query_matches(queries))
+    sales = read_parquet(sales_file, _SALE_COLUMNS, _IDS).with_row_index("row")
+    with DataFolder(out) as data:
+        items = hm_items(articles)
+        queries = items.select("item_id", "query")
+        _write_items(data, items.drop("query"), find_files(src, "images-", ".parquet"))
+        data.add("query_matches", query_matches(queries))
 
-    bad = pl.any_horizontal(pl.col(_SALE_COLUMNS).is_null())
-    data.reject(sales.filter(bad), sales_file, "null user, item or day")
-    known = pl.col("article_id").is_in(items["item_id"].implode())
-    data.reject(sales.filter(~bad & ~known), sales_file, "item not in the catalogue")
-    purchases = (
-        sales.filter(~bad & known)
-        .select(
-            pl.col("customer_id").alias("user_id"),
-            pl.col("t_dat").cast(pl.Datetime("us")).dt.replace_time_zone("UTC").alias("timestamp"),
-            pl.col("article_id").alias("item_id"),
+        bad = pl.any_horizontal(pl.col(_SALE_COLUMNS).is_null())
+        data.reject(sales.filter(bad), sales_file, "null user, item or day")
+        known = pl.col("article_id").is_in(items["item_id"].implode())
+        data.reject(sales.filter(~bad & ~known), sales_file, "item not in the catalogue")
+        purchases = (
+            sales.filter(~bad & known)
+            .select(
+                pl.col("customer_id").alias("user_id"),
+                pl.col("t_dat")
+                .cast(pl.Datetime("us"))
+                .dt.replace_time_zone("UTC")
+                .alias("timestamp"),
+                pl.col("article_id").alias("item_id"),
+            )
+            .join(queries, on="item_id", how="left", maintain_order="left")
         )
-        .join(queries, on="item_id", how="left", maintain_order="left")
-    )
-    pages = fold_purchases(purchases, ["user_id", "timestamp", "query"])
-    data.add("events", add_proxy_negatives(pages, purchases, seed))
-    units = purchases.height - pages["clicked_item_ids"].list.len().sum()
-    return data.finish(
-        name="hm",
-        query_source="derived",
-        negative_source="proxy",
-        licence="believed non-commercial, no redistribution",
-        notes=[
-            'queries are DERIVED: "index group + product type" of the bought item, null where '
-            "fewer than 2 items share it or the type is unknown",
-            PROXY_NOTE,
-            f"{units} rows were further units of one purchase (same customer, day, article)",
-            "times are days: the order inside a day is the row order and means nothing",
-        ],
-    )
+        pages = fold_purchases(purchases, ["user_id", "timestamp", "query"])
+        data.add("events", add_proxy_negatives(pages, purchases, seed))
+        units = purchases.height - pages["clicked_item_ids"].list.len().sum()
+        return data.finish(
+            name="hm",
+            query_source="derived",
+            negative_source="proxy",
+            licence="believed non-commercial, no redistribution",
+            notes=[
+                'queries are DERIVED: "index group + product type" of the bought item, null where '
+                "fewer than 2 items share it or the type is unknown",
+                PROXY_NOTE,
+                f"{units} rows were further units of one purchase (same customer, day, article)",
+                "times are days: the order inside a day is the row order and means nothing",
+            ],
+        )
 
 
 def hm_items(articles: pl.DataFrame) -> pl.DataFrame:
@@ -101,7 +105,7 @@ def _write_items(data: DataFolder, items: pl.DataFrame, image_files: list[str]) 
     """Items with a picture shard by shard, then the rest: memory holds one batch of pictures."""
     pictured: set[str] = set()
     for file in image_files:
-        for images in stream_parquet(file, ("article_id", "jpeg"), _IMAGES_PER_PART):
+        for images in stream_parquet(file, ("article_id", "jpeg"), _IDS, _IMAGES_PER_PART):
             fresh = images.rename({"article_id": "item_id", "jpeg": "image"}).filter(
                 ~pl.col("item_id").is_in(pictured)
             )

@@ -41,26 +41,28 @@ def import_jdsearch(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     behaviour = find_file(src, "user_behavior_data_sample.txt", "release_data.txt")
     _check_header(products, _PRODUCT_COLUMNS)
     _check_header(behaviour, _BEHAVIOUR_COLUMNS)
-    data = DataFolder(out)
-    known = _write_items(data, products)
-    left_out = _write_users(data, behaviour, known)
-    return data.finish(
-        name="jdsearch",
-        query_source="real",
-        negative_source="exposed",
-        licence="repository Apache-2.0; its README puts the full dataset under CC BY-NC-SA 4.0",
-        presplit=True,
-        notes=[
-            "text is anonymised term ids, written t<id>: no pretrained language model can read it",
-            "only intervals are known: timestamps are null, and no global split in time exists. "
-            "Protocol: per user; test is the labelled query, valid the history's last page "
-            "(without negatives), training all pages before it",
-            "clicks, carts, follows and purchases all count as clicks; history steps of one query "
-            "in a row, or with interval 0, are one page",
-            "hard negatives are the candidates of the test query with label 0; histories have none",
-            *(f"{count} {what}" for what, count in left_out.items()),
-        ],
-    )
+    with DataFolder(out) as data:
+        known = _write_items(data, products)
+        left_out = _write_users(data, behaviour, known)
+        return data.finish(
+            name="jdsearch",
+            query_source="real",
+            negative_source="exposed",
+            licence="repository Apache-2.0; its README puts the full dataset under CC BY-NC-SA 4.0",
+            presplit=True,
+            notes=[
+                "text is anonymised term ids, written t<id>: no pretrained language model can "
+                "read it",
+                "only intervals are known: timestamps are null, and no global split in time "
+                "exists. Protocol: per user; test is the labelled query, valid the history's last "
+                "page (without negatives), training all pages before it",
+                "clicks, carts, follows and purchases all count as clicks; history steps of one "
+                "query in a row, or with interval 0, are one page",
+                "hard negatives are the candidates of the test query with label 0; histories have "
+                "none",
+                *(f"{count} {what}" for what, count in left_out.items()),
+            ],
+        )
 
 
 def _check_header(file: str, columns: tuple[str, ...]) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import polars as pl
 
+from karma_ray.data.identifiers import one_id
 from karma_ray.data.importers.output import DataFolder
 from karma_ray.data.importers.source import find_file, stream_json
 
@@ -27,22 +28,22 @@ def import_kuaisearch(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     items_file, pages_file = find_file(src, "items.jsonl"), find_file(src, "recall.jsonl")
     _check_first(items_file, _ITEM_KEYS)
     _check_first(pages_file, _PAGE_KEYS)
-    data = DataFolder(out)
-    known = _write_items(data, items_file)
-    lost = _write_pages(data, pages_file, known)
-    return data.finish(
-        name="kuaisearch",
-        query_source="real",
-        negative_source="exposed",
-        licence="demo rows: demonstration only, not for quantitative evaluation",
-        notes=[
-            "time_index is read as an order only: timestamps are that number in seconds after "
-            "1970-01-01, so their distances may mean nothing",
-            f"items without a title row were left out: {lost['exposed']} impressions and "
-            f"{lost['clicked']} clicks of them; {lost['pages']} pages held no other item",
-            "the source's own split column is not used",
-        ],
-    )
+    with DataFolder(out) as data:
+        known = _write_items(data, items_file)
+        lost = _write_pages(data, pages_file, known)
+        return data.finish(
+            name="kuaisearch",
+            query_source="real",
+            negative_source="exposed",
+            licence="demo rows: demonstration only, not for quantitative evaluation",
+            notes=[
+                "time_index is read as an order only: timestamps are that number in seconds after "
+                "1970-01-01, so their distances may mean nothing",
+                f"items without a title row were left out: {lost['exposed']} impressions and "
+                f"{lost['clicked']} clicks of them; {lost['pages']} pages held no other item",
+                "the source's own split column is not used",
+            ],
+        )
 
 
 def _check_first(file: str, keys: tuple[str, ...]) -> None:
@@ -52,6 +53,11 @@ def _check_first(file: str, keys: tuple[str, ...]) -> None:
 def _text(value: object) -> str | None:
     text = " ".join(str(value or "").split())
     return None if text.lower() in _NAMELESS else text
+
+
+def _ids(record: dict[str, Any], name: str, file: str) -> list[str]:
+    ids = (one_id(value, f"{file}: {name}") for value in record.get(name) or [])
+    return [item_id for item_id in ids if item_id is not None]
 
 
 def _reject(data: DataFolder, file: str, row: int, line: str, reason: str) -> None:
@@ -68,7 +74,7 @@ def _write_items(data: DataFolder, file: str) -> set[str]:
         part.clear()
 
     for row, line, record in stream_json(file, _ITEM_KEYS):
-        item_id = str(record.get("item_id") or "") if record else ""
+        item_id = one_id(record.get("item_id"), f"{file}: item_id") if record else None
         title = _text(record.get("item_title")) if record else None
         if record is None or not item_id or title is None or item_id in known:
             reason = "repeated item id" if item_id in known else "item without id or title"
@@ -105,23 +111,22 @@ def _write_pages(data: DataFolder, file: str, known: set[str]) -> dict[str, int]
         if record is None or reason:
             _reject(data, file, row, line, reason or "not a JSON object")
             continue
-        page = {name: [str(i) for i in record.get(name) or []] for name in _PAGE_KEYS[3:]}
+        page = {name: _ids(record, name, file) for name in _PAGE_KEYS[3:]}
         kept = {name: [i for i in ids if i in known] for name, ids in page.items()}
         for key, name in _LISTS.items():
             lost[key] += len(page[name]) - len(kept[name])
         if not kept["impressed_item_ids"] and not kept["clicked_item_ids"]:
             lost["pages"] += 1
             continue
-        session = record.get("session_id")
         part.append(
             {
-                "user_id": str(record["user_id"]),
+                "user_id": one_id(record["user_id"], f"{file}: user_id"),
                 "timestamp": int(record["time_index"]),
                 "query": _text(record.get("query")),
                 "exposed_item_ids": kept["impressed_item_ids"],
                 "clicked_item_ids": kept["clicked_item_ids"],
                 "purchased_item_ids": kept["purchased_item_ids"],
-                "session_id": None if session is None else str(session),
+                "session_id": one_id(record.get("session_id"), f"{file}: session_id"),
             }
         )
         if len(part) == _ROWS_PER_PART:
@@ -133,7 +138,7 @@ def _write_pages(data: DataFolder, file: str, known: set[str]) -> dict[str, int]
 def _problem(record: dict[str, Any] | None) -> str | None:
     if record is None:
         return "not a JSON object"
-    if record.get("user_id") is None:
+    if one_id(record.get("user_id"), "user_id") is None:
         return "null user"
     if not isinstance(record.get("time_index"), int):
         return "time_index is no whole number"

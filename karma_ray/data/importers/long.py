@@ -7,20 +7,26 @@ has our name needs no mapping.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
 
-from karma_ray.artifacts import exists, open_filesystem
-from karma_ray.data.importers.long_parsing import flag, identifier, timestamp
+from karma_ray.data.identifiers import known_text
+from karma_ray.data.importers.log_files import TextFormat, read_files
+from karma_ray.data.importers.long_parsing import flag, timestamp
 from karma_ray.data.importers.output import DataFolder
 from karma_ray.errors import InputError
 
-_ENDINGS = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
 _REQUIRED = ("user_id", "item_id", "timestamp")
 _OPTIONAL = ("query", "clicked", "purchased", "position", "impression_id", "session_id")
 _ITEM_REQUIRED = ("item_id", "title")
 _ITEM_OPTIONAL = ("text", "brand", "category", "image")
+_NO_TIME = "unparsable timestamp"
+_TIME_ADVICE = "--time-format says how times are written, for example %m/%d/%Y or %Y%m%d"
+_IDS = ("user_id", "item_id", "impression_id", "session_id")
+_NEARLY_ALL = 0.95
+_NO_LOG_BEFORE = datetime(1980, 1, 1, tzinfo=UTC)
 _ROWS_PER_PART = 1_000_000
 
 
@@ -42,86 +48,85 @@ def import_long(
     items: str | None,
     columns: Mapping[str, str] | None = None,
     item_columns: Mapping[str, str] | None = None,
+    form: TextFormat | None = None,
+    time_format: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Fold the log `src` into events of `out`; returns the manifest.
 
     `src` and `items` are CSV, TSV, Parquet or JSON-lines files, or folders of one such kind. A
     page is an `impression_id` when there is one, else (user, timestamp, query). Rows that cannot
-    be read are quarantined with their reason. Nothing is drawn at random: `seed` changes nothing.
+    be read are quarantined with their reason. `form` says how text files are to be read,
+    `time_format` (`%m/%d/%Y`) how times are written that `long_parsing.timestamp` does not know.
+    Nothing is drawn at random: `seed` changes nothing.
     Raises InputError on files and columns that do not exist, and when no row can be read.
     """
     if not items:
         raise InputError("--items", items, "is needed: the table of item ids and titles")
-    log = read_log(src, "SRC")
-    log = map_columns(log, columns or {}, "--columns", _REQUIRED, _OPTIONAL)
-    table = read_log(items, "--items")
-    table = map_columns(table, item_columns or {}, "--item-columns", _ITEM_REQUIRED, _ITEM_OPTIONAL)
+    form = form or TextFormat()
+    form.check()
+    columns, item_columns = columns or {}, item_columns or {}
+    ids, needed = ([columns.get(n, n) for n in names] for names in (_IDS, _REQUIRED + _OPTIONAL))
+    log_rows = read_files(src, "SRC", ids=ids, needed=needed, form=form)
+    log = map_columns(log_rows.frame, columns, "--columns", _REQUIRED, _OPTIONAL)
+    needed = [item_columns.get(name, name) for name in _ITEM_REQUIRED]
+    item_rows = read_files(items, "--items", ids=needed[:1], needed=needed, form=form)
+    table = map_columns(
+        item_rows.frame, item_columns, "--item-columns", _ITEM_REQUIRED, _ITEM_OPTIONAL
+    )
     if "image" in table.columns and table.schema["image"] != pl.Binary:
         raise InputError(
             "--item-columns image", table.schema["image"], "must be bytes of a picture"
         )
-    data = DataFolder(out)
-    known = _write_items(data, table)
-    exposures = _readable(data, log)
-    if exposures.is_empty():
-        raise InputError("SRC", src, f"has no row that can be read: {dict(data.quarantined)}")
-    for part in fold_exposures(exposures).iter_slices(_ROWS_PER_PART):
-        data.add("events", part)
-    return _finish(data, log.columns, exposures, known)
+    with DataFolder(out) as data:
+        for file, reason, lines in [*log_rows.rejected, *item_rows.rejected]:
+            data.reject(lines, file, reason)
+        known = _write_items(data, table)
+        exposures = _readable(data, log, time_format)
+        if exposures.is_empty():
+            advice = f"; {_TIME_ADVICE}" if data.quarantined[_NO_TIME] else ""
+            found = f"has no row that can be read: {dict(data.quarantined)}{advice}"
+            raise InputError("SRC", src, found)
+        pages = fold_exposures(exposures)
+        for part in pages.iter_slices(_ROWS_PER_PART):
+            data.add("events", part)
+        notes = [*log_rows.notes, *item_rows.notes, *_page_notes(log.columns, pages)]
+        return _finish(data, log.columns, exposures, known, notes)
 
 
 def _finish(
-    data: DataFolder, names: list[str], exposures: pl.DataFrame, known: set[str]
+    data: DataFolder, names: list[str], exposures: pl.DataFrame, known: set[str], read: list[str]
 ) -> dict[str, Any]:
     clicks = exposures.filter("clicked")
     unknown = clicks.height - int(clicks["item_id"].is_in(known).sum())
     page = "impression_id" if "impression_id" in names else "(user, timestamp, query)"
-    notes = [f"one page per {page}"]
+    notes = [f"one page per {page}", *read]
     if "clicked" not in names:
         notes.append("the log has no clicked column: every row is a click, negatives are unknown")
+    if count := data.quarantined[_NO_TIME]:
+        notes.append(f"{count} timestamps cannot be read; {_TIME_ADVICE}")
+    if exposures["timestamp"].max() < _NO_LOG_BEFORE:  # type: ignore[operator]
+        notes.append(f"all times lie before 1980, as row numbers do; {_TIME_ADVICE}")
     if unknown:
         notes.append(f"{unknown} clicks name items without a row in the item table")
     return data.finish(
         name="long",
         query_source="real" if "query" in names else "none",
-        negative_source="exposed" if "clicked" in names else "none",
+        negative_source="exposed" if data.num_pages_with_negatives else "none",
         licence="yours",
         notes=notes,
     )
 
 
-def read_log(uri: str, field: str) -> pl.DataFrame:
-    """A file or folder of one kind, with `row` and `source_file`; CSV cells stay strings."""
-    if not exists(uri):
-        raise InputError(field, uri, "does not exist")
-    fs, path = open_filesystem(uri)
-    names = sorted(fs.find(path)) if fs.isdir(path) else [path]
-    files = [name for name in names if name.lower().endswith(_ENDINGS)]
-    if not files:
-        raise InputError(field, uri, "is no such file nor a folder of them", choices=_ENDINGS)
-    frames = []
-    for name in files:
-        with fs.open(name, "rb") as source:
-            try:
-                frame = _read(name.lower(), source)
-            except pl.exceptions.PolarsError as error:
-                raise InputError(field, name, f"cannot be read ({error})") from None
-        row = pl.int_range(pl.len(), dtype=pl.Int64)
-        frames.append(frame.with_columns(row.alias("row"), pl.lit(name).alias("source_file")))
-    try:
-        return pl.concat(frames, how="vertical_relaxed")
-    except pl.exceptions.PolarsError as error:
-        raise InputError(field, uri, f"holds files of different columns ({error})") from None
-
-
-def _read(name: str, source: Any) -> pl.DataFrame:
-    if name.endswith(".parquet"):
-        return pl.read_parquet(source)
-    if name.endswith((".jsonl", ".ndjson")):
-        return pl.read_ndjson(source, infer_schema_length=None)
-    # Strings, so that an id such as 0042 keeps its zeros.
-    return pl.read_csv(source, separator="\t" if name.endswith(".tsv") else ",", infer_schema=False)
+def _page_notes(names: list[str], pages: pl.DataFrame) -> list[str]:
+    """What to do when nearly every page is one row of the log: it has no negative then."""
+    single = int((pages["exposed_item_ids"].list.len() == 1).sum())
+    if "clicked" not in names or single < _NEARLY_ALL * pages.height:
+        return []
+    told = f"{single} of {pages.height} pages hold one item, so nothing was shown beside it"
+    if "impression_id" in names:
+        return [f"{told}: does impression_id name a result page, or a row?"]
+    return [f"{told}: name the column of the result page by --columns impression_id=COLUMN"]
 
 
 def map_columns(
@@ -139,6 +144,10 @@ def map_columns(
             raise InputError(field, name, "is not a field of ours", choices=ours)
         if column not in have:
             raise InputError(f"{field} {name}", column, "is not a column of the file", have)
+    for name in {*ours} & {*have} | {*mapping}:
+        kind = frame.schema[mapping.get(name, name)]
+        if kind.is_nested():
+            raise InputError(f"{field} {name}", str(kind), "is no single value")
     for name in required:
         if name not in mapping and name not in have:
             raise InputError(f"{field} {name}", None, "is needed; columns of the file", have)
@@ -150,7 +159,8 @@ def map_columns(
 
 
 def _write_items(data: DataFolder, table: pl.DataFrame) -> set[str]:
-    table = table.with_columns(identifier("item_id"), identifier("title"))
+    texts = [name for name in ("title", "text", "brand", "category") if name in table.columns]
+    table = table.with_columns(known_text(name) for name in texts)
     reasons = {
         "item without id": pl.col("item_id").is_null(),
         "item without title": pl.col("title").is_null(),
@@ -163,21 +173,24 @@ def _write_items(data: DataFolder, table: pl.DataFrame) -> set[str]:
     return set(kept["item_id"])
 
 
-def _readable(data: DataFolder, log: pl.DataFrame) -> pl.DataFrame:
+def _readable(data: DataFolder, log: pl.DataFrame, time_format: str | None) -> pl.DataFrame:
     """Parsed exposures; what cannot be parsed goes to quarantine as it was."""
     schema = log.schema
-    ids = [name for name in ("user_id", "item_id", "query", "impression_id", "session_id")]
-    parsed = [identifier(name).alias(f"_{name}") for name in ids if name in schema]
-    parsed += [timestamp("timestamp", schema["timestamp"]).alias("_timestamp")]
+    parsed = [pl.col(name).alias(f"_{name}") for name in _IDS if name in schema]
+    if "query" in schema:
+        parsed.append(known_text("query").alias("_query"))
+    parsed += [timestamp("timestamp", schema["timestamp"], time_format).alias("_timestamp")]
     for name in ("clicked", "purchased"):
         if name in schema:
             parsed.append(flag(name, schema[name]).alias(f"_{name}"))
     if "position" in schema:
-        parsed.append(pl.col("position").cast(pl.Float64, strict=False).alias("_position"))
+        parsed.append(
+            pl.col("position").cast(pl.Float64, strict=False).fill_nan(None).alias("_position")
+        )
     reasons = {
         "null user": pl.col("_user_id").is_null(),
         "null item": pl.col("_item_id").is_null(),
-        "unparsable timestamp": pl.col("_timestamp").is_null(),
+        _NO_TIME: pl.col("_timestamp").is_null(),
     }
     for name in ("clicked", "purchased"):
         if name in schema:

@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import polars as pl
 
-_OFFSET = r"(Z|[+-]\d{2}:?\d{2})$"
+from karma_ray.data.identifiers import MISSING
+
+_OFFSET = r"\s*(Z|z|UTC|GMT|[+-]\d{2}(?::?\d{2})?)$"
+_NUMBER = r"^-?\d+(\.\d+)?([eE]\+?\d+)?$"
 _FORMATS = ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d %H:%M", "%Y-%m-%d")
 _TRUE = ["true", "t", "yes", "y"]
-_FALSE = ["false", "f", "no", "n", ""]
+_FALSE = ["false", "f", "no", "n", *(text.lower() for text in MISSING)]
 
 
-def timestamp(name: str, dtype: pl.DataType) -> pl.Expr:
+def timestamp(name: str, dtype: pl.DataType, stated: str | None = None) -> pl.Expr:
     """Column `name` as UTC microseconds; null where it cannot be read.
 
-    Dates, times with or without a zone (without: UTC), ISO strings, and epoch numbers whose unit
-    is told by their magnitude: below 1e11 seconds, below 1e14 milliseconds, below 1e17
-    microseconds, else nanoseconds.
+    What has the `stated` format (`%m/%d/%Y`) is read so. Else: dates, times with or without a
+    zone (without: UTC), ISO strings, and epoch numbers whose unit is told by their magnitude:
+    below 1e11 seconds, below 1e14 milliseconds, below 1e17 microseconds, else nanoseconds.
     """
     column = pl.col(name)
+    if stated:
+        text = column.cast(pl.String).str.strip_chars()
+        time = text.str.to_datetime(stated, strict=False, time_unit="us")
+        if "z" not in stated:
+            time = time.dt.replace_time_zone("UTC")
+        return pl.coalesce(time, timestamp(name, dtype))
     if isinstance(dtype, pl.Datetime):
         utc = column.cast(pl.Datetime("us", dtype.time_zone))
         if dtype.time_zone:
@@ -27,9 +36,10 @@ def timestamp(name: str, dtype: pl.DataType) -> pl.Expr:
         return column.cast(pl.Datetime("us")).dt.replace_time_zone("UTC")
     if dtype.is_numeric():
         # A 32-bit column of seconds would overflow as microseconds.
-        return _epoch(column.cast(pl.Int64 if dtype.is_integer() else pl.Float64, strict=False))
+        whole = column.cast(pl.Int64, strict=False)
+        return _epoch(whole if dtype.is_integer() else column.cast(pl.Float64).fill_nan(None))
     text = column.cast(pl.String).str.strip_chars()
-    number = text.str.contains(r"^-?\d+(\.\d+)?$")
+    number = text.str.contains(_NUMBER)
     # Whole numbers stay integers: a double cannot hold nanoseconds.
     whole = _epoch(pl.when(number).then(text).cast(pl.Int64, strict=False))
     decimal = _epoch(pl.when(number).then(text).cast(pl.Float64, strict=False))
@@ -41,18 +51,12 @@ def flag(name: str, dtype: pl.DataType) -> pl.Expr:
     column = pl.col(name)
     if dtype == pl.Boolean:
         return column.fill_null(False)
-    if dtype.is_numeric():
-        return column.fill_null(0) > 0
+    if dtype.is_numeric():  # NaN stands for a missing label; polars holds it to be above 0
+        return column.cast(pl.Float64).fill_nan(None).fill_null(0) > 0
     text = column.cast(pl.String).str.strip_chars().str.to_lowercase().fill_null("")
-    number = text.cast(pl.Float64, strict=False) > 0
+    number = text.cast(pl.Float64, strict=False).fill_nan(None) > 0
     said = pl.when(text.is_in(_TRUE)).then(True).when(text.is_in(_FALSE)).then(False)
     return said.otherwise(number)
-
-
-def identifier(name: str) -> pl.Expr:
-    """Column `name` as a string without outer spaces; empty becomes null."""
-    text = pl.col(name).cast(pl.String).str.strip_chars()
-    return pl.when(text != "").then(text)
 
 
 def _epoch(value: pl.Expr) -> pl.Expr:
@@ -76,7 +80,7 @@ def _iso(text: pl.Expr) -> pl.Expr:
     )
     digits = offset.str.replace_all(r"\D", "")
     minutes = digits.str.slice(0, 2).cast(pl.Int64, strict=False) * 60
-    minutes += digits.str.slice(2, 2).cast(pl.Int64, strict=False)
+    minutes += digits.str.slice(2, 2).cast(pl.Int64, strict=False).fill_null(0)
     sign = pl.when(offset.str.starts_with("-")).then(-1).otherwise(1)
     shift = pl.duration(minutes=(minutes * sign).fill_null(0))
     return (parsed - shift).dt.replace_time_zone("UTC")

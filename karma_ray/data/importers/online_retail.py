@@ -23,40 +23,45 @@ _MIN_ITEMS = 5
 def import_online_retail(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     """Write the data folder of `online_retail.parquet` in `src`; returns its manifest."""
     file = find_file(src, "online_retail.parquet")
-    rows = read_parquet(file, _COLUMNS).with_row_index("row")
-    data = DataFolder(out)
-    sales = _keep_sales(data, rows, file)
-    titles = retail_titles(sales)
-    untitled = ~pl.col("item_id").is_in(titles["item_id"].implode())
-    data.reject(sales.filter(untitled), file, "item without any description")
-    items = shared_queries(titles.with_columns(_last_word().alias("query")), _MIN_ITEMS)
-    data.add("items", items.drop("query"))
-    data.add("query_matches", query_matches(items))
+    rows = read_parquet(file, _COLUMNS, ("InvoiceNo", "StockCode", "CustomerID")).with_row_index(
+        "row"
+    )
+    with DataFolder(out) as data:
+        sales = _keep_sales(data, rows, file)
+        titles = retail_titles(sales)
+        untitled = ~pl.col("item_id").is_in(titles["item_id"].implode())
+        data.reject(sales.filter(untitled), file, "item without any description")
+        items = shared_queries(titles.with_columns(_last_word().alias("query")), _MIN_ITEMS)
+        data.add("items", items.drop("query"))
+        data.add("query_matches", query_matches(items))
 
-    invoices = pl.col("timestamp").min().over("InvoiceNo")
-    purchases = (
-        sales.with_columns(invoices)
-        .select("InvoiceNo", "user_id", "timestamp", "item_id")
-        .join(items.select("item_id", "query"), on="item_id", how="inner", maintain_order="left")
-    )
-    pages = fold_purchases(purchases, ["InvoiceNo", "user_id", "query"])
-    pages = add_proxy_negatives(pages, purchases, seed)
-    data.add("events", pages.rename({"InvoiceNo": "session_id"}))
-    lines = purchases.height - pages["clicked_item_ids"].list.len().sum()
-    return data.finish(
-        name="online_retail",
-        query_source="derived",
-        negative_source="proxy",
-        licence="CC BY 4.0 as far as known",
-        notes=[
-            "queries are DERIVED: the last word of the bought item's description, null where "
-            f"fewer than {_MIN_ITEMS} items share it",
-            PROXY_NOTE,
-            "one page per (invoice, query); the invoice's first minute is its time, read as UTC",
-            f"{lines} rows repeated an item of the same invoice and are counted once",
-            "about 44 % of next purchases are repeats: read first/ and repeat/ metrics apart",
-        ],
-    )
+        invoices = pl.col("timestamp").min().over("InvoiceNo")
+        purchases = (
+            sales.with_columns(invoices)
+            .select("InvoiceNo", "user_id", "timestamp", "item_id")
+            .join(
+                items.select("item_id", "query"), on="item_id", how="inner", maintain_order="left"
+            )
+        )
+        pages = fold_purchases(purchases, ["InvoiceNo", "user_id", "query"])
+        pages = add_proxy_negatives(pages, purchases, seed)
+        data.add("events", pages.rename({"InvoiceNo": "session_id"}))
+        lines = purchases.height - pages["clicked_item_ids"].list.len().sum()
+        return data.finish(
+            name="online_retail",
+            query_source="derived",
+            negative_source="proxy",
+            licence="CC BY 4.0 as far as known",
+            notes=[
+                "queries are DERIVED: the last word of the bought item's description, null where "
+                f"fewer than {_MIN_ITEMS} items share it",
+                PROXY_NOTE,
+                "one page per (invoice, query); the invoice's first minute is its time, read as "
+                "UTC",
+                f"{lines} rows repeated an item of the same invoice and are counted once",
+                "about 44 % of next purchases are repeats: read first/ and repeat/ metrics apart",
+            ],
+        )
 
 
 def retail_titles(sales: pl.DataFrame) -> pl.DataFrame:
@@ -93,7 +98,7 @@ def _keep_sales(data: DataFolder, rows: pl.DataFrame, file: str) -> pl.DataFrame
         data.reject(rows.filter(bad), file, reason)
         rows = rows.filter(~bad)
     return rows.with_columns(
-        pl.col("CustomerID").cast(pl.String).alias("user_id"),
+        pl.col("CustomerID").alias("user_id"),
         # 85123a and 85123A are one product
         pl.col("StockCode").str.to_uppercase().alias("item_id"),
         pl.col("InvoiceDate")

@@ -1,4 +1,9 @@
-"""The data folder an importer writes: tables in parts, rejected rows, manifest, counts."""
+"""The data folder an importer writes: tables in parts, rejected rows, manifest, counts.
+
+New tables grow in `DATA/import-work/` and take the old ones' place when all are written, so an
+import that fails leaves what was there. The old manifest is removed first and the new one put in
+place last: a half-replaced folder is never taken for a whole one.
+"""
 
 from __future__ import annotations
 
@@ -41,26 +46,40 @@ _SCHEMAS = {
     "examples/split=valid": EXAMPLES,
     "examples/split=test": EXAMPLES,
 }
-# Everything an import or a later preparation leaves here; an import starts from none of it.
+# Everything an import or a later preparation leaves here; none of it outlives a new import.
 _OWNED = (
     "items", "events", "query_matches", "quarantine_import", "sequences", "examples",
     "quarantine", "truth", "prepared.json", "manifest.json",
 )  # fmt: skip
 
 
+_WORK = "import-work"
+
+
 class DataFolder:
-    """Writes DATA part by part and counts what goes in."""
+    """Writes DATA part by part and counts what goes in; used in a `with`, left by `finish`."""
 
     def __init__(self, uri: str) -> None:
-        """Empty an earlier data folder at `uri`; raises InputError when it is something else."""
-        self.uri = uri
+        """Raises InputError when at `uri` lies something else than data of an earlier import."""
+        self.uri, self.work = uri, join(uri, _WORK)
         self.quarantined: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._parts: Counter[str] = Counter()
         self._users: set[str] = set()
+        self._item_ids: list[pa.Array] = []
         self._digest = hashlib.sha256()
-        _clear(uri)
+        _check_ours(uri)
+
+    def __enter__(self) -> DataFolder:
+        _remove(self.uri, _WORK)
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        _remove(self.uri, _WORK)
+        fs, path = open_filesystem(self.uri)
+        if fs.isdir(path) and not fs.ls(path):
+            fs.rmdir(path)
 
     def add(self, name: str, table: pl.DataFrame | pa.Table) -> None:
         """Append a part to the table `name`, cast to its schema."""
@@ -68,12 +87,13 @@ class DataFolder:
         if arrow.num_rows == 0 and self._parts[name]:
             return
         arrow = check_columns(arrow, _SCHEMAS[name], f"{name} of {self.uri}")
-        write_table(arrow, join(self.uri, name), f"part-{self._parts[name]:05d}")
+        write_table(arrow, join(self.work, name), f"part-{self._parts[name]:05d}")
         if name != "quarantine_import":  # rejected rows name the file that they were read from
             self._digest.update(f"{name} {table_hash(arrow)}".encode())
         self._parts[name] += 1
         self.rows[name] += arrow.num_rows
         if name == "items":
+            self._item_ids.append(arrow.column("item_id"))
             self._counts["with_image"] += arrow.num_rows - arrow.column("image").null_count
         elif name == "events":
             self._users.update(arrow.column("user_id").unique().to_pylist())
@@ -83,12 +103,25 @@ class DataFolder:
             wider = pc.greater(pc.fill_null(pc.list_value_length(exposed), 0), lengths)
             pages = pc.and_(wider, pc.greater(lengths, 0))
             self._counts["pages_with_negatives"] += pc.sum(pages).as_py() or 0
+            self._count_unknown(clicked)
         elif name == "sequences":
             self._users.update(arrow.column("user_id").unique().to_pylist())
             trained = pc.sum(pc.list_flatten(arrow.column("loss_mask"))).as_py()
             self._counts["training_clicks"] += trained or 0
         elif name.startswith("examples"):
             self._users.update(arrow.column("user_id").unique().to_pylist())
+
+    def _count_unknown(self, clicked: pa.ChunkedArray) -> None:
+        """Clicks that preparing will quarantine, and the pages that have one."""
+        items = pa.array([], pa.string())
+        if self._item_ids:
+            items = pa.concat_arrays([part for ids in self._item_ids for part in ids.chunks])
+        unknown = pc.invert(pc.is_in(pc.list_flatten(clicked), value_set=items))
+        if (count := pc.sum(unknown).as_py() or 0) == 0:
+            return
+        pages = pc.list_parent_indices(clicked).filter(unknown)
+        self._counts["clicks_on_unknown_items"] += count
+        self._counts["pages_with_unknown_clicks"] += pc.count_distinct(pages).as_py()
 
     def reject(self, frame: pl.DataFrame, source_file: str, reason: str) -> None:
         """Quarantine the rows of `frame`; its column `row`, when present, is the row number."""
@@ -135,21 +168,42 @@ class DataFolder:
         if presplit:
             times = {"valid_start": None, "test_start": None}
             prepared = {"prepare": asdict(PrepareConfig()), "presplit": True, **times, **facts}
-            write_json(prepared, join(self.uri, "prepared.json"))
-        return write_manifest(
-            self.uri, "data", name=name, **facts, data_hash=self._digest.hexdigest()[:16],
+            write_json(prepared, join(self.work, "prepared.json"))
+        manifest = write_manifest(
+            self.work, "data", name=name, **facts, data_hash=self._digest.hexdigest()[:16],
             licence=licence, notes=notes, presplit=presplit,
         )  # fmt: skip
+        self.publish()
+        return manifest
+
+    @property
+    def num_pages_with_negatives(self) -> int:
+        """Pages so far with a click and an item that was shown and not clicked."""
+        return self._counts["pages_with_negatives"]
+
+    def publish(self) -> None:
+        """Put what was written in the place of an earlier import."""
+        fs, old = open_filesystem(self.uri)
+        _, new = open_filesystem(self.work)
+        for name in reversed(_OWNED):
+            _remove(self.uri, name)
+        for name in _OWNED:
+            if fs.exists(f"{new}/{name}"):
+                fs.mv(f"{new}/{name}", f"{old}/{name}", recursive=True)
 
 
-def _clear(uri: str) -> None:
+def _check_ours(uri: str) -> None:
     fs, path = open_filesystem(uri)
     if not exists(uri):
         return
     if not fs.isdir(path):
         raise InputError("OUT", uri, "is a file, not a folder")
-    if fs.ls(path) and not exists(join(uri, "manifest.json")):
+    ours = exists(join(uri, "manifest.json")) or exists(join(uri, _WORK))
+    if fs.ls(path) and not ours:
         raise InputError("OUT", uri, "is not empty and holds no manifest.json of an earlier import")
-    for name in _OWNED:
-        if fs.exists(f"{path}/{name}"):
-            fs.rm(f"{path}/{name}", recursive=True)
+
+
+def _remove(uri: str, name: str) -> None:
+    fs, path = open_filesystem(join(uri, name))
+    if fs.exists(path):
+        fs.rm(path, recursive=True)

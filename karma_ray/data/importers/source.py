@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from karma_ray.artifacts import exists, join, open_filesystem
+from karma_ray.data.identifiers import id_text
 from karma_ray.errors import InputError
 
 
@@ -38,19 +39,27 @@ def check_names(found: Iterable[str], required: Iterable[str], source: str) -> N
             raise InputError("column", name, f"is missing in {source}", choices=names)
 
 
-def read_parquet(uri: str, required: Iterable[str]) -> pl.DataFrame:
-    """A Parquet file's required columns."""
+def read_parquet(uri: str, required: Iterable[str], ids: Iterable[str]) -> pl.DataFrame:
+    """A Parquet file's required columns; those that are `ids` as text, whatever their type."""
     names = list(required)
     fs, path = open_filesystem(uri)
     with fs.open(path, "rb") as source:
         file = _open_parquet(source, uri, names)
         frame = pl.from_arrow(file.read(columns=names))
     assert isinstance(frame, pl.DataFrame)
-    return frame
+    return with_ids(frame, ids, uri)
 
 
-def stream_parquet(uri: str, required: Iterable[str], num_rows: int) -> Iterator[pl.DataFrame]:
-    """A Parquet file's required columns in batches of at most `num_rows`: images stay bounded."""
+def with_ids(frame: pl.DataFrame, ids: Iterable[str], source: str) -> pl.DataFrame:
+    """`frame` with those of its columns that are `ids` as text; raises as `id_text` does."""
+    texts = [id_text(frame[c], f"{source}: column {c}") for c in ids if c in frame.columns]
+    return frame.with_columns(texts)
+
+
+def stream_parquet(
+    uri: str, required: Iterable[str], ids: Iterable[str], num_rows: int
+) -> Iterator[pl.DataFrame]:
+    """`read_parquet` in batches of at most `num_rows`: images stay bounded."""
     names = list(required)
     fs, path = open_filesystem(uri)
     with fs.open(path, "rb") as source:
@@ -58,7 +67,7 @@ def stream_parquet(uri: str, required: Iterable[str], num_rows: int) -> Iterator
         for batch in file.iter_batches(batch_size=num_rows, columns=names):
             frame = pl.from_arrow(pa.Table.from_batches([batch]))
             assert isinstance(frame, pl.DataFrame)
-            yield frame
+            yield with_ids(frame, ids, uri)
 
 
 def _open_parquet(source: Any, uri: str, names: list[str]) -> Any:

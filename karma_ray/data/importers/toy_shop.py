@@ -22,8 +22,10 @@ def import_toy_shop(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     The data set is called `toy_shop-NAME` after the file. Raises InputError as `read_shop` does.
     """
     config = read_shop(src, seed)
-    DataFolder(out)  # what an earlier import left goes; a folder of something else is refused
-    return write_toy_shop(out, config, name=f"toy_shop-{PurePosixPath(src).stem}")
+    with DataFolder(out) as data:
+        manifest = write_toy_shop(data.work, config, name=f"toy_shop-{PurePosixPath(src).stem}")
+        data.publish()
+    return manifest
 
 
 def read_shop(src: str, seed: int = 0) -> ToyShopConfig:

@@ -1,0 +1,182 @@
+"""Lines of a delimited text -> rows of strings; one odd line never takes others with it.
+
+A line is a row when it holds as many fields as the header. What to make of quotes:
+
+text  a quote is a character like any other, and a row is a line
+csv   a field may be quoted, and then holds separators, `""` for a quote, and line ends
+auto  text in TSV (exports are unquoted as a rule) unless its header is quoted; else csv, but a
+      quote that opens a field joins lines only where not all of them are rows on their own: in a
+      log `"big lamp` is what somebody typed, and the next lines are other people's clicks
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import polars as pl
+
+QUOTES = ("auto", "text", "csv")
+_MAX_JOINED = 1_000
+"""Lines that one quoted field may span."""
+
+
+@dataclass(frozen=True)
+class Delimited:
+    """What stands below the header; `row` counts its lines from 0."""
+
+    frame: pl.DataFrame
+    """The header's columns as strings, and `row`."""
+    rejected: pl.DataFrame
+    """`row` and `line` of every line that holds another number of fields than the header."""
+    joined: int
+    """Rows that span several lines."""
+    literal: int
+    """Rows with a quote that opens or closes no field and was kept as it stands."""
+
+
+def separator_of(header: str, default: str) -> str:
+    """What separates the names of a header: `default` where it stands, else the commonest."""
+    bare = re.sub('"[^"]*"', "", header)
+    candidates = [default, ";", "\t", "|", ","]
+    return default if default in bare else max(candidates, key=bare.count)
+
+
+def read_delimited(text: str, separator: str, quotes: str = "auto") -> Delimited:
+    """The rows of `text`; `quotes` is one of QUOTES. Raises polars' errors on an empty text."""
+    if "\n" not in text:
+        text = text.replace("\r", "\n")  # as old spreadsheets end their lines
+    lines = pl.select(pl.lit(text).str.split("\n").explode()).to_series()
+    lines = lines.str.strip_chars_end("\r").alias("line")
+    filled = np.flatnonzero((lines.str.len_bytes() > 0).to_numpy())
+    if not len(filled):
+        raise pl.exceptions.NoDataError("it is empty")
+    header, body = str(lines[int(filled[0])]), lines.gather(filled[1:])
+    row = filled[1:] - filled[0] - 1
+    if quotes == "auto" and separator == "\t" and not header.startswith('"'):
+        quotes = "text"
+    grammar = _Grammar(separator)
+    if quotes == "text":
+        names, odd = header.split(separator), _Odd()
+        plain = (body.str.count_matches(separator, literal=True) == len(names) - 1).to_numpy()
+    else:
+        names = grammar.fields(header)
+        plain = grammar.well_formed(body, len(names))
+        odd = _read_odd(body, plain, grammar, len(names), join_rows=quotes == "csv")
+    taken = np.zeros(len(body), bool)
+    taken[odd.lines] = True
+    bad, plain = ~plain & ~taken, plain & ~taken
+    names = _distinct(names)
+    frame = _parse(body.filter(plain), names, separator, None if quotes == "text" else '"')
+    mended = pl.DataFrame(odd.rows, dict.fromkeys(names, pl.String), orient="row")
+    mended = mended.with_columns(pl.col(names).replace("", None))
+    parts = [
+        part.with_columns(pl.Series("row", numbers, pl.Int64))
+        for part, numbers in ((frame, row[plain]), (mended, row[odd.starts]))
+    ]
+    rejected = pl.DataFrame([pl.Series("row", row[bad], pl.Int64), body.filter(bad)])
+    return Delimited(pl.concat(parts).sort("row"), rejected, odd.joined, odd.literal)
+
+
+class _Grammar:
+    """Fields between separators, of which some may be quoted."""
+
+    def __init__(self, separator: str) -> None:
+        self.separator, mark = separator, re.escape(separator)
+        quoted, bare = '"[^"]*(?:""[^"]*)*"', f'[^"{mark}]*'
+        either = f"(?:{quoted}|{bare})"
+        self._quoted = quoted
+        self._row = f"^{either}(?:{mark}{either})*$"
+        self._whole = re.compile(f"{either}(?:{mark}{either})*")
+        self._open = re.compile(f'(?:{either}{mark})*"[^"]*(?:""[^"]*)*')
+        self._field = re.compile(f"(?:({quoted})|([^{mark}]*))(?:{mark}|$)", re.DOTALL)
+
+    def well_formed(self, lines: pl.Series, num_fields: int) -> np.ndarray:
+        """Mask [lines] of those that are a row by the letter of CSV."""
+        bare = lines.str.replace_all(self._quoted, "")
+        counts = bare.str.count_matches(self.separator, literal=True)
+        return (lines.str.contains(self._row) & (counts == num_fields - 1)).to_numpy()
+
+    def fields(self, line: str) -> list[str]:
+        """The fields of a line: well-formed quotes are taken off, others stay."""
+        found, place = [], 0
+        while place <= len(line):
+            match = self._field.match(line, place)
+            assert match is not None, "the second alternative always matches"
+            quoted, bare = match.groups()
+            found.append(bare if quoted is None else quoted[1:-1].replace('""', '"'))
+            if match.end() == len(line) and not match.group().endswith(self.separator):
+                break
+            place = match.end()
+        return found
+
+    def joined(self, lines: pl.Series, start: int, num_fields: int) -> list[str] | None:
+        """The lines from `start` that a quoted field makes one row of; None when none do."""
+        part: list[str] = []
+        for number in range(start, min(len(lines), start + _MAX_JOINED)):
+            part.append(lines[number])
+            if len(part) > 1 and '"' not in part[-1]:
+                continue
+            text = "\n".join(part)
+            if len(part) > 1 and self._whole.fullmatch(text):
+                return part if len(self.fields(text)) == num_fields else None
+            if not self._open.fullmatch(text):
+                return None
+        return None
+
+
+@dataclass
+class _Odd:
+    """What was made of lines that are no row by the letter of CSV."""
+
+    rows: list[list[str]] = field(default_factory=list)
+    starts: list[int] = field(default_factory=list)
+    lines: list[int] = field(default_factory=list)
+    joined: int = 0
+    literal: int = 0
+
+
+def _read_odd(
+    body: pl.Series, plain: np.ndarray, grammar: _Grammar, num_fields: int, *, join_rows: bool
+) -> _Odd:
+    odd, quoted = _Odd(), body.str.contains('"', literal=True).to_numpy()
+    stop = 0
+    for number in np.flatnonzero(~plain & quoted).tolist():
+        if number < stop:
+            continue
+        part = grammar.joined(body, number, num_fields) or []
+        if part and not join_rows and all(len(grammar.fields(p)) == num_fields for p in part):
+            part = []  # each is a row on its own
+        fields = grammar.fields("\n".join(part) if part else body[number])
+        if len(fields) != num_fields:
+            continue
+        stop = number + max(1, len(part))
+        odd.rows.append(fields)
+        odd.starts.append(number)
+        odd.lines += range(number, stop)
+        odd.joined += bool(part)
+        odd.literal += not part
+    return odd
+
+
+def _parse(lines: pl.Series, names: list[str], separator: str, quote: str | None) -> pl.DataFrame:
+    if lines.is_empty():
+        return pl.DataFrame(schema=dict.fromkeys(names, pl.String))
+    source = io.BytesIO(lines.str.join("\n").item().encode())
+    return pl.read_csv(
+        source, separator=separator, quote_char=quote, has_header=False, new_columns=names,
+        infer_schema=False,
+    )  # fmt: skip
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """Names with a number behind those that came before."""
+    seen: dict[str, int] = {}
+    made = []
+    for name in names:
+        seen[name] = seen.get(name, -1) + 1
+        made.append(f"{name}_{seen[name]}" if seen[name] else name)
+    return made

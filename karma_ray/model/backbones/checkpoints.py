@@ -1,0 +1,82 @@
+"""Hugging Face checkpoints of any family: which one a folder holds, its weights, its head."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.utils import logging as transformers_logging
+
+from karma_ray.errors import InputError
+from karma_ray.model import packing
+
+transformers_logging.disable_progress_bar()
+
+ATTENTION = "karma_ray"
+AttentionInterface.register(ATTENTION, packing.attend)
+
+
+def model_type_of(checkpoint: str, field: str) -> str:
+    """`model_type` of a folder or hub name; raises InputError when it is no checkpoint."""
+    if checkpoint == "tiny":
+        raise InputError(field, checkpoint, "must be resolved to a pretrained folder first")
+    looks_local = checkpoint.startswith((".", "/", "~")) or Path(checkpoint).exists()
+    if looks_local and not (Path(checkpoint) / "config.json").exists():
+        raise InputError(field, checkpoint, "is not a checkpoint folder (no config.json)")
+    try:
+        return str(AutoConfig.from_pretrained(checkpoint).model_type)
+    except (OSError, ValueError) as error:
+        raise InputError(field, checkpoint, f"cannot be loaded ({error})") from None
+
+
+def load_weights(kind: Any, name: str, checkpoint: str, field: str, **options: Any) -> Any:
+    """A transformers model of class `kind` in float32.
+
+    Raises InputError when it cannot be loaded or lacks weights, of which transformers would make
+    random numbers; `name` is the family's, for people.
+    """
+    try:
+        model, info = kind.from_pretrained(
+            checkpoint, dtype=torch.float32, output_loading_info=True, **options
+        )
+    except (OSError, ValueError) as error:
+        raise InputError(field, checkpoint, f"cannot be loaded ({error})") from None
+    if info["missing_keys"]:
+        example = sorted(info["missing_keys"])[0]
+        raise InputError(field, checkpoint, f"lacks weights of a {name} body, such as {example}")
+    return model
+
+
+def load_lm_head(checkpoint: str, *, empty: bool = False) -> Tensor | None:
+    """Output embeddings [V, D] of a checkpoint whose head is not tied to its input, else None.
+
+    `empty` gives zeros of that shape, to be filled from a run's own weights: a bundle's body
+    has no head.
+    """
+    config = AutoConfig.from_pretrained(checkpoint)
+    if config.tie_word_embeddings:
+        return None
+    if empty:
+        return torch.zeros(config.vocab_size, config.hidden_size)
+    try:
+        whole, info = AutoModelForCausalLM.from_pretrained(
+            checkpoint, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError) as error:
+        raise InputError("checkpoint", checkpoint, f"cannot be loaded ({error})") from None
+    if "lm_head.weight" in info["missing_keys"]:  # transformers would make up a random one
+        raise InputError("checkpoint", checkpoint, "has no language-model head, tied or its own")
+    return cast(Tensor, whole.get_output_embeddings().weight.detach().clone())
+
+
+def colour_scale(checkpoint: str) -> tuple[list[float], list[float]]:
+    """Mean and deviation of the colours that an encoder was trained with; .5 where unsaid."""
+    try:
+        facts, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint)
+    except OSError:
+        facts = {}
+    return facts.get("image_mean") or [0.5] * 3, facts.get("image_std") or [0.5] * 3

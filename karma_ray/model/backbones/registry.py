@@ -1,0 +1,43 @@
+"""The families there are, by the `model_type` of their config.json."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+from torch import nn
+
+from karma_ray.errors import InputError
+from karma_ray.model.backbones.checkpoints import model_type_of
+from karma_ray.model.backbones.family import Family, Pictures
+from karma_ray.model.backbones.qwen3 import QWEN3
+from karma_ray.model.backbones.qwen3_vl import QWEN3_VL
+
+FAMILIES = {family.model_type: family for family in (QWEN3, QWEN3_VL)}
+TINY, TINY_WITH_PICTURES = QWEN3.model_type, QWEN3_VL.model_type
+"""What is built where no checkpoint is given."""
+
+
+def checkpoint_family(checkpoint: str, field: str, *, sees: bool = False) -> Family:
+    """The family of a folder or hub name, one that reads pictures where it `sees`.
+
+    Raises InputError naming what it is and the choices.
+    """
+    found = model_type_of(checkpoint, field)
+    choices = [name for name, family in FAMILIES.items() if (family.pictures is not None) == sees]
+    if found not in choices:
+        raise InputError(field, found, f"is the architecture of {checkpoint}", choices=choices)
+    return FAMILIES[found]
+
+
+def family_of(body: nn.Module) -> Family:
+    """The family of a loaded body; one that reads pictures has its whole configuration in
+    `seeing`."""
+    config = getattr(body, "seeing", None) or cast(Any, body).config
+    return FAMILIES[config.model_type]
+
+
+def pictures_of(body: nn.Module) -> Pictures:
+    """How a loaded body reads pictures."""
+    pictures = family_of(body).pictures
+    assert pictures is not None
+    return pictures

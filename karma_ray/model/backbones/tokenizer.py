@@ -1,0 +1,60 @@
+"""Tokenizers of any family: loaded, saved, or trained for a tiny backbone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+from tokenizers import Tokenizer as FastTokenizer
+from tokenizers import decoders, models, pre_tokenizers, trainers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from karma_ray.data.prompts import Tokenizer
+from karma_ray.errors import InputError
+from karma_ray.model.backbones.registry import FAMILIES, TINY
+
+
+def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerFast:
+    """The tokenizer of a checkpoint folder, with the special tokens of its family.
+
+    Raises InputError when it has those of no family.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+    except (OSError, ValueError) as error:
+        raise InputError("tokenizer", checkpoint, f"cannot be loaded ({error})") from None
+    known = tokenizer.get_vocab()
+    # By the vocabulary: a bundle's tokenizer stands in a folder without config.json.
+    choices = [family.special for family in FAMILIES.values()]
+    missing = [[token for token in special if token not in known] for special in choices]
+    found = min(range(len(choices)), key=lambda number: len(missing[number]))
+    if missing[found]:
+        raise InputError("tokenizer", checkpoint, f"lacks the special token {missing[found][0]}")
+    cast(Any, tokenizer).text_marks = choices[found]
+    return cast(PreTrainedTokenizerFast, tokenizer)
+
+
+def save_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
+    """Write the tokenizer's own files."""
+    cast(PreTrainedTokenizerFast, tokenizer).save_pretrained(folder)
+
+
+def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of at most `vocab_size` tokens with the tiny family's special tokens."""
+    if vocab_size < 300:
+        raise InputError("model.tiny.vocab_size", vocab_size, "must be at least 300 (256 bytes)")
+    special = FAMILIES[TINY].special
+    tokenizer = FastTokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    end = special.end_of_text
+    trained = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=end, pad_token=end)
+    trained.text_marks = special
+    return trained

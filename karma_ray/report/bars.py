@@ -1,0 +1,56 @@
+"""One bar of text per metric: how far the best floor reaches, the run above it, the ceiling."""
+
+from __future__ import annotations
+
+from karma_ray.report.record import RunRecord
+from karma_ray.report.standing import HEADLINE, Standing, format_short, standing
+
+WIDTH = 50
+"""Characters of 100 %."""
+FLOOR, GAINED, MISSED, ROOM = "=#-."
+LEGEND = {
+    GAINED: "this run above it",
+    MISSED: "missing to the best floor",
+    ROOM: "room up to the ceiling",
+}
+"""Plain characters: a screen may be a log file of any encoding."""
+
+
+def bars(record: RunRecord) -> list[str]:
+    """A line per headline metric and a legend; nothing where nothing was measured."""
+    places = [
+        place for metric in HEADLINE if (place := standing(record, metric)) is not None
+    ]  # fmt: skip
+    if not places:
+        return []
+    width = max(len(place.metric) for place in places)
+    drawn = [bar(place) for place in places]
+    lines = [
+        f"{place.metric:<{width}}  |{line:<{WIDTH}}| {_numbers(place)}"
+        for place, line in zip(places, drawn, strict=True)
+    ]
+    marks = [f"{mark} {meaning}" for mark, meaning in LEGEND.items() if mark in "".join(drawn)]
+    return [*lines, " " * width + f"   {FLOOR} best floor   " + "   ".join(marks)]
+
+
+def bar(place: Standing) -> str:
+    """At most WIDTH characters from 0 to the run, its best floor and its ceiling."""
+    floor = place.floor_value if place.floor_value is not None else 0.0
+    ceiling = place.ceiling_value if place.ceiling_value is not None else 0.0
+    low, high = sorted((floor, place.value))
+    between = GAINED if place.value >= floor else MISSED
+    line = FLOOR * _cells(low)
+    line += between * (_cells(high) - len(line))
+    return line + ROOM * (_cells(ceiling) - len(line))
+
+
+def _cells(percent: float) -> int:
+    return round(min(max(percent, 0.0), 100.0) / 100.0 * WIDTH)
+
+
+def _numbers(place: Standing) -> str:
+    text = format_short(place.value)
+    if place.floor is not None:
+        text += f" (best floor {format_short(place.floor_value)}"
+        text += f", ceiling {format_short(place.ceiling_value)})" if place.ceiling_value else ")"
+    return text
