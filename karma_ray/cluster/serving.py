@@ -25,9 +25,11 @@ from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from karma_ray import __version__
+from karma_ray.artifacts import RunFolder
 from karma_ray.cluster.endpoint_process import held_port, raise_on_signals, run_until_signal
 from karma_ray.cluster.session import connect, joins_a_cluster
-from karma_ray.errors import InputError
+from karma_ray.errors import InputError, KarmaRayError
+from karma_ray.retrieval.encode import load_embeddings
 from karma_ray.retrieval.requests import HistoryItem
 from karma_ray.retrieval.retriever import Retriever, check_run
 
@@ -151,6 +153,7 @@ def build_app(retriever: Retriever) -> FastAPI:
     """
     app = FastAPI(title="karma_ray", version=__version__, description="Personalized recall.")
     app.add_exception_handler(RequestValidationError, _name_the_field)
+    app.add_exception_handler(KarmaRayError, _say_why)
     app.add_middleware(_JsonBodies)
     version = {
         "model_version": retriever.model_version,
@@ -200,13 +203,14 @@ def serve_run(
     `on_ready` is called with the URL once it answers. The run and the port are checked here
     first, so that a missing part, a skew between model and index or a port that is held is an
     error message and not a replica that keeps dying. When `blocking`, SIGINT or SIGTERM ends
-    this process. Raises InputError and SkewError.
+    this process. Raises KarmaRayError.
     """
     if not 0 < port < 65536:
         raise InputError("--port", port, "must lie between 1 and 65535")
     if num_replicas < 1:
         raise InputError("--replicas", num_replicas, "must be at least 1")
     check_run(run)
+    load_embeddings(RunFolder(run).item_embeddings)  # refused here, not in a dying replica
     # Replicas start in a folder of their own, so a relative path would not be found there.
     run = run if "://" in run else str(Path(run).resolve())
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
@@ -234,7 +238,10 @@ def _start(host: str, port: int, application: serve.Application) -> None:
         http_options=HTTPOptions(host=host, port=port),
         logging_config=quiet,
     )
-    serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+    try:
+        serve.run(application, name=APPLICATION, route_prefix="/", logging_config=quiet)
+    except RuntimeError as error:
+        raise KarmaRayError(f"the endpoint did not start: {error}") from None
 
 
 def _take_down() -> None:
@@ -273,6 +280,11 @@ def _utc(moment: datetime | None) -> datetime | None:
     if moment is not None and moment.tzinfo is None:
         return moment.replace(tzinfo=UTC)
     return moment
+
+
+async def _say_why(_: Request, error: Exception) -> JSONResponse:
+    """500 with the sentence, as a model whose answer is not finite has no items to name."""
+    return JSONResponse({"detail": str(error)}, status_code=500)
 
 
 async def _name_the_field(_: Request, error: Exception) -> JSONResponse:

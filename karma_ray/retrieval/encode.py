@@ -18,7 +18,8 @@ import pyarrow as pa
 import torch
 
 from karma_ray.artifacts import read_manifest, read_table, write_manifest, write_table
-from karma_ray.errors import KarmaRayError, SkewError
+from karma_ray.errors import SkewError
+from karma_ray.retrieval.finite import check_finite
 from karma_ray.retrieval.index import check_parent
 
 if TYPE_CHECKING:
@@ -122,16 +123,6 @@ class ItemTable:
         return embedding_rows(self.item_ids, self.titles, self.embeddings)
 
 
-def check_finite(item_ids: Sequence[str], embeddings: NDArray[np.float32]) -> None:
-    """Raise KarmaRayError, with an example, where embeddings hold NaN or infinity."""
-    broken = np.flatnonzero(~np.isfinite(embeddings).all(1))
-    if len(broken):
-        raise KarmaRayError(
-            f"the embeddings of {len(broken)} of {len(item_ids)} items are not finite (for example "
-            f"of {item_ids[broken[0]]!r}), so they could never be found; the model has diverged"
-        )
-
-
 def embedding_rows(
     item_ids: Sequence[str], titles: Sequence[str], embeddings: NDArray[np.float32]
 ) -> pa.Table:
@@ -167,8 +158,8 @@ def write_embedding_manifest(
 def load_embeddings(folder: str, bundle_hash: str | None = None) -> ItemTable:
     """Read item embeddings.
 
-    Raises InputError when they are missing or unfinished, SkewError when `bundle_hash` is
-    given and another bundle made them.
+    Raises InputError when they are missing or unfinished, KarmaRayError when they are not
+    finite, SkewError when `bundle_hash` is given and another bundle made them.
     """
     parents = read_manifest(folder, MANIFEST_KIND)["parents"]
     if bundle_hash is not None:
@@ -178,9 +169,6 @@ def load_embeddings(folder: str, bundle_hash: str | None = None) -> ItemTable:
     width = column.type.list_size
     # A copy, since Arrow's memory is read-only and torch wants to own what it wraps.
     values = np.array(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
-    return ItemTable(
-        item_ids=table.column("item_id").to_pylist(),
-        titles=table.column("title").to_pylist(),
-        embeddings=values.reshape(-1, width),
-        parents=parents,
-    )
+    item_ids, embeddings = table.column("item_id").to_pylist(), values.reshape(-1, width)
+    check_finite(item_ids, embeddings, folder)
+    return ItemTable(item_ids, table.column("title").to_pylist(), embeddings, parents)

@@ -47,6 +47,7 @@ from karma_ray.model.denoiser import DenoiserConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.lora import merged
 from karma_ray.model.recall import RecallModel
+from karma_ray.retrieval.finite import check_weights
 
 ITEM_ENCODER, USER_DECODER, TOKENIZER = "item_encoder", "user_decoder", "tokenizer"
 ADAPTERS, WEIGHTS = "adapters.safetensors", "model.safetensors"
@@ -91,7 +92,7 @@ def save_bundle(
 
 def load_bundle(uri: str) -> Bundle:
     """Load a bundle; raises InputError when it is missing or no bundle, KarmaRayError when its
-    files do not fit together."""
+    files do not fit together or a weight is not finite."""
     manifest = read_manifest(uri, "bundle")
     with _read_folder(uri) as folder:
         config = read_json(str(folder / "config.json"))
@@ -107,6 +108,7 @@ def load_bundle(uri: str) -> Bundle:
                 message = f"was written by another version of karma_ray: {error}"
                 raise InputError("bundle", uri, message) from None
             interest = _load_parts(model, folder, tokenizer, uri)
+    check_weights(interest, uri)
     return Bundle(
         interest=interest.eval(),
         tokenizer=tokenizer,

@@ -1,7 +1,8 @@
-"""The item index: faiss over the serving side of the score, with its ids and titles.
+"""The item index: search over the serving side of the score, with its ids and titles.
 
 What is stored is `InterestModel.index_vectors(e)`, so the inner product with
-`query_vectors(h)` is the score of training (METHOD 1.4).
+`query_vectors(h)` is the score of training (METHOD 1.4). Exact search needs nothing but a
+matrix product; approximate kinds need faiss.
 
 Legend: I items, B queries, D width, K results.
 """
@@ -10,11 +11,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import faiss
 import numpy as np
 import pyarrow as pa
 
@@ -27,6 +27,8 @@ from karma_ray.artifacts import (
     write_table,
 )
 from karma_ray.errors import InputError, SkewError
+from karma_ray.retrieval.exact import ExactSearch
+from karma_ray.retrieval.finite import check_finite
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -50,11 +52,9 @@ class Flat:
 
     kind = "flat"
 
-    def build(self, vectors: Vectors) -> faiss.Index:  # [I, D]
+    def build(self, vectors: Vectors) -> ExactSearch:  # [I, D]
         """An exact index over `vectors`."""
-        index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(vectors)
-        return index
+        return ExactSearch(vectors)
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ class InvertedLists:
     num_probes: int = 16
     """Cells read per query."""
 
-    def build(self, vectors: Vectors) -> faiss.Index:  # [I, D]
-        """An inverted-list index over `vectors`; k-means runs under faiss's fixed seed."""
+    def build(self, vectors: Vectors) -> Any:  # [I, D]
+        """An inverted-list faiss index of `vectors`; k-means runs under faiss's fixed seed."""
+        faiss = faiss_for(self.kind)
         count, width = vectors.shape
         wanted = self.num_lists or int(4 * count**0.5)
         num_lists = max(1, min(wanted, count // 39))
@@ -86,6 +87,19 @@ IndexKind = Flat | InvertedLists
 KINDS: dict[str, type[Flat] | type[InvertedLists]] = {"flat": Flat, "ivf": InvertedLists}
 
 
+def faiss_for(kind: str) -> Any:
+    """The package faiss, which only approximate kinds need; raises InputError without it."""
+    try:
+        import faiss
+    except ImportError as error:
+        raise InputError(
+            "--kind", kind,
+            f"needs the package faiss-cpu, which cannot be imported here ({error}); install it, "
+            "or search exactly", choices=[Flat.kind],
+        ) from None  # fmt: skip
+    return faiss
+
+
 def index_kind(name: str) -> IndexKind:
     """The kind called `name` with its default parameters; raises InputError with the choices."""
     if name not in KINDS:
@@ -97,7 +111,8 @@ def index_kind(name: str) -> IndexKind:
 class ItemIndex:
     """A searchable catalogue: row r of the index is `item_ids[r]`, called `titles[r]`."""
 
-    faiss_index: faiss.Index
+    engine: Any
+    """ExactSearch, or a faiss index: `search(queries, k)` gives scores and rows."""
     item_ids: list[str]
     titles: list[str]
     kind: str
@@ -118,15 +133,19 @@ class ItemIndex:
         kind: IndexKind | None = None,
         parents: Mapping[str, str] | None = None,
     ) -> ItemIndex:
-        """Index `vectors` (= index_vectors(e)). Raises InputError on an empty catalogue."""
+        """Index `vectors` (= index_vectors(e)).
+
+        Raises InputError on an empty catalogue, KarmaRayError on vectors that are not finite.
+        """
         if len(item_ids) == 0:
             raise InputError("catalogue", 0, "items; an index needs at least one")
         assert len(vectors) == len(item_ids) == len(titles)
         kind = kind or Flat()
         vectors = np.ascontiguousarray(vectors, dtype=np.float32)
+        check_finite(item_ids, vectors)
         index = kind.build(vectors)
         return cls(
-            faiss_index=index,
+            engine=index,
             item_ids=list(item_ids),
             titles=list(titles),
             kind=kind.kind,
@@ -134,6 +153,10 @@ class ItemIndex:
             recall=_measured_recall(index, vectors),
             parents=dict(parents or {}),
         )
+
+    @property
+    def _is_exact(self) -> bool:
+        return isinstance(self.engine, ExactSearch)
 
     @property
     def num_items(self) -> int:
@@ -148,8 +171,8 @@ class ItemIndex:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         k = min(k, self.num_items)
         work = len(queries) * self.num_items
-        with _threads(1 if work < SMALL_SEARCH else faiss.omp_get_max_threads()):
-            scores, rows = self.faiss_index.search(queries, k)
+        with nullcontext() if self._is_exact else _threads(self.kind, work):
+            scores, rows = self.engine.search(queries, k)
         return rows, np.where(rows < 0, -np.inf, scores).astype(np.float32)
 
     def save(self, folder: str) -> ItemIndex:
@@ -157,7 +180,11 @@ class ItemIndex:
         fs, path = open_filesystem(folder)
         fs.makedirs(path, exist_ok=True)
         with fs.open(f"{path}/index.faiss", "wb") as sink:
-            sink.write(faiss.serialize_index(self.faiss_index).tobytes())
+            sink.write(
+                self.engine.to_bytes()
+                if self._is_exact
+                else faiss_for(self.kind).serialize_index(self.engine).tobytes()
+            )
         table = pa.table(
             {
                 "item_id": pa.array(self.item_ids, pa.string()),
@@ -172,7 +199,7 @@ class ItemIndex:
             index_kind=self.kind,
             parameters=self.parameters,
             num_items=self.num_items,
-            width=self.faiss_index.d,
+            width=self.engine.d,
             **{f"recall@{RECALL_AT}": self.recall},
         )
         return dataclasses.replace(self, content_hash=manifest["content_hash"])
@@ -181,8 +208,9 @@ class ItemIndex:
     def load(cls, folder: str, bundle_hash: str | None = None) -> ItemIndex:
         """Read a saved index.
 
-        Raises InputError when it is missing, SkewError when `bundle_hash` is given and the
-        index was made for another bundle.
+        Raises InputError when it is missing, damaged or needs faiss that is not here,
+        KarmaRayError when it is not finite, SkewError when `bundle_hash` is given and the index
+        was made for another bundle.
         """
         manifest = read_manifest(folder, "index")
         parents = dict(manifest["parents"])
@@ -190,10 +218,12 @@ class ItemIndex:
             check_parent(parents, "bundle", bundle_hash, folder)
         fs, path = open_filesystem(folder)
         with fs.open(f"{path}/index.faiss", "rb") as source:
-            index = faiss.deserialize_index(np.frombuffer(source.read(), dtype=np.uint8))
+            engine = _read_engine(manifest["index_kind"], source.read(), folder)
         table = read_table(join(folder, "item_ids.parquet"), columns=["item_id", "title"])
+        if isinstance(engine, ExactSearch):
+            check_finite(table.column("item_id").to_pylist(), engine.vectors, folder)
         return cls(
-            faiss_index=index,
+            engine=engine,
             item_ids=table.column("item_id").to_pylist(),
             titles=table.column("title").to_pylist(),
             kind=manifest["index_kind"],
@@ -214,9 +244,18 @@ def check_parent(parents: Mapping[str, str], role: str, expected: str, folder: s
         )
 
 
-def _measured_recall(index: faiss.Index, vectors: Vectors) -> float:  # [I, D]
+def _read_engine(kind: str, data: bytes, folder: str) -> Any:
+    try:
+        if kind == Flat.kind:
+            return ExactSearch.from_bytes(data)
+        return faiss_for(kind).deserialize_index(np.frombuffer(data, dtype=np.uint8))
+    except (ValueError, RuntimeError) as error:
+        raise InputError("index", folder, f"has a damaged index.faiss ({error})") from None
+
+
+def _measured_recall(index: Any, vectors: Vectors) -> float:  # [I, D]
     """Share of the exact top 200 that `index` finds, queries being evenly spaced items."""
-    if isinstance(index, faiss.IndexFlatIP):
+    if isinstance(index, ExactSearch):
         return 1.0
     rows = np.linspace(0, len(vectors) - 1, min(NUM_PROBE_QUERIES, len(vectors))).astype(int)
     k = min(RECALL_AT, len(vectors))
@@ -227,9 +266,10 @@ def _measured_recall(index: faiss.Index, vectors: Vectors) -> float:  # [I, D]
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
+def _threads(kind: str, work: int) -> Iterator[None]:
+    faiss = faiss_for(kind)
     before = faiss.omp_get_max_threads()
-    faiss.omp_set_num_threads(count)
+    faiss.omp_set_num_threads(1 if work < SMALL_SEARCH else before)
     try:
         yield
     finally:

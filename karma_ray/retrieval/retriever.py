@@ -23,6 +23,7 @@ from karma_ray.data.collate import Collator
 from karma_ray.errors import InputError
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.export import load_bundle
+from karma_ray.retrieval.finite import check_queries
 from karma_ray.retrieval.index import IndexKind, ItemIndex, check_parent, merged
 from karma_ray.retrieval.requests import HistoryItem, Request, request_keys, request_table
 
@@ -136,7 +137,10 @@ class Retriever:
     def recall_batch(
         self, requests: Sequence[Request], k: int, exclude_history: bool = False
     ) -> list[Recall]:
-        """`recall` for several requests in one pass of the model and one of the index."""
+        """`recall` for several requests in one pass of the model and one of the index.
+
+        Raises KarmaRayError where the model's answer is not finite.
+        """
         if k < 1:
             raise InputError("k", k, "must be at least 1")
         clicked = [{item.item_id for item in request.history} for request in requests]
@@ -184,6 +188,7 @@ class Retriever:
         with torch.inference_mode():
             vectors = self._vectors(request_table(requests))
         result: NDArray[np.float32] = vectors.float().cpu().numpy()
+        check_queries(result)
         return result
 
     def _search(

@@ -13,6 +13,7 @@ from transformers.utils import logging as transformers_logging
 
 from karma_ray.errors import InputError
 from karma_ray.model import packing
+from karma_ray.model.backbones.checkpoint_files import loaded
 
 transformers_logging.disable_progress_bar()
 
@@ -39,12 +40,7 @@ def load_weights(kind: Any, name: str, checkpoint: str, field: str, **options: A
     Raises InputError when it cannot be loaded or lacks weights, of which transformers would make
     random numbers; `name` is the family's, for people.
     """
-    try:
-        model, info = kind.from_pretrained(
-            checkpoint, dtype=torch.float32, output_loading_info=True, **options
-        )
-    except (OSError, ValueError) as error:
-        raise InputError(field, checkpoint, f"cannot be loaded ({error})") from None
+    model, info = loaded(kind, checkpoint, field, **options)
     if info["missing_keys"]:
         example = sorted(info["missing_keys"])[0]
         raise InputError(field, checkpoint, f"lacks weights of a {name} body, such as {example}")
@@ -62,12 +58,7 @@ def load_lm_head(checkpoint: str, *, empty: bool = False) -> Tensor | None:
         return None
     if empty:
         return torch.zeros(config.vocab_size, config.hidden_size)
-    try:
-        whole, info = AutoModelForCausalLM.from_pretrained(
-            checkpoint, dtype=torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError) as error:
-        raise InputError("checkpoint", checkpoint, f"cannot be loaded ({error})") from None
+    whole, info = loaded(AutoModelForCausalLM, checkpoint, "checkpoint")
     if "lm_head.weight" in info["missing_keys"]:  # transformers would make up a random one
         raise InputError("checkpoint", checkpoint, "has no language-model head, tied or its own")
     return cast(Tensor, whole.get_output_embeddings().weight.detach().clone())

@@ -11,14 +11,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from karma_ray.data.prompts import Tokenizer
 from karma_ray.errors import InputError
+from karma_ray.model.backbones.checkpoint_files import check_tokenizer_files
 from karma_ray.model.backbones.registry import FAMILIES, TINY
 
 
 def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerFast:
     """The tokenizer of a checkpoint folder, with the special tokens of its family.
 
-    Raises InputError when it has those of no family.
+    Raises InputError when the folder holds none, or one with the special tokens of no family.
     """
+    check_tokenizer_files(checkpoint, "tokenizer")
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     except (OSError, ValueError) as error:

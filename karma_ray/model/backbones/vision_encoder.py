@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
 from karma_ray.errors import InputError
+from karma_ray.model.backbones.checkpoint_files import loaded
 from karma_ray.model.backbones.checkpoints import colour_scale
 from karma_ray.model.backbones.family import VisionTower
 from karma_ray.model.backbones.registry import FAMILIES
@@ -74,11 +75,9 @@ def load_vision_encoder(checkpoint: str, grid: int, device: str = "cpu") -> Visi
     field = "--encoder"
     try:
         config = AutoConfig.from_pretrained(checkpoint)
-        model, info = AutoModel.from_pretrained(
-            checkpoint, dtype=torch.float32, output_loading_info=True
-        )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(field, checkpoint, f"cannot be loaded ({error})") from None
+    model, info = loaded(AutoModel, checkpoint, field)
     vision = getattr(config, "vision_config", config)
     own = _family_tower(config.model_type)
     part = own.attribute if own else "vision_model"
