@@ -64,17 +64,8 @@ class Paces:
 
 
 def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
-    """Stage 1 on the `item_tokens` table at `tokens`."""
-    config = stage.config
-    training = replace(
-        config.training,
-        steps=config.warmup.steps,
-        batch_size=config.warmup.batch_size,
-        learning_rate=config.warmup.learning_rate,
-        encoder_grad="full",
-        validate_every=0,
-        checkpoint_every=0,
-    )
+    """Stage 1 on the `item_tokens` table at `tokens`; `stage` has `warmup_config`."""
+    config, training = stage.config, stage.config.training
     return TrainJob(
         run=folder,
         stage="warmup",
