@@ -62,7 +62,6 @@ class Judge:
         return evaluate(
             ranker, examples, self.catalog, config=self.config.evaluation,
             train_item_ids=self.warm, query_matches=self.matches, seed=self.config.seed,
-            return_details=True,
         )  # fmt: skip
 
     def both_splits(self, ranker: Ranker, outcomes: str | None = None) -> dict[str, float]:
