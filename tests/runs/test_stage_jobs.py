@@ -6,8 +6,8 @@ import pytest
 
 from karma_ray import recipes
 from karma_ray.config import override
+from karma_ray.runs.first_stages import warmup_key
 from karma_ray.runs.stage_jobs import Paces
-from karma_ray.runs.stages import warmup_key
 from karma_ray.training.optim import Pace
 
 LAYER = "interest.{}.body.layers.0.mlp.up_proj."
