@@ -128,6 +128,7 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
         )
         raise InputError("model.decodability.recon_text", "shuffled", message)
     config.model.check()
+    config.objective.check()
     if config.objective.built.image:
         config.model.imagery.check()
     parse_rank(config.model.peft)

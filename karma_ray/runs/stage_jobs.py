@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from karma_ray.artifacts import join
-from karma_ray.baselines.popularity import warm_mask
+from karma_ray.baselines.popularity import click_shares, warm_mask
 from karma_ray.baselines.sequential import IdModel
 from karma_ray.data.collate import Collator
 from karma_ray.data.prepared import PreparedData
@@ -101,7 +102,8 @@ def joint_job(
     )  # fmt: skip
     if over_ids(config):  # one pace for all its parameters
         action = ActionStep(config.objective)
-        return job(build=stage.build_ids, step=action, probe=action.probe)
+        with_shares = partial(_with_shares, _shares(stage, source))
+        return job(build=stage.build_ids, step=action, probe=action.probe, before_step=with_shares)
     step = JointStep(
         config.objective, training.encoder_grad, training.encoder_delay,
         training.micro_batch_size, training.micro_tokens,
@@ -113,7 +115,7 @@ def joint_job(
         step=step,
         pace_of=Paces(training.new_module_lr, Pace(training.encoder_lr, start, rise)),
         probe=JointProbe(stage, step),
-        before_step=BeforeStep(stage, step),
+        before_step=BeforeStep(stage, step, _shares(stage, source)),
     )
 
 
@@ -141,18 +143,20 @@ class Plateau:
 
 @dataclass
 class BeforeStep:
-    """What depends on the step: whether the item encoder learns, and the history bank.
+    """What depends on the step: whether the item encoder learns, the history bank, and `shares`.
 
     The bank is filled once while the encoder is frozen, every R steps under `targets_only`.
     """
 
     stage: Stage
     step: JointStep
+    shares: NDArray[np.float32] | None = field(default=None, repr=False)  # [I]
     _collator: Collator | None = field(default=None, repr=False)
 
     def __call__(self, model: nn.Module, step: int, state: StepState) -> StepState:
         """The state of the step behind `step` finished ones; `state` has the bank of the last."""
         assert isinstance(model, KarmaModel)
+        state = _with_shares(self.shares, model, step, state)
         training = self.stage.config.training
         frozen = self.step.is_frozen(state.progress)
         # Also queries may go through the item encoder (query_mode=encoder).
@@ -229,6 +233,22 @@ class Validation:
         if self.on_validate is not None:
             self.on_validate(step, {f"valid/{name}": value for name, value in metrics.items()})
         return metrics
+
+
+def _shares(stage: Stage, source: PreparedData) -> NDArray[np.float32] | None:  # -> [I]
+    """How popular each item's content is, where the objective corrects for it."""
+    if not stage.config.objective.logq:
+        return None
+    return click_shares(source.sequences(), stage.catalog())
+
+
+def _with_shares(
+    shares: NDArray[np.float32] | None, model: nn.Module, step: int, state: StepState
+) -> StepState:
+    """`state` with the shares where the model is; they are moved there once."""
+    if shares is None or state.shares is not None:
+        return state
+    return replace(state, shares=torch.from_numpy(shares).to(next(model.parameters()).device))
 
 
 def _batches(

@@ -9,7 +9,7 @@ run was made, and is not committed: intervals.py keeps what comparisons need of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
