@@ -82,7 +82,9 @@ def test_a_step_is_told_how_popular_items_are_where_the_objective_asks(
 def test_a_correction_without_a_softmax_is_refused_before_anything_is_trained(
     shop: str, tmp_path: Path
 ) -> None:
-    wrong = override(recipes.build("toy"), ["objective.logq=true", "training.num_workers=0"])
+    wrong = override(
+        recipes.build("toy"), ["objective.logq=true", "objective.action_loss=pairwise"]
+    )
     with pytest.raises(InputError, match=r"objective\.logq: True .*action_loss=pairwise"):
         train_run(wrong, shop, str(tmp_path / "run"), cache=str(tmp_path / "cache"))
     assert not (tmp_path / "cache").exists()
