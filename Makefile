@@ -13,7 +13,7 @@ BIN := .venv/bin
 STAMP := .venv/.installed
 CODE := karma_ray jobs benchmarks tune_spaces tests
 
-.PHONY: install train test test-slow serve lint format format-check types clean
+.PHONY: install train test test-oldest test-slow serve lint format format-check types clean
 
 install: $(STAMP)
 
@@ -27,9 +27,14 @@ train: install
 serve: install
 	$(BIN)/python jobs/serve.py $(RUN) $(ARGS)
 
-# The fast tier and the tier that shares one local Ray.
+# The fast tier and the tier that shares one local Ray, in two processes.
 test: install
-	$(BIN)/python -m pytest -m "not slow" $(TESTS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder \
+		--durations=25 $(TESTS)
+
+# The fast tier with the lowest versions that pyproject.toml allows: before a release.
+test-oldest:
+	PYTHON="$(PYTHON)" bash .ci/oldest.sh $(TESTS)
 
 # Raw logs to endpoint, faults, interrupted runs: before a release.
 test-slow: install

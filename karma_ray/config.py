@@ -11,7 +11,7 @@ import dataclasses
 import inspect
 import itertools
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast, get_type_hints
 
@@ -59,6 +59,15 @@ class Config:
 def to_dict(config: Config) -> dict[str, Any]:
     """The configuration as plain JSON-able values."""
     return dataclasses.asdict(config)
+
+
+def flattened(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """`{"a": {"b": 1}}` -> ("a.b", 1)."""
+    for name, inner in value.items():
+        if isinstance(inner, Mapping):
+            yield from flattened(inner, f"{path}{name}.")
+        else:
+            yield f"{path}{name}", inner
 
 
 def from_dict(value: Mapping[str, Any]) -> Config:

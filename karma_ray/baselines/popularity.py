@@ -1,4 +1,4 @@
-"""Floor: training clicks, recency-free. Also the two counts other parts need of the logs."""
+"""Floor: training clicks, recency-free. Also the counts that other parts need of the logs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,14 @@ def training_clicks(sequences: pa.Table, catalog: Catalog) -> NDArray[np.int64]:
     """Training clicks of every item: steps with `loss_mask`, so each click counts once."""
     items, mask = _flat(sequences, "item_ids"), _flat(sequences, "loss_mask")
     return _counts(items.filter(pc.fill_null(mask, False)), catalog)
+
+
+def click_shares(sequences: pa.Table, catalog: Catalog) -> NDArray[np.float32]:  # -> [I]
+    """Share of the training clicks that is on each item's content, on one click at least."""
+    clicks, content = training_clicks(sequences, catalog), catalog.content_ids
+    counts = np.bincount(content, weights=clicks)[content]
+    shares: NDArray[np.float32] = np.maximum(counts, 1) / max(clicks.sum(), 1)
+    return shares.astype(np.float32)
 
 
 def warm_mask(sequences: pa.Table, catalog: Catalog) -> NDArray[np.bool_]:  # -> [I]

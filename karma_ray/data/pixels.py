@@ -7,15 +7,14 @@ Legend: I items, n rows, S pixels of a side.
 from __future__ import annotations
 
 import math
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from karma_ray.artifacts import join, locked
+from karma_ray.artifacts import join
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.fragments import list_fragments
+from karma_ray.data.memory_map import mapped_array
 from karma_ray.data.pictures import UNUSED, BrokenImage, decode, read_images, source_rows
 
 NO_PICTURE = -1
@@ -54,27 +53,16 @@ def catalog_pixels(catalog: Catalog, data_uri: str, side: int) -> PixelTable:
         _fill(values, catalog, data_uri, side)
         return PixelTable(values)
     path = catalog.copy.with_name(f"{catalog.copy.stem}-{side}-{FORMAT}.pixels.npy")
-    if not path.exists():
-        with locked(str(path)):
-            if not path.exists():
-                _write(catalog, data_uri, side, path)
-    return PixelTable(np.asarray(np.load(path, mmap_mode="r")))
+    return PixelTable(
+        mapped_array(
+            path, np.uint8, _shape(catalog, side),
+            lambda values: _fill(values, catalog, data_uri, side),
+        )
+    )  # fmt: skip
 
 
 def _shape(catalog: Catalog, side: int) -> tuple[int, int]:
     return catalog.num_items, 1 + side * side * 3
-
-
-def _write(catalog: Catalog, data_uri: str, side: int, path: Path) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    values = np.lib.format.open_memmap(temporary, "w+", np.uint8, _shape(catalog, side))
-    try:
-        _fill(values, catalog, data_uri, side)
-    except BaseException:
-        temporary.unlink()
-        raise
-    values.flush()
-    os.replace(temporary, path)
 
 
 def _fill(values: np.ndarray, catalog: Catalog, data_uri: str, side: int) -> None:

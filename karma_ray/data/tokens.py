@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from karma_ray.artifacts import locked
 from karma_ray.data.catalog import Catalog
+from karma_ray.data.memory_map import mapped_array
 from karma_ray.data.prompts import SpecialIds, Tokenizer, encode_texts
 
 FORMAT = 1
@@ -63,35 +61,27 @@ def catalog_tokens(
     """Tokens [I, L] int32 and lengths [I] int64 of every item's text, as by `encode_texts`.
 
     Of a catalogue loaded from a data folder they lie beside its copy on the node, under the
-    content of items and tokenizer; pages of the tokens are shared. One process writes them while
-    the others wait: the workers of a node start together.
+    content of items and tokenizer; pages of the tokens are shared.
     """
     if catalog.copy is None:
         return encode_texts(tokenizer, catalog.texts(), max_tokens)
     name = f"{catalog.copy.stem}-{_content(tokenizer)}-{max_tokens}-{FORMAT}.tokens.npy"
-    path = catalog.copy.with_name(name)
-    if not path.exists():
-        with locked(str(path)):
-            if not path.exists():
-                _write(catalog, tokenizer, max_tokens, path)
-    table = np.asarray(np.load(path, mmap_mode="r"))
+    table = mapped_array(
+        catalog.copy.with_name(name), np.int32, (catalog.num_items, 1 + max_tokens),
+        lambda table: _fill(table, catalog, tokenizer, max_tokens),
+    )  # fmt: skip
     lengths = table[:, 0].astype(np.int64)
     return table[:, 1 : 1 + int(lengths.max())], lengths
 
 
-def _write(catalog: Catalog, tokenizer: Tokenizer, max_tokens: int, path: Path) -> None:
+def _fill(table: np.ndarray, catalog: Catalog, tokenizer: Tokenizer, max_tokens: int) -> None:
     """One row per item [1 + max_tokens]: its length, then its tokens."""
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    shape = (catalog.num_items, 1 + max_tokens)
     padding = SpecialIds.of(tokenizer).end_of_text
-    table = np.lib.format.open_memmap(temporary, "w+", np.int32, shape)
     for start in range(0, catalog.num_items, CHUNK):
         tokens, lengths = encode_texts(tokenizer, catalog.texts(start, start + CHUNK), max_tokens)
         rows = table[start : start + len(tokens)]
         rows[:, 0], rows[:, 1 : 1 + tokens.shape[1]] = lengths, tokens
         rows[:, 1 + tokens.shape[1] :] = padding
-    table.flush()
-    os.replace(temporary, path)
 
 
 def _content(tokenizer: Tokenizer) -> str:

@@ -9,10 +9,8 @@ Legend: N rows, I items, N_v tokens of an image, d_v width of a token.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,13 +20,13 @@ import pyarrow.parquet as pq
 from karma_ray.artifacts import (
     data_files,
     join,
-    locked,
     open_filesystem,
     read_manifest,
     write_manifest,
     write_table,
 )
 from karma_ray.data.catalog import Catalog
+from karma_ray.data.memory_map import mapped_array
 from karma_ray.errors import InputError
 
 KIND = "visual_features"
@@ -75,12 +73,11 @@ class VisualFeatures:
         if facts["parents"].get("items") != catalog.copy.stem:
             raise _other_catalogue(uri)
         name = f"{catalog.copy.stem}-{facts['content_hash']}-{FORMAT}.visual.npy"
-        path = catalog.copy.with_name(name)
-        if not path.exists():
-            with locked(str(path)):
-                if not path.exists():
-                    _write_copy(uri, facts, catalog, path)
-        return cls(np.asarray(np.load(path, mmap_mode="r")), facts)
+        values = mapped_array(
+            catalog.copy.with_name(name), np.float32, _shape(catalog, facts),
+            lambda values: _fill(values, uri, facts, catalog),
+        )  # fmt: skip
+        return cls(values, facts)
 
     @property
     def num_tokens(self) -> int:
@@ -175,18 +172,6 @@ def _other_catalogue(uri: str) -> InputError:
     return InputError(
         "visual features", uri, "belong to another catalogue; make them anew: jobs/features.py DATA"
     )
-
-
-def _write_copy(uri: str, facts: dict[str, Any], catalog: Catalog, path: Path) -> None:
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    values = np.lib.format.open_memmap(temporary, "w+", np.float32, _shape(catalog, facts))
-    try:
-        _fill(values, uri, facts, catalog)
-    except BaseException:
-        temporary.unlink()
-        raise
-    values.flush()
-    os.replace(temporary, path)
 
 
 def _fill(values: np.ndarray, uri: str, facts: dict[str, Any], catalog: Catalog) -> None:

@@ -8,20 +8,19 @@ Legend: n examples, I items.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from karma_ray.baselines.popularity import warm_mask
 from karma_ray.baselines.ranker import Ranker as Ranker
 from karma_ray.data.catalog import Catalog
 from karma_ray.evaluation.config import EvaluationConfig
 from karma_ray.evaluation.measurement import EvaluationDetails, Measurement
 
 if TYPE_CHECKING:
-    from karma_ray.data.prepared import PreparedData, QueryMatches
+    from karma_ray.data.prepared import QueryMatches
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,6 @@ class EvaluationResult:
     details: EvaluationDetails
 
 
-@overload
 def evaluate(
     ranker: Ranker,
     examples: pa.Table,
@@ -42,36 +40,8 @@ def evaluate(
     train_item_ids: NDArray[np.bool_] | set[str],
     query_matches: QueryMatches,
     seed: int = 0,
-    return_details: Literal[False] = False,
-) -> dict[str, float]: ...
-
-
-@overload
-def evaluate(
-    ranker: Ranker,
-    examples: pa.Table,
-    catalog: Catalog,
-    *,
-    config: EvaluationConfig,
-    train_item_ids: NDArray[np.bool_] | set[str],
-    query_matches: QueryMatches,
-    seed: int = 0,
-    return_details: Literal[True],
-) -> EvaluationResult: ...
-
-
-def evaluate(
-    ranker: Ranker,
-    examples: pa.Table,
-    catalog: Catalog,
-    *,
-    config: EvaluationConfig,
-    train_item_ids: NDArray[np.bool_] | set[str],
-    query_matches: QueryMatches,
-    seed: int = 0,
-    return_details: bool = False,
-) -> dict[str, float] | EvaluationResult:
-    """All metrics of a ranker on `examples`, flat.
+) -> EvaluationResult:
+    """All metrics of a ranker on `examples`, flat, and the values per example that they average.
 
     Keys: HR@10, HR@50, HR@200, HR@1000, NDCG@10, MRR, JS@50, JS@50_excl_gt, gAUC (absent
     without a judged request), num_test, num_gauc_groups, num_unknown_target, and the same under
@@ -89,30 +59,7 @@ def evaluate(
     warm = _as_mask(train_item_ids, catalog)
     measurement = Measurement(taken, catalog, config, query_matches)
     measurement.run(ranker)
-    metrics = measurement.metrics(warm)
-    if not return_details:
-        return metrics
-    return EvaluationResult(metrics, measurement.details(sample))
-
-
-def evaluate_prepared(
-    ranker: Ranker,
-    data: PreparedData,
-    split: Literal["valid", "test"],
-    config: EvaluationConfig,
-    seed: int = 0,
-) -> dict[str, float]:
-    """`evaluate` on one split of a prepared data folder."""
-    catalog = data.catalog()
-    return evaluate(
-        ranker,
-        data.examples(split),
-        catalog,
-        config=config,
-        train_item_ids=warm_mask(data.sequences(), catalog),
-        query_matches=data.query_matches(catalog),
-        seed=seed,
-    )
+    return EvaluationResult(measurement.metrics(warm), measurement.details(sample))
 
 
 def _sampled_rows(num: int, limit: int, seed: int) -> NDArray[np.int64]:

@@ -10,6 +10,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from karma_ray.errors import InputError
 from karma_ray.ranges import Share, Weight
 
 
@@ -46,6 +47,9 @@ class ObjectiveConfig:
     """Share of the steps before hard negatives count; their weight then rises over as many."""
     batch_weight: Weight = 1.0
     """Weight of in-batch negatives."""
+    logq: bool = False
+    """Correct the in-batch negatives of `action_loss=infonce` for their popularity: an item counts
+    by the inverse of its chance to be in the batch (`negatives.inclusion_log_chance`)."""
     lambda_dec: Weight = 1.0
     """Weight of the decodability terms together."""
     generation: Weight = 1.0
@@ -70,6 +74,13 @@ class ObjectiveConfig:
             reconstruction=self.lambda_dec * self.reconstruction != 0,
             image=self.lambda_dec * self.lambda_img != 0,
         )
+
+    def check(self) -> None:
+        """Raise InputError on settings that do not go together."""
+        if self.logq and self.action_loss != "infonce":
+            message = f"corrects a softmax, and objective.action_loss={self.action_loss} has none"
+            choices = ["false", "true with objective.action_loss=infonce"]
+            raise InputError("objective.logq", True, message, choices=choices)
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,19 @@ def hard_negative_mask(
     return hard_mask & ~same.any(-1)
 
 
+def inclusion_log_chance(share: Tensor, draws: int) -> Tensor:
+    """log pi [P] of an item to be in a pool made of `draws` clicks: pi = 1 - (1 - p)^draws.
+
+    share [P] are the p: what part of all training clicks is on the item's content, as the pool
+    holds one item of each. With s - log pi in place of s the pool's part of a softmax denominator,
+    sum of exp(s) / pi, is in the mean that of the whole catalogue (Horvitz and Thompson, 1952;
+    the correction of sampling bias of Yi et al., RecSys 2019). Without it an item is pushed away
+    as often as it is popular. What no batch draws, the positive and exposed negatives, is left as
+    it is (2507.09331). Clicks of one window are taken as independent, as those of others are.
+    """
+    return torch.log(-torch.expm1(draws * torch.log1p(-share)))
+
+
 def first_occurrences(ids: Tensor) -> Tensor:
     """Positions [P'] of the first occurrence of each distinct id in ids [P], in order.
 

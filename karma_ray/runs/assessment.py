@@ -34,7 +34,8 @@ from karma_ray.evaluation.outcomes import Outcomes
 from karma_ray.metrics.collapse import spread
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
-from karma_ray.runs.stages import STAGE_VERSION, Stage
+from karma_ray.runs.first_stages import STAGE_VERSION
+from karma_ray.runs.stages import Stage
 from karma_ray.training.order import Source
 
 LOG = logging.getLogger(__name__)
@@ -61,7 +62,6 @@ class Judge:
         return evaluate(
             ranker, examples, self.catalog, config=self.config.evaluation,
             train_item_ids=self.warm, query_matches=self.matches, seed=self.config.seed,
-            return_details=True,
         )  # fmt: skip
 
     def both_splits(self, ranker: Ranker, outcomes: str | None = None) -> dict[str, float]:

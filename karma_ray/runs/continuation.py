@@ -7,10 +7,8 @@ whatever has happened to caches or settings of execution since.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from karma_ray import recipes
 from karma_ray.artifacts import (
@@ -22,7 +20,7 @@ from karma_ray.artifacts import (
     read_manifest,
     write_json,
 )
-from karma_ray.config import Config, from_dict, to_dict
+from karma_ray.config import Config, flattened, from_dict, to_dict
 from karma_ray.data.pictures import has_images
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
@@ -59,7 +57,9 @@ class Parent:
 
         The decoder reads the item encoder already, so the encoder need not wait for it.
         """
-        theirs, mine = (dict(_flat({"model": to_dict(c)["model"]})) for c in (self.config, config))
+        theirs, mine = (
+            dict(flattened({"model": to_dict(c)["model"]})) for c in (self.config, config)
+        )
         for name, value in mine.items():
             if theirs[name] != value:
                 message = f"differs from {theirs[name]!r} of the run to go on from ({self.run})"
@@ -85,8 +85,8 @@ def check_resumed(config: Config, source: PreparedData, folder: RunFolder) -> No
     """Weights of one configuration must not be continued, or reported, under another."""
     if not exists(folder.config):
         return
-    saved = dict(_flat(to_dict(from_dict(read_json(folder.config)))))
-    wanted = dict(_flat(to_dict(config)))
+    saved = dict(flattened(to_dict(from_dict(read_json(folder.config)))))
+    wanted = dict(flattened(to_dict(config)))
     changed = [n for n in wanted if saved[n] != wanted[n] and n not in EXECUTION]
     if changed:
         raise InputError(
@@ -128,6 +128,7 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
         )
         raise InputError("model.decodability.recon_text", "shuffled", message)
     config.model.check()
+    config.objective.check()
     if config.objective.built.image:
         config.model.imagery.check()
     parse_rank(config.model.peft)
@@ -190,12 +191,3 @@ def noted_stage(folder: RunFolder, config: Config, items_uri: str) -> Stage | No
         resolved, items_uri, warm=noted["warm"], trained=noted["trained"],
         tokenizer_folder=noted["tokenizer"],
     )  # fmt: skip
-
-
-def _flat(value: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted name and value of every field."""
-    for name, child in value.items():
-        if isinstance(child, Mapping):
-            yield from _flat(child, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", child

@@ -5,11 +5,16 @@ Both lie in a cache that all recipes share, under what they depend on.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
 import shutil
 from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
 
 from karma_ray.artifacts import (
     RunFolder,
@@ -22,28 +27,32 @@ from karma_ray.artifacts import (
     value_hash,
     write_table,
 )
-from karma_ray.config import Config
+from karma_ray.config import Config, flattened, to_dict
+from karma_ray.data.catalog import Catalog
 from karma_ray.data.prepared import PreparedData
 from karma_ray.data.prompts import SpecialIds
 from karma_ray.model.backbone import build_tiny_with_pictures, load_body, save_body
 from karma_ray.model.backbones.tokenizer import load_tokenizer
+from karma_ray.model.config import DecodabilityConfig, ImageryConfig, ModelConfig
+from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.run_log import RunLog
-from karma_ray.runs.stage_images import imagery_key
+from karma_ray.runs.stage_images import features_hash
 from karma_ray.runs.stage_jobs import warmup_job
 from karma_ray.runs.stages import (
     Stage,
     is_tiny,
     over_ids,
-    pretrain_key,
-    token_table,
-    warmup_key,
     with_checkpoints,
 )
 from karma_ray.runs.training import run_training
+from karma_ray.training.config import EXECUTION, WARMED_UP_BY, TrainingConfig
 from karma_ray.training.language import pretrain
 
 LOG = logging.getLogger(__name__)
+
+STAGE_VERSION = 2
+"""Raised when code changes what a cached stage holds: old caches are then not found."""
 
 
 def start_stage(
@@ -55,7 +64,7 @@ def start_stage(
     Their log lines are copied into `run`, so that its report shows every stage.
     """
     items_hash = content_hash(join(source.items_uri, "items"))
-    imagery_key(config, source.items_uri)  # raises now rather than after the pretraining
+    features_hash(config, source.items_uri)  # raises now rather than after the pretraining
     if over_ids(config):  # of a language model it needs the tokenizer only
         untrained, cold = replace(config.pretrain, steps=0), replace(config.warmup, skip=True)
         config = replace(config, pretrain=untrained, warmup=cold)
@@ -70,9 +79,73 @@ def start_stage(
         return stage
     warm = join(cache, f"warmup-{value_hash(warmup_key(config, items_hash, source.items_uri))}")
     with locked(warm):
-        final = _warmed_up(stage, warm, executor)
+        final = _warmed_up(Stage(warmup_config(config), source.items_uri), warm, executor)
     _copy_lines(warm, run)
     return replace(stage, warm=final)
+
+
+def warmup_config(config: Config) -> Config:
+    """What the warm-up is told of a configuration: all else is at its default.
+
+    It runs on this very configuration and is cached under it, so nothing that it depends on can
+    be forgotten in the key, and recipes that differ in the rest share it. Of the objective it knows
+    the weight of the visual term alone.
+    """
+    warmup, model, with_images = config.warmup, config.model, config.objective.built.image
+    training = TrainingConfig()
+    return Config(
+        seed=config.seed,
+        collate=config.collate if with_images else replace(config.collate, visual_features=""),
+        model=ModelConfig(
+            item_encoder=model.item_encoder, user_decoder=model.user_decoder, score=model.score,
+            decodability=DecodabilityConfig(
+                max_target_tokens=model.decodability.max_target_tokens
+            ),
+            imagery=model.imagery if with_images else ImageryConfig(),
+            peft=model.peft, kind=model.kind,
+        ),
+        warmup=warmup,
+        objective=ObjectiveConfig(lambda_img=config.objective.lambda_img if with_images else 0.0),
+        training=replace(
+            config.training, steps=warmup.steps, batch_size=warmup.batch_size,
+            learning_rate=warmup.learning_rate, encoder_grad=training.encoder_grad,
+            encoder_delay=training.encoder_delay, encoder_lr=training.encoder_lr,
+            bank_refresh_steps=training.bank_refresh_steps, validate_every=0, checkpoint_every=0,
+        ),
+    )  # fmt: skip
+
+
+def warmup_key(config: Config, items_hash: str, items_uri: str = "") -> dict[str, object]:
+    """What warmed-up weights depend on: `warmup_config` but for where and how it is executed.
+
+    Checkpoints and the visual features of the data at `items_uri` are named by their content;
+    `config` has `tiny` resolved.
+    """
+    fields = dict(flattened(to_dict(warmup_config(config))))
+    kept = {n: value for n, value in fields.items() if n not in EXECUTION or n in WARMED_UP_BY}
+    for name in ("model.item_encoder.checkpoint", "model.user_decoder.checkpoint"):
+        kept[name] = content_hash(kept[name]) if Path(kept[name]).is_dir() else kept[name]
+    kept["collate.visual_features"] = features_hash(config, items_uri)
+    return {"version": STAGE_VERSION, "items": items_hash, **kept}
+
+
+def token_table(catalog: Catalog, tokens: np.ndarray, lengths: np.ndarray) -> pa.Table:
+    """The `item_tokens` table."""
+    lists = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
+    ids = pa.array(lists, pa.list_(pa.int32()))
+    return pa.table({"item_id": pa.array(catalog.item_ids), "token_ids": ids})
+
+
+def pretrain_key(config: Config, items_hash: str) -> dict[str, object]:
+    """What a pretrained tiny language model depends on."""
+    return {
+        "version": STAGE_VERSION,
+        "items": items_hash,
+        "tiny": dataclasses.asdict(config.model.tiny),
+        "pretrain": dataclasses.asdict(config.pretrain),
+        "max_item_tokens": config.collate.max_item_tokens,
+        "seed": config.seed,
+    }
 
 
 def _warmed_up(stage: Stage, folder: str, executor: Executor) -> str:

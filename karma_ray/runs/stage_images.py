@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 from dataclasses import dataclass
@@ -59,16 +58,14 @@ def build_imagery(
     return Imagery(config.model.imagery, shape, rows, config.seed)
 
 
-def imagery_key(config: Config, items_uri: str) -> dict[str, object]:
-    """What warmed-up weights depend on besides, in a run with a visual term."""
+def features_hash(config: Config, items_uri: str) -> str:
+    """Content of the features of a run with a visual term; "" of another.
+
+    Raises InputError when they are not there.
+    """
     if not config.objective.built.image:
-        return {}
-    features = read_manifest(visual_uri(config, items_uri), KIND)["content_hash"]
-    return {
-        "visual_features": features,
-        "imagery": dataclasses.asdict(config.model.imagery),
-        "lambda_img": config.objective.lambda_img,
-    }
+        return ""
+    return str(read_manifest(visual_uri(config, items_uri), KIND)["content_hash"])
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from karma_ray.artifacts import join
-from karma_ray.baselines.popularity import warm_mask
+from karma_ray.baselines.popularity import click_shares, warm_mask
 from karma_ray.baselines.sequential import IdModel
 from karma_ray.data.collate import Collator
 from karma_ray.data.prepared import PreparedData
@@ -64,17 +65,8 @@ class Paces:
 
 
 def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
-    """Stage 1 on the `item_tokens` table at `tokens`."""
-    config = stage.config
-    training = replace(
-        config.training,
-        steps=config.warmup.steps,
-        batch_size=config.warmup.batch_size,
-        learning_rate=config.warmup.learning_rate,
-        encoder_grad="full",
-        validate_every=0,
-        checkpoint_every=0,
-    )
+    """Stage 1 on the `item_tokens` table at `tokens`; `stage` has `warmup_config`."""
+    config, training = stage.config, stage.config.training
     return TrainJob(
         run=folder,
         stage="warmup",
@@ -94,55 +86,37 @@ def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
 def joint_job(
     stage: Stage, source: PreparedData, run: str, on_validate: OnValidate | None = None
 ) -> TrainJob:
-    """Stage 2 on the prepared sequences."""
+    """Stage 2 on the prepared sequences, of KARMA or of a baseline over ids."""
     config, training = stage.config, stage.config.training
-    if over_ids(config):
-        return _ids_job(stage, source, run, on_validate)
-    step = JointStep(
-        config.objective, training.encoder_grad, training.encoder_delay,
-        training.micro_batch_size, training.micro_tokens,
-    )  # fmt: skip
-    start = next(n for n in range(training.steps + 1) if not step.is_delayed(n / training.steps))
-    rise = round(training.lr_warmup_share * training.steps) if start else 0
-    encoder = Pace(training.encoder_lr, start, rise)
-    sequences = join(source.uri, "sequences")
-    return TrainJob(
+    job = partial(
+        TrainJob,
         run=run,
         stage="joint",
-        build=stage.build_joint,
-        step=step,
-        make_batches=partial(
-            _batches, sequences, config.seed, training.batch_size, stage.make_training_collate
-        ),
-        training=training,
-        seed=config.seed,
-        pace_of=Paces(training.new_module_lr, encoder),
-        probe=JointProbe(stage, step),
-        validate=Validation(stage, source, on_validate),
-        before_step=BeforeStep(stage, step),
-    )
-
-
-def _ids_job(
-    stage: Stage, source: PreparedData, run: str, on_validate: OnValidate | None
-) -> TrainJob:
-    """Stage 2 of a baseline over ids: the same batches, and one pace for all its parameters."""
-    config, training = stage.config, stage.config.training
-    step = ActionStep(config.objective)
-    return TrainJob(
-        run=run,
-        stage="joint",
-        build=stage.build_ids,
-        step=step,
         make_batches=partial(
             _batches, join(source.uri, "sequences"), config.seed, training.batch_size,
             stage.make_training_collate,
         ),
         training=training,
         seed=config.seed,
-        probe=step.probe,
         validate=Validation(stage, source, on_validate),
     )  # fmt: skip
+    if over_ids(config):  # one pace for all its parameters
+        action = ActionStep(config.objective)
+        with_shares = partial(_with_shares, _shares(stage, source))
+        return job(build=stage.build_ids, step=action, probe=action.probe, before_step=with_shares)
+    step = JointStep(
+        config.objective, training.encoder_grad, training.encoder_delay,
+        training.micro_batch_size, training.micro_tokens,
+    )  # fmt: skip
+    start = next(n for n in range(training.steps + 1) if not step.is_delayed(n / training.steps))
+    rise = round(training.lr_warmup_share * training.steps) if start else 0
+    return job(
+        build=stage.build_joint,
+        step=step,
+        pace_of=Paces(training.new_module_lr, Pace(training.encoder_lr, start, rise)),
+        probe=JointProbe(stage, step),
+        before_step=BeforeStep(stage, step, _shares(stage, source)),
+    )
 
 
 @dataclass
@@ -169,18 +143,20 @@ class Plateau:
 
 @dataclass
 class BeforeStep:
-    """What depends on the step: whether the item encoder learns, and the history bank.
+    """What depends on the step: whether the item encoder learns, the history bank, and `shares`.
 
     The bank is filled once while the encoder is frozen, every R steps under `targets_only`.
     """
 
     stage: Stage
     step: JointStep
+    shares: NDArray[np.float32] | None = field(default=None, repr=False)  # [I]
     _collator: Collator | None = field(default=None, repr=False)
 
     def __call__(self, model: nn.Module, step: int, state: StepState) -> StepState:
         """The state of the step behind `step` finished ones; `state` has the bank of the last."""
         assert isinstance(model, KarmaModel)
+        state = _with_shares(self.shares, model, step, state)
         training = self.stage.config.training
         frozen = self.step.is_frozen(state.progress)
         # Also queries may go through the item encoder (query_mode=encoder).
@@ -253,10 +229,26 @@ class Validation:
             train_item_ids=warm_mask(self.source.sequences(), catalog),
             query_matches=self.source.query_matches(catalog),
             seed=config.seed,
-        )
+        ).metrics
         if self.on_validate is not None:
             self.on_validate(step, {f"valid/{name}": value for name, value in metrics.items()})
         return metrics
+
+
+def _shares(stage: Stage, source: PreparedData) -> NDArray[np.float32] | None:  # -> [I]
+    """How popular each item's content is, where the objective corrects for it."""
+    if not stage.config.objective.logq:
+        return None
+    return click_shares(source.sequences(), stage.catalog())
+
+
+def _with_shares(
+    shares: NDArray[np.float32] | None, model: nn.Module, step: int, state: StepState
+) -> StepState:
+    """`state` with the shares where the model is; they are moved there once."""
+    if shares is None or state.shares is not None:
+        return state
+    return replace(state, shares=torch.from_numpy(shares).to(next(model.parameters()).device))
 
 
 def _batches(

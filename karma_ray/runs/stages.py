@@ -9,16 +9,14 @@ are compared start from the very same weights, and both are cached under what th
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import cast
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from karma_ray.artifacts import RunFolder, content_hash, join, read_json
+from karma_ray.artifacts import RunFolder, join, read_json
 from karma_ray.baselines.sequential import IdModel, IdRecommender, IdSizes
 from karma_ray.config import Config, from_dict
 from karma_ray.data.batch import Batch
@@ -35,11 +33,8 @@ from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import set_trained
-from karma_ray.runs.stage_images import TokenCollate, build_imagery, imagery_key, load_visual
+from karma_ray.runs.stage_images import TokenCollate, build_imagery, load_visual
 from karma_ray.training.checkpoints.checkpoint import load_weights
-
-STAGE_VERSION = 2
-"""Raised when code changes what a cached stage holds: old caches are then not found."""
 
 NUM_WHITENED = 2048
 """Items that the initial whitening of the item embeddings is fitted on."""
@@ -239,50 +234,3 @@ class TrainingCollate:
     def __call__(self, rows: pa.Table, keys: np.ndarray) -> Batch:
         """Collate `sequences` rows."""
         return self.collator.training(rows, keys)
-
-
-def token_table(catalog: Catalog, tokens: np.ndarray, lengths: np.ndarray) -> pa.Table:
-    """The `item_tokens` table."""
-    lists = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-    ids = pa.array(lists, pa.list_(pa.int32()))
-    return pa.table({"item_id": pa.array(catalog.item_ids), "token_ids": ids})
-
-
-def pretrain_key(config: Config, items_hash: str) -> dict[str, object]:
-    """What a pretrained tiny language model depends on."""
-    return {
-        "version": STAGE_VERSION,
-        "items": items_hash,
-        "tiny": dataclasses.asdict(config.model.tiny),
-        "pretrain": dataclasses.asdict(config.pretrain),
-        "max_item_tokens": config.collate.max_item_tokens,
-        "seed": config.seed,
-    }
-
-
-def warmup_key(config: Config, items_hash: str, items_uri: str = "") -> dict[str, object]:
-    """What warmed-up weights depend on: not the objective, so recipes share them.
-
-    Only a visual term is warmed up with its weight, on the features of the data at `items_uri`.
-    The checkpoints are named (local folders by content); `config` has `tiny` resolved.
-    """
-    training = dataclasses.asdict(config.training)
-    shared = ("new_module_lr", "weight_decay", "grad_clip", "lr_warmup_share", "report_every",
-              "precision", "num_workers")  # fmt: skip
-    model = config.model
-    checkpoints = [model.item_encoder.checkpoint, model.user_decoder.checkpoint]
-    return {
-        "version": STAGE_VERSION,
-        "items": items_hash,
-        "checkpoints": [content_hash(c) if Path(c).is_dir() else c for c in checkpoints],
-        "item_encoder": dataclasses.asdict(replace(model.item_encoder, checkpoint="")),
-        "user_decoder": dataclasses.asdict(replace(model.user_decoder, checkpoint="")),
-        "score": dataclasses.asdict(model.score),
-        "peft": model.peft,
-        "max_target_tokens": model.decodability.max_target_tokens,
-        "warmup": dataclasses.asdict(config.warmup),
-        "training": {name: training[name] for name in shared},
-        "collate": dataclasses.asdict(replace(config.collate, visual_features="")),
-        "seed": config.seed,
-        **imagery_key(config, items_uri),
-    }

@@ -134,6 +134,7 @@ def planned(
     for row in rows:
         config = override(recipes.build(row.built_from), [*base, *row.settings, *extra])
         config.model.check()
+        config.objective.check()
         config.evaluation.corpus_size()
         trials += [
             Trial(row.name, replace(config, seed=seed), (*base, *extra), tuple(extra))

@@ -9,16 +9,16 @@ run was made, and is not committed: intervals.py keeps what comparisons need of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from karma_ray import recipes
 from karma_ray.artifacts import read_lines, value_hash
-from karma_ray.config import Config, from_dict, override, to_dict
+from karma_ray.config import Config, flattened, from_dict, override, to_dict
 from karma_ray.errors import InputError
 from karma_ray.evaluation.outcomes import Outcomes
-from karma_ray.training.config import EXECUTION
+from karma_ray.training.config import EXECUTION, WARMED_UP_BY
 
 Record = dict[str, Any]
 OUTCOMES = "outcomes"
@@ -27,8 +27,6 @@ METRIC = "HR@50"
 """What settings are chosen by, on the validation examples."""
 
 _MEASURED = ("prepare.", "evaluation.")
-_WARMED_UP_BY = ("training.report_every",)
-"""What changes nothing in the joint stage, but says when the warm-up has reached its plateau."""
 _ALWAYS = ("model.decodability.max_target_tokens",)
 """Decodability settings that the warm-up, and so every row, depends on."""
 
@@ -51,15 +49,6 @@ def outcomes_of(record: Record, results: Path) -> Outcomes | None:
     return Outcomes.unpacked(*(path.read_bytes() for path in paths))
 
 
-def flattened(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"a": {"b": 1}}` -> ("a.b", 1)."""
-    for name, inner in value.items():
-        if isinstance(inner, dict):
-            yield from flattened(inner, f"{path}{name}.")
-        else:
-            yield f"{path}{name}", inner
-
-
 def settled(saved: Record) -> Record:
     """A record's configuration, with fields that came later at their defaults; as it is where
     it names fields that are gone."""
@@ -79,7 +68,7 @@ def learnt_from(saved: Record) -> dict[str, Any]:
     unused = _unused(saved)
     fields.pop("seed", None)
     recipe = fields.pop("recipe", "")
-    kept = {n: value for n, value in fields.items() if n not in EXECUTION or n in _WARMED_UP_BY}
+    kept = {n: value for n, value in fields.items() if n not in EXECUTION or n in WARMED_UP_BY}
     if recipe not in recipes.TRAINED:
         kept = {name: value for name, value in kept.items() if name.startswith(_MEASURED)}
         return {"recipe": recipe, **kept}

@@ -59,6 +59,9 @@ _KARMA_INFONCE = Row(
 )
 
 
+_LOGQ = "objective.logq=true"
+
+
 def _over_infonce(recipe: str, title: str) -> Row:
     return Row(f"{recipe}_infonce", title, recipe=recipe, settings=_OVER_INFONCE)
 
@@ -79,10 +82,18 @@ TABLES = {
             Row("sasrec", "SASRec (ids)"),
             Row("hstu", "HSTU (ids)"),
             _HLLM,
+            Row(
+                "hllm_logq", "HLLM-style, in-batch negatives corrected for popularity",
+                recipe="hllm", settings=(_LOGQ,),
+            ),
             Row("frozen_encoder", "frozen text encoder, trained user decoder"),
             Row("action_only", "Pairwise CE, clicks alone"),
             Row("karma_text", "KARMA, text"),
             _KARMA_INFONCE,
+            Row(
+                "karma_infonce_logq", "KARMA, text, over HLLM's loss so corrected",
+                recipe="karma_text", settings=(*_OVER_INFONCE, _LOGQ),
+            ),
             *(Row(name, f"{name} (ceiling)") for name in recipes.CEILINGS),
         ),
     ),

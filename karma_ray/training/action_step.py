@@ -32,7 +32,7 @@ class ActionStep:
         assert isinstance(model, IdModel)
         shared = share_items(batch)
         batch, items = shared.batch, shared.encoded(model.interest.encode_items)
-        pool = Pool(items[shared.pool], batch.item_content[shared.pool])
+        pool = Pool.of(shared, items, self.objective, state)
         interest = model.interest.interest(batch, items)
         trained = trained_steps(batch, self.objective.act_positions).sum()
         count = global_sum(trained).clamp(min=1)

@@ -16,7 +16,13 @@ from karma_ray.data.batch import Batch
 from karma_ray.model.recall import RecallModel
 from karma_ray.objectives.action import ACTION_LOSSES, pair_weights
 from karma_ray.objectives.losses import ObjectiveConfig, hard_weight_at
-from karma_ray.objectives.negatives import hard_negative_mask, in_batch_mask
+from karma_ray.objectives.negatives import (
+    hard_negative_mask,
+    in_batch_mask,
+    inclusion_log_chance,
+)
+from karma_ray.training.item_table import SharedBatch
+from karma_ray.training.step_state import StepState
 
 MAX_PAIRS = 4 * 1024 * 1024
 """Scores in memory at once; those of a larger batch are computed again in the backward pass."""
@@ -28,6 +34,19 @@ class Pool:
 
     vectors: Tensor  # e [P, D]
     content: Tensor  # [P]
+    log_chance: Tensor | None = None  # [P] of being in the pool, where that is corrected for
+
+    @classmethod
+    def of(
+        cls, shared: SharedBatch, items: Tensor, objective: ObjectiveConfig, state: StepState
+    ) -> Pool:
+        """The pool of a step, from the embeddings [G, D] of its items."""
+        batch, chosen, log_chance = shared.batch, shared.pool, None
+        if objective.logq:
+            assert state.shares is not None, "objective.logq needs the shares of the clicks"
+            shares = state.shares[batch.item_rows[chosen]]
+            log_chance = inclusion_log_chance(shares, shared.num_clicks)
+        return cls(items[chosen], batch.item_content[chosen], log_chance)
 
 
 @dataclass(frozen=True)
@@ -78,7 +97,10 @@ def action_term(
         queries: Tensor, positive: Tensor, exposed: Tensor, candidates: Tensor,
         hard: Tensor, window: Tensor,
     ) -> Tensor:  # fmt: skip
-        scores = torch.cat([exposed, queries @ candidates.T], 1)
+        in_batch = queries @ candidates.T
+        if pool.log_chance is not None:
+            in_batch = in_batch - pool.log_chance
+        scores = torch.cat([exposed, in_batch], 1)
         weights = pair_weights(
             hard, free[window], objective.act_reduction, hard_weight, objective.batch_weight
         )

@@ -113,3 +113,6 @@ EXECUTION = frozenset(
 )  # fmt: skip
 """Fields that may differ when a run is resumed: they say on which machines, in which portions and
 how often something is written, not what is learnt. Losses stay equal up to the order of sums."""
+WARMED_UP_BY = frozenset({"training.report_every"})
+"""Of these, what changes nothing in the joint stage but says when the warm-up has reached its
+plateau."""

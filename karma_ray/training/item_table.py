@@ -37,6 +37,7 @@ class SharedBatch:
     pool: Tensor  # [P] united items that are in-batch negatives: positives of distinct content
     shares: tuple[Tensor, ...]  # united items that each worker encodes, in rank order
     num_uses: int  # history items, positives and hard negatives of all workers, repeats counted
+    num_clicks: int  # clicks of all workers that the pool was made of, repeats counted
 
     @property
     def own(self) -> Tensor:
@@ -75,12 +76,13 @@ def share_items(batch: Batch) -> SharedBatch:
     """Unite the workers' item tables; a collective, called once a step by every worker."""
     positives = torch.zeros_like(batch.item_rows)
     positives[batch.item_index[batch.loss_mask]] = 1
-    uses = torch.stack([batch.item_mask.sum(), batch.hard_mask.sum()]).sum()
+    uses, clicks = batch.item_mask.sum() + batch.hard_mask.sum(), batch.loss_mask.sum()
+    counts = global_sum(torch.stack([uses, clicks])).tolist()
     if world_size() == 1:
         everything = torch.arange(len(batch.item_rows), device=batch.item_rows.device)
         pool = _pool(positives, batch.item_content)
-        return SharedBatch(batch, pool, (everything,), int(uses))
-    width = int(global_max(torch.tensor(batch.item_tokens.shape[1], device=uses.device)))
+        return SharedBatch(batch, pool, (everything,), *counts)
+    width = int(global_max(torch.tensor(batch.item_tokens.shape[1], device=clicks.device)))
     tokens = functional.pad(batch.item_tokens, (0, width - batch.item_tokens.shape[1]))
     facts = torch.stack([batch.item_rows, batch.item_lengths, batch.item_content, positives], 1)
     table = all_gather_ints(torch.cat([facts, tokens], 1))
@@ -101,7 +103,7 @@ def share_items(batch: Batch) -> SharedBatch:
     longest_first = shared.item_lengths.argsort(descending=True, stable=True)
     shares = tuple(longest_first[number :: world_size()] for number in range(world_size()))
     pool = _pool(positives, shared.item_content)
-    return SharedBatch(shared, pool, shares, int(global_sum(uses)))
+    return SharedBatch(shared, pool, shares, *counts)
 
 
 def _pool(positives: Tensor, content: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -85,7 +86,7 @@ def fit(
                 steps = number
                 break
             with meters.paused():
-                state = before_step(model, number, StepState(number / steps, state.bank))
+                state = before_step(model, number, replace(state, progress=number / steps))
             rate = set_learning_rate(optimizer, factor(number), number)
             optimizer.zero_grad(set_to_none=True)
             with _autocast(device, precision):

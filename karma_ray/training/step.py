@@ -122,7 +122,7 @@ class JointStep:
         else:
             items = self._items(model, shared, state)
             observe_items(model.interest, items)
-            pool = Pool(items[shared.pool], batch.item_content[shared.pool])
+            pool = Pool.of(shared, items, self.objective, state)
             history = self._history(batch, items, state)
             sums, total = self._sums(model, batch, items, history, pool, count, state)
         values = torch.stack([value.detach().float() for value in sums.values()])
@@ -168,7 +168,7 @@ class JointStep:
         history = self._history(batch, items, state)
         sums: dict[str, Tensor] = {}
         for part, used in micro_batches(batch, self.micro_batch_size):
-            pool = Pool(items[shared.pool], batch.item_content[shared.pool])
+            pool = Pool.of(shared, items, self.objective, state)
             found, total = self._sums(model, part, items[used], history[used], pool, count, state)
             run_backward(total)
             for name, value in found.items():

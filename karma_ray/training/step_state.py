@@ -15,6 +15,8 @@ class StepState:
     """Share of the training done, for schedules of the objective."""
     bank: Tensor | None = None
     """Cached embeddings [I, D] of the whole catalogue, where the encoder gets no gradient."""
+    shares: Tensor | None = None
+    """Share [I] of the training clicks on each item's content, where `objective.logq` needs it."""
 
 
 AT_THE_END = StepState()

@@ -185,7 +185,7 @@ def test_floors_and_ceilings_of_the_default_shop_are_pinned(tmp_path: Path) -> N
             config=EvaluationConfig(),
             train_item_ids=clicks > 0,
             query_matches=matches,
-        )
+        ).metrics
         found[name] = [metrics[key] for key in ("gAUC", "HR@10", "HR@50")]
     print({name: [round(value, 2) for value in values] for name, values in found.items()})
     for name, values in PINNED.items():

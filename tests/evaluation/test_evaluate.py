@@ -98,10 +98,18 @@ class Knowing:
         return np.eye(NUM_ITEMS, dtype=np.float32)[rows]
 
 
-def run(ranker=None, examples=None, catalog=None, config=CONFIG, warm=None, **options):
+def run(
+    ranker=None,
+    examples=None,
+    catalog=None,
+    config=CONFIG,
+    warm=None,
+    return_details=False,
+    **options,
+):
     catalog = catalog or make_catalog()
     warm_ids = {f"i{n}" for n in range(0, NUM_ITEMS, 2)}
-    return evaluate(
+    result = evaluate(
         ranker or Likes(catalog),
         make_examples() if examples is None else examples,
         catalog,
@@ -110,6 +118,7 @@ def run(ranker=None, examples=None, catalog=None, config=CONFIG, warm=None, **op
         query_matches=make_matches(catalog),
         **options,
     )
+    return result if return_details else result.metrics
 
 
 def test_overall_metrics_equal_plain_loops() -> None:

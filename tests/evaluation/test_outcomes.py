@@ -24,7 +24,7 @@ def result() -> EvaluationResult:
     catalog = make_catalog()
     return evaluate(
         Likes(catalog), make_examples(), catalog, config=CONFIG, train_item_ids=WARM,
-        query_matches=make_matches(catalog), return_details=True,
+        query_matches=make_matches(catalog),
     )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_ranks_beyond_sixteen_bits_are_misses() -> None:
     catalog = make_catalog()
     details = evaluate(
         Likes(catalog), make_examples(3), catalog, config=CONFIG, train_item_ids=WARM,
-        query_matches=make_matches(catalog), return_details=True,
+        query_matches=make_matches(catalog),
     ).details  # fmt: skip
     details.ranks[0] = np.iinfo(np.int64).max
     users = make_examples(3).column("user_id").to_pylist()

@@ -174,7 +174,12 @@ def test_recipes_that_are_compared_start_from_the_same_weights(
     _, cache, _ = finished
     source = PreparedData.load(shop)
     same_shape = ("model.tiny.hidden_size=64", "model.tiny.intermediate_size=192")
-    more = (*same_shape, "model.tiny.vocab_size=2048", "model.score.scale=10")
+    more = (
+        *same_shape,
+        "model.tiny.vocab_size=2048",
+        "model.score.scale=20",
+        "model.item_encoder.lexical=64",
+    )
     karma = start_stage(_config("karma_text", *more), source, cache)
     action = start_stage(_config("action_only", *more), source, cache)
     assert action.warm == karma.warm
@@ -398,14 +403,20 @@ def test_what_is_no_link_is_never_replaced(tmp_path: Path) -> None:
     ["training.new_module_lr=9", "warmup.steps=9", "model.item_encoder.pool=mean", "seed=3"],
 )
 def test_another_warm_up_is_not_taken_from_the_cache(change: str) -> None:
-    from karma_ray.runs.stages import warmup_key
+    from karma_ray.runs.first_stages import warmup_key
 
     assert warmup_key(_config(), "h") != warmup_key(_config("toy", change), "h")
 
 
-@pytest.mark.parametrize("change", ["objective.lambda_dec=0", "training.steps=9"])
-def test_the_warm_up_does_not_depend_on_the_objective(change: str) -> None:
-    from karma_ray.runs.stages import warmup_key
+@pytest.mark.parametrize(
+    "change",
+    [
+        "objective.lambda_dec=0", "training.steps=9", "training.encoder_grad=frozen",
+        "training.num_workers=3", "model.generator.kind=fm", "evaluation.max_examples=7",
+    ],
+)  # fmt: skip
+def test_the_warm_up_does_not_depend_on_what_comes_later_or_where_it_runs(change: str) -> None:
+    from karma_ray.runs.first_stages import warmup_key
 
     assert warmup_key(_config(), "h") == warmup_key(_config("toy", change), "h")
 

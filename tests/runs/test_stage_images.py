@@ -12,8 +12,8 @@ from karma_ray.config import Config, override
 from karma_ray.data.visual import features_uri, write_visual_features
 from karma_ray.errors import InputError
 from karma_ray.model.karma import KarmaModel
-from karma_ray.runs.stage_images import build_imagery, imagery_key, load_visual, visual_uri
-from karma_ray.runs.stages import warmup_key
+from karma_ray.runs.first_stages import warmup_key
+from karma_ray.runs.stage_images import build_imagery, features_hash, load_visual, visual_uri
 from karma_ray.training.checkpoints.checkpoint import save_weights
 from tests import pictures, tiny
 
@@ -55,7 +55,7 @@ def test_a_run_without_a_visual_term_asks_for_no_features(tmp_path: Path, off: s
     config = _config(off)
     assert load_visual(config, str(tmp_path), tiny.catalog()) is None
     assert build_imagery(config, str(tmp_path), tiny.model().interest, None) is None
-    assert imagery_key(config, str(tmp_path)) == {}
+    assert features_hash(config, str(tmp_path)) == ""
     named = override(config, [f"collate.visual_features={tmp_path}"])
     plain = warmup_key(recipes.karma_text(), "h")
     assert warmup_key(named, "h", str(tmp_path)) == plain == warmup_key(config, "h")

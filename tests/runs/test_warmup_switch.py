@@ -9,7 +9,8 @@ from karma_ray.config import override
 from karma_ray.model.backbone import build_tiny, save_body
 from karma_ray.model.backbones.tokenizer import save_tokenizer
 from karma_ray.model.karma import KarmaModel
-from karma_ray.runs.stages import Stage, warmup_key, with_checkpoints
+from karma_ray.runs.first_stages import warmup_config, warmup_key
+from karma_ray.runs.stages import Stage, with_checkpoints
 from tests import tiny_run
 
 
@@ -62,3 +63,11 @@ def test_each_choice_is_a_warm_up_of_its_own() -> None:
     changes = ([], ["warmup.train=adapters_only"], ["warmup.train=all"])
     keys = [warmup_key(override(recipes.karma_text(), change), "h") for change in changes]
     assert all(one != other for n, one in enumerate(keys) for other in keys[:n])
+
+
+def test_a_warm_up_is_told_all_that_it_is_cached_under_and_no_more() -> None:
+    config = override(recipes.build("toy"), ["training.weight_decay=0.2", "seed=4"])
+    told = warmup_config(config)
+    assert warmup_config(told) == told
+    assert warmup_key(told, "h") == warmup_key(config, "h")
+    assert told.training.weight_decay == 0.2 and told.objective.lambda_dec == 1.0

@@ -1,0 +1,41 @@
+"""An array that a node makes once, in a file that all its processes map into memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from karma_ray.artifacts import locked
+
+
+def mapped_array(
+    path: Path, kind: DTypeLike, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]
+) -> np.ndarray:
+    """The array in the file at `path`, read-only; where there is none, `fill` is given it to write.
+
+    One process writes while the others wait: the workers of a node start together. The file
+    appears whole or not at all.
+    """
+    if not path.exists():
+        with locked(str(path)):
+            if not path.exists():
+                _write(path, kind, shape, fill)
+    return np.asarray(np.load(path, mmap_mode="r"))
+
+
+def _write(
+    path: Path, kind: DTypeLike, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]
+) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        values = np.lib.format.open_memmap(temporary, "w+", kind, shape)
+        fill(values)
+        values.flush()
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    os.replace(temporary, path)
