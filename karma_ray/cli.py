@@ -7,12 +7,15 @@ import logging
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from karma_ray import recipes
-from karma_ray.artifacts import from_home, join, read_json
+from karma_ray.artifacts import RunFolder, from_home, join, read_json
 from karma_ray.config import Config, describe_fields, from_dict, override, to_dict
 from karma_ray.errors import InputError, KarmaRayError
+
+if TYPE_CHECKING:
+    from karma_ray.runs.executor import Executor
 
 
 class _Parser(argparse.ArgumentParser):
@@ -68,6 +71,37 @@ def load_config(arguments: argparse.Namespace, default_recipe: str) -> Config:
 def default_out(recipe: str) -> str:
     """`runs/<recipe>-<time>`."""
     return join("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
+
+
+def train(argv: list[str] | None, description: str, executor: Executor) -> None:
+    """A training run by flags: jobs/train.py with an executor on Ray, karma_ray.runs without."""
+    # Here, as they bring PyTorch with them, which other jobs' --help need not wait for.
+    from karma_ray.report.terminal import summary
+    from karma_ray.runs.continuation import Parent
+    from karma_ray.runs.pipeline import train_run
+
+    flags = parser(description, config=True)
+    flags.add_argument("--data", help="data folder or URI (default: the built-in toy shop)")
+    flags.add_argument("--out", help="run folder or URI (default: runs/<recipe>-<time>)")
+    flags.add_argument("--resume", action="store_true", help="continue the unfinished run in --out")
+    flags.add_argument(
+        "--init-from", metavar="RUN", help="go on with the model (and configuration) of this run"
+    )
+    flags.add_argument(
+        "--profile", action="store_true", help="write a trace of three steps to RUN/profile"
+    )
+    arguments = flags.parse_args(argv)
+    if arguments.init_from and not (arguments.recipe or arguments.config):
+        arguments.config = RunFolder(Parent.open(arguments.init_from).run).config
+    config = load_config(arguments, "karma_text" if arguments.data else "toy")
+    if arguments.profile:
+        config = override(config, ["training.profile=true"])
+    out = arguments.out or default_out(config.recipe)
+    train_run(
+        config, arguments.data, out, resume=arguments.resume, init_from=arguments.init_from,
+        executor=executor,
+    )  # fmt: skip
+    print(summary(out))
 
 
 def run(main: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> NoReturn:

@@ -67,8 +67,13 @@ def module_name(path: str) -> str:
 
 
 def room_of(module: str) -> str | None:
-    """The room of `karma_ray.room[.module]`; None for the package itself and for outsiders."""
+    """The room of `karma_ray.room[.module]`; None for the package itself and for outsiders.
+
+    `python -m karma_ray.room` parses flags and calls one function, so it stands with the programs.
+    """
     parts = module.split(".")
+    if parts[-1] == "__main__":
+        return "cli"
     return parts[1] if parts[0] == "karma_ray" and len(parts) > 1 else None
 
 

@@ -8,7 +8,6 @@ import logging
 import os
 import resource
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -158,15 +157,27 @@ def _slow_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
 def test_training_goes_on_while_a_checkpoint_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    now, wait = 0.0, CheckpointStore.wait
+    monkeypatch.setattr(store.time, "perf_counter", lambda: now)
     with _slow_writes(monkeypatch) as go:
+
+        def waited_for(self: CheckpointStore) -> None:
+            nonlocal now
+            if self._writer is not None:
+                assert self._writer.is_alive()  # nothing was written meanwhile
+                now += 3.0
+                go.set()
+            wait(self)
+
         found = CheckpointStore(str(tmp_path))
         model, optimizer = _model(1.0)
         found.save(model, optimizer, Progress(1))
         nn.init.constant_(model.weight, 5.0)  # training
-        assert found.stall_seconds < 0.5
-        threading.Timer(0.5, go.set).start()
+        assert not go.is_set() and found.stall_seconds == 0
+        monkeypatch.setattr(CheckpointStore, "wait", waited_for)
         found.save(model, optimizer, Progress(2))  # waits: one write at most is in flight
-        assert found.stall_seconds > 0.3
+        assert go.is_set() and found.stall_seconds == 3
+        monkeypatch.setattr(CheckpointStore, "wait", wait)
         found.finish()
     _flip(next((tmp_path / "step-0000002").glob("model*")))
     assert _restored(tmp_path) == 1
@@ -229,15 +240,15 @@ def _file_size_limit(size: int) -> Iterator[None]:
 
 
 def test_where_there_is_no_room_the_checkpoint_is_given_up_at_once(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     found = _saved(tmp_path, 1)
     wide = nn.Linear(300, 300)
-    started = time.monotonic()
+    tries = _failing(monkeypatch, OSError("never raised"), 0)
     with _file_size_limit(50_000), caplog.at_level(logging.WARNING):
         found.save(wide, torch.optim.AdamW(wide.parameters()), Progress(2))
         found.finish()
-    assert time.monotonic() - started < 5  # not retried: waiting makes no room
+    assert len(tries) == 1  # not retried: waiting makes no room
     assert found.failed == [2]
     assert _names(tmp_path) == ["step-0000001"]  # what was half written is gone
     found.save(*_model(3), Progress(3))

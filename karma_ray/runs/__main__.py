@@ -1,0 +1,19 @@
+"""Train a recipe in this process alone: the flags and the run folder of jobs/train.py, without Ray.
+
+python -m karma_ray.runs                                   the toy shop, in minutes
+python -m karma_ray.runs --data DATA --recipe karma_text   your own logs
+"""
+
+from __future__ import annotations
+
+from karma_ray.cli import run, train
+from karma_ray.runs.executor import HERE
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Parse, train, print."""
+    train(argv, __doc__ or "", HERE)
+
+
+if __name__ == "__main__":
+    run(main)
