@@ -183,8 +183,8 @@ def real_workload(config: Config, data: str | None, num_batches: int) -> Workloa
     from karma_ray.cluster.sharding import ensure_prepared
     from karma_ray.runs.batches import local_blocks
     from karma_ray.runs.first_stages import start_stage
+    from karma_ray.runs.joint import joint_job
     from karma_ray.runs.sources import CACHE, toy_shop
-    from karma_ray.runs.stage_jobs import joint_job
     from karma_ray.runs.worker import WorkerContext
 
     config = replace(

@@ -41,8 +41,8 @@ from karma_ray.cluster.training import run_training
 from karma_ray.config import Config
 from karma_ray.runs.batches import local_blocks
 from karma_ray.runs.first_stages import start_stage
+from karma_ray.runs.joint import joint_job
 from karma_ray.runs.sources import CACHE, toy_shop
-from karma_ray.runs.stage_jobs import joint_job
 from karma_ray.runs.worker import TrainJob, WorkerContext
 from karma_ray.training.flops import peak_flops
 from karma_ray.training.loop import Record, fit

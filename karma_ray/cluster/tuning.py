@@ -29,7 +29,7 @@ from karma_ray.errors import InputError, KarmaRayError
 
 if TYPE_CHECKING:
     # An injected objective's worker needs neither PyTorch nor the stages.
-    from karma_ray.runs.stage_jobs import OnValidate
+    from karma_ray.runs.joint import OnValidate
 
 LOG = logging.getLogger(__name__)
 

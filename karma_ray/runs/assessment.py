@@ -34,8 +34,7 @@ from karma_ray.evaluation.outcomes import Outcomes
 from karma_ray.metrics.collapse import spread
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
-from karma_ray.runs.first_stages import STAGE_VERSION
-from karma_ray.runs.stages import Stage
+from karma_ray.runs.stages import STAGE_VERSION, Stage
 from karma_ray.training.order import Source
 
 LOG = logging.getLogger(__name__)

@@ -11,19 +11,37 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from karma_ray.data.draws import hashed
-from karma_ray.training.order import Order, Window
+from karma_ray.training.order import Order, Source, Window
+
+if TYPE_CHECKING:
+    from karma_ray.runs.worker import WorkerContext
 
 ReadBlocks = Callable[[Order, Sequence[Window]], Iterator[pa.Table]]
 """Reads the rows of windows, in order, as blocks of any size."""
 
 Collate = Callable[[pa.Table, np.ndarray], Any]
 """rows, and a key for the random draws of each -> a batch."""
+
+
+def ordered_batches(
+    table: str,
+    seed: int,
+    batch_size: int,
+    make_collator: Callable[[], Collate],
+    context: WorkerContext,
+) -> Iterator[Any]:
+    """A worker's batches of the table at `table`, in the order that `seed` gives."""
+    order = Order(Source.scan(table), seed, batch_size, context.rank, context.num_workers)
+    return stream_batches(
+        order, make_collator, start_step=context.start_step, steps=context.steps,
+        read_blocks=context.read_blocks,
+    )  # fmt: skip
 
 
 def stream_batches(

@@ -43,9 +43,9 @@ from karma_ray.runs.continuation import (
 )
 from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.first_stages import start_stage
+from karma_ray.runs.joint import OnValidate, joint_job
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import CACHE, toy_shop
-from karma_ray.runs.stage_jobs import OnValidate, joint_job
 from karma_ray.runs.stages import (
     Stage,
     finished_stage,

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import dataclass
-
-import numpy as np
-import pyarrow as pa
-import torch
 
 from karma_ray.artifacts import absolute, exists, join, open_filesystem, read_manifest
 from karma_ray.config import Config
 from karma_ray.data.catalog import Catalog
-from karma_ray.data.draws import hashed
-from karma_ray.data.steps import flattened, list_sizes
 from karma_ray.data.visual import KIND, VisualFeatures, features_uri
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import token_embeddings
-from karma_ray.model.imagery import Imagery, ImageShape, ImageTargets
+from karma_ray.model.imagery import Imagery, ImageShape
 from karma_ray.model.interest import InterestModel
-from karma_ray.training.step import TokenBatch
 
 
 def visual_uri(config: Config, items_uri: str) -> str:
@@ -66,31 +58,6 @@ def features_hash(config: Config, items_uri: str) -> str:
     if not config.objective.built.image:
         return ""
     return str(read_manifest(visual_uri(config, items_uri), KIND)["content_hash"])
-
-
-@dataclass(frozen=True)
-class TokenCollate:
-    """`item_tokens` rows, keys -> TokenBatch of stage 1; noise of images is drawn by the key."""
-
-    catalog: Catalog | None = None
-    visual: VisualFeatures | None = None
-
-    def __call__(self, rows: pa.Table, keys: np.ndarray) -> TokenBatch:
-        """Collate; images only where there are features."""
-        lengths = list_sizes(rows.column("token_ids"))
-        tokens = np.zeros((len(lengths), int(lengths.max())), np.int64)
-        real = np.arange(tokens.shape[1]) < lengths[:, None]
-        tokens[real] = flattened(rows.column("token_ids")).to_numpy()
-        images, found = None, None
-        if self.catalog is not None:
-            places = self.catalog.rows(rows.column("item_id").to_pylist())
-            found = torch.from_numpy(places)
-        if self.visual is not None:
-            values, mask = self.visual.gather(places)
-            images = ImageTargets(
-                torch.from_numpy(values), torch.from_numpy(mask), torch.from_numpy(hashed(keys))
-            )
-        return TokenBatch(torch.from_numpy(tokens), torch.from_numpy(lengths), images, found)
 
 
 def _saved_shape(folder: str) -> ImageShape:

@@ -32,9 +32,11 @@ from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
-from karma_ray.model.lora import set_trained
-from karma_ray.runs.stage_images import TokenCollate, build_imagery, load_visual
+from karma_ray.runs.stage_images import build_imagery, load_visual
 from karma_ray.training.checkpoints.checkpoint import load_weights
+
+STAGE_VERSION = 2
+"""Raised when code changes what a cached stage holds: old caches are then not found."""
 
 NUM_WHITENED = 2048
 """Items that the initial whitening of the item embeddings is fitted on."""
@@ -139,27 +141,13 @@ class Stage:
         visual = load_visual(self.config, self.items_uri, self.catalog())
         return TrainingCollate(self.collator(visual))
 
-    def make_warmup_collate(self) -> TokenCollate:
-        """Collate of stage 1."""
-        catalog = self.catalog()
-        return TokenCollate(catalog, load_visual(self.config, self.items_uri, catalog))
-
-    def build_warmup(self) -> KarmaModel:
-        """Stage 1's model, with gradients only where `warmup.train` says."""
-        model = self._whole()
-        self._fit_to_items(model.interest)
-        interest, train = model.interest, self.config.warmup.train
-        set_trained(interest.item_encoder.body, train == "all")
-        set_trained(interest.user_decoder.body, train != "adapters_only")
-        return model
-
     def build_joint(self) -> KarmaModel:
         """Stage 2's model; Task 2's private decoders copy the warmed-up one."""
-        model = self._whole()
+        model = self.whole()
         if self.warm is not None:
             load_weights(self.warm, model)
         elif self.trained is None:
-            self._fit_to_items(model.interest)
+            self.fit_to_items(model.interest)
         images = model.imagery
         if self.config.objective.built.reconstruction or (images is not None and images.in_task2):
             head = model.lm_head if hasattr(model, "lm_head") else None
@@ -195,7 +183,7 @@ class Stage:
         model.interest.look_at(self.catalog(), self.items_uri)
         return model.eval()
 
-    def _fit_to_items(self, interest: InterestModel) -> None:
+    def fit_to_items(self, interest: InterestModel) -> None:
         """What of the item encoder is fitted to the catalogue before anything is trained."""
         collator = self.collator()
         tokens, lengths = collator.catalog_tokens()
@@ -209,7 +197,7 @@ class Stage:
             rows = np.sort(drawn[:NUM_COUNTED])
             interest.item_encoder.words.fit(tokens[rows], lengths[rows])
 
-    def _whole(self) -> KarmaModel:
+    def whole(self) -> KarmaModel:
         """From the checkpoints, without private decoders."""
         config = self.config.model
         if config.kind != "karma":

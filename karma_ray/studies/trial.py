@@ -57,7 +57,8 @@ class Trial:
 
 def first_stage_key(config: Config, data: str) -> str:
     """Equal for configurations that share what `first_stage` makes."""
-    from karma_ray.runs.first_stages import pretrain_key, warmup_key
+    from karma_ray.runs.pretraining import pretrain_key
+    from karma_ray.runs.warm_up import warmup_key
 
     stages = [pretrain_key(config, ""), warmup_key(config, "", data)]
     kind = config.model.kind if config.recipe in recipes.TRAINED else ""

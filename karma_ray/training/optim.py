@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from karma_ray.errors import InputError
+from karma_ray.model.lora import is_low_rank
 from karma_ray.training.checkpoints.shards import is_sharded
 
 
@@ -24,6 +25,26 @@ class Pace:
     """Step before which it stands still."""
     rise: int = 0
     """Steps from `start` over which its rate rises: Adam's first steps have full length."""
+
+
+@dataclass(frozen=True)
+class Paces:
+    """Pace of a parameter, from its name."""
+
+    new_module: float
+    encoder: Pace
+
+    def __call__(self, name: str) -> Pace:
+        """What came with a Hugging Face checkpoint is a backbone; all else is new.
+
+        Low-rank adapters are new too: they bear, and need, several times the rate at which the
+        weights under them would learn (about ten, LoRA Without Regret, 2025).
+        """
+        backbone = (".body." in name and not is_low_rank(name)) or name.endswith("lm_head")
+        factor = 1.0 if backbone else self.new_module
+        if ".item_encoder." not in name:
+            return Pace(factor)
+        return replace(self.encoder, factor=factor * self.encoder.factor)
 
 
 def same_pace(name: str) -> Pace:

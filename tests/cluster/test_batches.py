@@ -16,8 +16,8 @@ from torch import Tensor
 from karma_ray.cluster.batches import ray_blocks
 from karma_ray.data.batch import Batch
 from karma_ray.runs.batches import local_blocks, stream_batches
-from karma_ray.runs.stage_images import TokenCollate
 from karma_ray.runs.stages import TrainingCollate
+from karma_ray.runs.warm_up import TokenCollate
 from karma_ray.training.order import Order, Source
 from tests import tiny
 

@@ -217,7 +217,7 @@ def test_a_delayed_encoder_stands_still_then_learns_also_when_the_run_is_cut(
 ) -> None:
     from karma_ray.data.prepared import PreparedData
     from karma_ray.runs.first_stages import start_stage
-    from karma_ray.runs.stage_jobs import joint_job
+    from karma_ray.runs.joint import joint_job
     from karma_ray.runs.training import run_training
 
     source = PreparedData.load(shop)
@@ -403,7 +403,7 @@ def test_what_is_no_link_is_never_replaced(tmp_path: Path) -> None:
     ["training.new_module_lr=9", "warmup.steps=9", "model.item_encoder.pool=mean", "seed=3"],
 )
 def test_another_warm_up_is_not_taken_from_the_cache(change: str) -> None:
-    from karma_ray.runs.first_stages import warmup_key
+    from karma_ray.runs.warm_up import warmup_key
 
     assert warmup_key(_config(), "h") != warmup_key(_config("toy", change), "h")
 
@@ -416,7 +416,7 @@ def test_another_warm_up_is_not_taken_from_the_cache(change: str) -> None:
     ],
 )  # fmt: skip
 def test_the_warm_up_does_not_depend_on_what_comes_later_or_where_it_runs(change: str) -> None:
-    from karma_ray.runs.first_stages import warmup_key
+    from karma_ray.runs.warm_up import warmup_key
 
     assert warmup_key(_config(), "h") == warmup_key(_config("toy", change), "h")
 

@@ -12,8 +12,8 @@ from karma_ray.config import Config, override
 from karma_ray.data.visual import features_uri, write_visual_features
 from karma_ray.errors import InputError
 from karma_ray.model.karma import KarmaModel
-from karma_ray.runs.first_stages import warmup_key
 from karma_ray.runs.stage_images import build_imagery, features_hash, load_visual, visual_uri
+from karma_ray.runs.warm_up import warmup_key
 from karma_ray.training.checkpoints.checkpoint import save_weights
 from tests import pictures, tiny
 

@@ -9,8 +9,8 @@ from karma_ray.config import override
 from karma_ray.model.backbone import build_tiny, save_body
 from karma_ray.model.backbones.tokenizer import save_tokenizer
 from karma_ray.model.karma import KarmaModel
-from karma_ray.runs.first_stages import warmup_config, warmup_key
 from karma_ray.runs.stages import Stage, with_checkpoints
+from karma_ray.runs.warm_up import build, warmup_config, warmup_key
 from tests import tiny_run
 
 
@@ -31,7 +31,7 @@ def trained_parts(checkpoints: tuple[str, str, str], train: str) -> dict[str, bo
     """Part -> whether it has a gradient in stage 1."""
     items, item, user = checkpoints
     config = override(recipes.karma_text(), [f"warmup.train={train}"])
-    model = Stage(with_checkpoints(config, item, user), items).build_warmup()
+    model = build(Stage(with_checkpoints(config, item, user), items))
     assert isinstance(model, KarmaModel)
     encoder, decoder = model.interest.item_encoder, model.interest.user_decoder
     parts = {

@@ -13,8 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from karma_ray.data.draws import row_keys
 from karma_ray.objectives.losses import ObjectiveConfig
-from karma_ray.runs.stage_images import TokenCollate
-from karma_ray.runs.stages import token_table
+from karma_ray.runs.warm_up import TokenCollate, token_table
 from karma_ray.training.imagery_term import image_flops, num_images
 from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
 from tests import pictures, tiny

@@ -14,12 +14,12 @@ from karma_ray.data.sessions import PrepareConfig
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
-from karma_ray.runs.first_stages import warmup_key
+from karma_ray.runs.joint import joint_job
 from karma_ray.runs.pipeline import train_run
 from karma_ray.runs.preparation import ensure_prepared
-from karma_ray.runs.stage_jobs import Paces, joint_job
 from karma_ray.runs.stages import Stage
-from karma_ray.training.optim import Pace
+from karma_ray.runs.warm_up import warmup_key
+from karma_ray.training.optim import Pace, Paces
 from karma_ray.training.step_state import StepState
 from tests import tiny
 

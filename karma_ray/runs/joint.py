@@ -1,8 +1,8 @@
-"""Stage 1 and stage 2 as jobs for `run_training`: what they build, read, report and validate."""
+"""Stage 2, joint training: its job, what is done before a step, its probe and its validation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,17 +21,16 @@ from karma_ray.evaluation.diagnosis import content_sink
 from karma_ray.evaluation.evaluate import evaluate
 from karma_ray.evaluation.probe_sets import ItemSample, item_sample
 from karma_ray.model.karma import KarmaModel
-from karma_ray.model.lora import is_low_rank, set_trained
+from karma_ray.model.lora import set_trained
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.retriever import Retriever
-from karma_ray.runs.batches import stream_batches
+from karma_ray.runs.batches import ordered_batches
 from karma_ray.runs.stages import Stage, over_ids
-from karma_ray.runs.worker import TrainJob, WorkerContext
+from karma_ray.runs.worker import TrainJob
 from karma_ray.training.action_step import ActionStep
 from karma_ray.training.loop import Record
-from karma_ray.training.optim import Pace
-from karma_ray.training.order import Order, Source
-from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
+from karma_ray.training.optim import Pace, Paces
+from karma_ray.training.step import JointStep
 from karma_ray.training.step_state import StepState
 
 CURVE_EXAMPLES = 1000
@@ -44,45 +43,6 @@ OnValidate = Callable[[int, Mapping[str, float]], None]
 """Called with (step, metrics) at every validation, inside the process that trains."""
 
 
-@dataclass(frozen=True)
-class Paces:
-    """Pace of a parameter, from its name."""
-
-    new_module: float
-    encoder: Pace
-
-    def __call__(self, name: str) -> Pace:
-        """What came with a Hugging Face checkpoint is a backbone; all else is new.
-
-        Low-rank adapters are new too: they bear, and need, several times the rate at which the
-        weights under them would learn (about ten, LoRA Without Regret, 2025).
-        """
-        backbone = (".body." in name and not is_low_rank(name)) or name.endswith("lm_head")
-        factor = 1.0 if backbone else self.new_module
-        if ".item_encoder." not in name:
-            return Pace(factor)
-        return replace(self.encoder, factor=factor * self.encoder.factor)
-
-
-def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
-    """Stage 1 on the `item_tokens` table at `tokens`; `stage` has `warmup_config`."""
-    config, training = stage.config, stage.config.training
-    return TrainJob(
-        run=folder,
-        stage="warmup",
-        build=stage.build_warmup,
-        step=WarmupStep(config.objective.lambda_img),
-        make_batches=partial(
-            _batches, tokens, config.seed, training.batch_size, stage.make_warmup_collate
-        ),
-        training=training,
-        seed=config.seed,
-        pace_of=Paces(training.new_module_lr, Pace()),
-        probe=_warmup_probe,
-        should_stop=Plateau(),
-    )
-
-
 def joint_job(
     stage: Stage, source: PreparedData, run: str, on_validate: OnValidate | None = None
 ) -> TrainJob:
@@ -93,7 +53,7 @@ def joint_job(
         run=run,
         stage="joint",
         make_batches=partial(
-            _batches, join(source.uri, "sequences"), config.seed, training.batch_size,
+            ordered_batches, join(source.uri, "sequences"), config.seed, training.batch_size,
             stage.make_training_collate,
         ),
         training=training,
@@ -117,28 +77,6 @@ def joint_job(
         probe=JointProbe(stage, step),
         before_step=BeforeStep(stage, step, _shares(stage, source)),
     )
-
-
-@dataclass
-class Plateau:
-    """Stop the warm-up when the shuffled gap has not grown by 2 % in five reports.
-
-    The gap, CE(shuffled e) - CE(e), says how much the decoder listens to the item (METHOD 1.10).
-    """
-
-    patience: int = 5
-    growth: float = 1.02
-    _best: float = 0.0
-    _waited: int = 0
-
-    def __call__(self, record: Record) -> bool:
-        """Whether this report ends the stage."""
-        gap = record["decode_gap"]
-        if gap > self._best * self.growth:
-            self._best, self._waited = gap, 0
-        else:
-            self._waited += 1
-        return self._waited >= self.patience
 
 
 @dataclass
@@ -249,19 +187,3 @@ def _with_shares(
     if shares is None or state.shares is not None:
         return state
     return replace(state, shares=torch.from_numpy(shares).to(next(model.parameters()).device))
-
-
-def _batches(
-    table: str, seed: int, batch_size: int, make_collate: Any, context: WorkerContext
-) -> Iterator[Any]:
-    order = Order(Source.scan(table), seed, batch_size, context.rank, context.num_workers)
-    return stream_batches(
-        order, make_collate, start_step=context.start_step, steps=context.steps,
-        read_blocks=context.read_blocks,
-    )  # fmt: skip
-
-
-def _warmup_probe(model: nn.Module, batch: TokenBatch, state: StepState) -> Record:
-    assert isinstance(model, KarmaModel)
-    with torch.no_grad():
-        return {"decode_gap": WarmupStep().gap(model, batch)}

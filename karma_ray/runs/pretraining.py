@@ -1,0 +1,77 @@
+"""Before stage 1: a tiny language model of the catalogue, where no pretrained LLM is given."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import shutil
+
+from karma_ray.artifacts import exists, join, locked, value_hash
+from karma_ray.config import Config
+from karma_ray.data.prepared import PreparedData
+from karma_ray.data.prompts import SpecialIds
+from karma_ray.model.backbone import build_tiny_with_pictures, load_body, save_body
+from karma_ray.model.backbones.tokenizer import load_tokenizer
+from karma_ray.runs.run_log import RunLog
+from karma_ray.runs.stages import STAGE_VERSION, with_checkpoints
+from karma_ray.training.language import pretrain
+
+LOG = logging.getLogger(__name__)
+
+
+def pretrained(
+    config: Config, source: PreparedData, items_hash: str, cache: str
+) -> tuple[Config, str]:
+    """The configuration with the tiny checkpoints in `cache`, and the folder of their log.
+
+    They are made where they are not there.
+    """
+    folder = join(cache, f"language-model-{value_hash(pretrain_key(config, items_hash))}")
+    with locked(folder):
+        _pretrain(config, source, folder)
+    return with_checkpoints(config, _with_pictures(config, folder), folder), f"{folder}-log"
+
+
+def pretrain_key(config: Config, items_hash: str) -> dict[str, object]:
+    """What a pretrained tiny language model depends on."""
+    return {
+        "version": STAGE_VERSION,
+        "items": items_hash,
+        "tiny": dataclasses.asdict(config.model.tiny),
+        "pretrain": dataclasses.asdict(config.pretrain),
+        "max_item_tokens": config.collate.max_item_tokens,
+        "seed": config.seed,
+    }
+
+
+def _pretrain(config: Config, source: PreparedData, folder: str) -> None:
+    """Pretrain the tiny language model unless it is there."""
+    if exists(join(folder, "manifest.json")):
+        return
+    LOG.info("pretraining a tiny language model: %d steps", config.pretrain.steps)
+    shutil.rmtree(f"{folder}-log", ignore_errors=True)
+    log = RunLog(f"{folder}-log", "pretrain")
+    pretrain(
+        source.catalog().texts(), folder, tiny=config.model.tiny, config=config.pretrain,
+        max_tokens=config.collate.max_item_tokens, seed=config.seed, report=log.add, progress=True,
+    )  # fmt: skip
+    log.close()
+
+
+def _with_pictures(config: Config, folder: str) -> str:
+    """The tiny item encoder: the language model itself, or one that reads pictures around it."""
+    if config.model.item_encoder.modality != "multimodal":
+        return folder
+    seeing = f"{folder}-vl"
+    with locked(seeing):
+        if not exists(join(seeing, "config.json")):
+            draft = f"{seeing}.tmp"
+            shutil.rmtree(draft, ignore_errors=True)
+            special = SpecialIds.of(load_tokenizer(folder))
+            body = build_tiny_with_pictures(
+                load_body(folder), special.text_start, special.text_end, config.seed
+            )
+            save_body(body, draft)
+            os.replace(draft, seeing)
+    return seeing
