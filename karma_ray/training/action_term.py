@@ -1,6 +1,8 @@
-"""L_act on a batch: local anchors against the pool of all workers' positives, in bounded memory.
+"""L_act on a batch, local anchors against the pool of all workers' positives in bounded memory;
+and the generator's loss of the same steps (METHOD 1.12).
 
-Legend: B windows, T steps, U items, N trained steps, P pool, H hard negatives, D width.
+Legend: B windows, T steps, U items, G items of all workers, N trained steps, P pool, H hard
+negatives, D width.
 """
 
 from __future__ import annotations
@@ -13,6 +15,8 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from karma_ray.data.batch import Batch
+from karma_ray.data.draws import hashed
+from karma_ray.model.interest import InterestModel
 from karma_ray.model.recall import RecallModel
 from karma_ray.objectives.action import ACTION_LOSSES, pair_weights
 from karma_ray.objectives.losses import ObjectiveConfig, hard_weight_at
@@ -117,3 +121,27 @@ def action_term(
         else:
             total = total + cast(Tensor, checkpoint(losses, *inputs, use_reentrant=False))
     return ActionTerm(total, survived.float())
+
+
+def observe_items(model: InterestModel, items: Tensor) -> None:
+    """Let the generator follow the embeddings [G, D] of a step, the same on every worker."""
+    if model.generator is not None:
+        model.generator.observe(items.detach())
+
+
+def generated_loss(
+    model: InterestModel, batch: Batch, interest: Tensor, items: Tensor,
+    objective: ObjectiveConfig, count: Tensor,
+) -> Tensor | None:  # fmt: skip
+    """This part's share of the global mean over `count` trained steps, those of L_act.
+
+    h [B, T, D] and e of the batch's items [U, D]; None of a model without a generator.
+    """
+    if model.generator is None:
+        return None
+    window, step = trained_steps(batch, objective.act_positions).nonzero(as_tuple=True)
+    keys = hashed(batch.row_key[window].cpu().numpy(), step.cpu().numpy())
+    targets = items[batch.item_index[window, step]]
+    with torch.autocast(interest.device.type, enabled=False):
+        values = model.generator.losses(interest[window, step].float(), targets, keys)
+    return values.sum() / count

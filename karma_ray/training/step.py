@@ -25,8 +25,13 @@ from karma_ray.objectives.losses import (
 )
 from karma_ray.objectives.text import reduce_tokens, token_cross_entropy
 from karma_ray.training.accounting import work_done
-from karma_ray.training.action_term import Pool, action_term, trained_steps
-from karma_ray.training.generator_term import generated_loss, observe_items
+from karma_ray.training.action_term import (
+    Pool,
+    action_term,
+    generated_loss,
+    observe_items,
+    trained_steps,
+)
 from karma_ray.training.gradient_cache import CachedItems, micro_batches, run_backward
 from karma_ray.training.imagery_term import image_gap, image_means, num_images
 from karma_ray.training.item_table import SharedBatch, share_items
