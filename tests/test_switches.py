@@ -66,6 +66,8 @@ MEASURED: dict[str, tuple[Any, ...]] = {
     "collate.visual_features": ("", "/other/features"),
 }
 """What is measured, or what data are read: not searched, or the search would pick its own ruler."""
+PAIRED: dict[str, tuple[Any, ...]] = {"objective.logq": (False, True)}
+"""Refused but beside one value of another switch, so no search draws it: rows of `baselines`."""
 SPACES = [load_space(str(path)) for path in sorted((ROOT / "tune_spaces").glob("*.py"))]
 ROWS = {row.name: row for table in ("switches", "imagery") for row in TABLES[table].rows}
 
@@ -83,7 +85,7 @@ def text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-@pytest.mark.parametrize(("path", "values"), [*SEARCHED.items(), *MEASURED.items()])
+@pytest.mark.parametrize(("path", "values"), {**SEARCHED, **MEASURED, **PAIRED}.items())
 def test_a_switch_is_set_from_the_command_line_and_a_file(
     path: str, values: tuple[Any, ...]
 ) -> None:
@@ -105,7 +107,7 @@ def test_a_switch_is_reached_by_a_search(path: str, values: tuple[Any, ...]) -> 
     assert set(named) <= drawn
 
 
-@pytest.mark.parametrize(("path", "values"), [*SEARCHED.items(), *MEASURED.items()])
+@pytest.mark.parametrize(("path", "values"), {**SEARCHED, **MEASURED, **PAIRED}.items())
 def test_a_switch_is_documented_with_its_values(path: str, values: tuple[Any, ...]) -> None:
     (line,) = [line for line in DOC.splitlines() if f"`{path}`" in line]
     for value in values:

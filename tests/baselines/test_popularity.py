@@ -4,7 +4,13 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from karma_ray.baselines.popularity import PopularityRanker, training_clicks, warm_mask
+from karma_ray.baselines.popularity import (
+    PopularityRanker,
+    click_shares,
+    training_clicks,
+    warm_mask,
+)
+from tests import tiny
 
 
 def test_each_training_click_counts_once_and_context_does_not(catalog, sequences) -> None:
@@ -31,3 +37,19 @@ def test_everybody_gets_the_most_clicked_items_first(catalog, sequences, request
 
 def test_no_sequence_is_no_click(catalog, sequences) -> None:
     assert training_clicks(sequences.slice(0, 0), catalog).sum() == 0
+
+
+def test_items_of_equal_content_share_their_clicks() -> None:
+    """And one that nobody clicked counts as clicked once: its share is not 0."""
+    rows = tiny.sequences(
+        tiny.window(["i0", "i1", "copy"], loss=[True, True, True]),
+        tiny.window(["i2", "i0"], loss=[False, True]),
+    )
+    shares = dict(zip(tiny.catalog().item_ids, click_shares(rows, tiny.catalog()), strict=True))
+    assert shares["i0"] == shares["copy"] == 0.75
+    assert shares["i1"] == shares["i2"] == shares["i47"] == 0.25
+
+
+def test_without_clicks_every_share_is_still_a_chance() -> None:
+    shares = click_shares(tiny.sequences(), tiny.catalog())
+    assert (shares == 1).all() and shares.dtype == "float32"

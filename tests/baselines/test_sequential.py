@@ -27,6 +27,7 @@ from karma_ray.retrieval.retriever import Retriever
 from karma_ray.training.action_step import ActionStep
 from karma_ray.training.gradient_cache import narrow
 from karma_ray.training.step import JointStep
+from karma_ray.training.step_state import StepState
 from tests import tiny
 
 KINDS = ("sasrec", "hstu")
@@ -172,16 +173,19 @@ def test_a_few_dozen_steps_lower_the_loss_and_leave_untouched_items_as_they_were
 
 
 @both_kinds
-def test_the_loss_is_the_one_that_karma_would_take(kind: str) -> None:
+@pytest.mark.parametrize("logq", [False, True])
+def test_the_loss_is_the_one_that_karma_would_take(kind: str, logq: bool) -> None:
     """The same scores in `JointStep` without decodability give the same loss and negatives."""
     model, batch = trainee(kind), tiny.batch()
-    found = ActionStep(ALONE)(model, batch)
+    objective = replace(ALONE, action_loss="infonce", logq=True) if logq else ALONE
+    state = StepState(shares=torch.linspace(0.001, 0.1, tiny.catalog().num_items))
+    found = ActionStep(objective)(model, batch, state)
     karma = tiny.model(decodes=False)
     inside = model.interest
     karma.interest.encode_items = inside.encode_items  # type: ignore[method-assign]
     karma.interest.interest = inside.interest  # type: ignore[method-assign]
     karma.interest.score = inside.score
-    wanted = JointStep(ALONE)(karma, batch)
+    wanted = JointStep(objective)(karma, batch, state)
     torch.testing.assert_close(found.loss, wanted.loss)
     for name in ("loss/action", "negatives/hard_per_step", "negatives/surviving",
                  "negatives/pool", "examples"):  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from karma_ray.errors import InputError
 from karma_ray.objectives.losses import (
     LossTerms,
     ObjectiveConfig,
@@ -70,3 +71,13 @@ def test_hard_negatives_wait_then_count_more_and_more() -> None:
     at = [hard_weight_at(config, progress) for progress in (0.0, 0.1, 0.15, 0.2, 1.0)]
     assert at == pytest.approx([0.0, 0.0, 1.0, 2.0, 2.0])
     assert hard_weight_at(ObjectiveConfig(hard_weight=2.0, hard_ramp=0.0), 0.0) == 2.0
+
+
+@pytest.mark.parametrize("loss", ["pairwise", "bce", "mse"])
+def test_a_loss_without_a_softmax_has_no_correction_for_popularity(loss: str) -> None:
+    config = ObjectiveConfig(action_loss=loss, logq=True)  # type: ignore[arg-type]
+    message = rf"objective\.logq: True .*action_loss={loss} .*choices: false, .*=infonce"
+    with pytest.raises(InputError, match=message):
+        config.check()
+    ObjectiveConfig(action_loss=loss).check()  # type: ignore[arg-type]
+    ObjectiveConfig(action_loss="infonce", logq=True).check()

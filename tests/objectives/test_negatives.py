@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
+import pytest
 import torch
 
-from karma_ray.objectives.negatives import first_occurrences, hard_negative_mask, in_batch_mask
+from karma_ray.objectives.action import InfoNCE
+from karma_ray.objectives.negatives import (
+    first_occurrences,
+    hard_negative_mask,
+    in_batch_mask,
+    inclusion_log_chance,
+)
 
 # Two users; contents they clicked, the second padded.
 CLICKED = torch.tensor([[3, 5, 5], [7, 3, 0]])
@@ -60,3 +69,37 @@ def test_first_occurrences_of_distinct_ids_is_everything() -> None:
 def test_first_occurrences_of_two_equal_workers_is_one_worker() -> None:
     ids = torch.tensor([5, 1, 3])
     assert first_occurrences(torch.cat([ids, ids])).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("draws", [1, 7, 5000])
+def test_the_chance_of_being_in_the_pool_is_that_of_not_being_missed_by_every_click(
+    draws: int,
+) -> None:
+    shares = [1e-8, 1e-4, 0.03, 0.5, 1.0]
+    found = inclusion_log_chance(torch.tensor(shares), draws)
+    # In Python's float64, and for the smallest as draws * share, which it is to eight digits.
+    wanted = [math.log(1 - (1 - p) ** draws) for p in shares[1:]]
+    assert found[1:].tolist() == pytest.approx(wanted, abs=1e-5)
+    assert float(found[0]) == pytest.approx(math.log(draws * 1e-8), abs=1e-4)
+
+
+def test_over_many_batches_the_corrected_denominator_is_that_of_the_whole_catalogue() -> None:
+    """Popular items have the higher scores here, so without the correction it is far off."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.tensor([0.4, 0.3, 0.1, 0.1, 0.05, 0.03, 0.02], dtype=torch.float64)
+    scores = torch.tensor([2.0, 1.0, 0.0, 1.5, 0.5, -1.0, 1.0], dtype=torch.float64)
+    batches, draws, positive = 40_000, 5, 1.2
+    clicks = torch.multinomial(share, batches * draws, True, generator=generator)
+    pools = torch.zeros(batches, len(share), dtype=torch.float64)
+    pools.scatter_(1, clicks.view(batches, draws), 1.0)
+
+    def denominators(negatives: torch.Tensor) -> torch.Tensor:
+        loss = InfoNCE()(pools.new_full((batches,), positive), negatives.expand_as(pools), pools)
+        return (loss + positive).exp()
+
+    wanted = float(scores.exp().sum()) + math.exp(positive)
+    found = denominators(scores - inclusion_log_chance(share, draws))
+    error = float(found.std()) / math.sqrt(batches)
+    assert float(found.mean()) == pytest.approx(wanted, abs=4 * error)
+    assert 4 * error < 0.02 * wanted
+    assert float(denominators(scores).mean()) < 0.8 * wanted

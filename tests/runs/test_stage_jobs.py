@@ -1,14 +1,27 @@
-"""How fast each weight learns, from its name."""
+"""How fast each weight learns, from its name, and what a step is told of the clicks."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 
 from karma_ray import recipes
+from karma_ray.baselines.popularity import click_shares
 from karma_ray.config import override
+from karma_ray.data.sessions import PrepareConfig
+from karma_ray.data.synthetic.config import ToyShopConfig
+from karma_ray.data.synthetic.shop import write_toy_shop
+from karma_ray.errors import InputError
 from karma_ray.runs.first_stages import warmup_key
-from karma_ray.runs.stage_jobs import Paces
+from karma_ray.runs.pipeline import train_run
+from karma_ray.runs.preparation import ensure_prepared
+from karma_ray.runs.stage_jobs import Paces, joint_job
+from karma_ray.runs.stages import Stage
 from karma_ray.training.optim import Pace
+from karma_ray.training.step_state import StepState
+from tests import tiny
 
 LAYER = "interest.{}.body.layers.0.mlp.up_proj."
 
@@ -36,3 +49,40 @@ def test_new_modules_and_low_rank_adapters_learn_faster_than_a_backbone(
 def test_a_warm_up_with_adapters_is_another_than_one_without() -> None:
     config = recipes.build("toy")
     assert warmup_key(override(config, ["model.peft=lora:2"]), "h") != warmup_key(config, "h")
+
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = str(tmp_path_factory.mktemp("shop"))
+    write_toy_shop(folder, ToyShopConfig(num_items=240, num_users=60))
+    return folder
+
+
+@pytest.mark.parametrize("recipe", ["hllm", "sasrec"])
+def test_a_step_is_told_how_popular_items_are_where_the_objective_asks(
+    shop: str, recipe: str
+) -> None:
+    source = ensure_prepared(shop, PrepareConfig())
+    plain = override(recipes.build(recipe), ["objective.action_loss=infonce"])
+    for config in (plain, override(plain, ["objective.logq=true"])):
+        stage = Stage(config, source.items_uri)
+        job, model = joint_job(stage, source, shop), tiny.model()
+        first = job.before_step(model, 0, StepState())
+        if config is plain:
+            assert first.shares is None
+            continue
+        assert first.shares is not None
+        wanted = click_shares(source.sequences(), stage.catalog())
+        assert np.array_equal(first.shares.numpy(), wanted) and len(set(wanted.tolist())) > 2
+        assert first.shares.device == next(model.parameters()).device
+        later = job.before_step(model, 1, StepState(0.5, shares=first.shares))
+        assert later.shares is first.shares  # moved once
+
+
+def test_a_correction_without_a_softmax_is_refused_before_anything_is_trained(
+    shop: str, tmp_path: Path
+) -> None:
+    wrong = override(recipes.build("toy"), ["objective.logq=true", "training.num_workers=0"])
+    with pytest.raises(InputError, match=r"objective\.logq: True .*action_loss=pairwise"):
+        train_run(wrong, shop, str(tmp_path / "run"), cache=str(tmp_path / "cache"))
+    assert not (tmp_path / "cache").exists()

@@ -19,7 +19,7 @@ from karma_ray.training.item_table import share_items
 from karma_ray.training.meters import COUNTS
 from karma_ray.training.parallel import global_sum, sum_gradients
 from karma_ray.training.step import JointStep
-from karma_ray.training.step_state import AT_THE_END
+from karma_ray.training.step_state import AT_THE_END, StepState
 from tests import generating, pictures, tiny
 from tests.gloo import run_workers
 
@@ -31,6 +31,8 @@ ROWS = [
     tiny.window(["i20", "i0", "i21", "i9"], user="e"),
 ]
 STEP = JointStep(ObjectiveConfig())
+LOGQ = JointStep(ObjectiveConfig(action_loss="infonce", logq=True))
+STATE = StepState(shares=torch.linspace(0.001, 0.1, tiny.catalog().num_items))
 IMAGES = JointStep(ObjectiveConfig(lambda_img=0.5))
 Found = tuple[Tensor, dict[str, Tensor], dict[str, float]]
 
@@ -47,7 +49,7 @@ def _pictured(rows: slice = slice(None)) -> Batch:
 def _step(step: JointStep, batch: Batch, build: Callable[[], KarmaModel] = tiny.model) -> Found:
     """Global loss, summed gradients and logs of one step."""
     model = build()
-    output = step(model, batch)
+    output = step(model, batch, STATE)
     if output.loss.requires_grad:
         output.loss.backward()
     sum_gradients(model.parameters())
@@ -83,6 +85,7 @@ def test_a_batch_in_parts_is_the_whole_batch(micro_batch_size: int, micro_tokens
         {"encoder_grad": "frozen"},
         {"objective": ObjectiveConfig(generation=0.0, reconstruction=0.0)},
         {"objective": ObjectiveConfig(act_positions="last", action_loss="infonce")},
+        {"objective": LOGQ.objective},
     ],
 )
 def test_every_variant_of_the_step_goes_in_parts(changes: dict[str, Any]) -> None:
@@ -177,6 +180,8 @@ STEPS = {
     "parts": JointStep(ObjectiveConfig(), micro_batch_size=2, micro_tokens=30),
     "frozen": JointStep(ObjectiveConfig(), encoder_grad="frozen", micro_batch_size=1),
     "targets_only": JointStep(ObjectiveConfig(), encoder_grad="targets_only"),
+    "logq": LOGQ,
+    "logq_in_parts": replace(LOGQ, micro_batch_size=2, micro_tokens=30),
 }
 GENERATED = {
     "generator": STEP,
