@@ -181,11 +181,10 @@ def real_workload(config: Config, data: str | None, num_batches: int) -> Workloa
     """The first batches of the joint stage, through the pipeline; needs ray."""
     from karma_ray.cluster.session import connect
     from karma_ray.cluster.sharding import ensure_prepared
-    from karma_ray.runs.batches import local_blocks
+    from karma_ray.runs.batches import WorkerContext, local_blocks
     from karma_ray.runs.first_stages import start_stage
     from karma_ray.runs.joint import joint_job
     from karma_ray.runs.sources import CACHE, toy_shop
-    from karma_ray.runs.worker import WorkerContext
 
     config = replace(
         config,

@@ -27,7 +27,7 @@ from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
-from karma_ray.runs.assessment import Judge
+from karma_ray.runs.assessment import Evaluator
 
 METRICS = ("HR@10", "HR@50", "HR@200", "NDCG@10", "gAUC", "JS@50_excl_gt")
 WAYS = [
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
         raise InputError("RUN", arguments.run, "has no generator (recipes ar_mse to ar_fm)")
     trained = interest.generator
     sampled = replace(config.evaluation, max_examples=arguments.max_examples)
-    judge = Judge(replace(config, evaluation=sampled), source)
+    judge = Evaluator(replace(config, evaluation=sampled), source)
     examples, found = source.examples(arguments.split), {}
     ways = WAYS if trained.config.kind != "mse" else WAYS[:1]
     for samples, agg, steps in [(0, "h", 0), *ways]:

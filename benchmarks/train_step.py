@@ -39,11 +39,11 @@ from karma_ray.cluster.session import connect
 from karma_ray.cluster.sharding import ensure_prepared
 from karma_ray.cluster.training import run_training
 from karma_ray.config import Config
-from karma_ray.runs.batches import local_blocks
+from karma_ray.runs.batches import WorkerContext, local_blocks
 from karma_ray.runs.first_stages import start_stage
 from karma_ray.runs.joint import joint_job
 from karma_ray.runs.sources import CACHE, toy_shop
-from karma_ray.runs.worker import TrainJob, WorkerContext
+from karma_ray.runs.worker import TrainJob
 from karma_ray.training.flops import peak_flops
 from karma_ray.training.loop import Record, fit
 from karma_ray.training.memory import keep_heap
@@ -179,7 +179,7 @@ def _optimizer(job: TrainJob, model: nn.Module) -> torch.optim.Optimizer:
         model,
         learning_rate=job.training.learning_rate,
         weight_decay=job.training.weight_decay,
-        pace_of=job.pace_of,
+        multiplier_of=job.multiplier_of,
     )
 
 

@@ -76,7 +76,7 @@ class IdRecommender(RecallModel):
         """Note whose vectors the rows of the table are."""
         self.catalog_key.fill_(_key(item_ids))
 
-    def look_at(self, catalog: Catalog, data_uri: str) -> None:
+    def attach_catalog(self, catalog: Catalog, data_uri: str) -> None:
         """Raises InputError unless the catalogue's rows are those of the table: a model over ids
         knows nothing of other items."""
         if int(self.catalog_key) != _key(catalog.item_ids):

@@ -35,7 +35,7 @@ class CatalogEncoder:
         torch.set_num_threads(1)
         self.bundle = load_bundle(bundle)
         self.catalog = Catalog.load(data)
-        self.bundle.interest.look_at(self.catalog, data)
+        self.bundle.interest.attach_catalog(self.catalog, data)
         self.batch_size, self.precision = batch_size, precision
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> pa.Table:

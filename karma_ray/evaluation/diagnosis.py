@@ -1,6 +1,6 @@
 """What has become of a model: attention sinks, rank, spread, what can still be read (METHOD 1.13).
 
-Every model is measured on the same `Specimens`, in float32 and evaluation mode.
+Every model is measured on the same `ProbeSet`, in float32 and evaluation mode.
 
 Legend: N items, n vectors, B requests, H heads, P chosen heads, S slots, D width.
 """
@@ -38,7 +38,7 @@ LAID_OUT = ("query_index", "item_index", "item_mask", "step_mask", "group")
 
 
 @dataclass(frozen=True)
-class Specimens:
+class ProbeSet:
     """What models are measured on."""
 
     items: ItemSample
@@ -85,7 +85,7 @@ Probe = Callable[[KarmaModel, Batch], Mapping[str, float]]
 @torch.no_grad()
 def diagnose(
     model: KarmaModel,
-    specimens: Specimens,
+    probe_set: ProbeSet,
     probe: Probe,
     wanted: Sequence[Wanted] | None = None,
 ) -> ModelDiagnosis:
@@ -96,31 +96,31 @@ def diagnose(
     Raises InputError when the item encoder does not have a wanted head.
     """
     model = model.eval()
-    sample = specimens.vectors
+    sample = probe_set.vectors
     vectors = torch.from_numpy(
         encode_catalog(model.interest, sample.tokens, sample.lengths, rows=sample.rows)
     )
     vectors = vectors[:, : model.interest.learned_width]
-    items = diagnose_items(model, specimens.items, wanted)
+    items = diagnose_items(model, probe_set.items, wanted)
     metrics = items.metrics("collapse/")
     metrics["collapse/effective_rank_e"] = effective_rank(vectors)
     metrics["collapse/mean_cosine_e"] = mean_cosine(vectors)
-    labels = label_probe(vectors, sample.categories, sample.contents, specimens.seed)
+    labels = label_probe(vectors, sample.categories, sample.contents, probe_set.seed)
     if labels is not None:
         metrics["collapse/category_accuracy"] = labels.accuracy
         metrics["collapse/category_majority"] = labels.majority
     user = None
-    if specimens.requests is not None:
-        user = diagnose_users(model, specimens.requests, wanted)
+    if probe_set.requests is not None:
+        user = diagnose_users(model, probe_set.requests, wanted)
         metrics |= user.metrics("collapse/user/")
         device = next(model.parameters()).device
-        probed = probe(model, specimens.requests.targets.to(device))
+        probed = probe(model, probe_set.requests.targets.to(device))
         for name in ("collapse/effective_rank_h", "collapse/mean_cosine_h"):
             metrics[name] = probed[name]
         metrics["collapse/decode_gap"] = probed["decode_gap"]
         metrics["collapse/decode_ce"] = probed["decode_ce"]
-    if specimens.words is not None:
-        metrics |= diagnose_words(model, specimens.words)
+    if probe_set.words is not None:
+        metrics |= diagnose_words(model, probe_set.words)
     return ModelDiagnosis(metrics, items, user, vectors)
 
 

@@ -51,12 +51,14 @@ def build_tiny_with_pictures(text: nn.Module, start: int, end: int, seed: int) -
     return pictures.build_around(text, start, end, seed)
 
 
-def load_body(checkpoint: str, field: str = "checkpoint", *, sees: bool = False) -> nn.Module:
-    """A body from a folder or hub name, with a vision tower where it `sees`.
+def load_body(
+    checkpoint: str, field: str = "checkpoint", *, with_vision: bool = False
+) -> nn.Module:
+    """A body from a folder or hub name, with a vision tower if `with_vision`.
 
     Raises InputError when its family is not one of the choices.
     """
-    return checkpoint_family(checkpoint, field, sees=sees).load(checkpoint, field)
+    return checkpoint_family(checkpoint, field, with_vision=with_vision).load(checkpoint, field)
 
 
 def save_body(body: nn.Module, folder: str) -> None:
@@ -69,7 +71,7 @@ def stock_body(body: nn.Module, attention: str = "eager") -> nn.Module:
     return family_of(body).stock(body, attention)
 
 
-def can_see(body: nn.Module) -> bool:
+def has_vision(body: nn.Module) -> bool:
     """Whether a body has a vision tower."""
     return family_of(body).pictures is not None
 

@@ -59,7 +59,7 @@ class InterestModel(RecallModel):
         encoder = config.item_encoder
         item = load_body(
             encoder.checkpoint, "model.item_encoder.checkpoint",
-            sees=encoder.modality == "multimodal",
+            with_vision=encoder.modality == "multimodal",
         )  # fmt: skip
         user = load_body(config.user_decoder.checkpoint, "model.user_decoder.checkpoint")
         if rank is not None:
@@ -85,9 +85,9 @@ class InterestModel(RecallModel):
                 torch.manual_seed(seed)
                 self.generator = Generator(config, self.width)
 
-    def look_at(self, catalog: Catalog, data_uri: str) -> None:
+    def attach_catalog(self, catalog: Catalog, data_uri: str) -> None:
         """Take the pictures of a data folder's items; nothing to do for an encoder of text."""
-        self.item_encoder.look_at(catalog, data_uri)
+        self.item_encoder.attach_catalog(catalog, data_uri)
 
     def encode_items(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
         """Tokens [U, L], lengths [U] (and catalogue `rows` [U], to see pictures) -> e [U, D]."""

@@ -63,7 +63,7 @@ class ItemEncoder(nn.Module):
         if config.lexical:
             self.words = LexicalBlock(len(token_embeddings(body)), config.lexical, width)
 
-    def look_at(self, catalog: Catalog, data_uri: str) -> None:
+    def attach_catalog(self, catalog: Catalog, data_uri: str) -> None:
         """Take the pictures of a data folder's items; nothing to do for an encoder of text."""
         if self.config.modality == "multimodal":
             self.pictures = catalog_pixels(catalog, data_uri, self.config.image_size)
@@ -139,7 +139,7 @@ class ItemEncoder(nn.Module):
         if bool((rows == NO_PICTURE).all()):
             return SeenRows(embeddings, None, last, ())
         if self.pictures is None:
-            raise ValueError("a multimodal item encoder needs pictures: call look_at first")
+            raise ValueError("a multimodal item encoder needs pictures: call attach_catalog first")
         pictured, pixels = self.pictures.gather(rows.cpu().numpy())
         device = embeddings.device
         return pictures_of(self.body).insert(

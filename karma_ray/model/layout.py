@@ -1,4 +1,4 @@
-"""Where queries and items stand in the user decoder's input, who sees whom, where h is read.
+"""Where queries and items stand in the user decoder's input, its attention mask, where h is read.
 
 Every step owns a block of W query slots and one item slot behind the prompt:
 

@@ -25,7 +25,7 @@ HIDDEN = -1e9
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the real tokens of a padded batch lie, and who sees whom."""
+    """Where the real tokens of a padded batch lie, and the attention mask."""
 
     real: Tensor  # [B, S]
     visible: Tensor | None = None  # [B, S, S] row sees column; None: causal
@@ -81,8 +81,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of one layer, called by transformers: [B, H, S, d], [B, K, S, d] -> [B, S, H, d].
 
-    With a packed `packing` rows are [1, H, N, d]. `attention_mask` is not used: who sees whom
-    stands in `packing`, and without it a row is causal.
+    With a packed `packing` rows are [1, H, N, d]. `attention_mask` is not used: the mask stands
+    in `packing`, and without it a row is causal.
     """
     if packing is None:
         everything = torch.ones(len(query), query.shape[2], dtype=torch.bool, device=query.device)

@@ -37,7 +37,7 @@ class RecallModel(nn.Module, ABC):
         return self.width
 
     @abstractmethod
-    def look_at(self, catalog: Catalog, data_uri: str) -> None:
+    def attach_catalog(self, catalog: Catalog, data_uri: str) -> None:
         """Take what is needed of a data folder's catalogue besides tokens, before items of it are
         encoded."""
 

@@ -127,10 +127,10 @@ def _save_parts(interest: InterestModel, folder: Path) -> dict[str, Any]:
 
 
 def _load_parts(model: ModelConfig, folder: Path, tokenizer: Tokenizer, uri: str) -> InterestModel:
-    sees = model.item_encoder.modality == "multimodal"
+    with_vision = model.item_encoder.modality == "multimodal"
     interest = InterestModel(
         model,
-        load_body(str(folder / ITEM_ENCODER), "bundle", sees=sees),
+        load_body(str(folder / ITEM_ENCODER), "bundle", with_vision=with_vision),
         load_body(str(folder / USER_DECODER)),
         tokenizer,
     )

@@ -43,7 +43,7 @@ NUM_CHECKED = 1000
 HEADLINE = ("HR@10", "HR@50", "NDCG@10", "MRR", "gAUC", "JS@50", "num_test")
 
 
-class Judge:
+class Evaluator:
     """One data set's evaluation: the same examples, catalogue and cold items for everybody."""
 
     def __init__(self, config: Config, source: PreparedData) -> None:
@@ -90,17 +90,17 @@ def assess(
     `stage` is None for a floor or ceiling. Without test examples the checks and cases are of
     validation examples. Returns the content of metrics.json.
     """
-    folder, judge = RunFolder(out or run), Judge(config, source)
+    folder, evaluator = RunFolder(out or run), Evaluator(config, source)
     LOG.info("evaluating %d test clicks", source.examples("test").num_rows)
-    floors = floor_metrics(judge, cache)
+    floors = floor_metrics(evaluator, cache)
     if stage is None:
         floors = {name: value for name, value in floors.items() if name != config.recipe}
     write_json(floors, folder.path("floors.json"))
     if stage is None:
         ranker = build_floor(config.recipe, source, config.seed)
-        return judge.both_splits(ranker, folder.path("outcomes"))
+        return evaluator.both_splits(ranker, folder.path("outcomes"))
     retriever = Retriever.load(run, source.items_uri)
-    metrics: dict[str, Any] = judge.both_splits(retriever, folder.path("outcomes"))
+    metrics: dict[str, Any] = evaluator.both_splits(retriever, folder.path("outcomes"))
     examples = source.examples("test")
     if examples.num_rows == 0:
         LOG.warning("there are no test examples: checks and cases are of validation examples")
@@ -109,20 +109,20 @@ def assess(
         LOG.warning("there are no validation examples either: nothing was measured")
         return metrics
     metrics |= collapse_metrics(retriever, examples, config.seed)
-    write_json(run_checks(judge, retriever, stage, examples), folder.path("checks.json"))
+    write_json(run_checks(evaluator, retriever, stage, examples), folder.path("checks.json"))
     cases = collect_cases(
-        retriever, stage.build_finished(), examples, judge.catalog,
+        retriever, stage.build_finished(), examples, evaluator.catalog,
         count=NUM_CASES, seed=config.seed,
     )  # fmt: skip
     write_json(cases, folder.path("report", "cases.json"))
     return metrics
 
 
-def floor_metrics(judge: Judge, cache: str) -> dict[str, dict[str, float]]:
+def floor_metrics(evaluator: Evaluator, cache: str) -> dict[str, dict[str, float]]:
     """Metrics of every floor, and of the ceilings where the truth is known; cached per data."""
-    source = judge.source
+    source = evaluator.source
     examples = content_hash(join(source.uri, "examples"))
-    key = [STAGE_VERSION, examples, asdict(judge.config.evaluation), judge.config.seed]
+    key = [STAGE_VERSION, examples, asdict(evaluator.config.evaluation), evaluator.config.seed]
     path = join(cache, f"floors-{value_hash(key)}.json")
     floors = cast(dict[str, dict[str, float]], read_json(path)) if exists(path) else {}
     names = [*recipes.FLOORS]
@@ -131,7 +131,7 @@ def floor_metrics(judge: Judge, cache: str) -> dict[str, dict[str, float]]:
     missing = [name for name in names if name not in floors]
     for name in missing:
         LOG.info("floor %s", name)
-        floors[name] = judge.both_splits(build_floor(name, source, judge.config.seed))
+        floors[name] = evaluator.both_splits(build_floor(name, source, evaluator.config.seed))
     if missing:
         write_json(floors, path)
     return floors
@@ -151,15 +151,15 @@ def collapse_metrics(retriever: Retriever, examples: pa.Table, seed: int) -> dic
 
 
 def run_checks(
-    judge: Judge, retriever: Retriever, stage: Stage, examples: pa.Table
+    evaluator: Evaluator, retriever: Retriever, stage: Stage, examples: pa.Table
 ) -> dict[str, Any]:
     """Strangers' histories beside the true ones, and the effect of items h must not see."""
-    sample = sampled(examples, NUM_CHECKED, judge.config.seed)
-    strangers = with_strangers_history(sample, judge.config.seed)
-    own, other = judge(retriever, sample), judge(retriever, strangers)
-    source = Source.scan(join(judge.source.uri, "sequences"))
-    rows = judge.source.sequences().slice(0, min(32, source.num_rows))
-    batch = stage.collator().training(rows, row_keys(rows.num_rows, judge.config.seed))
+    sample = sampled(examples, NUM_CHECKED, evaluator.config.seed)
+    strangers = with_strangers_history(sample, evaluator.config.seed)
+    own, other = evaluator(retriever, sample), evaluator(retriever, strangers)
+    source = Source.scan(join(evaluator.source.uri, "sequences"))
+    rows = evaluator.source.sequences().slice(0, min(32, source.num_rows))
+    batch = stage.collator().training(rows, row_keys(rows.num_rows, evaluator.config.seed))
     return {
         "own_history": {name: own[name] for name in HEADLINE if name in own},
         "shuffled_history": {name: other[name] for name in HEADLINE if name in other},

@@ -11,7 +11,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,14 +20,22 @@ import pyarrow as pa
 from karma_ray.data.draws import hashed
 from karma_ray.training.order import Order, Source, Window
 
-if TYPE_CHECKING:
-    from karma_ray.runs.worker import WorkerContext
-
 ReadBlocks = Callable[[Order, Sequence[Window]], Iterator[pa.Table]]
 """Reads the rows of windows, in order, as blocks of any size."""
 
 Collate = Callable[[pa.Table, np.ndarray], Any]
 """rows, and a key for the random draws of each -> a batch."""
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """What `TrainJob.make_batches` needs to know: which worker, from which step to which."""
+
+    rank: int
+    num_workers: int
+    start_step: int
+    steps: int
+    read_blocks: ReadBlocks
 
 
 def ordered_batches(

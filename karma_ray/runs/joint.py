@@ -29,7 +29,7 @@ from karma_ray.runs.stages import Stage, over_ids
 from karma_ray.runs.worker import TrainJob
 from karma_ray.training.action_step import ActionStep
 from karma_ray.training.loop import Record
-from karma_ray.training.optim import Pace, Paces
+from karma_ray.training.optim import RateMultiplier, RateMultipliers
 from karma_ray.training.step import JointStep
 from karma_ray.training.step_state import StepState
 
@@ -60,7 +60,7 @@ def joint_job(
         seed=config.seed,
         validate=Validation(stage, source, on_validate),
     )  # fmt: skip
-    if over_ids(config):  # one pace for all its parameters
+    if over_ids(config):  # one multiplier for all its parameters
         action = ActionStep(config.objective)
         with_shares = partial(_with_shares, _shares(stage, source))
         return job(build=stage.build_ids, step=action, probe=action.probe, before_step=with_shares)
@@ -73,7 +73,9 @@ def joint_job(
     return job(
         build=stage.build_joint,
         step=step,
-        pace_of=Paces(training.new_module_lr, Pace(training.encoder_lr, start, rise)),
+        multiplier_of=RateMultipliers(
+            training.new_module_lr, RateMultiplier(training.encoder_lr, start, rise)
+        ),
         probe=JointProbe(stage, step),
         before_step=BeforeStep(stage, step, _shares(stage, source)),
     )

@@ -22,7 +22,7 @@ from karma_ray.baselines.popularity import warm_mask
 from karma_ray.config import Config, from_dict
 from karma_ray.data.prepared import PreparedData, read_data_manifest
 from karma_ray.errors import InputError
-from karma_ray.evaluation.diagnosis import ModelDiagnosis, Specimens, Wanted, diagnose
+from karma_ray.evaluation.diagnosis import ModelDiagnosis, ProbeSet, Wanted, diagnose
 from karma_ray.evaluation.probe_sets import (
     NUM_ITEMS,
     VECTORS_PER_ITEM,
@@ -109,12 +109,12 @@ def diagnose_runs(
     if data is None:
         _check_same_data(opened)
     source = PreparedData.load(absolute(data) if data else opened[0].data)
-    specimens = _specimens(opened, source, num_items)
-    subjects, notes = _measured(opened, source.items_uri, specimens, wanted)
-    if specimens.requests is None:
+    probe_set = _probe_set(opened, source, num_items)
+    subjects, notes = _measured(opened, source.items_uri, probe_set, wanted)
+    if probe_set.requests is None:
         notes.append("The data have no valid requests with a history: the user decoder, h and its "
                      "decode gap were not measured.")  # fmt: skip
-    comparison = Comparison(subjects, _facts(source, specimens), notes)
+    comparison = Comparison(subjects, _facts(source, probe_set), notes)
     folder = absolute(out) if out else RunFolder(opened[-1].run).report
     return comparison, render_diagnosis(comparison, folder)
 
@@ -156,7 +156,7 @@ def _check_same_data(opened: list[OpenedRun]) -> None:
             raise InputError("RUN", run.run, message)
 
 
-def _specimens(opened: list[OpenedRun], source: PreparedData, num_items: int) -> Specimens:
+def _probe_set(opened: list[OpenedRun], source: PreparedData, num_items: int) -> ProbeSet:
     """Drawn with the first run's tokens; raises InputError when another run has others."""
     catalog = source.catalog()
     warm = warm_mask(source.sequences(), catalog)
@@ -174,11 +174,11 @@ def _specimens(opened: list[OpenedRun], source: PreparedData, num_items: int) ->
     vectors = vector_sample(first, catalog, VECTORS_PER_ITEM * num_items, SAMPLE_SEED)
     requests = request_sample(first, source.examples("valid"), num_items, SAMPLE_SEED)
     words = word_sample(first, source.examples("valid"), SAMPLE_SEED)
-    return Specimens(items, vectors, requests, words, SAMPLE_SEED)
+    return ProbeSet(items, vectors, requests, words, SAMPLE_SEED)
 
 
 def _measured(
-    opened: list[OpenedRun], items_uri: str, specimens: Specimens, wanted: Sequence[Wanted] | None
+    opened: list[OpenedRun], items_uri: str, probe_set: ProbeSet, wanted: Sequence[Wanted] | None
 ) -> tuple[list[Subject], list[str]]:
     """The beginnings first, each once, then the runs; and what could not be had."""
     starts = {run.name: run.start(items_uri) for run in opened}
@@ -193,13 +193,13 @@ def _measured(
         elif key not in frozen:
             name = "frozen" if len(keys) == 1 else f"frozen {len(frozen) + 1}"
             model = stage.build_joint() if stage.trained is None else stage.build_trained()
-            found = frozen[key] = _measure(name, model, run.config, specimens, wanted)
+            found = frozen[key] = _measure(name, model, run.config, probe_set, wanted)
             found.metrics["collapse/cka_frozen"] = 1.0
             begin = [other.name for other in opened if starts[other.name][0] == key]
             subjects.append(Subject(name, {"the beginning of": ", ".join(begin)}, found))
     for run in opened:
         model = finished_stage(run.run, items_uri).build_trained()
-        found = _measure(run.name, model, run.config, specimens, wanted)
+        found = _measure(run.name, model, run.config, probe_set, wanted)
         if before := frozen.get(starts[run.name][0]):
             found.metrics["collapse/cka_frozen"] = linear_cka(found.vectors, before.vectors)
         subjects.append(Subject(run.name, run.facts(), found))
@@ -207,28 +207,28 @@ def _measured(
 
 
 def _measure(
-    name: str, model: KarmaModel, config: Config, specimens: Specimens,
+    name: str, model: KarmaModel, config: Config, probe_set: ProbeSet,
     wanted: Sequence[Wanted] | None,
 ) -> ModelDiagnosis:  # fmt: skip
     started = time.monotonic()
     LOG.info("measuring %s", name)
     model = model.to("cuda" if torch.cuda.is_available() else "cpu")
-    found = diagnose(model, specimens, JointStep(config.objective).probe, wanted)
+    found = diagnose(model, probe_set, JointStep(config.objective).probe, wanted)
     LOG.info("measured %s in %.0f s", name, time.monotonic() - started)
     return found
 
 
-def _facts(source: PreparedData, specimens: Specimens) -> dict[str, Any]:
-    requests = specimens.requests
+def _facts(source: PreparedData, probe_set: ProbeSet) -> dict[str, Any]:
+    requests = probe_set.requests
     return {
         "data": read_data_manifest(source.items_uri).get("name") or source.items_uri,
         "data_uri": source.uri,
-        "seed": specimens.seed,
+        "seed": probe_set.seed,
         "epsilon": EPSILON,
-        "num_items": len(specimens.items.rows),
-        "num_held_out": specimens.items.num_held_out,
-        "item_length": specimens.items.tokens.shape[1],
-        "num_vectors": len(specimens.vectors.rows),
+        "num_items": len(probe_set.items.rows),
+        "num_held_out": probe_set.items.num_held_out,
+        "item_length": probe_set.items.tokens.shape[1],
+        "num_vectors": len(probe_set.vectors.rows),
         "num_requests": requests.requests.num_windows if requests else 0,
         "history": requests.num_history if requests else 0,
     }

@@ -63,15 +63,15 @@ def _with_pictures(config: Config, folder: str) -> str:
     """The tiny item encoder: the language model itself, or one that reads pictures around it."""
     if config.model.item_encoder.modality != "multimodal":
         return folder
-    seeing = f"{folder}-vl"
-    with locked(seeing):
-        if not exists(join(seeing, "config.json")):
-            draft = f"{seeing}.tmp"
+    multimodal = f"{folder}-vl"
+    with locked(multimodal):
+        if not exists(join(multimodal, "config.json")):
+            draft = f"{multimodal}.tmp"
             shutil.rmtree(draft, ignore_errors=True)
             special = SpecialIds.of(load_tokenizer(folder))
             body = build_tiny_with_pictures(
                 load_body(folder), special.text_start, special.text_end, config.seed
             )
             save_body(body, draft)
-            os.replace(draft, seeing)
-    return seeing
+            os.replace(draft, multimodal)
+    return multimodal

@@ -58,8 +58,8 @@ def is_tiny(config: Config) -> bool:
         )  # fmt: skip
     if item == "tiny":
         return True
-    seeing = config.model.item_encoder.modality == "multimodal"
-    checkpoint_family(item, "model.item_encoder.checkpoint", sees=seeing)
+    multimodal = config.model.item_encoder.modality == "multimodal"
+    checkpoint_family(item, "model.item_encoder.checkpoint", with_vision=multimodal)
     checkpoint_family(user, "model.user_decoder.checkpoint")
     return False
 
@@ -180,7 +180,7 @@ class Stage:
         assert self.trained is not None
         model = self.build_ids()
         load_weights(self.trained, model)
-        model.interest.look_at(self.catalog(), self.items_uri)
+        model.interest.attach_catalog(self.catalog(), self.items_uri)
         return model.eval()
 
     def fit_to_items(self, interest: InterestModel) -> None:
@@ -206,7 +206,7 @@ class Stage:
         tokenizer = self.tokenizer()
         bare = replace(config, generator=GeneratorConfig())  # warm-up knows no generator
         interest = InterestModel.build(bare, tokenizer, self.config.seed)
-        interest.item_encoder.look_at(self.catalog(), self.items_uri)
+        interest.item_encoder.attach_catalog(self.catalog(), self.items_uri)
         bundled = self.tokenizer_folder is not None
         head = load_lm_head(config.user_decoder.checkpoint, empty=bundled)
         imagery = build_imagery(self.config, self.items_uri, interest, self.trained)

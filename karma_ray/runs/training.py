@@ -18,7 +18,7 @@ from karma_ray.errors import InputError
 from karma_ray.runs.batches import local_blocks
 from karma_ray.runs.run_log import ProgressLine
 from karma_ray.runs.worker import TrainJob, run_worker
-from karma_ray.training.checkpoints.files import Vault
+from karma_ray.training.checkpoints.files import CheckpointFiles
 from karma_ray.training.loop import Record
 from karma_ray.training.order import Order, Window
 
@@ -46,7 +46,7 @@ def run_training(
     if resume and exists(join(job.final, "summary.json")):
         summary: dict[str, Any] = read_json(join(job.final, "summary.json"))
         return summary
-    if not resume and (exists(job.final) or Vault(job.checkpoints).steps()):
+    if not resume and (exists(job.final) or CheckpointFiles(job.checkpoints).steps()):
         message = f"already holds checkpoints of the stage {job.stage}; resume, or use a new folder"
         raise InputError("run folder", job.run, message)
     if distribute is None or job.training.num_workers == 0:

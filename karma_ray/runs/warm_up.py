@@ -32,7 +32,7 @@ from karma_ray.runs.training import run_training
 from karma_ray.runs.worker import TrainJob
 from karma_ray.training.config import EXECUTION, WARMED_UP_BY, TrainingConfig
 from karma_ray.training.loop import Record
-from karma_ray.training.optim import Pace, Paces
+from karma_ray.training.optim import RateMultiplier, RateMultipliers
 from karma_ray.training.step import TokenBatch, WarmupStep
 from karma_ray.training.step_state import StepState
 
@@ -109,7 +109,7 @@ def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
         ),
         training=training,
         seed=config.seed,
-        pace_of=Paces(training.new_module_lr, Pace()),
+        multiplier_of=RateMultipliers(training.new_module_lr, RateMultiplier()),
         probe=_warmup_probe,
         should_stop=Plateau(),
     )

@@ -19,7 +19,7 @@ from torch import nn
 from karma_ray.artifacts import join, write_json
 from karma_ray.errors import StorageError, TakenOver
 from karma_ray.evaluation.alarm import Alarm, messages
-from karma_ray.runs.batches import ReadBlocks
+from karma_ray.runs.batches import WorkerContext
 from karma_ray.runs.run_log import RunLog
 from karma_ray.training.checkpoints.checkpoint import Progress, load_checkpoint, save_weights
 from karma_ray.training.checkpoints.outage import reason, redacted, retried
@@ -27,7 +27,12 @@ from karma_ray.training.checkpoints.store import CheckpointStore
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.loop import Prepare, Probe, Record, fit, keep_state
 from karma_ray.training.memory import keep_heap, trim_heap
-from karma_ray.training.optim import Pace, build_optimizer, learning_rate_factor, same_pace
+from karma_ray.training.optim import (
+    RateMultiplier,
+    build_optimizer,
+    common_schedule,
+    learning_rate_factor,
+)
 from karma_ray.training.order import Order, Window
 from karma_ray.training.parallel import barrier, global_sum, rank, world_size
 from karma_ray.training.placement import needs_all_workers, place
@@ -39,17 +44,6 @@ if TYPE_CHECKING:
 LOG = logging.getLogger(__name__)
 TRIM_SECONDS = 60.0
 """Between two returns of freed memory: steps then fault it in anew (docs/log.md, L12)."""
-
-
-@dataclass(frozen=True)
-class WorkerContext:
-    """What `TrainJob.make_batches` needs to know: which worker, from which step to which."""
-
-    rank: int
-    num_workers: int
-    start_step: int
-    steps: int
-    read_blocks: ReadBlocks
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,7 @@ class TrainJob:
     """Steps, learning rate, precision, reports, checkpoints, workers."""
     seed: int = 0
     """Seed of the workers' torch random state (dropout)."""
-    pace_of: Callable[[str], Pace] = same_pace
+    multiplier_of: Callable[[str], RateMultiplier] = common_schedule
     """How a parameter learns, from its name: rate, start, rise."""
     probe: Probe | None = None
     """Measured on the batch of every report (collapse probes)."""
@@ -126,7 +120,7 @@ def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[
         model,
         learning_rate=training.learning_rate,
         weight_decay=training.weight_decay,
-        pace_of=job.pace_of,
+        multiplier_of=job.multiplier_of,
     )
     # Before the restore, which brings the random state of a checkpoint along.
     torch.manual_seed(job.seed + 1_000_003 * (rank() + 1))

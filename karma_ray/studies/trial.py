@@ -67,7 +67,7 @@ def first_stage_key(config: Config, data: str) -> str:
 
 def first_stage(config: Config, data: str, cache: str, executor: Executor = HERE) -> None:
     """Pretraining, warm-up and floors into the cache."""
-    from karma_ray.runs.assessment import Judge, floor_metrics
+    from karma_ray.runs.assessment import Evaluator, floor_metrics
     from karma_ray.runs.first_stages import start_stage
     from karma_ray.runs.preparation import ensure_prepared
 
@@ -75,7 +75,7 @@ def first_stage(config: Config, data: str, cache: str, executor: Executor = HERE
     if config.recipe in recipes.TRAINED:
         start_stage(config, source, cache, executor=executor)
     with locked(join(cache, "floors")):  # two that begin together share them
-        floor_metrics(Judge(config, source), cache)
+        floor_metrics(Evaluator(config, source), cache)
 
 
 def train_trial(

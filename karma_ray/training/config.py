@@ -60,7 +60,7 @@ class TrainingConfig:
     encoder_grad: Literal["full", "targets_only", "frozen"] = "full"
     """Gradient into the item encoder: everywhere, targets and negatives only, or none."""
     encoder_delay: ShareBelowOne = 0.0
-    """Share of the steps in which the item encoder stands still while the user decoder learns to
+    """Share of the steps in which the item encoder is frozen while the user decoder learns to
     read it (gradual unfreezing, 1801.06146)."""
     encoder_lr: Weight = 1.0
     """Factor on the learning rates of the item encoder, its new modules included."""

@@ -16,25 +16,25 @@ from karma_ray.training.checkpoints.shards import is_sharded
 
 
 @dataclass(frozen=True, order=True)
-class Pace:
-    """How a parameter learns beside the common schedule."""
+class RateMultiplier:
+    """How the learning rate of a parameter differs from the common schedule."""
 
     factor: float = 1.0
     """Of the learning rate."""
     start: int = 0
-    """Step before which it stands still."""
+    """Step before which it is frozen."""
     rise: int = 0
     """Steps from `start` over which its rate rises: Adam's first steps have full length."""
 
 
 @dataclass(frozen=True)
-class Paces:
-    """Pace of a parameter, from its name."""
+class RateMultipliers:
+    """The multiplier of a parameter, from its name."""
 
     new_module: float
-    encoder: Pace
+    encoder: RateMultiplier
 
-    def __call__(self, name: str) -> Pace:
+    def __call__(self, name: str) -> RateMultiplier:
         """What came with a Hugging Face checkpoint is a backbone; all else is new.
 
         Low-rank adapters are new too: they bear, and need, several times the rate at which the
@@ -43,13 +43,13 @@ class Paces:
         backbone = (".body." in name and not is_low_rank(name)) or name.endswith("lm_head")
         factor = 1.0 if backbone else self.new_module
         if ".item_encoder." not in name:
-            return Pace(factor)
+            return RateMultiplier(factor)
         return replace(self.encoder, factor=factor * self.encoder.factor)
 
 
-def same_pace(name: str) -> Pace:
+def common_schedule(name: str) -> RateMultiplier:
     """Every parameter follows the common schedule."""
-    return Pace()
+    return RateMultiplier()
 
 
 def build_optimizer(
@@ -57,29 +57,29 @@ def build_optimizer(
     *,
     learning_rate: float,
     weight_decay: float = 0.01,
-    pace_of: Callable[[str], Pace] = same_pace,
+    multiplier_of: Callable[[str], RateMultiplier] = common_schedule,
 ) -> torch.optim.AdamW:
-    """AdamW in groups: weight decay on matrices only, and one group per pace.
+    """AdamW in groups: weight decay on matrices only, and one group per multiplier.
 
-    `pace_of` maps a parameter's name to its pace: new modules may learn faster than a pretrained
-    backbone (METHOD 1.10), the item encoder later and slower. Frozen parameters are left out.
-    Each group keeps its peak rate as `peak_lr`, and `start` and `rise`.
+    `multiplier_of` maps a parameter's name to its multiplier: new modules may learn faster than a
+    pretrained backbone (METHOD 1.10), the item encoder later and slower. Frozen parameters are
+    left out. Each group keeps its peak rate as `peak_lr`, and `start` and `rise`.
     """
-    groups: dict[tuple[Pace, bool, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[RateMultiplier, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             # The fused kernel takes either sharded parameters or whole ones.
-            kind = (pace_of(name), parameter.ndim >= 2, is_sharded(parameter))
+            kind = (multiplier_of(name), parameter.ndim >= 2, is_sharded(parameter))
             groups.setdefault(kind, []).append(parameter)
     if not groups:
         raise InputError("model", type(model).__name__, "has no parameter to train")
     described: list[dict[str, Any]] = []
-    for (pace, matrix, _), parameters in sorted(groups.items(), key=lambda item: item[0]):
-        rate = learning_rate * pace.factor
+    for (multiplier, matrix, _), parameters in sorted(groups.items(), key=lambda item: item[0]):
+        rate = learning_rate * multiplier.factor
         decay = weight_decay if matrix else 0.0
         described.append(
             {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay,
-             "start": pace.start, "rise": pace.rise}
+             "start": multiplier.start, "rise": multiplier.rise}
         )  # fmt: skip
     # The fused kernel spares a small model several milliseconds of Python per step.
     return torch.optim.AdamW(described, lr=learning_rate, fused=True)
@@ -97,9 +97,9 @@ def learning_rate_factor(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float, step: int = 0) -> float:
-    """Give every group `factor` of its peak rate, at its own pace; returns the largest rate."""
+    """Give every group `factor` of its peak rate times its multiplier; returns the largest."""
     for group in optimizer.param_groups:
         begun = step - group["start"] + 1
-        pace = min(1.0, max(0.0, begun / max(1, group["rise"])))
-        group["lr"] = group["peak_lr"] * factor * pace
+        risen = min(1.0, max(0.0, begun / max(1, group["rise"])))
+        group["lr"] = group["peak_lr"] * factor * risen
     return max(float(group["lr"]) for group in optimizer.param_groups)

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from karma_ray.errors import InputError
-from karma_ray.model.backbone import can_see
+from karma_ray.model.backbone import has_vision
 from karma_ray.training.checkpoints.shards import is_sharded, local_part
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.parallel import broadcast_parameters, global_sum, is_parallel, world_size
@@ -76,7 +76,7 @@ def clip_gradients(model: nn.Module, bound: float) -> Tensor:
 
 
 def _shard(body: Any, precision: str, device: torch.device) -> None:
-    if can_see(body):  # workers without a picture in a step would not run the tower with others
+    if has_vision(body):  # workers without a picture in a step would not run the tower with others
         raise InputError("training.parallelism", "shard", "is not for a multimodal item encoder")
     mesh = init_device_mesh(device.type, (world_size(),))
     # On a CPU autocast casts, as it does without sharding.

@@ -140,7 +140,7 @@ class JointStep:
         return progress < self.encoder_delay
 
     def is_frozen(self, progress: float) -> bool:
-        """Whether the item encoder stands still at this share of the training."""
+        """Whether the item encoder is frozen at this share of the training."""
         return self.encoder_grad == "frozen" or self.is_delayed(progress)
 
     def _encoder(self, state: StepState) -> Literal["full", "frozen", "bank"]:

@@ -124,7 +124,7 @@ def test_measuring_a_baseline_again_gives_the_same_numbers(
 
 
 def test_what_a_baseline_trains_is_what_serves(finished: tuple[str, str]) -> None:
-    """The learned temperature moved and is exported; a frozen encoder stands still."""
+    """The learned temperature moved and is exported; a frozen encoder does not change."""
     from karma_ray.retrieval.export import load_bundle
     from karma_ray.runs.stages import finished_stage
 
@@ -216,15 +216,15 @@ def test_a_term_that_needs_texts_is_refused_before_anything_is_trained(
 
 def test_the_floors_that_an_older_cache_lacks_are_added(shop: str, tmp_path: Path) -> None:
     from karma_ray.artifacts import write_json
-    from karma_ray.runs.assessment import Judge, floor_metrics
+    from karma_ray.runs.assessment import Evaluator, floor_metrics
     from karma_ray.runs.preparation import ensure_prepared
 
     settings = config("bm25")
-    judge = Judge(settings, ensure_prepared(shop, settings.prepare))
-    first = floor_metrics(judge, str(tmp_path))
+    evaluator = Evaluator(settings, ensure_prepared(shop, settings.prepare))
+    first = floor_metrics(evaluator, str(tmp_path))
     (path,) = tmp_path.glob("floors-*.json")
     kept = {name: value for name, value in first.items() if name != "bm25"}
     kept["tfidf"] = {"HR@10": 12.0}  # recognisably not measured again
     write_json(kept, str(path))
-    again = floor_metrics(judge, str(tmp_path))
+    again = floor_metrics(evaluator, str(tmp_path))
     assert again["bm25"] == first["bm25"] and again["tfidf"] == {"HR@10": 12.0}

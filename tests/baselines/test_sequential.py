@@ -221,10 +221,10 @@ def test_a_bundle_scores_as_the_model_did(kind: str, tmp_path: Path) -> None:
 
 def test_another_catalogue_is_refused(tmp_path: Path) -> None:
     model, catalog = recommender("sasrec"), tiny.catalog()
-    model.look_at(catalog, "here")
+    model.attach_catalog(catalog, "here")
     moved = Catalog(catalog.table.take(pa.array([*range(1, 49), 0])))
     with pytest.raises(InputError, match=r"--data: 'there' holds other items than the 49 that"):
-        model.look_at(moved, "there")
+        model.attach_catalog(moved, "there")
 
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:

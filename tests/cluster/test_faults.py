@@ -30,7 +30,7 @@ from karma_ray.artifacts import read_json, read_lines
 from karma_ray.cluster.training import run_training
 from karma_ray.errors import StorageError
 from karma_ray.runs.worker import TrainJob
-from karma_ray.training.checkpoints.files import Vault
+from karma_ray.training.checkpoints.files import CheckpointFiles
 from karma_ray.training.parallel import rank
 from karma_ray.training.step import StepOutput
 from karma_ray.training.step_state import StepState
@@ -196,9 +196,9 @@ def _assert_survives_an_outage(store: Store, folder: Path, rows: str, seconds: f
     lines = [line for line in read_lines(f"{run}/metrics.jsonl") if line["stage"] == "joint"]
     losses = {line["step"]: line["loss/square"] for line in lines}
     assert losses == small._losses(folder / "whole")
-    vault = Vault(f"{run}/checkpoints/joint")
-    assert vault.steps() == [driver.STEPS - 5, driver.STEPS]
-    assert all(vault.has_marker(step) for step in vault.steps())
+    files = CheckpointFiles(f"{run}/checkpoints/joint")
+    assert files.steps() == [driver.STEPS - 5, driver.STEPS]
+    assert all(files.has_marker(step) for step in files.steps())
 
 
 def test_a_store_that_goes_away_for_seconds_costs_nothing(
@@ -231,10 +231,10 @@ def test_a_run_on_a_store_is_resumed_from_its_newest_whole_checkpoint(
 
     with pytest.raises(KeyboardInterrupt):
         run_training(replace(whole, run=run, step=cut), progress=False)
-    vault = Vault(f"{run}/checkpoints/joint")
-    assert vault.steps() == [15, 20]
-    name = next(path for path in vault.fs.find(f"{vault.path}/step-0000020") if "model-" in path)
-    vault.fs.pipe_file(name, b"torn")
+    files = CheckpointFiles(f"{run}/checkpoints/joint")
+    assert files.steps() == [15, 20]
+    name = next(path for path in files.fs.find(f"{files.path}/step-0000020") if "model-" in path)
+    files.fs.pipe_file(name, b"torn")
     run_training(replace(whole, run=run), resume=True, progress=False)
     lines = [line for line in read_lines(f"{run}/metrics.jsonl") if line["stage"] == "joint"]
     losses = {line["step"]: line["loss/square"] for line in lines}
@@ -264,7 +264,7 @@ def test_ray_workers_outlive_an_outage(
     )
 
     def leave() -> None:
-        while Vault(f"{run}/checkpoints/joint").steps() == []:
+        while CheckpointFiles(f"{run}/checkpoints/joint").steps() == []:
             time.sleep(0.5)
         store.go_away(20)
 
@@ -314,8 +314,8 @@ def test_a_full_disk_costs_checkpoints_but_not_the_training(
         job = driver.job(str(disk / "run"), rows, 0)
         summary = run_training(replace(job, before_step=partial(_fill, disk)), progress=False)
         assert summary["failed_checkpoints"] == 2  # of steps 15 and 20
-        vault = Vault(f"{disk}/run/checkpoints/joint")
-        assert vault.steps() == [driver.STEPS - 5, driver.STEPS]
+        files = CheckpointFiles(f"{disk}/run/checkpoints/joint")
+        assert files.steps() == [driver.STEPS - 5, driver.STEPS]
         # The log has no hole: its lines waited.
         assert list(small._losses(disk / "run")) == list(range(1, driver.STEPS + 1))
     messages = [record.getMessage() for record in caplog.records]

@@ -19,8 +19,8 @@ from karma_ray.artifacts import read_lines
 from karma_ray.cluster.training import run_training
 from karma_ray.data.draws import uniform
 from karma_ray.errors import InputError, NonFiniteLoss
-from karma_ray.runs.batches import Collate, stream_batches
-from karma_ray.runs.worker import TrainJob, WorkerContext
+from karma_ray.runs.batches import Collate, WorkerContext, stream_batches
+from karma_ray.runs.worker import TrainJob
 from karma_ray.training.checkpoints.checkpoint import load_weights
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.order import Order, Source

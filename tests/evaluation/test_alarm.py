@@ -16,8 +16,9 @@ from karma_ray.artifacts import read_lines, write_json
 from karma_ray.evaluation.alarm import KINDS, Alarm, messages
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.report.page import render_report
+from karma_ray.runs.batches import WorkerContext
 from karma_ray.runs.training import run_training
-from karma_ray.runs.worker import TrainJob, WorkerContext
+from karma_ray.runs.worker import TrainJob
 from karma_ray.training.config import TrainingConfig
 from karma_ray.training.step import JointStep
 from karma_ray.training.step_state import StepState

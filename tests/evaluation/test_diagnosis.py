@@ -11,7 +11,7 @@ from karma_ray.errors import InputError
 from karma_ray.evaluation import diagnosis
 from karma_ray.evaluation.diagnosis import (
     ModelDiagnosis,
-    Specimens,
+    ProbeSet,
     chosen_heads,
     content_sink,
     diagnose,
@@ -29,11 +29,11 @@ from tests import tiny
 from tests.evaluation.test_probe_sets import COLD, clicks, sample
 
 
-def specimens() -> Specimens:
+def probe_set() -> ProbeSet:
     requests = sample([2, 4, 4, 5, 6, 7, 9, 9])
     items = item_sample(tiny.collator(), tiny.catalog(), COLD, 24, seed=0)
     vectors = vector_sample(tiny.collator(), tiny.catalog(), 49, 0)
-    return Specimens(items, vectors, requests, None, 0)
+    return ProbeSet(items, vectors, requests, None, 0)
 
 
 def whitened(**options: str) -> KarmaModel:
@@ -47,12 +47,12 @@ def whitened(**options: str) -> KarmaModel:
 
 
 def measured(model: KarmaModel) -> ModelDiagnosis:
-    return diagnose(model, specimens(), JointStep(ObjectiveConfig()).probe)
+    return diagnose(model, probe_set(), JointStep(ObjectiveConfig()).probe)
 
 
 @torch.no_grad()
 def test_chunks_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, items = tiny.model().eval(), specimens().items
+    model, items = tiny.model().eval(), probe_set().items
     monkeypatch.setattr(diagnosis, "CHUNK", 7)
     found = diagnose_items(model, items)
     maps = item_attention(model.interest.item_encoder, items.tokens, items.lengths)
@@ -121,14 +121,14 @@ def test_every_layout_can_be_diagnosed(layout: str, query_mode: str) -> None:
 
 def test_an_instruction_is_no_content() -> None:
     model = tiny.model(instruction="red red red")
-    found = diagnose_items(model, specimens().items)
+    found = diagnose_items(model, probe_set().items)
     count = len(model.interest.item_encoder.instruction)
-    assert len(found.slots) == specimens().items.tokens.shape[1] + count
+    assert len(found.slots) == probe_set().items.tokens.shape[1] + count
     assert not found.content[:count].any()
 
 
 def test_the_probe_of_a_report_is_the_diagnosis_of_its_items() -> None:
-    model, items = tiny.model().eval(), specimens().items
+    model, items = tiny.model().eval(), probe_set().items
     whole = diagnose_items(model, items).measures["content_sink"].mean()
     assert content_sink(model, items) == pytest.approx(float(whole))
 

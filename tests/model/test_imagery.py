@@ -50,11 +50,11 @@ def _branch_states(karma: KarmaModel, batch: Batch, items: Tensor) -> Tensor:
 
 
 @layouts
-@pytest.mark.parametrize("sees", [False, True])
+@pytest.mark.parametrize("with_text", [False, True])
 def test_image_queries_see_the_text_branch_only_when_told(
-    layout: str, query_mode: str, sees: bool
+    layout: str, query_mode: str, with_text: bool
 ) -> None:
-    karma = pictures.model(layout, query_mode, imagery={"img_sees_text": sees})
+    karma = pictures.model(layout, query_mode, imagery={"img_sees_text": with_text})
     batch = pictures.batch()
     items = _items(karma, batch)
     other = replace(batch, item_tokens=batch.item_tokens.roll(1, 0))  # lengths stay
@@ -62,8 +62,8 @@ def test_image_queries_see_the_text_branch_only_when_told(
     with torch.no_grad():
         states = [_branch_states(karma, given, items)[images] for given in (batch, other)]
         losses = [karma.forward_with_images(given, items, text=True)[2] for given in (batch, other)]
-    assert torch.equal(*states) == (not sees)
-    assert torch.equal(*losses) == (not sees)
+    assert torch.equal(*states) == (not with_text)
+    assert torch.equal(*losses) == (not with_text)
 
 
 @layouts

@@ -19,7 +19,7 @@ from karma_ray.runs.pipeline import train_run
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.stages import Stage
 from karma_ray.runs.warm_up import warmup_key
-from karma_ray.training.optim import Pace, Paces
+from karma_ray.training.optim import RateMultiplier, RateMultipliers
 from karma_ray.training.step_state import StepState
 from tests import tiny
 
@@ -27,23 +27,23 @@ LAYER = "interest.{}.body.layers.0.mlp.up_proj."
 
 
 @pytest.mark.parametrize(
-    ("name", "pace"),
+    ("name", "multiplier"),
     [
-        (LAYER.format("user_decoder") + "weight", Pace(1.0)),
-        (LAYER.format("user_decoder") + "base_layer.weight", Pace(1.0)),
-        (LAYER.format("user_decoder") + "lora_B.default.weight", Pace(4.0)),
-        (LAYER.format("item_encoder") + "weight", Pace(0.5, start=10)),
-        (LAYER.format("item_encoder") + "lora_A.default.weight", Pace(2.0, start=10)),
-        ("interest.user_decoder.projector.inner.weight", Pace(4.0)),
-        ("interest.item_encoder.output.weight", Pace(2.0, start=10)),
-        ("decodability.body.layers.0.mlp.up_proj.weight", Pace(1.0)),
-        ("lm_head", Pace(1.0)),
+        (LAYER.format("user_decoder") + "weight", RateMultiplier(1.0)),
+        (LAYER.format("user_decoder") + "base_layer.weight", RateMultiplier(1.0)),
+        (LAYER.format("user_decoder") + "lora_B.default.weight", RateMultiplier(4.0)),
+        (LAYER.format("item_encoder") + "weight", RateMultiplier(0.5, start=10)),
+        (LAYER.format("item_encoder") + "lora_A.default.weight", RateMultiplier(2.0, start=10)),
+        ("interest.user_decoder.projector.inner.weight", RateMultiplier(4.0)),
+        ("interest.item_encoder.output.weight", RateMultiplier(2.0, start=10)),
+        ("decodability.body.layers.0.mlp.up_proj.weight", RateMultiplier(1.0)),
+        ("lm_head", RateMultiplier(1.0)),
     ],
 )
 def test_new_modules_and_low_rank_adapters_learn_faster_than_a_backbone(
-    name: str, pace: Pace
+    name: str, multiplier: RateMultiplier
 ) -> None:
-    assert Paces(4.0, Pace(0.5, start=10))(name) == pace
+    assert RateMultipliers(4.0, RateMultiplier(0.5, start=10))(name) == multiplier
 
 
 def test_a_warm_up_with_adapters_is_another_than_one_without() -> None:

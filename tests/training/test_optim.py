@@ -8,7 +8,7 @@ from torch import nn
 
 from karma_ray.errors import InputError
 from karma_ray.training.optim import (
-    Pace,
+    RateMultiplier,
     build_optimizer,
     learning_rate_factor,
     set_learning_rate,
@@ -37,7 +37,7 @@ def test_only_matrices_decay_and_new_modules_learn_faster() -> None:
         model,
         learning_rate=1e-3,
         weight_decay=0.1,
-        pace_of=lambda name: Pace(1.0 if name.startswith("backbone") else 5.0),
+        multiplier_of=lambda name: RateMultiplier(1.0 if name.startswith("backbone") else 5.0),
     )
     assert _by_name(model, optimizer) == {
         "backbone.weight": {"rate": 1e-3, "decay": 0.1},
@@ -72,16 +72,20 @@ def test_the_rate_rises_linearly_then_falls_to_a_tenth() -> None:
 
 def test_every_group_keeps_its_ratio_under_the_schedule() -> None:
     optimizer = build_optimizer(
-        _Model(), learning_rate=1.0, pace_of=lambda name: Pace(1.0 if name[0] == "b" else 3.0)
+        _Model(),
+        learning_rate=1.0,
+        multiplier_of=lambda name: RateMultiplier(1.0 if name[0] == "b" else 3.0),
     )
     set_learning_rate(optimizer, 0.5)
     assert sorted({group["lr"] for group in optimizer.param_groups}) == [0.5, 1.5]
 
 
 def test_a_delayed_group_stands_still_then_rises() -> None:
-    late = Pace(0.5, start=10, rise=4)
+    late = RateMultiplier(0.5, start=10, rise=4)
     optimizer = build_optimizer(
-        _Model(), learning_rate=1.0, pace_of=lambda name: late if name[0] == "p" else Pace()
+        _Model(),
+        learning_rate=1.0,
+        multiplier_of=lambda name: late if name[0] == "p" else RateMultiplier(),
     )
     found = {}
     for step in (0, 9, 10, 11, 13, 20):

@@ -1,7 +1,7 @@
 """Qwen3-VL (2511.21631): a Qwen3 body with a vision tower inside it.
 
 Loaded as the Qwen3 body that it is for an item without a picture, with `visual`, the tower, and
-`seeing`, the whole configuration, in it; saved as the Qwen3-VL folder that it came from.
+`whole_config`, the whole configuration, in it; saved as the Qwen3-VL folder that it came from.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def save(body: nn.Module, folder: str) -> None:
     """Write a folder of this family: config.json and model.safetensors, without a head."""
     parts = cast(Any, body)
     with torch.device("meta"):
-        whole = Qwen3VLModel(parts.seeing)
+        whole = Qwen3VLModel(parts.whole_config)
     state = {
         name if name.startswith("visual.") else f"language_model.{name}": value
         for name, value in body.state_dict().items()
@@ -92,7 +92,7 @@ def save(body: nn.Module, folder: str) -> None:
     whole.load_state_dict(state, assign=True)
     whole.save_pretrained(folder, safe_serialization=True)
     ImageProcessingMixin(
-        image_mean=list(parts.seeing.image_mean), image_std=list(parts.seeing.image_std)
+        image_mean=list(parts.whole_config.image_mean), image_std=list(parts.whole_config.image_std)
     ).save_pretrained(folder)
 
 

@@ -52,7 +52,7 @@ def insert_pictures(
     if not len(pixels):
         return SeenRows(embeddings, None, last, ())
     num_items, num_slots = embeddings.shape[:2]
-    config = cast(Any, body).seeing
+    config = cast(Any, body).whole_config
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
         tokens, deep = _look(body, pixels)  # [n, K, D]
     count = tokens.shape[1]
@@ -88,19 +88,19 @@ def insert_pictures(
 def give_sight(body: nn.Module, visual: nn.Module, rotary: nn.Module, config: Any) -> None:
     """Make a text body see: its vision tower, its positions in a plane, and what is added behind
     its first layers. `config` is Qwen3-VL's, with `image_mean` and `image_std` of its processor."""
-    seeing = cast(Any, body)
-    seeing.visual, seeing.rotary_emb, seeing.seeing = visual, rotary, config
+    multimodal = cast(Any, body)
+    multimodal.visual, multimodal.rotary_emb, multimodal.whole_config = visual, rotary, config
     tower = cast(Any, visual)
     tower.patch_embed = PatchProjection(tower.patch_embed)
     for block in tower.blocks:
         block.attn = PictureAttention(block.attn)
     for number in range(len(config.vision_config.deepstack_visual_indexes)):
-        seeing.layers[number].register_forward_hook(_Deepening(number), with_kwargs=True)
+        multimodal.layers[number].register_forward_hook(_Deepening(number), with_kwargs=True)
 
 
 def block_side(body: nn.Module) -> int:
     """Pixels of a side that become one token."""
-    config = cast(Any, body).seeing.vision_config
+    config = cast(Any, body).whole_config.vision_config
     return int(config.patch_size * config.spatial_merge_size)
 
 
@@ -167,16 +167,16 @@ class _Deepening:
 
 def _look(body: nn.Module, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Pictures [n, S, S, 3] uint8 -> image tokens [n, K, D] and what is added behind layers."""
-    seeing = cast(Any, body)
-    config, count = seeing.seeing.vision_config, len(pixels)
+    multimodal = cast(Any, body)
+    config, count = multimodal.whole_config.vision_config, len(pixels)
     mean, std = (
         torch.tensor(values, device=pixels.device)
-        for values in (seeing.seeing.image_mean, seeing.seeing.image_std)
+        for values in (multimodal.whole_config.image_mean, multimodal.whole_config.image_std)
     )
     normal = ((pixels.float() / 255 - mean) / std).permute(0, 3, 1, 2)
     patches, grids = cut_patches(
         normal, config.patch_size, config.spatial_merge_size, config.temporal_patch_size
     )
-    seen = seeing.visual(patches, grid_thw=grids)
+    seen = multimodal.visual(patches, grid_thw=grids)
     tokens = seen.pooler_output.view(count, -1, seen.pooler_output.shape[-1])
     return tokens, [deep.view(tokens.shape) for deep in seen.deepstack_features]

@@ -17,13 +17,15 @@ TINY, TINY_WITH_PICTURES = QWEN3.model_type, QWEN3_VL.model_type
 """What is built where no checkpoint is given."""
 
 
-def checkpoint_family(checkpoint: str, field: str, *, sees: bool = False) -> Family:
-    """The family of a folder or hub name, one that reads pictures where it `sees`.
+def checkpoint_family(checkpoint: str, field: str, *, with_vision: bool = False) -> Family:
+    """The family of a folder or hub name, one that reads pictures if `with_vision`.
 
     Raises InputError naming what it is and the choices.
     """
     found = model_type_of(checkpoint, field)
-    choices = [name for name, family in FAMILIES.items() if (family.pictures is not None) == sees]
+    choices = [
+        name for name, family in FAMILIES.items() if (family.pictures is not None) == with_vision
+    ]
     if found not in choices:
         raise InputError(field, found, f"is the architecture of {checkpoint}", choices=choices)
     return FAMILIES[found]
@@ -31,8 +33,8 @@ def checkpoint_family(checkpoint: str, field: str, *, sees: bool = False) -> Fam
 
 def family_of(body: nn.Module) -> Family:
     """The family of a loaded body; one that reads pictures has its whole configuration in
-    `seeing`."""
-    config = getattr(body, "seeing", None) or cast(Any, body).config
+    `whole_config`."""
+    config = getattr(body, "whole_config", None) or cast(Any, body).config
     return FAMILIES[config.model_type]
 
 

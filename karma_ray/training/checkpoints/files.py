@@ -17,7 +17,7 @@ from karma_ray.training.checkpoints.checkpoint import MARKER
 BLOCK_BYTES = 4 * 1024 * 1024
 
 
-class Torn(Exception):
+class IncompleteCheckpoint(Exception):
     """A checkpoint lacks a part, or a part is not what was written."""
 
 
@@ -37,7 +37,7 @@ def checksum(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-class Vault:
+class CheckpointFiles:
     """A folder or URI below which checkpoints lie. One try each: who calls, retries."""
 
     def __init__(self, folder: str) -> None:
@@ -115,39 +115,39 @@ class Vault:
             raise
 
 
-def fetched(vault: Vault, name: str, opened: ExitStack, verified: bool = True) -> Path:
-    """The checkpoint as a local folder, copied if need be; raises Torn when it is not whole.
+def fetched(files: CheckpointFiles, name: str, opened: ExitStack, verified: bool = True) -> Path:
+    """The checkpoint as a local folder, copied if need be; raises IncompleteCheckpoint.
 
     A copy is always checked against the manifest, a local folder when `verified`.
     """
-    manifest = vault.document(f"{name}/{MARKER}")
+    manifest = files.document(f"{name}/{MARKER}")
     if manifest is None or not isinstance(manifest.get("files"), dict):
-        raise Torn(f"it has no {MARKER}: its writer was cut off")
-    if vault.is_local:
-        target = Path(vault.path, name)
+        raise IncompleteCheckpoint(f"it has no {MARKER}: its writer was cut off")
+    if files.is_local:
+        target = Path(files.path, name)
     else:
         target = Path(opened.enter_context(tempfile.TemporaryDirectory()))
         (target / MARKER).write_text(json.dumps(manifest), encoding="utf-8")
     for file, facts in manifest["files"].items():
-        if not vault.is_local:
+        if not files.is_local:
             try:
-                vault.fs.get_file(f"{vault.path}/{name}/{file}", str(target / file))
+                files.fs.get_file(f"{files.path}/{name}/{file}", str(target / file))
             except FileNotFoundError:
-                raise Torn(f"{file} is missing") from None
-        if verified or not vault.is_local:
+                raise IncompleteCheckpoint(f"{file} is missing") from None
+        if verified or not files.is_local:
             _check(target / file, facts)
     return target
 
 
 def _check(file: Path, facts: dict[str, Any]) -> None:
     if not file.exists():
-        raise Torn(f"{file.name} is missing")
+        raise IncompleteCheckpoint(f"{file.name} is missing")
     size = file.stat().st_size
     if size != facts["size"]:
-        raise Torn(f"{file.name} has {size} bytes, not {facts['size']}")
+        raise IncompleteCheckpoint(f"{file.name} has {size} bytes, not {facts['size']}")
     digest = hashlib.blake2b(digest_size=16)
     with open(file, "rb") as source:
         while block := source.read(BLOCK_BYTES):
             digest.update(block)
     if digest.hexdigest() != facts["blake2b"]:
-        raise Torn(f"{file.name} is not what was written")
+        raise IncompleteCheckpoint(f"{file.name} is not what was written")

@@ -11,7 +11,7 @@ import threading
 import time
 
 from karma_ray.errors import StorageError
-from karma_ray.training.checkpoints.files import Vault
+from karma_ray.training.checkpoints.files import CheckpointFiles
 from karma_ray.training.checkpoints.outage import PATIENCE_S, reason, redacted, retried
 
 REMOTE_CHECK_S = 10.0
@@ -23,7 +23,7 @@ class Ownership:
 
     def __init__(self, uri: str | None, start: int, patience: float = PATIENCE_S) -> None:
         self._uri, self._start, self._patience = uri, start, patience
-        self._is_local = uri is None or Vault(uri).is_local
+        self._is_local = uri is None or CheckpointFiles(uri).is_local
         self._held = True
         self._looked = time.monotonic()
         self._thread: threading.Thread | None = None
@@ -34,7 +34,7 @@ class Ownership:
             return
         uri, content = self._uri, json.dumps({"start": self._start}).encode()
         try:
-            retried(lambda: Vault.put(uri, content), seconds=self._patience)
+            retried(lambda: CheckpointFiles.put(uri, content), seconds=self._patience)
         except Exception as error:
             raise StorageError("run folder", redacted(uri), reason(error)) from error
 
@@ -42,7 +42,9 @@ class Ownership:
         """Whether the number is still this start's; as before where the store does not answer."""
         if self._uri is not None:
             try:
-                self._held = bool(json.loads(Vault.get(self._uri))["start"] == self._start)
+                self._held = bool(
+                    json.loads(CheckpointFiles.get(self._uri))["start"] == self._start
+                )
             except Exception:
                 return self._held
         return self._held

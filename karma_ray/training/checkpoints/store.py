@@ -7,7 +7,7 @@
   flight: a second `save` waits for it. No thread uses a collective: worker r leaves
   `done-r.json`, rank 0's thread waits for all of them and commits.
 * `checkpoint.json` lists every file with its size and checksum. A folder without it, or whose
-  files are not the listed ones, is torn: `restore` warns and takes the next older one.
+  files are not the listed ones, is incomplete: `restore` warns and takes the next older one.
 * Nothing is renamed and the marker comes last, so object stores will do.
 * A store that is away is waited for (outage.py); a checkpoint that fails for good costs
   a warning, not the training.
@@ -36,7 +36,14 @@ from torch import nn
 
 from karma_ray.errors import StorageError
 from karma_ray.training.checkpoints.checkpoint import MARKER, Progress, Snapshot, take_snapshot
-from karma_ray.training.checkpoints.files import Torn, Vault, checksum, fetched, step_name, step_of
+from karma_ray.training.checkpoints.files import (
+    CheckpointFiles,
+    IncompleteCheckpoint,
+    checksum,
+    fetched,
+    step_name,
+    step_of,
+)
 from karma_ray.training.checkpoints.outage import PATIENCE_S, reason, redacted, retried
 from karma_ray.training.checkpoints.ownership import Ownership
 from karma_ray.training.parallel import is_parallel, rank
@@ -69,7 +76,7 @@ class CheckpointStore:
         `owner` is where the number of this start is left; without it nobody is kept out.
         Raises StorageError when that cannot be written.
         """
-        self._folder, self._vault = folder, Vault(folder)
+        self._folder, self._files = folder, CheckpointFiles(folder)
         self._keep, self._best_metric = max(1, keep), best_metric
         self._device, self._patience, self._timeout = device, patience, commit_timeout
         self._hurried = threading.Event()
@@ -103,7 +110,7 @@ class CheckpointStore:
                 if step < 0:
                     return None
                 name = step_name(step)
-                folder = folder or self._retried(partial(fetched, self._vault, name, opened, False))
+                folder = folder or self._retried(partial(fetched, self._files, name, opened, False))
             except Exception as error:
                 raise StorageError("checkpoint", redacted(self._folder), reason(error)) from error
             return read(folder)
@@ -155,12 +162,14 @@ class CheckpointStore:
         return retried(action, seconds=self._patience, hurried=self._hurried)
 
     def _newest(self, opened: ExitStack) -> tuple[int, Path | None]:
-        for step in reversed(self._retried(self._vault.steps)):
+        for step in reversed(self._retried(self._files.steps)):
             name = step_name(step)
             try:
-                folder = self._retried(partial(fetched, self._vault, name, opened))
-            except Torn as torn:
-                LOG.warning("checkpoint %s is torn (%s); the next older one is taken", name, torn)
+                folder = self._retried(partial(fetched, self._files, name, opened))
+            except IncompleteCheckpoint as reason:
+                LOG.warning(
+                    "checkpoint %s is incomplete (%s); the next older one is taken", name, reason
+                )
                 continue
             self._read_best(step)
             return step, folder
@@ -168,7 +177,7 @@ class CheckpointStore:
 
     def _read_best(self, newest: int) -> None:
         """The best so far, unless it was measured after the step that training goes on from."""
-        found = self._retried(lambda: self._vault.document("best.json"))
+        found = self._retried(lambda: self._files.document("best.json"))
         step = step_of(str((found or {}).get("checkpoint")))
         if found and step is not None and found.get("metric") == self._best_metric:
             self._best = (step, float(found["value"])) if step <= newest else None
@@ -192,16 +201,16 @@ class CheckpointStore:
     def _write_part(self, name: str, snapshot: Snapshot) -> None:
         if snapshot.rank == 0:
             # What an earlier start committed here is about to be overwritten.
-            self._retried(lambda: self._vault.remove(f"{name}/{MARKER}"))
+            self._retried(lambda: self._files.remove(f"{name}/{MARKER}"))
         files: dict[str, Any] = {}
         for file, content in snapshot.files():
-            self._retried(partial(self._vault.write, f"{name}/{file}", content))
+            self._retried(partial(self._files.write, f"{name}/{file}", content))
             files[file] = {"size": len(content), "blake2b": checksum(content)}
         self._say_done(name, snapshot.rank, {"files": files})
 
     def _say_done(self, name: str, of: int, facts: dict[str, Any]) -> None:
         content = json.dumps({"start": self._start, **facts}).encode()
-        self._retried(lambda: self._vault.write(f"{name}/done-{of}.json", content))
+        self._retried(lambda: self._files.write(f"{name}/done-{of}.json", content))
 
     def _commit(self, name: str, snapshot: Snapshot) -> None:
         files: dict[str, Any] = {}
@@ -211,7 +220,7 @@ class CheckpointStore:
                 limit = HURRIED_TIMEOUT_S if self._hurried.is_set() else self._timeout
                 if time.monotonic() - begun > limit:
                     raise TimeoutError(f"worker {other} has not written its part")
-                time.sleep(self._vault.poll_seconds)
+                time.sleep(self._files.poll_seconds)
             if "failed" in done:
                 raise OSError(errno.ENOSPC, f"worker {other}: {done['failed']}")
             files |= done["files"]
@@ -219,12 +228,12 @@ class CheckpointStore:
             raise PermissionError("another process continues this run")
         manifest = {"step": snapshot.step, "num_workers": snapshot.num_workers, "files": files}
         content = json.dumps(manifest, indent=2).encode()
-        self._retried(lambda: self._vault.write(f"{name}/{MARKER}", content))
+        self._retried(lambda: self._files.write(f"{name}/{MARKER}", content))
 
     def _done(self, name: str, of: int) -> dict[str, Any] | None:
         """What worker `of` left in this start; markers of earlier starts may lie there too."""
         found: dict[str, Any] | None = self._retried(
-            lambda: self._vault.document(f"{name}/done-{of}.json")
+            lambda: self._files.document(f"{name}/done-{of}.json")
         )
         return found if found and found.get("start") == self._start else None
 
@@ -232,14 +241,14 @@ class CheckpointStore:
         """Make room, tell whoever waits, and say once what it means."""
         if snapshot.rank > 0:
             try:
-                self._vault.remove_parts(name, snapshot.rank)
+                self._files.remove_parts(name, snapshot.rank)
                 self._say_done(name, snapshot.rank, {"failed": reason(error)})
             except Exception as second:
                 LOG.warning("checkpoint %s: %s; then %s", name, reason(error), reason(second))
             return
         self.failed.append(snapshot.step)
         try:
-            self._vault.remove(name)
+            self._files.remove(name)
         except Exception:
             LOG.debug("could not remove the partial %s", name, exc_info=True)
         last = max([self._restored, *self._committed])
@@ -254,16 +263,16 @@ class CheckpointStore:
         try:
             if score is not None and math.isfinite(score):
                 self._point_at_best(step, score)
-            # Newer ones than the restored are of this start, or were torn.
+            # Newer ones than the restored are of this start, or were incomplete.
             whole = [
-                s for s in self._retried(self._vault.steps)
-                if s in self._committed or (s <= self._restored and self._vault.has_marker(s))
+                s for s in self._retried(self._files.steps)
+                if s in self._committed or (s <= self._restored and self._files.has_marker(s))
             ]  # fmt: skip
             kept = {*sorted(whole)[-self._keep :], *([self._best[0]] if self._best else [])}
-            for other in self._vault.steps():
+            for other in self._files.steps():
                 # Others may have begun a newer one.
                 if other < step and other not in kept:
-                    self._retried(partial(self._vault.remove, step_name(other)))
+                    self._retried(partial(self._files.remove, step_name(other)))
         except Exception as error:
             LOG.warning("older checkpoints could not be removed: %s", reason(error))
 
@@ -271,5 +280,5 @@ class CheckpointStore:
         if self._best is not None and score <= self._best[1]:
             return
         best = {"checkpoint": step_name(step), "metric": self._best_metric, "value": score}
-        self._retried(lambda: self._vault.write("best.json", json.dumps(best, indent=2).encode()))
+        self._retried(lambda: self._files.write("best.json", json.dumps(best, indent=2).encode()))
         self._best = (step, score)

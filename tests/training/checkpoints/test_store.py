@@ -1,4 +1,4 @@
-"""Committed or torn, kept or dropped, retried or given up; one process."""
+"""Committed or incomplete, kept or dropped, retried or given up; one process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from karma_ray.artifacts import read_json
 from karma_ray.errors import StorageError
 from karma_ray.training.checkpoints import outage, store
 from karma_ray.training.checkpoints.checkpoint import Progress, load_checkpoint
-from karma_ray.training.checkpoints.files import Vault
+from karma_ray.training.checkpoints.files import CheckpointFiles
 from karma_ray.training.checkpoints.outage import is_transient, reason, retried
 from karma_ray.training.checkpoints.store import CheckpointStore
 
@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning(
     damage(next((tmp_path / "step-0000002").glob(f"{kind}*")))
     assert _restored(tmp_path) == 1
     (warning,) = [record.getMessage() for record in caplog.records]
-    assert "checkpoint step-0000002 is torn" in warning
+    assert "checkpoint step-0000002 is incomplete" in warning
     assert "next older" in warning
 
 
@@ -143,13 +143,13 @@ def test_torn_newer_checkpoints_do_not_push_out_whole_ones(tmp_path: Path) -> No
 @contextmanager
 def _slow_writes(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
     """Writes wait for the event."""
-    go, write = threading.Event(), Vault.write
+    go, write = threading.Event(), CheckpointFiles.write
 
-    def slow(self: Vault, name: str, content: bytes) -> None:
+    def slow(self: CheckpointFiles, name: str, content: bytes) -> None:
         go.wait(10)
         write(self, name, content)
 
-    monkeypatch.setattr(Vault, "write", slow)
+    monkeypatch.setattr(CheckpointFiles, "write", slow)
     yield go
     go.set()
 
@@ -186,16 +186,16 @@ def test_training_goes_on_while_a_checkpoint_is_written(
 def _failing(monkeypatch: pytest.MonkeyPatch, error: Exception, times: int) -> list[str]:
     """The first `times` writes of weights raise."""
     tries: list[str] = []
-    write = Vault.write
+    write = CheckpointFiles.write
 
-    def flaky(self: Vault, name: str, content: bytes) -> None:
+    def flaky(self: CheckpointFiles, name: str, content: bytes) -> None:
         if "model-" in name:
             tries.append(name)
             if len(tries) <= times:
                 raise error
         write(self, name, content)
 
-    monkeypatch.setattr(Vault, "write", flaky)
+    monkeypatch.setattr(CheckpointFiles, "write", flaky)
     return tries
 
 

@@ -30,7 +30,7 @@ def pictures(seed: int = 0) -> PixelTable:
 
 
 def model(seed: int = 0, **encoder: Any) -> KarmaModel:
-    """`tiny.model` with eyes; the text weights are those of `tiny.model(seed=seed)`."""
+    """`tiny.model` with a vision tower; the text weights are those of `tiny.model(seed=seed)`."""
     text = tiny.model(seed=seed, decodes=False)
     config = text.interest.config
     settings = {"modality": "multimodal", "image_size": SIDE, **encoder}

@@ -28,7 +28,7 @@ from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle, save_bundle
 from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
-from tests import seeing, tiny
+from tests import multimodal, tiny
 
 ROWS = [1, 0, 7, 5, 12]  # rows 0 and 5 have no picture
 
@@ -62,7 +62,10 @@ def test_hidden_states_are_those_of_transformers_own_qwen3_vl(
 ) -> None:
     """Positions in a plane and DeepStack included; of 4 and of 9 image tokens."""
     monkeypatch.setattr(packing, "worth_packing", lambda real: packed)
-    body, reference = load_body(folder, "x", sees=True), Qwen3VLModel.from_pretrained(folder).eval()
+    body, reference = (
+        load_body(folder, "x", with_vision=True),
+        Qwen3VLModel.from_pretrained(folder).eval(),
+    )
     generator = torch.Generator().manual_seed(1)
     text = torch.randint(10, 290, (3, 7), generator=generator)
     lengths, pictured = torch.tensor([7, 7, 5]), torch.tensor([True, False, True])
@@ -91,15 +94,15 @@ def test_hidden_states_are_those_of_transformers_own_qwen3_vl(
 
 
 def test_a_saved_body_loads_with_the_very_same_weights(folder: str, tmp_path: Path) -> None:
-    body = load_body(folder, "x", sees=True)
+    body = load_body(folder, "x", with_vision=True)
     save_body(body, str(tmp_path))
-    again = load_body(str(tmp_path), "x", sees=True).state_dict()
+    again = load_body(str(tmp_path), "x", with_vision=True).state_dict()
     assert again.keys() == body.state_dict().keys()
     assert all(torch.equal(value, again[name]) for name, value in body.state_dict().items())
 
 
 def test_an_item_without_a_picture_is_encoded_as_by_the_text_encoder() -> None:
-    text, karma = tiny.model(seed=3), seeing.model(seed=3)
+    text, karma = tiny.model(seed=3), multimodal.model(seed=3)
     tokens, lengths, rows = _texts([0, 5, 48])
     expected = text.interest.encode_items(tokens, lengths)
     for given in (rows, torch.full_like(rows, -1)):
@@ -110,7 +113,7 @@ def test_an_item_without_a_picture_is_encoded_as_by_the_text_encoder() -> None:
 
 
 def test_a_picture_changes_its_own_item_alone() -> None:
-    karma = seeing.model()
+    karma = multimodal.model()
     before = karma.interest.encode_items(*_texts())
     values = karma.interest.item_encoder.pictures.values.copy()  # type: ignore[union-attr]
     values[7, 1:] = 255 - values[7, 1:]
@@ -124,23 +127,23 @@ def test_a_text_encoder_ignores_rows_and_pictures() -> None:
     karma = tiny.model()
     tokens, lengths, rows = _texts()
     before = karma.interest.encode_items(tokens, lengths)
-    karma.interest.item_encoder.pictures = seeing.pictures()
+    karma.interest.item_encoder.pictures = multimodal.pictures()
     assert torch.equal(karma.interest.encode_items(tokens, lengths, rows), before)
 
 
 @pytest.mark.parametrize("vision", ["full", "frozen"])
-def test_the_action_loss_reaches_the_eyes_unless_they_are_frozen(vision: str) -> None:
-    karma = seeing.model(vision=vision)
+def test_the_action_loss_reaches_the_vision_tower_unless_it_is_frozen(vision: str) -> None:
+    karma = multimodal.model(vision=vision)
     step = JointStep(ObjectiveConfig(lambda_dec=0.0))
     reached = tiny.gradients(karma, step(karma, tiny.batch()).loss)
-    eyes = {name: value for name, value in reached.items() if ".visual." in name}
+    tower = {name: value for name, value in reached.items() if ".visual." in name}
     if vision == "frozen":
-        assert not eyes
+        assert not tower
     else:
         parameters = dict(karma.interest.item_encoder.body.visual.named_parameters())  # type: ignore[union-attr]
-        assert len(eyes) == len(parameters)
+        assert len(tower) == len(parameters)
         # A key's bias moves all scores of a query alike; everything else has a gradient.
-        assert all(value.abs().max() > 0 for value in eyes.values())
+        assert all(value.abs().max() > 0 for value in tower.values())
     assert any(".embed_tokens." in name for name in reached)
 
 
@@ -148,7 +151,7 @@ def test_the_gradient_cache_sees_the_same_pictures() -> None:
     objective, batch = ObjectiveConfig(lambda_dec=0.0), tiny.batch()
     found = []
     for step in (JointStep(objective), JointStep(objective, micro_batch_size=2, micro_tokens=30)):
-        karma = seeing.model()
+        karma = multimodal.model()
         output = step(karma, batch)
         if output.loss.requires_grad:
             output.loss.backward()
@@ -161,7 +164,7 @@ def test_the_gradient_cache_sees_the_same_pictures() -> None:
 
 
 def test_the_warm_up_encodes_with_pictures() -> None:
-    karma, losses = seeing.model(), []
+    karma, losses = multimodal.model(), []
     for shift in (0, 1):
         tokens, lengths, rows = _texts([1, 2, 3])
         loss = WarmupStep()(karma, TokenBatch(tokens, lengths, rows=rows + 10 * shift)).loss
@@ -170,14 +173,14 @@ def test_the_warm_up_encodes_with_pictures() -> None:
 
 
 def test_embeddings_are_bitwise_equal_after_export(tmp_path: Path) -> None:
-    karma, words = seeing.model(), tiny.tokenizer()
+    karma, words = multimodal.model(), tiny.tokenizer()
     tokens, lengths = tiny.item_tokens()
     before = encode_catalog(karma.interest, tokens, lengths, batch_size=16)
     uri = join(str(tmp_path), "bundle")
     save_bundle(karma.interest, words, tiny.PLAIN, uri)
     loaded = load_bundle(uri).interest
     assert loaded.config.item_encoder.modality == "multimodal"
-    loaded.item_encoder.pictures = seeing.pictures()
+    loaded.item_encoder.pictures = multimodal.pictures()
     after = encode_catalog(loaded, tokens, lengths, batch_size=16)
     np.testing.assert_array_equal(after, before)
     part = np.array([7, 0, 31])
@@ -185,8 +188,8 @@ def test_embeddings_are_bitwise_equal_after_export(tmp_path: Path) -> None:
     np.testing.assert_allclose(some, before[part], atol=1e-5)
 
 
-def test_adapters_leave_the_eyes_alone_and_merge_away() -> None:
-    karma = seeing.model()
+def test_adapters_leave_the_vision_tower_alone_and_merge_away() -> None:
+    karma = multimodal.model()
     encoder = karma.interest.item_encoder
     before = encoder(*_texts())
     adapt(encoder.body, 2, seed=0)
@@ -198,7 +201,7 @@ def test_adapters_leave_the_eyes_alone_and_merge_away() -> None:
 
 
 def test_rows_pictures_and_sizes_are_asked_for() -> None:
-    karma = seeing.model()
+    karma = multimodal.model()
     tokens, lengths, rows = _texts()
     with pytest.raises(ValueError, match="needs catalogue rows"):
         karma.interest.encode_items(tokens, lengths)
@@ -206,12 +209,12 @@ def test_rows_pictures_and_sizes_are_asked_for() -> None:
     with pytest.raises(ValueError, match="needs pictures"):
         karma.interest.encode_items(tokens, lengths, rows)
     with pytest.raises(InputError, match=r"image_size: 40 is not a multiple of 32"):
-        seeing.model(image_size=40)
+        multimodal.model(image_size=40)
 
 
 def test_a_folder_that_cannot_see_is_refused(tmp_path: Path) -> None:
     save_body(build_tiny(tiny.BODY, 300, 0), str(tmp_path))
     with pytest.raises(InputError, match=r"model.item_encoder.checkpoint: 'qwen3'.*qwen3_vl"):
-        load_body(str(tmp_path), "model.item_encoder.checkpoint", sees=True)
+        load_body(str(tmp_path), "model.item_encoder.checkpoint", with_vision=True)
     with pytest.raises(InputError, match=r"no config\.json"):
-        load_body(str(tmp_path / "nowhere"), "x", sees=True)
+        load_body(str(tmp_path / "nowhere"), "x", with_vision=True)

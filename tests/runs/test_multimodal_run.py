@@ -22,7 +22,7 @@ from karma_ray.model.backbone import build_tiny, save_body
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle, save_bundle
 from karma_ray.runs.stages import is_tiny, with_checkpoints
-from tests import seeing, tiny
+from tests import multimodal, tiny
 from tests.cluster.test_features import picture
 from tests.runs.test_pipeline import SMALL
 
@@ -35,16 +35,16 @@ def test_the_embedding_actor_sees_what_the_process_sees(tmp_path: Path) -> None:
     table = tiny.catalog().table.append_column("image", [images])
     write_table(table, join(data, "items"))
     catalog, words = Catalog.load(data), tiny.tokenizer()
-    model, bundle = seeing.model().interest, str(tmp_path / "bundle")
+    model, bundle = multimodal.model().interest, str(tmp_path / "bundle")
     save_bundle(model, words, tiny.PLAIN, bundle)
-    model.item_encoder.look_at(catalog, data)
+    model.item_encoder.attach_catalog(catalog, data)
     tokens, lengths = encode_texts(words, catalog.texts(), tiny.PLAIN.max_item_tokens)
     expected = encode_catalog(model, tokens, lengths)
     encoder = CatalogEncoder(bundle, data, batch_size=4, precision="float32")
     part = encoder({"id": np.array([7, 0, 31])})
     found = np.array(part.column("embedding").to_pylist())
     np.testing.assert_allclose(found, expected[[7, 0, 31]], atol=1e-5)
-    model.item_encoder.pictures = seeing.pictures()
+    model.item_encoder.pictures = multimodal.pictures()
     other = encode_catalog(model, tokens, lengths)[[7, 0, 31]]
     changed = np.abs(found - other).max(1) > 1e-3
     assert changed.tolist() == [True, False, True]  # item 0 has no picture anywhere
