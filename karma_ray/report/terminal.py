@@ -13,7 +13,6 @@ from karma_ray.report.record import RunRecord, read_run
 from karma_ray.report.standing import check_sentences, format_count, verdict
 
 LINE = 100
-NUM_CASES = 2
 NUM_SHOWN = 3
 """Items of a history, and of a recalled list, of each case."""
 
@@ -30,31 +29,41 @@ def summary(run: str) -> str:
         ],
         _wrapped(verdict(record)),
         bars(record),
-        *(_case(case) for case in record.cases[:NUM_CASES]),
+        *(_case(name, case) for name, case in _two_cases(record)),
         _wrapped(notes),
         _places(record),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
-def _case(case: dict[str, Any]) -> list[str]:
+def _two_cases(record: RunRecord) -> list[tuple[str, dict[str, Any]]]:
+    """Of the cases drawn at random the first hit and the first miss, each with what it is."""
+    found: dict[str, dict[str, Any]] = {}
+    for case in record.cases:
+        hit = any(item["is_truth"] for item in case.get("recalled") or [])
+        found.setdefault("a hit" if hit else "a miss", case)
+    return sorted(found.items())
+
+
+def _case(name: str, case: dict[str, Any]) -> list[str]:
     """Query and history, the first recalled titles with the clicked one marked, and the words."""
     rank = case.get("rank")
     history = [step["title"] for step in (case.get("history") or [])[-NUM_SHOWN:]]
-    recalled = [
-        ("* " if hit["is_truth"] else "  ") + hit["title"]
-        for hit in (case.get("recalled") or [])[:NUM_SHOWN]
+    parts = [
+        (name, f"query: {case.get('query') or '(none)'}"),
+        ("history", " | ".join(history) or "(empty)"),
+        ("clicked", f"{case['truth']} (rank {rank if rank is not None else '–'})"),
     ]
-    lines = [
-        f"asked     {case.get('query') or '(no query)'}",
-        f"history   {' | '.join(history) or '(empty)'}",
-        *(f"{'recalled' if not place else '':<8}{line}" for place, line in enumerate(recalled)),
-        f"clicked   {case['truth']} (rank {rank if rank is not None else '–'})",
-    ]
+    for place, item in enumerate((case.get("recalled") or [])[:NUM_SHOWN]):
+        mark = "* " if item["is_truth"] else "  "
+        parts.append(("recalled" if not place else "", mark + item["title"]))
     if case.get("decoded"):
-        lines.append(f"decoded   {case['decoded']}")
-    return [textwrap.shorten(line, LINE, placeholder=" ...") if len(line) > LINE else line
-            for line in lines]  # fmt: skip
+        parts.append(("h_t says", case["decoded"]))
+    return [f"{label:<10}{_cut(text, LINE - 10)}" for label, text in parts]
+
+
+def _cut(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 4].rstrip() + " ..."
 
 
 def _places(record: RunRecord) -> list[str]:

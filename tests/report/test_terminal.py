@@ -17,20 +17,31 @@ def test_the_screen_opens_with_a_line_each_for_all_clicks_warm_and_new_items(wri
 def test_a_case_shows_query_history_recalled_titles_and_the_decoded_words(write_run) -> None:
     text = summary(write_run())
     assert (
-        "asked     red mug\n"
+        "a hit     query: red mug\n"
         "history   Blue mug with stars | Oak tray\n"
-        "recalled  Red mug with stripes\n"
-        "        * Red mug with dots\n"
         "clicked   Red mug with dots (rank 2)\n"
-        "decoded   red mug with dots ceramic"
+        "recalled    Red mug with stripes\n"
+        "          * Red mug with dots\n"
+        "h_t says  red mug with dots ceramic"
     ) in text
+
+
+def test_the_first_hit_and_the_first_miss_are_shown(write_run) -> None:
+    def case(query: str, hit: bool) -> dict[str, object]:
+        recalled = [{"title": "Mug", "score": 1.0, "is_truth": hit}]
+        return {"query": query, "history": [], "truth": "Mug", "rank": 1, "recalled": recalled}
+
+    cases = [case("one", False), case("two", False), case("three", True), case("four", True)]
+    text = summary(write_run(**{"report/cases.json": cases}))
+    assert "a hit     query: three" in text and "a miss    query: one" in text
+    assert "query: two" not in text and "query: four" not in text
 
 
 def test_a_title_of_any_length_stays_on_its_line(write_run) -> None:
     hit = {"title": "x" * 90 + " and much more", "score": 1.0, "is_truth": False}
     case = {"query": "", "history": None, "truth": "y " * 200, "rank": None, "recalled": [hit]}
     lines = summary(write_run(**{"report/cases.json": [case]})).splitlines()
-    assert "asked     (no query)" in lines and "history   (empty)" in lines
+    assert "a miss    query: (none)" in lines and "history   (empty)" in lines
     assert all(len(line) <= 100 for line in lines if "run" not in line.split("/"))
 
 
