@@ -62,10 +62,12 @@ def shared_data() -> Path:
     return folder
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """For runs of several processes (`-n 2 --dist loadgroup`): a file's tests stay together, as
     their fixtures do; those on Ray share one process, and come first because they take longest.
     """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
     for item in items:
         group = "ray" if item.get_closest_marker("ray") else str(item.path)
         item.add_marker(pytest.mark.xdist_group(group))
