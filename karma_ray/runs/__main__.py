@@ -1,4 +1,4 @@
-"""Train a recipe in this process alone: the flags and the run folder of jobs/train.py, without Ray.
+"""Train a recipe in this process, without Ray; flags and run folder as in jobs/train.py.
 
 python -m karma_ray.runs                                   the toy shop, in minutes
 python -m karma_ray.runs --data DATA --recipe karma_text   your own logs
@@ -11,7 +11,7 @@ from karma_ray.runs.executor import HERE
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Parse, train, print."""
+    """Parse the flags, train and print the result."""
     train(argv, __doc__ or "", HERE)
 
 

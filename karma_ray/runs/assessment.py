@@ -1,4 +1,4 @@
-"""What a finished run is worth: its metrics between its floors and ceilings, checks, cases."""
+"""Evaluation of a finished run: its metrics, its floors and ceilings, checks and example cases."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ HEADLINE = ("HR@10", "HR@50", "NDCG@10", "MRR", "gAUC", "JS@50", "num_test")
 
 
 class Evaluator:
-    """One data set's evaluation: the same examples, catalogue and cold items for everybody."""
+    """Evaluates every ranker on the same examples, catalogue and cold items."""
 
     def __init__(self, config: Config, source: PreparedData) -> None:
         self.config, self.source = config, source
@@ -53,20 +53,20 @@ class Evaluator:
         self.matches = source.query_matches(self.catalog)
 
     def __call__(self, ranker: Ranker, examples: pa.Table) -> dict[str, float]:
-        """Flat metrics of a ranker."""
+        """Return the metrics of a ranker as a flat mapping."""
         return self.detailed(ranker, examples).metrics
 
     def detailed(self, ranker: Ranker, examples: pa.Table) -> EvaluationResult:
-        """Metrics, and the values per example that they average."""
+        """Return the metrics, and the values per example that they average."""
         return evaluate(
             ranker, examples, self.catalog, config=self.config.evaluation,
             train_item_ids=self.warm, query_matches=self.matches, seed=self.config.seed,
         )  # fmt: skip
 
     def both_splits(self, ranker: Ranker, outcomes: str | None = None) -> dict[str, float]:
-        """Test metrics, and those of the valid examples under `valid/`.
+        """Return the test metrics, and the validation metrics under `valid/`.
 
-        What became of every test example is written to the folder `outcomes`, if given.
+        The outcome of every test example is written to the folder `outcomes`, if given.
         """
         examples = self.source.examples("test")
         test = self.detailed(ranker, examples)
@@ -84,11 +84,11 @@ def assess(
     config: Config, source: PreparedData, run: str, stage: Stage | None, cache: str,
     out: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluate a run; writes floors.json, outcomes/ and, if it trained, checks.json and cases.json
-    into `out` (default: the run folder).
+    """Evaluate a run, and write floors.json and outcomes/ into `out` (default: the run folder).
 
-    `stage` is None for a floor or ceiling. Without test examples the checks and cases are of
-    validation examples. Returns the content of metrics.json.
+    A trained run also gets checks.json and cases.json. `stage` is None for a floor or ceiling.
+    Without test examples the checks and cases use validation examples. Returns the content of
+    metrics.json.
     """
     folder, evaluator = RunFolder(out or run), Evaluator(config, source)
     LOG.info("evaluating %d test clicks", source.examples("test").num_rows)
@@ -103,7 +103,7 @@ def assess(
     metrics: dict[str, Any] = evaluator.both_splits(retriever, folder.path("outcomes"))
     examples = source.examples("test")
     if examples.num_rows == 0:
-        LOG.warning("there are no test examples: checks and cases are of validation examples")
+        LOG.warning("there are no test examples: checks and cases use validation examples")
         examples = source.examples("valid")
     if examples.num_rows == 0:
         LOG.warning("there are no validation examples either: nothing was measured")
@@ -119,7 +119,10 @@ def assess(
 
 
 def floor_metrics(evaluator: Evaluator, cache: str) -> dict[str, dict[str, float]]:
-    """Metrics of every floor, and of the ceilings where the truth is known; cached per data."""
+    """Return the metrics of every floor, and of the ceilings where the truth is known.
+
+    They are cached per data set.
+    """
     source = evaluator.source
     examples = content_hash(join(source.uri, "examples"))
     key = [STAGE_VERSION, examples, asdict(evaluator.config.evaluation), evaluator.config.seed]
@@ -138,8 +141,11 @@ def floor_metrics(evaluator: Evaluator, cache: str) -> dict[str, dict[str, float
 
 
 def collapse_metrics(retriever: Retriever, examples: pa.Table, seed: int) -> dict[str, float]:
-    """`spread` of the learned dimensions of e (whole catalogue) and of h (a seeded sample), and how
-    wide the sample's generated embeddings are (`generator/deviation`)."""
+    """Return the `spread` of the item embeddings e (whole catalogue) and the interests h (sample).
+
+    Only learned dimensions count. `generator/deviation` says how far the generated embeddings of
+    the sample deviate.
+    """
     sample = sampled(examples, NUM_CHECKED, seed)
     items = torch.from_numpy(retriever.table.embeddings)
     model, interest = retriever.interest, retriever.interests(sample)
@@ -153,7 +159,10 @@ def collapse_metrics(retriever: Retriever, examples: pa.Table, seed: int) -> dic
 def run_checks(
     evaluator: Evaluator, retriever: Retriever, stage: Stage, examples: pa.Table
 ) -> dict[str, Any]:
-    """Strangers' histories beside the true ones, and the effect of items h must not see."""
+    """Compare true histories with those of other users, and measure the effect of masked items.
+
+    An item that the attention mask hides must have no effect on h.
+    """
     sample = sampled(examples, NUM_CHECKED, evaluator.config.seed)
     strangers = with_strangers_history(sample, evaluator.config.seed)
     own, other = evaluator(retriever, sample), evaluator(retriever, strangers)

@@ -1,9 +1,9 @@
-"""Training batches: shuffle windows of the table, read in order and collated a few ahead.
+"""Training batches: rows are read in shuffled windows of the table and collated ahead of the step.
 
-The windows are those of `training/order.py`. Who reads them is the caller's choice: this process
-(`local_blocks`), or tasks elsewhere that hand over the same rows in the same order. Resuming
-starts the list at the next batch, so no rows are read to be skipped, and only windows are ever in
-memory, whatever the size of the table.
+The windows are those of `training/order.py`. The caller chooses who reads them: this process
+(`local_blocks`), or remote tasks that deliver the same rows in the same order. A resumed run
+starts the list of windows at its next batch, so it reads no rows only to skip them. Memory holds
+a few windows, whatever the size of the table.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ ReadBlocks = Callable[[Order, Sequence[Window]], Iterator[pa.Table]]
 """Reads the rows of windows, in order, as blocks of any size."""
 
 Collate = Callable[[pa.Table, np.ndarray], Any]
-"""rows, and a key for the random draws of each -> a batch."""
+"""(rows, a key for the random draws of each row) -> a batch."""
 
 
 @dataclass(frozen=True)
 class WorkerContext:
-    """What `TrainJob.make_batches` needs to know: which worker, from which step to which."""
+    """What `TrainJob.make_batches` needs: the worker, its steps and a reader of rows."""
 
     rank: int
     num_workers: int
@@ -45,7 +45,7 @@ def ordered_batches(
     make_collator: Callable[[], Collate],
     context: WorkerContext,
 ) -> Iterator[Any]:
-    """A worker's batches of the table at `table`, in the order that `seed` gives."""
+    """Return one worker's batches of the table at `table`, in the order given by `seed`."""
     order = Order(Source.scan(table), seed, batch_size, context.rank, context.num_workers)
     return stream_batches(
         order, make_collator, start_step=context.start_step, steps=context.steps,
@@ -64,10 +64,10 @@ def stream_batches(
 ) -> Iterator[Any]:
     """Yield this worker's collated batches of steps `start_step` to `steps`.
 
-    `make_collator` is called once, here: catalogue and tokens are opened on the worker's node.
-    A row's draws depend on (seed, epoch, batch, its position in the batch of all workers), so a
-    resumed stream equals an uninterrupted one, on any number of workers. A thread collates
-    `prefetch` batches ahead (0: none).
+    `make_collator` is called once, here, so the worker opens the catalogue and tokens itself.
+    The draws for a row depend on (seed, epoch, batch, its position in the global batch). A
+    resumed stream therefore equals an uninterrupted one, for any number of workers. A thread
+    collates `prefetch` batches ahead (0: no thread).
     """
     windows = tuple(order.windows(start_step, steps))
     blocks = read_blocks(order, windows)
@@ -94,7 +94,7 @@ def _collated(
 def _take(
     held: list[pa.Table], blocks: Iterator[pa.Table], count: int
 ) -> tuple[pa.Table, list[pa.Table]]:
-    """The next `count` rows, and what is left of the blocks held."""
+    """Return the next `count` rows, and the rest of the blocks held."""
     while sum(table.num_rows for table in held) < count:
         held = [*held, next(blocks)]
     table = pa.concat_tables(held) if len(held) > 1 else held[0]
@@ -121,7 +121,7 @@ def in_background(items: Iterator[Any], depth: int) -> Iterator[Any]:
                 if not put((True, item)):
                     return
             put((False, None))
-        except BaseException as error:  # handed to the consumer, whatever it is
+        except BaseException as error:  # the consumer raises it again, whatever it is
             put((False, error))
 
     thread = threading.Thread(target=run, name="collate", daemon=True)

@@ -1,7 +1,7 @@
-"""What a run may go on from: its own checkpoints (`--resume`), or a finished run (`--init-from`).
+"""Resuming a run from its own checkpoints (`--resume`), or from a finished run (`--init-from`).
 
-RUN/start.json says what the joint stage began with, so that a resumed run begins with the same
-whatever has happened to caches or settings of execution since.
+RUN/start.json says which weights the joint stage began with. A resumed run therefore begins with
+the same weights, even if caches or execution settings have changed since.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Parent:
-    """A finished run whose model another run goes on with."""
+    """A finished run whose model another run trains further."""
 
     run: str
     config: Config
@@ -44,7 +44,7 @@ class Parent:
         """Raises InputError when the run is not finished."""
         run = absolute(run)
         if "://" not in run:
-            run = str(Path(run).resolve())  # `runs/latest` will point elsewhere soon
+            run = str(Path(run).resolve())  # `runs/latest` will soon point to another run
         folder = RunFolder(run)
         for part in ("config.json", "checkpoints/joint/final/summary.json", "bundle/manifest.json"):
             if not exists(folder.path(part)):
@@ -53,20 +53,20 @@ class Parent:
         return cls(run, from_dict(read_json(folder.config)), str(bundle["content_hash"]))
 
     def continued(self, config: Config) -> Config:
-        """`config` for going on from here; raises InputError when it describes another model.
+        """Return `config` for training this model further; raises InputError on another model.
 
-        The decoder reads the item encoder already, so the encoder need not wait for it.
+        The decoder can already read the item embeddings, so the encoder need not be delayed.
         """
         theirs, mine = (
             dict(flattened({"model": to_dict(c)["model"]})) for c in (self.config, config)
         )
         for name, value in mine.items():
             if theirs[name] != value:
-                message = f"differs from {theirs[name]!r} of the run to go on from ({self.run})"
+                message = f"differs from {theirs[name]!r} of the run to continue ({self.run})"
                 raise InputError(name, value, message)
         if config.training.encoder_delay:
-            LOG.info("training.encoder_delay = 0: the decoder of %s reads already", self.run)
-        # Hard negatives wait for an h that knows the query: this one does.
+            LOG.info("training.encoder_delay = 0: the decoder of %s is already trained", self.run)
+        # Hard negatives are delayed until h reflects the query; here it already does.
         return replace(
             config,
             training=replace(config.training, encoder_delay=0.0),
@@ -74,7 +74,7 @@ class Parent:
         )
 
     def stage(self, config: Config, items_uri: str) -> Stage:
-        """Its weights and tokenizer, under `config`, on another catalogue."""
+        """Return the stage with this run's weights and tokenizer, and the given configuration."""
         stage = finished_stage(self.run, items_uri)
         model = stage.config.model
         item, user = model.item_encoder.checkpoint, model.user_decoder.checkpoint
@@ -82,7 +82,7 @@ class Parent:
 
 
 def check_resumed(config: Config, source: PreparedData, folder: RunFolder) -> None:
-    """Weights of one configuration must not be continued, or reported, under another."""
+    """Raise InputError if a resumed run has another configuration or other data than before."""
     if not exists(folder.config):
         return
     saved = dict(flattened(to_dict(from_dict(read_json(folder.config)))))
@@ -99,13 +99,13 @@ def check_resumed(config: Config, source: PreparedData, folder: RunFolder) -> No
         message = f"is not what the run was started on: {there.get('prepared')}"
         raise InputError("--data", source.uri, message)
     if there.get("input") != source.facts.get("input"):
-        message = "was prepared anew since the run was started: other rows stand at its steps"
+        message = "was prepared again since the run started, so its steps would read other rows"
         raise InputError("--data", source.uri, message)
 
 
 def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None:
-    """What would otherwise fail on a worker, minutes later, or silently drop training clicks."""
-    config.evaluation.corpus_size()  # raises on what it cannot read
+    """Raise InputError on settings that would fail later on a worker or drop clicks silently."""
+    config.evaluation.corpus_size()  # raises on an invalid corpus
     if config.recipe not in recipes.TRAINED:
         return
     training, warmup = config.training, config.warmup
@@ -123,7 +123,7 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
         training.micro_batch_size or training.num_workers > 1
     ):
         message = (
-            "exchanges the texts of one whole batch: needs training.micro_batch_size=0 and "
+            "exchanges the texts of one whole batch: it needs training.micro_batch_size=0 and "
             "training.num_workers=0 or 1"
         )
         raise InputError("model.decodability.recon_text", "shuffled", message)
@@ -133,11 +133,11 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
         config.model.imagery.check()
     parse_rank(config.model.peft)
     lexical, items = config.model.item_encoder.lexical, source.facts["counts"]["items"]
-    if lexical >= items:  # the rest that it needs of their words is known once they are tokens
+    if lexical >= items:  # the lexical block checks its other needs once the texts are tokens
         message = f"must be below the number of items, {items}"
         raise InputError("model.item_encoder.lexical", lexical, message)
     if config.model.item_encoder.modality == "multimodal" and not has_images(source.items_uri):
-        message = f"sees nothing: the items of {source.items_uri!r} have no images"
+        message = f"needs images, but the items of {source.items_uri!r} have none"
         raise InputError("model.item_encoder.modality", "multimodal", message, choices=["text"])
     prepared = (source.facts.get("prepare") or {}).get("max_history", 0)
     if config.collate.max_history < prepared:
@@ -149,7 +149,7 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
 
 
 def note_start(folder: RunFolder, stage: Stage, parent: str | None) -> None:
-    """Write RUN/start.json; `parent` is the content hash of the run that this one goes on from."""
+    """Write RUN/start.json; `parent` is the content hash of the run given by `--init-from`."""
     model = stage.config.model
     write_json(
         {
@@ -165,8 +165,10 @@ def note_start(folder: RunFolder, stage: Stage, parent: str | None) -> None:
 
 
 def noted_parent(folder: RunFolder, parent: Parent | None) -> str | None:
-    """Content hash of the run that this one went on from; raises InputError when `parent` is
-    another one."""
+    """Return the content hash of the run that this one was initialised from, if any.
+
+    Raises InputError when `parent` is another run.
+    """
     given = parent.content_hash if parent else None
     if not exists(folder.path("start.json")):
         return given
@@ -177,13 +179,13 @@ def noted_parent(folder: RunFolder, parent: Parent | None) -> str | None:
 
 
 def noted_stage(folder: RunFolder, config: Config, items_uri: str) -> Stage | None:
-    """The stage that RUN/start.json describes, while its weights are still there."""
+    """Return the stage that RUN/start.json describes, or None if its weights no longer exist."""
     if not exists(folder.path("start.json")):
         return None
     noted = read_json(folder.path("start.json"))
     needed = [join(noted[name], "model.safetensors") for name in ("warm", "trained") if noted[name]]
     backbones = (noted["item_encoder"], noted["user_decoder"])
-    needed += [name for name in backbones if name.startswith("/")]  # not the name of a hub's model
+    needed += [name for name in backbones if name.startswith("/")]  # a folder, not a hub name
     if not all(exists(path) for path in needed):
         return None
     resolved = with_checkpoints(config, noted["item_encoder"], noted["user_decoder"])

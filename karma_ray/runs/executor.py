@@ -1,7 +1,7 @@
-"""Who does the three heavy parts of a run: this process, or whatever the caller brings.
+"""The executor of a run: where its three heavy parts are computed.
 
-A run is the same on a laptop and on a cluster but for these. `jobs/` passes the record of
-cluster/executor.py; with none given, everything happens in this process and without Ray.
+Everything else in a run is the same on a laptop and on a cluster. `jobs/` passes the record of
+cluster/executor.py; by default everything happens in this process, without Ray.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from karma_ray.runs.preparation import LocalShuffle, Shuffle
 from karma_ray.runs.training import Distribute
 
 Embed = Callable[[str, str, str], Any]
-"""(bundle, data, out): embeds every item of `data` with a bundle into the folder `out`."""
+"""(bundle, data, out): embeds every item of `data` with a bundle and writes the folder `out`."""
 
 
 @dataclass(frozen=True)
 class Executor:
-    """What a run needs of the machines it has."""
+    """The functions that do the heavy parts of a run."""
 
     prepare: Shuffle = field(default_factory=LocalShuffle)
-    """Checks events and builds partitions of users."""
+    """Checks the events and builds the partitions of users."""
     train: Distribute | None = None
     """Trains with `training.num_workers` workers; None trains in this process."""
     embed: Embed | None = None

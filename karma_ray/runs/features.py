@@ -1,8 +1,8 @@
-"""Item images -> frozen visual features: in this process, or a pool of encoders on Ray Data.
+"""Frozen visual features of item images, computed in this process or by a pool on Ray Data.
 
-Only the places of row groups travel: an encoder reads its images itself, writes their features
-beside and returns counts and sums. A part that an interrupted job finished is not made again,
-and DATA/visual_features is replaced only by a finished folder.
+Only references to row groups are sent to the encoders. An encoder reads its images itself, writes
+their features to the work folder and returns counts and sums. Parts that an interrupted job has
+finished are reused, and DATA/visual_features is replaced only by a complete folder.
 """
 
 from __future__ import annotations
@@ -56,24 +56,24 @@ LOG = logging.getLogger(__name__)
 PATCH_PCA = "patch_pca"
 DEFAULT_WIDTH = 48
 VERSION = 1
-"""Raised when code makes other features of the same images: they are then made anew."""
+"""Raised when the code computes other features from the same images; old ones are then redone."""
 QUARANTINE_FILE = "quarantine.jsonl"
 
 
 EncodeParts = Callable[["Fitted | Loaded", list[Fragment], str, np.ndarray, str], Iterator[Part]]
-"""(how to make the encoder, row groups, items/, what each row is, work folder) -> their parts."""
+"""(encoder factory, row groups, items/, kind of each row, work folder) -> the finished parts."""
 
 
 @dataclass(frozen=True)
 class FeaturesConfig:
-    """What the features are made with."""
+    """How the features are computed."""
 
     encoder: str = PATCH_PCA
     """`patch_pca`, a Hugging Face vision encoder's folder, or a hub name."""
     target: str = "grid:16"
     """Tokens of an image: `pooled:1`, `grid:16` (4 x 4) or `grid:64` (8 x 8)."""
     width: int | None = None
-    """Components of patch_pca (48 when None); other encoders have a width of their own."""
+    """Components of patch_pca (48 when None); other encoders have a fixed width."""
     seed: int = 0
     """Draws the sample that patch_pca is fitted on."""
 
@@ -89,13 +89,13 @@ class FeaturesConfig:
 def make_features(
     data: str, config: FeaturesConfig, out: str | None = None, encode: EncodeParts | None = None
 ) -> dict[str, Any]:
-    """Write the visual features of `data` to `out` (default DATA/visual_features); returns the
-    manifest. What stands there already, made of the same images in the same way, is kept.
+    """Write the visual features of `data` to `out` (default DATA/visual_features).
 
-    patch_pca, mean and deviation are fitted on the items of the training sequences where the
-    data are prepared, else on all. Images are encoded in this process unless `encode` does
-    it elsewhere. Raises InputError on wrong settings, without items, and without one readable
-    image.
+    Features that were already made from the same images with the same settings are kept.
+    patch_pca, mean and deviation are fitted on the items of the training sequences if the data
+    are prepared, otherwise on all items. Images are encoded in this process unless `encode` is
+    given. Returns the manifest. Raises InputError on wrong settings, without items, and if no
+    image can be read.
     """
     config.check()
     require_data(data)
@@ -109,10 +109,10 @@ def make_features(
         if exists(join(target, "manifest.json")):
             manifest = read_manifest(target)
             if manifest.get("key") == key:
-                LOG.info("%s stands already", target)
+                LOG.info("%s already exists", target)
                 return manifest
             if manifest["kind"] != KIND:
-                raise InputError("--out", target, f"holds {manifest['kind']}, and is not replaced")
+                raise InputError("--out", target, f"holds {manifest['kind']} and is not replaced")
         work = f"{target}-work"
         _open_work(work, key)
         make, facts = _encoder(config, items, kinds, work)
@@ -126,7 +126,7 @@ def make_features(
 def _encoder(
     config: FeaturesConfig, items: str, kinds: np.ndarray, work: str
 ) -> tuple[Fitted | Loaded, dict[str, Any]]:
-    """What makes the encoder in the process that uses it, and facts about it."""
+    """Return a factory of the encoder, called in the process that encodes, and facts about it."""
     if config.encoder != PATCH_PCA:
         checkpoint = absolute(config.encoder) if exists(config.encoder) else config.encoder
         return Loaded(checkpoint, grid_of(config.target)), {}
@@ -142,7 +142,7 @@ def _encoder(
 
 @dataclass(frozen=True)
 class Fitted:
-    """Makes patch_pca, which is small enough to travel."""
+    """Returns patch_pca itself, which is small enough to be sent to workers."""
 
     pca: PatchPca
     uses_gpu: ClassVar[bool] = False
@@ -154,14 +154,14 @@ class Fitted:
 
 @dataclass(frozen=True)
 class Loaded:
-    """Makes a Hugging Face encoder: each process loads its own."""
+    """Loads a Hugging Face encoder in the process that calls it."""
 
     checkpoint: str
     grid: int
     uses_gpu: ClassVar[bool] = True
 
     def __call__(self) -> ImageEncoder:
-        """The encoder, on this process's GPU if it has one."""
+        """Return the encoder, on this process's GPU if it has one."""
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return load_vision_encoder(self.checkpoint, self.grid, device)
 
@@ -169,13 +169,13 @@ class Loaded:
 def _encode_all(
     make: Fitted | Loaded, items: str, kinds: np.ndarray, work: str, encode: EncodeParts
 ) -> list[Part]:
-    """The parts of all row groups, in the order of items/."""
+    """Return the parts of all row groups, in the order of items/."""
     fragments = [fragment for fragment in list_fragments(items)[0] if fragment.num_rows]
     found = [standing_part(fragment, work) for fragment in fragments]
     parts = [part for part in found if part is not None]
     missing = [fragment for fragment, part in zip(fragments, found, strict=True) if part is None]
     if parts:
-        LOG.info("features: %d of %d parts stand already", len(parts), len(fragments))
+        LOG.info("features: %d of %d parts already exist", len(parts), len(fragments))
     if missing:
         with tqdm(
             total=sum(len(rows_of(f, kinds)) for f in missing), unit="item", disable=None
@@ -189,14 +189,14 @@ def _encode_all(
 def encode_here(
     make: Fitted | Loaded, fragments: list[Fragment], items: str, kinds: np.ndarray, work: str
 ) -> Iterator[Part]:
-    """Encode row group after row group in this process."""
+    """Encode one row group after another in this process."""
     encoder = make()
     for fragment in fragments:
         yield encode_fragment(fragment, items, rows_of(fragment, kinds), encoder, work)
 
 
 def _finish(work: str, parts: list[Part], items_hash: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Clear away what only the making needed, and write the manifest."""
+    """Remove the temporary files of the work folder and write the manifest."""
     encoded = [part for part in parts if part.shape]
     broken = [record for part in parts for record in part.broken]
     counts = {
@@ -223,7 +223,7 @@ def rows_of(fragment: Fragment, kinds: np.ndarray) -> np.ndarray:
 
 
 def _trained_items(data: str) -> pa.Array | None:
-    """Ids of the items in training sequences, or None when the data are not prepared."""
+    """Return the ids of the items in training sequences, or None if the data are not prepared."""
     if not exists(join(data, "prepared.json")):
         return None
     column = read_table(join(data, "sequences"), ["item_ids"]).column("item_ids")
@@ -232,7 +232,7 @@ def _trained_items(data: str) -> pa.Array | None:
 
 
 def _identity(encoder: str) -> Any:
-    """What tells an encoder from others: its name, or names and sizes of the files of a folder."""
+    """Identify an encoder: by its name, or by the names and sizes of the files in its folder."""
     if encoder == PATCH_PCA or not exists(encoder):
         return encoder
     fs, root = open_filesystem(encoder)
@@ -241,7 +241,7 @@ def _identity(encoder: str) -> Any:
 
 
 def _open_work(work: str, key: str) -> None:
-    """Keep an interrupted attempt's parts when it made the same features."""
+    """Keep the parts of an interrupted attempt if it computed the same features."""
     marker = join(work, "key.json")
     if exists(work) and not (exists(marker) and read_json(marker) == key):
         remove(work)

@@ -1,4 +1,4 @@
-"""What comes before joint training, pretraining and warm-up, from a cache that recipes share."""
+"""The stages before joint training, pretraining and warm-up, with a cache shared by recipes."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ def start_stage(
     config: Config, source: PreparedData, cache: str, run: str | None = None,
     executor: Executor = HERE,
 ) -> Stage:  # fmt: skip
-    """Pretrained (when tiny) and warmed-up weights, from the cache where they are there.
+    """Return the stage with pretrained (if tiny) and warmed-up weights, reusing cached ones.
 
-    Their log lines are copied into `run`, so that its report shows every stage.
+    The log lines of these stages are copied into `run`, so that its report shows every stage.
     """
     items_hash = content_hash(join(source.items_uri, "items"))
-    features_hash(config, source.items_uri)  # raises now rather than after the pretraining
-    if over_ids(config):  # of a language model it needs the tokenizer only
+    features_hash(config, source.items_uri)  # raises before, not after, the pretraining
+    if over_ids(config):  # such a model needs only the tokenizer of the language model
         untrained, cold = replace(config.pretrain, steps=0), replace(config.warmup, skip=True)
         config = replace(config, pretrain=untrained, warmup=cold)
     if is_tiny(config):
@@ -40,7 +40,7 @@ def start_stage(
 
 
 def _copy_lines(source: str, run: str | None) -> None:
-    """Put a cached stage's log lines into a run, once."""
+    """Append the log lines of a cached stage to a run, unless they are already there."""
     if run is None:
         return
     target = RunFolder(run).metrics_lines

@@ -1,4 +1,4 @@
-"""Stage 2, joint training: its job, what is done before a step, its probe and its validation."""
+"""Stage 2, joint training: its job, the work before each step, its probe and its validation."""
 
 from __future__ import annotations
 
@@ -34,19 +34,19 @@ from karma_ray.training.step import JointStep
 from karma_ray.training.step_state import StepState
 
 CURVE_EXAMPLES = 1000
-"""Valid examples behind each point of the curve over steps; the final metrics use them all."""
+"""Validation examples per point of the curve over steps; the final metrics use all of them."""
 
 SINK_ITEMS = 64
-"""Items whose attention is looked at in every report; jobs/diagnose.py looks at more."""
+"""Items whose attention is measured in every report; jobs/diagnose.py measures more."""
 
 OnValidate = Callable[[int, Mapping[str, float]], None]
-"""Called with (step, metrics) at every validation, inside the process that trains."""
+"""Called with (step, metrics) at every validation, in the process that trains."""
 
 
 def joint_job(
     stage: Stage, source: PreparedData, run: str, on_validate: OnValidate | None = None
 ) -> TrainJob:
-    """Stage 2 on the prepared sequences, of KARMA or of a baseline over ids."""
+    """Return the job of stage 2 on the prepared sequences, for KARMA or a baseline over ids."""
     config, training = stage.config, stage.config.training
     job = partial(
         TrainJob,
@@ -60,7 +60,7 @@ def joint_job(
         seed=config.seed,
         validate=Validation(stage, source, on_validate),
     )  # fmt: skip
-    if over_ids(config):  # one multiplier for all its parameters
+    if over_ids(config):  # one learning-rate multiplier for all its parameters
         action = ActionStep(config.objective)
         with_shares = partial(_with_shares, _shares(stage, source))
         return job(build=stage.build_ids, step=action, probe=action.probe, before_step=with_shares)
@@ -83,9 +83,10 @@ def joint_job(
 
 @dataclass
 class BeforeStep:
-    """What depends on the step: whether the item encoder learns, the history bank, and `shares`.
+    """Prepares a step: freezes or unfreezes the item encoder and fills the history bank.
 
-    The bank is filled once while the encoder is frozen, every R steps under `targets_only`.
+    The bank is filled once while the encoder is frozen, and every R steps under `targets_only`.
+    `shares` is the popularity of each item, for the objective's correction.
     """
 
     stage: Stage
@@ -94,12 +95,12 @@ class BeforeStep:
     _collator: Collator | None = field(default=None, repr=False)
 
     def __call__(self, model: nn.Module, step: int, state: StepState) -> StepState:
-        """The state of the step behind `step` finished ones; `state` has the bank of the last."""
+        """Return the state for the next step, after `step` finished ones."""
         assert isinstance(model, KarmaModel)
         state = _with_shares(self.shares, model, step, state)
         training = self.stage.config.training
         frozen = self.step.is_frozen(state.progress)
-        # Also queries may go through the item encoder (query_mode=encoder).
+        # Queries may go through the item encoder too (query_mode=encoder).
         set_trained(model.interest.item_encoder, not frozen)
         if training.encoder_grad == "full" and not frozen:
             return replace(state, bank=None)
@@ -115,9 +116,9 @@ class BeforeStep:
 
 @dataclass
 class JointProbe:
-    """The step's collapse probes, and the item encoder's content sinks on fixed items.
+    """Measures the step's collapse metrics, and the item encoder's attention sinks on fixed items.
 
-    A pass over so few items costs about a hundredth of the steps between two reports.
+    With so few items the pass costs about one percent of the steps between two reports.
     """
 
     stage: Stage
@@ -125,7 +126,7 @@ class JointProbe:
     _items: ItemSample | None = field(default=None, repr=False)
 
     def __call__(self, model: nn.Module, batch: Any, state: StepState) -> Record:
-        """`batch` and `state` are those of the reported step."""
+        """Return the metrics; `batch` and `state` are those of the reported step."""
         assert isinstance(model, KarmaModel)
         record, config = self.step.probe(model, batch, state), self.stage.config
         if config.training.compile:  # compiled layers do not show their attention
@@ -141,7 +142,7 @@ class JointProbe:
 
 @dataclass
 class Validation:
-    """Metrics on a fixed sample of valid examples; everything is opened where it runs."""
+    """Computes metrics on a fixed sample of validation examples, in the process that trains."""
 
     stage: Stage
     source: PreparedData
@@ -149,7 +150,7 @@ class Validation:
     _collator: Collator | None = field(default=None, repr=False)
 
     def __call__(self, model: nn.Module, step: int) -> Mapping[str, float]:
-        """Encode the catalogue with the model as it is, and evaluate."""
+        """Encode the catalogue with the current model, and evaluate."""
         assert isinstance(model, KarmaModel | IdModel)
         config = self.stage.config
         self._collator = collator = self._collator or self.stage.collator()
@@ -176,7 +177,7 @@ class Validation:
 
 
 def _shares(stage: Stage, source: PreparedData) -> NDArray[np.float32] | None:  # -> [I]
-    """How popular each item's content is, where the objective corrects for it."""
+    """Return the popularity of each item's content, if the objective corrects for it (logQ)."""
     if not stage.config.objective.logq:
         return None
     return click_shares(source.sequences(), stage.catalog())
@@ -185,7 +186,7 @@ def _shares(stage: Stage, source: PreparedData) -> NDArray[np.float32] | None:  
 def _with_shares(
     shares: NDArray[np.float32] | None, model: nn.Module, step: int, state: StepState
 ) -> StepState:
-    """`state` with the shares where the model is; they are moved there once."""
+    """Return `state` with the shares, moved to the model's device once."""
     if shares is None or state.shares is not None:
         return state
     return replace(state, shares=torch.from_numpy(shares).to(next(model.parameters()).device))

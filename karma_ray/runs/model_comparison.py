@@ -1,8 +1,8 @@
-"""Run folders -> their models, and the frozen one that they began with, measured side by side.
+"""Diagnosis of several runs: each trained model is measured beside the weights it started from.
 
-A run's beginning is what RUN/start.json names: the warmed-up weights (or the finished run that it
-went on from), as long as they are still where they were. Runs that are compared must have been
-trained on the same data and read items as the same tokens.
+RUN/start.json names the start: the warmed-up weights, or the finished run given by `--init-from`,
+if they still exist. Runs that are compared must have been trained on the same data and must
+tokenise the items in the same way.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ from karma_ray.training.step import JointStep
 
 LOG = logging.getLogger(__name__)
 SAMPLE_SEED = 0
-"""Of items and requests: not the runs' own, so that runs of several seeds see the same ones."""
+"""Seed of the item and request samples; fixed, so that runs of several seeds share them."""
 FEWEST_ITEMS = 8
 
 
 @dataclass(frozen=True)
 class OpenedRun:
-    """A finished training."""
+    """A finished, trained run."""
 
     run: str
     name: str
@@ -56,10 +56,10 @@ class OpenedRun:
 
     @classmethod
     def open(cls, run: str) -> OpenedRun:
-        """Raises InputError on what is no finished training."""
+        """Open a run; raises InputError unless it is finished and has a trained text model."""
         path = absolute(run)
         if "://" not in path:
-            path = str(Path(path).resolve())  # `latest` by the name of what it points at
+            path = str(Path(path).resolve())  # show the name of the run that `latest` points to
         folder = RunFolder(path)
         if not exists(folder.config):
             raise InputError("RUN", run, "is not a run folder: it has no config.json")
@@ -76,7 +76,7 @@ class OpenedRun:
         return cls(path, path.rsplit("/", 1)[-1], config, str(read_manifest(path, "run")["data"]))
 
     def start(self, items_uri: str) -> tuple[str, Stage | None]:
-        """What the run began with: equal for equal beginnings; None where it is gone."""
+        """Return a key that is equal for equal starting weights, and their stage if it exists."""
         folder = RunFolder(self.run)
         path = folder.path("start.json")
         noted = read_json(path) if exists(path) else {}
@@ -85,7 +85,7 @@ class OpenedRun:
         return f"{key}{unwarmed}", noted_stage(folder, self.config, items_uri)
 
     def facts(self) -> dict[str, Any]:
-        """For the report."""
+        """Return the facts that the report shows."""
         return {"run": self.run, "recipe": self.config.recipe, "seed": self.config.seed}
 
 
@@ -99,9 +99,9 @@ def diagnose_runs(
 ) -> tuple[Comparison, str]:
     """Measure runs on the same items; returns the comparison and the path of its page.
 
-    `data` defaults to what the runs were trained on, `out` to the report folder of the last run.
-    Raises InputError on what is no finished training, on runs that cannot be compared, and on
-    heads that a model does not have.
+    `data` defaults to the data that the runs were trained on, `out` to the report folder of the
+    last run. Raises InputError on unfinished runs, on runs that cannot be compared, and on heads
+    that a model does not have.
     """
     if num_items < FEWEST_ITEMS:
         raise InputError("--items", num_items, f"is below {FEWEST_ITEMS}")
@@ -131,7 +131,7 @@ def parse_heads(text: str) -> list[Wanted]:
 
 
 def _distinct(opened: list[OpenedRun]) -> list[OpenedRun]:
-    """Each run once, with a name of its own."""
+    """Keep each run once, and give each a unique name."""
     kept: dict[str, OpenedRun] = {run.run: run for run in opened}
     names: dict[str, int] = {}
     result = []
@@ -151,13 +151,16 @@ def _check_same_data(opened: list[OpenedRun]) -> None:
         if identity(run) != identity(opened[0]):
             message = (
                 f"was trained on other data ({run.data}) than {opened[0].run} ({opened[0].data}); "
-                "diagnose it by itself, or name with --data what to measure both on"
+                "diagnose it by itself, or name with --data the data to measure both on"
             )
             raise InputError("RUN", run.run, message)
 
 
 def _probe_set(opened: list[OpenedRun], source: PreparedData, num_items: int) -> ProbeSet:
-    """Drawn with the first run's tokens; raises InputError when another run has others."""
+    """Draw the probe set with the first run's tokens.
+
+    Raises InputError when another run tokenises the items differently.
+    """
     catalog = source.catalog()
     warm = warm_mask(source.sequences(), catalog)
     first = finished_stage(opened[0].run, source.items_uri).collator()
@@ -167,8 +170,8 @@ def _probe_set(opened: list[OpenedRun], source: PreparedData, num_items: int) ->
         theirs = item_sample(other, catalog, warm, num_items, SAMPLE_SEED)
         if not torch.equal(items.tokens, theirs.tokens):
             message = (
-                f"reads items as other tokens than {opened[0].run} (another tokenizer, or another "
-                "collate.max_item_tokens): maps cannot be compared, diagnose it by itself"
+                f"tokenises the items differently from {opened[0].run} (another tokenizer, or "
+                "another collate.max_item_tokens): maps cannot be compared, diagnose it by itself"
             )
             raise InputError("RUN", run.run, message)
     vectors = vector_sample(first, catalog, VECTORS_PER_ITEM * num_items, SAMPLE_SEED)
@@ -180,7 +183,7 @@ def _probe_set(opened: list[OpenedRun], source: PreparedData, num_items: int) ->
 def _measured(
     opened: list[OpenedRun], items_uri: str, probe_set: ProbeSet, wanted: Sequence[Wanted] | None
 ) -> tuple[list[Subject], list[str]]:
-    """The beginnings first, each once, then the runs; and what could not be had."""
+    """Measure each starting model once and then the runs; also return notes on missing parts."""
     starts = {run.name: run.start(items_uri) for run in opened}
     keys = list(dict.fromkeys(key for key, stage in starts.values() if stage is not None))
     frozen: dict[str, ModelDiagnosis] = {}
@@ -188,8 +191,8 @@ def _measured(
     for run in opened:
         key, stage = starts[run.name]
         if stage is None:
-            notes.append(f"The weights that {run.name} began with are no longer there: no frozen "
-                         "encoder to compare it with.")  # fmt: skip
+            notes.append(f"The weights that {run.name} started from no longer exist: there is no "
+                         "frozen encoder to compare it with.")  # fmt: skip
         elif key not in frozen:
             name = "frozen" if len(keys) == 1 else f"frozen {len(frozen) + 1}"
             model = stage.build_joint() if stage.trained is None else stage.build_trained()

@@ -1,8 +1,10 @@
-"""The main job: raw logs -> examples -> warm-up -> joint training -> bundle -> index -> metrics.
+"""The training pipeline, from logs to metrics.
 
-Every arrow writes a folder and is skipped when its folder is there: preparation in the data
-folder, pretraining and warm-up in a cache shared by all recipes, the rest in the run folder. A
-run that was cut off continues with `resume=True`.
+logs -> examples -> warm-up -> joint training -> bundle -> item embeddings -> index -> metrics
+
+Each step writes a folder and is skipped if that folder is complete: preparation in the data
+folder, pretraining and warm-up in a cache shared by all recipes, the rest in the run folder. An
+interrupted run continues with `resume=True`.
 """
 
 from __future__ import annotations
@@ -69,9 +71,9 @@ def train_run(
 ) -> dict[str, Any]:
     """Run a recipe from tables to a complete run folder; returns the content of metrics.json.
 
-    Without `data` the toy shop is generated. A floor or ceiling is evaluated, nothing is
-    trained. `on_validate(step, metrics)` is called at every validation inside this process
-    (needs `training.num_workers=0`) and may raise to stop. `init_from` is a finished run whose
+    Without `data` the toy shop is generated. A floor or ceiling is evaluated without training.
+    `on_validate(step, metrics)` is called at every validation in this process (needs
+    `training.num_workers=0`) and may raise to stop the run. `init_from` is a finished run whose
     model is trained further, without pretraining and warm-up. `executor` does the heavy parts.
     Raises InputError on bad input.
     """
@@ -83,7 +85,7 @@ def train_run(
         raise InputError("--out", out, "already holds a run; --resume it or choose another folder")
     parent = Parent.open(init_from) if init_from else None
     if parent and config.recipe not in recipes.TRAINED:
-        raise InputError("--init-from", parent.run, f"has no use in the recipe {config.recipe}")
+        raise InputError("--init-from", parent.run, f"is not used by the recipe {config.recipe}")
     config = parent.continued(config) if parent else config
     tables = absolute(data) if data else toy_shop(cache)
     source = ensure_prepared(tables, config.prepare, executor.prepare)
@@ -118,7 +120,7 @@ def train_run(
 
 
 def _check_workers(config: Config, executor: Executor) -> None:
-    """Raise InputError when several workers are asked for and nobody can start them."""
+    """Raise InputError if several workers are requested and no executor can start them."""
     workers = config.training.num_workers
     if executor.train is None and workers > 1:
         message = "cannot be started by this process alone; jobs/train.py starts them on Ray"
@@ -126,7 +128,7 @@ def _check_workers(config: Config, executor: Executor) -> None:
 
 
 def _note_text_lengths(stage: Stage, folder: RunFolder, facts: Mapping[str, Any]) -> None:
-    """How much of the items' texts is read, into data.json; a warning where much is cut off."""
+    """Write to data.json how much of the items' texts is read, and warn if much is cut off."""
     if over_ids(stage.config):
         return
     lengths = stage.text_lengths()
@@ -138,10 +140,10 @@ def _note_text_lengths(stage: Stage, folder: RunFolder, facts: Mapping[str, Any]
 def evaluate_run(
     run: str, data: str | None = None, cache: str = CACHE, out: str | None = None
 ) -> tuple[str, dict[str, Any]]:
-    """Measure a finished run again; returns the folder of the measurement, and its metrics.
+    """Evaluate a finished run again; returns the folder of the evaluation and its metrics.
 
-    On the data that it was trained on, metrics.json, floors, checks, cases and report of the run
-    are replaced. What is measured on other `data` stands beside them in `out` (default:
+    On the data that the run was trained on, its metrics.json, floors, checks, cases and report
+    are replaced. An evaluation on other `data` is written to `out` (default:
     RUN/evaluations/NAME) with a data.json and a manifest that name these data. Raises InputError
     on an unfinished run.
     """
@@ -165,7 +167,7 @@ def evaluate_run(
     beside = RunFolder(absolute(out) if out else folder.path("evaluations", named))
     if exists(beside.path("bundle")):
         raise InputError(
-            "--out", beside.root, "holds a run; a measurement needs a folder of its own"
+            "--out", beside.root, "holds a run; an evaluation needs a folder for itself"
         )
     write_json(to_dict(config), beside.config)
     write_json(facts, beside.path("data.json"))
@@ -191,7 +193,7 @@ def _first_stage(
 ) -> Stage:
     if parent is None:
         return start_stage(config, source, cache, run, executor)
-    LOG.info("going on with the model of %s", parent.run)
+    LOG.info("training the model of %s further", parent.run)
     return parent.stage(config, source.items_uri)
 
 
@@ -206,14 +208,14 @@ def _train(
     training = stage.config.training
     LOG.info("joint training: %d steps, %d worker(s)", training.steps, max(1, training.num_workers))
     job = joint_job(stage, source, run, on_validate)
-    if stage.trained is not None:  # by the run that this one goes on from
+    if stage.trained is not None:  # weights of the run given by --init-from
         job = replace(job, build=stage.build_finished)
     summary = run_training(job, resume=resume, max_failures=2, distribute=executor.train)
     return replace(stage, trained=summary["weights"])
 
 
 def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
-    """Bundle, item embeddings and index: everything that serves."""
+    """Write what serving needs: the bundle, the item embeddings and the index."""
     config, model = stage.config, stage.build_finished()
     facts = {"recipe": config.recipe, "seed": config.seed}
     save_bundle(model.interest, model.tokenizer, config.collate, folder.bundle, facts)
@@ -232,7 +234,7 @@ def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
 
 
 def _data_facts(source: PreparedData) -> dict[str, Any]:
-    """What the report says of the data: name, counts, labels, quarantine."""
+    """Return what the report says about the data: name, counts, labels, quarantine."""
     manifest = read_data_manifest(source.items_uri)
     kept = ("name", "query_source", "negative_source", "notes", "licence")
     return {k: manifest[k] for k in kept if k in manifest} | {

@@ -1,12 +1,12 @@
-"""Events -> sequences and examples: two passes and one shuffle by user.
+"""Preparation of events into sequences and examples: two passes and one shuffle by user.
 
     fragments --map--> clean events (+ quarantine, counts, click times, written beside)
               --split by hash(user) into num_partitions--> whole partitions
               --vectorised code--> sequences/, examples/split=.../ (one file per partition)
 
-Who maps and splits is a `Shuffle`: this process by default, Ray Data where the table is too large
-for it (cluster/sharding.py). Both write the same files. Each file is named after its fragment or
-partition, so a task that is run twice replaces its own file.
+A `Shuffle` does the mapping and splitting: this process by default, or Ray Data for tables that
+are too large for it (cluster/sharding.py). Both write the same files. Each file is named after
+its fragment or partition, so a task that runs twice replaces its own file.
 """
 
 from __future__ import annotations
@@ -55,35 +55,36 @@ LOG = logging.getLogger(__name__)
 
 
 class Shuffle(Protocol):
-    """The two steps of preparing that touch every row."""
+    """The two steps of preparation that read every row."""
 
     def check(self, fragments: Sequence[Fragment], check: FragmentCheck, partitions: int) -> Any:
-        """Clean rows of all fragments, in any form that `build` takes."""
+        """Return the clean rows of all fragments, in any form that `build` accepts."""
 
     def build(self, clean: Any, build: PartitionBuild, partitions: int) -> list[dict[str, Any]]:
-        """The reports of `build` on every partition of users that has rows."""
+        """Return the reports of `build` for every partition of users that has rows."""
 
 
 def ensure_prepared(
     data_uri: str, config: PrepareConfig, shuffle: Shuffle | None = None
 ) -> PreparedData:
-    """What stands at `data_uri` if it was prepared with `config` from these files, else prepare.
+    """Return the prepared data at `data_uri`, preparing them first if needed.
 
-    A source that came pre-split (its prepared.json says `"presplit": true`) is taken as it is.
-    Raises InputError when the data would have to be prepared anew and have no events.
+    They are reused if they were prepared with `config` from the same files. Data that came
+    pre-split (their prepared.json says `"presplit": true`) are used unchanged. Raises InputError
+    when the data must be prepared again but have no events.
     """
     require_data(data_uri)
     if (data := _standing(data_uri, config)) is not None:
         return data
     config.check()
     with locked(join(absolute(data_uri), "prepare")):
-        if _standing(data_uri, config) is None:  # another process may have been faster
+        if _standing(data_uri, config) is None:  # another process may have prepared them meanwhile
             _prepare_into(data_uri, config, data_uri, shuffle or LocalShuffle())
     return PreparedData.load(data_uri)
 
 
 def _standing(data_uri: str, config: PrepareConfig) -> PreparedData | None:
-    """What stands at `data_uri` where it need not be prepared anew."""
+    """Return the prepared data at `data_uri`, or None if they must be prepared."""
     has_events = exists(join(data_uri, "events"))
     if exists(join(data_uri, "prepared.json")):
         data = PreparedData.load(data_uri)
@@ -92,7 +93,7 @@ def _standing(data_uri: str, config: PrepareConfig) -> PreparedData | None:
             return data
         if not has_events:
             listed = ", ".join(f"prepare.{k} {a!r} -> {b!r}" for k, (a, b) in changed.items())
-            raise InputError("--data", data_uri, f"has no events to prepare anew with {listed}")
+            raise InputError("--data", data_uri, f"has no events to prepare again with {listed}")
         if not changed and data.facts.get("input") == fingerprint(data_uri):
             return data
     elif not has_events:
@@ -103,10 +104,10 @@ def _standing(data_uri: str, config: PrepareConfig) -> PreparedData | None:
 def prepare(
     data_uri: str, config: PrepareConfig, out: str | None = None, shuffle: Shuffle | None = None
 ) -> dict[str, Any]:
-    """Write sequences/, examples/, quarantine/ and prepared.json to `out` (default: the data
-    folder) and return the content of the latter.
+    """Write sequences/, examples/, quarantine/ and prepared.json to `out` (default: `data_uri`).
 
-    Raises InputError, TooManyBadRows (the quarantine is kept to look at) and LeakError.
+    Returns the content of prepared.json. Raises InputError, TooManyBadRows (the quarantine is
+    kept for inspection) and LeakError.
     """
     config.check()
     require_data(data_uri)
@@ -126,7 +127,7 @@ def _prepare_into(
 
 
 def partition_of(user_ids: pa.ChunkedArray, num_partitions: int) -> pa.ChunkedArray:
-    """Partition [rows] int32 of each user, by a hash that is the same in every process."""
+    """Return the partition [rows] int32 of each user, by a hash equal in every process."""
     coded = pc.dictionary_encode(pa.concat_arrays([pa.array([], pa.string()), *user_ids.chunks]))
     users = coded.dictionary.to_pylist()
     of_user = pa.array([zlib.crc32(user.encode()) % num_partitions for user in users], pa.int32())
@@ -160,7 +161,7 @@ def _prepare(source: str, target: str, config: PrepareConfig, shuffle: Shuffle) 
 
 @dataclass(frozen=True)
 class FragmentCheck:
-    """One fragment of events -> its clean rows; what else it finds is written beside."""
+    """Cleans one fragment of events, and writes its quarantine, click times and counts."""
 
     folder: str
     work: str
@@ -168,7 +169,7 @@ class FragmentCheck:
     num_partitions: int
 
     def __call__(self, fragment: Fragment) -> pa.Table:
-        """Clean rows with the number of their partition of users in the column `partition`."""
+        """Return the clean rows; the column `partition` has the partition of the user."""
         table = read_fragment(self.folder, fragment.path, fragment.row_group)
         checked = check_events(
             table, self.item_ids, fragment.path, fragment.first_row, fragment.order
@@ -183,17 +184,17 @@ class FragmentCheck:
 
 @dataclass(frozen=True)
 class PartitionBuild:
-    """The clean events of one partition of users -> its files."""
+    """Turns the clean events of one partition of users into its files."""
 
     work: str
     cutoffs: Cutoffs
     config: PrepareConfig
 
     def __call__(self, group: pa.Table) -> pa.Table:
-        """One row with the partition's counts, as JSON.
+        """Return one row with the partition's counts, as JSON.
 
-        A leak is returned, not raised: Ray Data hands on the text of a task's exception and not
-        its type, and nothing is published while there is one.
+        A leak is returned instead of raised: Ray Data passes on the text of a task's exception
+        but not its type. Nothing is published while there is a leak.
         """
         part = f"part-{group['partition'][0].as_py():05d}"
         try:
@@ -208,14 +209,14 @@ class PartitionBuild:
 
 
 class LocalShuffle:
-    """Everything in this process and its memory."""
+    """Processes everything in this process and its memory."""
 
     def check(self, fragments: Sequence[Fragment], check: FragmentCheck, partitions: int) -> Any:
-        """Fragment after fragment."""
+        """Check one fragment after another."""
         return pa.concat_tables([check(fragment) for fragment in fragments])
 
     def build(self, clean: Any, build: PartitionBuild, partitions: int) -> list[dict[str, Any]]:
-        """Partition after partition."""
+        """Build one partition after another."""
         of_row = clean["partition"].to_numpy()
         reports = []
         for partition in np.unique(of_row):

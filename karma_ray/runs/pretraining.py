@@ -1,4 +1,4 @@
-"""Before stage 1: a tiny language model of the catalogue, where no pretrained LLM is given."""
+"""Pretraining before stage 1: a tiny language model of the catalogue, if no LLM is given."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ LOG = logging.getLogger(__name__)
 def pretrained(
     config: Config, source: PreparedData, items_hash: str, cache: str
 ) -> tuple[Config, str]:
-    """The configuration with the tiny checkpoints in `cache`, and the folder of their log.
+    """Pretrain the tiny checkpoints unless `cache` has them.
 
-    They are made where they are not there.
+    Returns the configuration that names them, and the folder of their log.
     """
     folder = join(cache, f"language-model-{value_hash(pretrain_key(config, items_hash))}")
     with locked(folder):
@@ -34,7 +34,7 @@ def pretrained(
 
 
 def pretrain_key(config: Config, items_hash: str) -> dict[str, object]:
-    """What a pretrained tiny language model depends on."""
+    """Return everything that a pretrained tiny language model depends on."""
     return {
         "version": STAGE_VERSION,
         "items": items_hash,
@@ -46,7 +46,7 @@ def pretrain_key(config: Config, items_hash: str) -> dict[str, object]:
 
 
 def _pretrain(config: Config, source: PreparedData, folder: str) -> None:
-    """Pretrain the tiny language model unless it is there."""
+    """Pretrain the tiny language model unless it already exists."""
     if exists(join(folder, "manifest.json")):
         return
     LOG.info("pretraining a tiny language model: %d steps", config.pretrain.steps)
@@ -60,7 +60,7 @@ def _pretrain(config: Config, source: PreparedData, folder: str) -> None:
 
 
 def _with_pictures(config: Config, folder: str) -> str:
-    """The tiny item encoder: the language model itself, or one that reads pictures around it."""
+    """Return the tiny item encoder: the language model, or a multimodal model built around it."""
     if config.model.item_encoder.modality != "multimodal":
         return folder
     multimodal = f"{folder}-vl"

@@ -1,7 +1,7 @@
-"""The run's own record: JSON lines and TensorBoard scalars, and a progress line that reads it.
+"""The log of a run (JSON lines and TensorBoard scalars), and the progress line that reads it.
 
-Workers may be on other machines and their output hidden, so the driver shows what stands in
-RUN/metrics.jsonl, the one thing that it shares with every worker.
+Workers may run on other machines with hidden output. The driver therefore shows the content of
+RUN/metrics.jsonl, which it shares with every worker.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ from karma_ray.training.checkpoints.outage import reason, redacted, retried
 LOG = logging.getLogger(__name__)
 
 FLUSH_SECONDS = 5.0
-"""Between two writes of a run log on an object store."""
+"""Time between two writes of a run log to an object store."""
 
 
 class RunLog:
-    """Appends records of one stage to RUN/metrics.jsonl and to TensorBoard (local runs).
+    """Appends records of one stage to RUN/metrics.jsonl and, for local runs, to TensorBoard.
 
-    `earlier` are the stage's records so far, of a run that is continued. Nothing here ends a
-    training: lines that cannot be written wait for the next that can be.
+    When a run is continued, `earlier` holds the records of the stage so far. No failure here ends
+    the training: lines that cannot be written are kept for the next write that succeeds.
     """
 
     def __init__(self, run: str, stage: str, start_step: int = 0) -> None:
-        """Raises StorageError when the lines so far cannot be read."""
+        """Open the log; raises StorageError when its existing lines cannot be read."""
         self._stage = stage
         uri = RunFolder(run).metrics_lines
         try:
@@ -74,22 +74,22 @@ class RunLog:
                         self._writer.add_scalar(f"{stage}/{name}", value, int(record["step"]))
                 self._writer.flush()
         except OSError as error:
-            LOG.warning("TensorBoard's file ends here: %s", reason(error))
+            LOG.warning("no more is written to the TensorBoard file: %s", reason(error))
             self._writer = None
         return line
 
     def close(self) -> None:
-        """Write what waits, and close the TensorBoard file."""
+        """Write the waiting lines, and close the TensorBoard file."""
         self._lines.close()
         if self._writer is not None:
             self._writer.close()
 
 
 class _LocalLines:
-    """Appends to a local file; what a full disk refused is written with the next line."""
+    """Appends to a local file; lines that a full disk refused are written with the next line."""
 
     def __init__(self, path: str, lines: list[str] | None) -> None:
-        """`lines` replace the file."""
+        """Open the file; `lines`, if given, replace its content."""
         self._path = path
         self._waiting = ""
         self._warned = False
@@ -105,13 +105,13 @@ class _LocalLines:
             with open(self._path, "ab", buffering=0) as sink:
                 begin = sink.tell()
                 content = self._waiting.encode()
-                if sink.write(content) < len(content):  # the disk became full on the way
+                if sink.write(content) < len(content):  # the disk filled up during the write
                     sink.truncate(begin)
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._waiting = ""
         except OSError as error:
             if not self._warned:
-                LOG.warning("%s waits to be written: %s", self._path, reason(error))
+                LOG.warning("%s cannot be written yet: %s", self._path, reason(error))
             self._warned = True
 
     def close(self) -> None:
@@ -120,10 +120,10 @@ class _LocalLines:
 
 
 class _RemoteLines:
-    """An object: held in memory and replaced as a whole, by a thread, every few seconds.
+    """A log on an object store: kept in memory, and replaced as a whole by a thread.
 
-    Appending would read and write it all for every line, and a store that is away would stop
-    the training for as long as its client tries.
+    Appending would read and rewrite the whole object for every line, and an unavailable store
+    would block the training until its client gives up.
     """
 
     def __init__(self, uri: str, lines: list[str]) -> None:
@@ -152,7 +152,7 @@ class _RemoteLines:
                 self._flush()
             except Exception as error:
                 if not self._warned:
-                    LOG.warning("%s waits to be written: %s", redacted(self._uri), reason(error))
+                    LOG.warning("%s cannot be written yet: %s", redacted(self._uri), reason(error))
                 self._warned = True
 
     def _flush(self) -> None:
@@ -163,8 +163,10 @@ class _RemoteLines:
 
 
 def _kept_lines(uri: str, stage: str, start_step: int) -> tuple[list[str], float, bool]:
-    """The lines of other stages and of steps up to the one resumed from, the stage's training
-    time so far, and whether any line was left out (a half-written one is)."""
+    """Return the lines to keep, the stage's training time so far, and whether any was dropped.
+
+    Kept are the lines of other stages and of steps up to `start_step`; half-written ones are not.
+    """
     fs, path = open_filesystem(uri)
     try:
         lines = fs.cat_file(path).decode(errors="replace").splitlines()
@@ -186,15 +188,15 @@ def _kept_lines(uri: str, stage: str, start_step: int) -> tuple[list[str], float
 
 
 class ProgressLine:
-    """A tqdm line on stderr, fed by polling RUN/metrics.jsonl while workers train elsewhere."""
+    """A tqdm line on stderr, updated by polling RUN/metrics.jsonl while workers train."""
 
     def __init__(self, run: str, stage: str, steps: int, shown: bool = True) -> None:
         self._uri = RunFolder(run).metrics_lines
         self._stage = stage
         self._period = 5.0 if "://" in run else 1.0
         self._done = threading.Event()
-        self._told: set[str] = set()  # alarms, also those of the run that is continued
-        with suppress(Exception):  # out of reach: they are told once more
+        self._told: set[str] = set()  # alarms already shown, also before the run was continued
+        with suppress(Exception):  # unreadable now: these alarms are shown once more
             self._told = set().union(*read_lines(self._uri))
         self._bar: Any = tqdm(
             total=steps,
@@ -231,7 +233,7 @@ class ProgressLine:
     def _show(self) -> None:
         try:
             mine = [line for line in read_lines(self._uri) if line["stage"] == self._stage]
-        except Exception:  # a line half written, or a store out of reach: next time
+        except Exception:  # a half-written line or an unavailable store: try again next time
             return
         for line in mine:
             alarms = {name for name in line if name.startswith("alarm/")}
@@ -241,12 +243,12 @@ class ProgressLine:
                     LOG.warning("%s", message)
         if mine and mine[-1]["step"] != self._bar.n:
             self._bar.set_postfix_str(describe(mine[-1]), refresh=False)
-            # Negative after a worker was restarted from a checkpoint.
+            # The difference is negative after a worker has restarted from a checkpoint.
             self._bar.update(mine[-1]["step"] - self._bar.n)
 
 
 def describe(record: Mapping[str, Any]) -> str:
-    """Loss and speed in a few words."""
+    """Return the loss and speed as a short text."""
     parts = [f"loss {record['loss/total']:.3f}"] if "loss/total" in record else []
     for name, unit in (("examples_per_s", "examples/s"), ("tokens_per_s", "tokens/s")):
         if name in record:

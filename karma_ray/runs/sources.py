@@ -1,4 +1,4 @@
-"""What a command without --data works on: the toy shop, made once and kept in the cache."""
+"""The data of commands without --data: the toy shop, generated once and kept in the cache."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from karma_ray.runs.preparation import ensure_prepared
 
 LOG = logging.getLogger(__name__)
 CACHE = "runs/cache"
-"""What all runs share: the toy shop, pretrained and warmed-up weights, floors."""
+"""Folder that all runs share: the toy shop, pretrained and warmed-up weights, floors."""
 
 
 def toy_shop(cache: str = CACHE) -> str:
-    """The built-in data, prepared and with visual features, so that every recipe runs on it."""
+    """Return the toy shop, prepared and with visual features, so that every recipe runs on it."""
     shop = ToyShopConfig()
     folder = absolute(join(cache, f"toy_shop-{value_hash(vars(shop))}"))
     with locked(folder):
@@ -26,6 +26,6 @@ def toy_shop(cache: str = CACHE) -> str:
             LOG.info("toy shop: drawing items, people and their clicks")
             write_toy_shop(folder, shop)
         if not exists(join(features_uri(folder), "manifest.json")):
-            ensure_prepared(folder, PrepareConfig())  # they are fitted on the items of training
+            ensure_prepared(folder, PrepareConfig())  # features are fitted on the training items
             make_features(folder, FeaturesConfig())
     return folder

@@ -1,4 +1,4 @@
-"""What the stages of a run with a visual term need: where features lie, and of what shape."""
+"""Visual features for the stages of a run with a visual term: their location and their shape."""
 
 from __future__ import annotations
 
@@ -16,17 +16,20 @@ from karma_ray.model.interest import InterestModel
 
 
 def visual_uri(config: Config, items_uri: str) -> str:
-    """The run's visual features; raises InputError, naming the command, when there are none."""
+    """Return the folder of the run's visual features.
+
+    Raises InputError, which names the command that makes them, when there are none.
+    """
     named = config.collate.visual_features
     uri = absolute(named) if named else features_uri(items_uri)
     if not exists(join(uri, "manifest.json")):
-        message = f"does not exist; make it by: python jobs/features.py {shlex.quote(items_uri)}"
+        message = f"does not exist; make it with: python jobs/features.py {shlex.quote(items_uri)}"
         raise InputError("collate.visual_features", uri, message)
     return uri
 
 
 def load_visual(config: Config, items_uri: str, catalog: Catalog) -> VisualFeatures | None:
-    """The features, of a run that reconstructs them."""
+    """Load the features, if the run reconstructs them."""
     if not config.objective.built.image:
         return None
     return VisualFeatures.load(visual_uri(config, items_uri), catalog)
@@ -35,9 +38,10 @@ def load_visual(config: Config, items_uri: str, catalog: Catalog) -> VisualFeatu
 def build_imagery(
     config: Config, items_uri: str, interest: InterestModel, trained: str | None
 ) -> Imagery | None:
-    """Image queries and head, of a run that asks for them.
+    """Build the image queries and the image head, if the run has a visual term.
 
-    Of finished weights (`trained`) the shape is theirs: features need not be there any more.
+    With finished weights (`trained`) the shape is read from them, since the features may no
+    longer exist.
     """
     if not config.objective.built.image:
         return None
@@ -51,9 +55,9 @@ def build_imagery(
 
 
 def features_hash(config: Config, items_uri: str) -> str:
-    """Content of the features of a run with a visual term; "" of another.
+    """Return the content hash of the features of a run with a visual term, otherwise "".
 
-    Raises InputError when they are not there.
+    Raises InputError when the features do not exist.
     """
     if not config.objective.built.image:
         return ""
@@ -61,7 +65,7 @@ def features_hash(config: Config, items_uri: str) -> str:
 
 
 def _saved_shape(folder: str) -> ImageShape:
-    """From the header of saved weights; raises InputError when they hold no image queries."""
+    """Read the shape from the header of saved weights; raises InputError without image queries."""
     fs, path = open_filesystem(folder)
     with fs.open(f"{path}/model.safetensors", "rb") as source:
         header = json.loads(source.read(int.from_bytes(source.read(8), "little")))
@@ -69,4 +73,4 @@ def _saved_shape(folder: str) -> ImageShape:
         tokens = header["imagery.queries"]["shape"][0]
         return ImageShape(tokens, header["imagery.head.output.weight"]["shape"][0])
     except KeyError:
-        raise InputError("objective.lambda_img", folder, "has no image queries in it") from None
+        raise InputError("objective.lambda_img", folder, "has no image queries") from None

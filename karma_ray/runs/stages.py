@@ -2,9 +2,9 @@
 
     language model  ->  warm-up (stage 1)  ->  joint training (stage 2)
 
-A `Stage` travels to the workers as a few strings and a configuration; models, catalogue and
-tokens are opened there. Pretraining and warm-up do not depend on the objective, so recipes that
-are compared start from the very same weights, and both are cached under what they depend on.
+A `Stage` is sent to the workers as a few strings and a configuration; they open the model,
+catalogue and tokens themselves. Pretraining and warm-up do not depend on the objective, so
+compared recipes start from the same weights. Both are cached under what they depend on.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from karma_ray.runs.stage_images import build_imagery, load_visual
 from karma_ray.training.checkpoints.checkpoint import load_weights
 
 STAGE_VERSION = 2
-"""Raised when code changes what a cached stage holds: old caches are then not found."""
+"""Raised when the code changes the content of a cached stage, so that old caches are ignored."""
 
 NUM_WHITENED = 2048
 """Items that the initial whitening of the item embeddings is fitted on."""
 NUM_COUNTED = 200_000
-"""Items that the words of the item embeddings are counted in."""
+"""Items whose words are counted for the lexical block of the item embeddings."""
 
 
 def is_tiny(config: Config) -> bool:
-    """Whether the backbones are built here; raises InputError on a mixture, and on
-    families that are not known.
+    """Whether the backbones are built here instead of loaded.
 
-    Item encoder and user decoder share one tokenizer, so either both are `tiny` or none.
+    Item encoder and user decoder share one tokenizer, so either both are `tiny` or neither is.
+    Raises InputError on a mixture and on unknown model families.
     """
     item, user = config.model.item_encoder.checkpoint, config.model.user_decoder.checkpoint
     if (item == "tiny") != (user == "tiny"):
@@ -65,7 +65,7 @@ def is_tiny(config: Config) -> bool:
 
 
 def over_ids(config: Config) -> bool:
-    """Whether the model is a baseline over item ids; raises InputError on terms that need texts."""
+    """Whether the model is a baseline over item ids; raises InputError on terms that need text."""
     if config.model.kind == "karma":
         return False
     objective, built = config.objective, config.objective.built
@@ -74,13 +74,13 @@ def over_ids(config: Config) -> bool:
         (built.image, "lambda_img"),
     ):  # fmt: skip
         if is_built:
-            message = f"needs a model of texts, not {config.model.kind}: set it to 0"
+            message = f"needs a model that reads text, not {config.model.kind}: set it to 0"
             raise InputError(f"objective.{name}", getattr(objective, name), message)
     return True
 
 
 def with_checkpoints(config: Config, item: str, user: str) -> Config:
-    """The configuration with other checkpoints (`tiny` resolved to its pretrained folder)."""
+    """Return the configuration with other checkpoints (`tiny` becomes its pretrained folder)."""
     model = config.model
     return replace(
         config,
@@ -93,7 +93,7 @@ def with_checkpoints(config: Config, item: str, user: str) -> Config:
 
 
 def finished_stage(run: str, items_uri: str) -> Stage:
-    """The trained model of a run, from the run folder alone."""
+    """Return the stage with the trained model of a run, from the run folder alone."""
     folder = RunFolder(run)
     config = from_dict(read_json(folder.config))
     item, user = join(folder.bundle, "item_encoder"), join(folder.bundle, "user_decoder")
@@ -107,7 +107,7 @@ def finished_stage(run: str, items_uri: str) -> Stage:
 
 @dataclass(frozen=True)
 class Stage:
-    """What every worker of a stage opens: a resolved configuration and where things lie."""
+    """What every worker of a stage opens: a resolved configuration and the paths of its inputs."""
 
     config: Config
     items_uri: str
@@ -116,33 +116,33 @@ class Stage:
     tokenizer_folder: str | None = None  # default: the user decoder's checkpoint
 
     def catalog(self) -> Catalog:
-        """The memory-mapped catalogue."""
+        """Open the memory-mapped catalogue."""
         return Catalog.load(self.items_uri)
 
     def tokenizer(self) -> Tokenizer:
-        """The tokenizer that both LLMs share."""
+        """Load the tokenizer that both LLMs share."""
         folder = self.tokenizer_folder or self.config.model.user_decoder.checkpoint
         return cast(Tokenizer, load_tokenizer(folder))
 
     def text_lengths(self) -> TextLengths:
-        """How much of the catalogue's texts is read."""
+        """Measure how much of the catalogue's texts is read."""
         limit = self.config.collate.max_item_tokens
         return TextLengths.of(self.catalog(), self.tokenizer(), limit)
 
     def collator(self, visual: VisualFeatures | None = None) -> Collator:
-        """Collator with item tokens, which the workers of a node share."""
+        """Return a collator with item tokens, which the workers of a node share."""
         tokenizer = self.tokenizer()
         catalog, config = self.catalog(), self.config.collate
         tokens, lengths = catalog_tokens(catalog, tokenizer, config.max_item_tokens)
         return Collator(catalog, tokenizer, config, tokens, lengths, visual)
 
     def make_training_collate(self) -> TrainingCollate:
-        """Collate of stage 2, made on the worker."""
+        """Return the collate function of stage 2; called on the worker."""
         visual = load_visual(self.config, self.items_uri, self.catalog())
         return TrainingCollate(self.collator(visual))
 
     def build_joint(self) -> KarmaModel:
-        """Stage 2's model; Task 2's private decoders copy the warmed-up one."""
+        """Build the model of stage 2; Task 2's private decoders copy the warmed-up decoder."""
         model = self.whole()
         if self.warm is not None:
             load_weights(self.warm, model)
@@ -158,14 +158,14 @@ class Stage:
         return model
 
     def build_trained(self) -> KarmaModel:
-        """Stage 2's model with its final weights, in evaluation mode."""
+        """Build the model of stage 2 with its final weights, in evaluation mode."""
         assert self.trained is not None
         model = self.build_joint()
         load_weights(self.trained, model)
         return model.eval()
 
     def build_ids(self) -> IdModel:
-        """A baseline over item ids as initialised: nothing is pretrained or warmed up."""
+        """Build a baseline over item ids with initial weights; it has no earlier stages."""
         catalog, tokenizer, config = self.catalog(), self.tokenizer(), self.config
         words = tokenizer.backend_tokenizer.get_vocab_size()
         sizes = IdSizes(catalog.num_items, words, config.collate.max_history + 1)
@@ -174,7 +174,7 @@ class Stage:
         return IdModel(recommender, tokenizer)
 
     def build_finished(self) -> KarmaModel | IdModel:
-        """The trained model of either kind, in evaluation mode."""
+        """Build the trained model, of texts or of ids, in evaluation mode."""
         if not over_ids(self.config):
             return self.build_trained()
         assert self.trained is not None
@@ -184,7 +184,7 @@ class Stage:
         return model.eval()
 
     def fit_to_items(self, interest: InterestModel) -> None:
-        """What of the item encoder is fitted to the catalogue before anything is trained."""
+        """Fit the whitening and the lexical block to the catalogue, before any training."""
         collator = self.collator()
         tokens, lengths = collator.catalog_tokens()
         drawn = np.random.default_rng(self.config.seed).permutation(len(tokens))
@@ -198,13 +198,13 @@ class Stage:
             interest.item_encoder.words.fit(tokens[rows], lengths[rows])
 
     def whole(self) -> KarmaModel:
-        """From the checkpoints, without private decoders."""
+        """Build the model from the checkpoints, without private decoders."""
         config = self.config.model
         if config.kind != "karma":
             message = "has no language models: it is a baseline over item ids"
             raise InputError("model.kind", config.kind, message)
         tokenizer = self.tokenizer()
-        bare = replace(config, generator=GeneratorConfig())  # warm-up knows no generator
+        bare = replace(config, generator=GeneratorConfig())  # the warm-up has no generator
         interest = InterestModel.build(bare, tokenizer, self.config.seed)
         interest.item_encoder.attach_catalog(self.catalog(), self.items_uri)
         bundled = self.tokenizer_folder is not None
@@ -215,7 +215,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrainingCollate:
-    """rows, keys -> Batch; keeps the collator within reach of evaluation."""
+    """(rows, keys) -> Batch; evaluation uses its `collator` too."""
 
     collator: Collator
 

@@ -1,7 +1,7 @@
-"""Training one stage: in this process, or by workers that the caller knows how to start.
+"""Training of one stage, in this process or by workers that the caller starts.
 
-Checkpoints lie in RUN/checkpoints/STAGE/ and are the same in both cases, so a run continues with
-another number of workers, or with none.
+Checkpoints are stored in RUN/checkpoints/STAGE/ and are the same in both cases, so a run can be
+continued with another number of workers, or with none.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from karma_ray.training.loop import Record
 from karma_ray.training.order import Order, Window
 
 Distribute = Callable[[TrainJob, int], dict[str, Any]]
-"""Trains a job with `training.num_workers` workers, restarted so many times after lost ones."""
+"""(job, max_failures): trains with `training.num_workers` workers, restarting after lost ones."""
 
 
 def run_training(
@@ -36,13 +36,13 @@ def run_training(
 ) -> dict[str, Any]:
     """Train one stage; returns its summary (`weights`, `steps`, `seconds`, `last`, `valid`).
 
-    With `resume` a finished stage is returned as it is and an unfinished one continued. Raises
-    InputError when the run already holds checkpoints of this stage and `resume` is false, and
-    whatever error of this package a worker raised (NonFiniteLoss above all). Without
-    `distribute`, or with `training.num_workers=0`, it trains in this process; otherwise
-    `max_failures` restarts after lost workers continue from the newest whole checkpoint.
+    With `resume` a finished stage is returned unchanged and an unfinished one is continued.
+    Without `distribute`, or with `training.num_workers=0`, the stage is trained in this process;
+    otherwise up to `max_failures` restarts after lost workers continue from the newest complete
+    checkpoint. Raises InputError when the run already holds checkpoints of this stage and
+    `resume` is false, and any error of this package that a worker raised, such as NonFiniteLoss.
     """
-    job = replace(job, run=absolute(job.run))  # workers start in another folder
+    job = replace(job, run=absolute(job.run))  # workers have another working directory
     if resume and exists(join(job.final, "summary.json")):
         summary: dict[str, Any] = read_json(join(job.final, "summary.json"))
         return summary
@@ -56,7 +56,7 @@ def run_training(
 
 
 class LocalChannel:
-    """A training inside the driver's process."""
+    """The channel of a training in the driver's process."""
 
     in_driver = True
 
@@ -64,8 +64,8 @@ class LocalChannel:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
     def read_blocks(self, order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
-        """Rows of training batches."""
+        """Read the rows of training batches."""
         return local_blocks(order, windows)
 
     def report(self, record: Record) -> None:
-        """Nobody listens: the run log has it."""
+        """Do nothing: the run log already has the record."""

@@ -1,4 +1,4 @@
-"""Stage 1, the warm-up: its configuration, its key in the cache, its job, and when it ends."""
+"""Stage 1, the warm-up: its configuration, its cache key, its job and its stopping rule."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ LOG = logging.getLogger(__name__)
 def warmed_up(
     config: Config, items_uri: str, items_hash: str, cache: str, executor: Executor
 ) -> tuple[str, str]:
-    """Where the warmed-up weights lie in `cache`, and the folder of their log.
+    """Return the folder of the warmed-up weights in `cache` and the folder of their log.
 
-    They are made where they are not there.
+    The weights are trained if they do not exist yet.
     """
     folder = join(cache, f"warmup-{value_hash(warmup_key(config, items_hash, items_uri))}")
     with locked(folder):
@@ -52,11 +52,11 @@ def warmed_up(
 
 
 def warmup_config(config: Config) -> Config:
-    """What the warm-up is told of a configuration: all else is at its default.
+    """Return the part of the configuration that the warm-up may read; the rest is at its default.
 
-    It runs on this very configuration and is cached under it, so nothing that it depends on can
-    be forgotten in the key, and recipes that differ in the rest share it. Of the objective it knows
-    the weight of the visual term alone.
+    The warm-up runs on exactly this configuration and is cached under it. The key therefore
+    cannot miss a setting that the weights depend on, and recipes that differ elsewhere share the
+    weights. Of the objective only the weight of the visual term is kept.
     """
     warmup, model, with_images = config.warmup, config.model, config.objective.built.image
     training = TrainingConfig()
@@ -83,10 +83,10 @@ def warmup_config(config: Config) -> Config:
 
 
 def warmup_key(config: Config, items_hash: str, items_uri: str = "") -> dict[str, object]:
-    """What warmed-up weights depend on: `warmup_config` but for where and how it is executed.
+    """Return what warmed-up weights depend on: `warmup_config` without execution settings.
 
-    Checkpoints and the visual features of the data at `items_uri` are named by their content;
-    `config` has `tiny` resolved.
+    Checkpoints and the visual features of the data at `items_uri` are named by their content
+    hashes. In `config` the checkpoint `tiny` is already resolved.
     """
     fields = dict(flattened(to_dict(warmup_config(config))))
     kept = {n: value for n, value in fields.items() if n not in EXECUTION or n in WARMED_UP_BY}
@@ -97,7 +97,7 @@ def warmup_key(config: Config, items_hash: str, items_uri: str = "") -> dict[str
 
 
 def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
-    """Stage 1 on the `item_tokens` table at `tokens`; `stage` has `warmup_config`."""
+    """Return the job of stage 1 on the table at `tokens`; `stage` has `warmup_config`."""
     config, training = stage.config, stage.config.training
     return TrainJob(
         run=folder,
@@ -117,13 +117,13 @@ def warmup_job(stage: Stage, tokens: str, folder: str) -> TrainJob:
 
 @dataclass(frozen=True)
 class TokenCollate:
-    """`item_tokens` rows, keys -> TokenBatch of stage 1; noise of images is drawn by the key."""
+    """(`item_tokens` rows, keys) -> TokenBatch of stage 1; the keys draw the image noise."""
 
     catalog: Catalog | None = None
     visual: VisualFeatures | None = None
 
     def __call__(self, rows: pa.Table, keys: np.ndarray) -> TokenBatch:
-        """Collate; images only where there are features."""
+        """Collate rows; images are included if there are features."""
         lengths = list_sizes(rows.column("token_ids"))
         tokens = np.zeros((len(lengths), int(lengths.max())), np.int64)
         real = np.arange(tokens.shape[1]) < lengths[:, None]
@@ -141,13 +141,13 @@ class TokenCollate:
 
 
 def make_collate(stage: Stage) -> TokenCollate:
-    """Collate of the warm-up, made on the worker."""
+    """Return the collate function of the warm-up; called on the worker."""
     catalog = stage.catalog()
     return TokenCollate(catalog, load_visual(stage.config, stage.items_uri, catalog))
 
 
 def build(stage: Stage) -> KarmaModel:
-    """The warm-up's model, with gradients only where `warmup.train` says."""
+    """Build the warm-up's model, in which `warmup.train` says what is trained."""
     model = stage.whole()
     stage.fit_to_items(model.interest)
     interest, train = model.interest, stage.config.warmup.train
@@ -158,9 +158,10 @@ def build(stage: Stage) -> KarmaModel:
 
 @dataclass
 class Plateau:
-    """Stop the warm-up when the shuffled gap has not grown by 2 % in five reports.
+    """Stops the warm-up when the shuffled gap has not grown by 2 % in five reports.
 
-    The gap, CE(shuffled e) - CE(e), says how much the decoder listens to the item (METHOD 1.10).
+    The gap, CE(shuffled e) - CE(e), says how much the decoder uses the item embedding
+    (METHOD 1.10).
     """
 
     patience: int = 5
@@ -169,7 +170,7 @@ class Plateau:
     _waited: int = 0
 
     def __call__(self, record: Record) -> bool:
-        """Whether this report ends the stage."""
+        """Whether the stage ends at this report."""
         gap = record["decode_gap"]
         if gap > self._best * self.growth:
             self._best, self._waited = gap, 0
@@ -179,19 +180,19 @@ class Plateau:
 
 
 def token_table(catalog: Catalog, tokens: np.ndarray, lengths: np.ndarray) -> pa.Table:
-    """The `item_tokens` table."""
+    """Return the `item_tokens` table."""
     lists = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
     ids = pa.array(lists, pa.list_(pa.int32()))
     return pa.table({"item_id": pa.array(catalog.item_ids), "token_ids": ids})
 
 
 def _warm_up(stage: Stage, folder: str, executor: Executor) -> str:
-    """Where the weights of stage 1 lie; a finished one is taken, an unfinished one continued."""
+    """Return the folder of stage 1's weights, training or resuming the stage if necessary."""
     job = warmup_job(stage, tokens := join(folder, "item_tokens"), folder)
     if exists(join(job.final, "summary.json")):
         return job.final
     LOG.info("warm-up: at most %d steps", stage.config.warmup.steps)
-    # Written anew even where it is there: an interrupted writer may have left half of it.
+    # Always rewritten: an interrupted writer may have left an incomplete table.
     write_table(token_table(stage.catalog(), *stage.collator().catalog_tokens()), tokens)
     run_training(job, resume=True, distribute=executor.train)
     return job.final

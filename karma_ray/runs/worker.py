@@ -1,7 +1,7 @@
-"""One training worker: build, restore, `fit`, checkpoint, evaluate, save the weights.
+"""One training worker: it builds the model, restores, trains, checkpoints, evaluates and saves.
 
-The same function runs in the driver's process (`num_workers = 0`, no Ray at all) and inside Ray
-Train; what differs is the `Channel` it reports through.
+The same function runs in the driver's process (`num_workers = 0`, without Ray) and inside Ray
+Train; only the `Channel` through which it reports differs.
 """
 
 from __future__ import annotations
@@ -43,72 +43,72 @@ if TYPE_CHECKING:
 
 LOG = logging.getLogger(__name__)
 TRIM_SECONDS = 60.0
-"""Between two returns of freed memory: steps then fault it in anew (docs/log.md, L12)."""
+"""Time between two returns of freed memory to the system, which slow the next steps (L12)."""
 
 
 @dataclass(frozen=True)
 class TrainJob:
-    """One stage of training. Everything in it travels to the workers (cloudpickle)."""
+    """One stage of training. Everything in it is sent to the workers (by cloudpickle)."""
 
     run: str
     """Run folder, a path or URI."""
     stage: str
-    """`pretrain`, `warmup` or `joint`: names checkpoints and log lines."""
+    """`pretrain`, `warmup` or `joint`; part of the names of checkpoints and log lines."""
     build: Callable[[], nn.Module]
-    """The model with its initial weights, on the CPU."""
+    """Builds the model with its initial weights, on the CPU."""
     step: Step
-    """A batch to a loss (training/step.py)."""
+    """Computes the loss of a batch (training/step.py)."""
     make_batches: Callable[[WorkerContext], Iterable[Any]]
-    """This worker's batches of steps `start_step` to `steps`."""
+    """Returns this worker's batches of steps `start_step` to `steps`."""
     training: TrainingConfig
     """Steps, learning rate, precision, reports, checkpoints, workers."""
     seed: int = 0
     """Seed of the workers' torch random state (dropout)."""
     multiplier_of: Callable[[str], RateMultiplier] = common_schedule
-    """How a parameter learns, from its name: rate, start, rise."""
+    """Learning-rate multiplier of a parameter, by its name: rate, start and rise."""
     probe: Probe | None = None
-    """Measured on the batch of every report (collapse probes)."""
+    """Measures collapse metrics on the batch of every report."""
     validate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
-    """Metrics on valid examples; called on rank 0 every `validate_every` steps and at the end."""
+    """Computes validation metrics, on rank 0, every `validate_every` steps and at the end."""
     should_stop: Callable[[Record], bool] | None = None
-    """Ends the stage early; must decide from losses alone, which are equal on all workers."""
+    """Ends the stage early; may use only losses, which are equal on all workers."""
     before_step: Prepare = keep_state
-    """Called on every worker before each step (history bank)."""
+    """Called on every worker before each step; it fills the history bank."""
 
     @property
     def checkpoints(self) -> str:
-        """Where this stage's checkpoints lie (training/checkpoints/store.py)."""
+        """The folder of this stage's checkpoints (training/checkpoints/store.py)."""
         return join(self.run, "checkpoints", self.stage)
 
     @property
     def owner(self) -> str:
-        """Where the newest start of this stage leaves its number."""
+        """The file with the number of the newest start of this stage."""
         return join(self.run, "owners", f"{self.stage}.json")
 
     @property
     def final(self) -> str:
-        """Where the finished weights and the summary stand."""
+        """The folder of the final weights and the summary."""
         return join(self.checkpoints, "final")
 
 
 class Channel(Protocol):
-    """How a worker talks to whoever started it."""
+    """How a worker communicates with the process that started it."""
 
     in_driver: bool
-    """Whether this is the process that a person started: it tells alarms itself."""
+    """Whether this is the process that a person started, which shows alarms itself."""
     device: torch.device
 
     def read_blocks(self, order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
-        """The rows of training batches (runs/batches.py)."""
+        """Return the rows of training batches (runs/batches.py)."""
 
     def report(self, record: Record) -> None:
-        """Tell the record; a barrier under Ray."""
+        """Report the record; under Ray this is a barrier."""
 
 
 def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[str, Any]:
     """Train one stage to its end; returns the summary that rank 0 writes.
 
-    Raises, on all workers alike, NonFiniteLoss, TakenOver when another process has begun to
+    Raises, on all workers alike, NonFiniteLoss, TakenOver when another process has started to
     continue the run, and StorageError when the final weights cannot be written.
     """
     training, started = job.training, time.perf_counter()
@@ -122,7 +122,7 @@ def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[
         weight_decay=training.weight_decay,
         multiplier_of=job.multiplier_of,
     )
-    # Before the restore, which brings the random state of a checkpoint along.
+    # Set before the restore, which may load the random state of a checkpoint.
     torch.manual_seed(job.seed + 1_000_003 * (rank() + 1))
     store = CheckpointStore(
         job.checkpoints,
@@ -167,7 +167,7 @@ def _fitted(
     start: int,
     progress: bool,
 ) -> int:
-    """`fit` from step `start`; returns the steps done."""
+    """Call `fit` from step `start`; returns the number of finished steps."""
     training = job.training
     context = WorkerContext(rank(), world_size(), start, training.steps, channel.read_blocks)
     return fit(
@@ -194,7 +194,7 @@ def _fitted(
 def _save_final(
     folder: str, model: nn.Module, summary: dict[str, Any], device: torch.device
 ) -> None:
-    """Weights, then the summary that says they are complete; raises on all workers alike."""
+    """Save the weights, then the summary that marks them complete; raises on all workers alike."""
     failure: StorageError | None = None
     try:
         save_weights(folder, model)
@@ -204,18 +204,18 @@ def _save_final(
         failure = error
     except Exception as error:
         failure = StorageError("final weights", redacted(folder), reason(error))
-    # A collective: nobody is left waiting for a worker that has failed.
+    # Collective, so that no worker keeps waiting for one that has failed.
     if _anywhere(failure is not None, device):
         raise failure or StorageError("final weights", redacted(folder), "failed on rank 0")
 
 
 def _anywhere(mine: bool, device: torch.device) -> bool:
-    """Whether it is so on any worker."""
+    """Whether `mine` is true on any worker."""
     return bool(global_sum(torch.tensor(int(mine), device=device)))
 
 
 class _Hooks:
-    """What happens between steps."""
+    """What happens between steps: reports, checkpoints and validation."""
 
     def __init__(
         self,
@@ -244,7 +244,7 @@ class _Hooks:
         record = self.last = {**record, "checkpoint_stall_share": self._stall_share(record)}
         if self._alarm is not None:
             record = self.last = {**record, **self._alarm(record)}
-            if self._channel.in_driver:  # another driver reads it in metrics.jsonl and tells it
+            if self._channel.in_driver:  # another driver reads metrics.jsonl and shows the alarm
                 for message in messages(record):
                     LOG.warning("%s", message)
         if self._log is not None:
@@ -256,7 +256,7 @@ class _Hooks:
         return self._job.should_stop is not None and self._job.should_stop(record)
 
     def _stall_share(self, record: Record) -> float:
-        """Share of the time since the last report in which training stood for checkpoints."""
+        """Return the share of the time since the last report spent waiting for checkpoints."""
         stalled = self._store.stall_seconds - self._stalled
         self._stalled = self._store.stall_seconds
         return stalled / max(record.get("seconds", 0.0) + stalled, 1e-9)
@@ -271,9 +271,9 @@ class _Hooks:
             self._store.save(self._model, self._optimizer, Progress(step), score=score)
 
     def validate(self, step: int) -> None:
-        """Evaluate on rank 0 while the others wait; training's random state is left alone.
+        """Evaluate on rank 0 while the others wait, preserving the random state of training.
 
-        Where layers are sharded a forward pass needs everybody: all evaluate.
+        With sharded layers a forward pass needs all workers, so all of them evaluate.
         """
         if self._job.validate is None or step == self._validated:
             return
@@ -286,5 +286,5 @@ class _Hooks:
         if self._log is not None:
             self._log.add({"step": step, **self.valid}, stage="valid")
         barrier()
-        # Every worker reports equally often; rank 0's record is the one that is looked at.
+        # Every worker must report equally often; the record of rank 0 is used.
         self._channel.report({"step": step, **{f"valid/{k}": v for k, v in self.valid.items()}})

@@ -1,1 +1,1 @@
-"""Plain PyTorch training and evaluation; knows nothing of Ray."""
+"""Training in plain PyTorch, without Ray."""

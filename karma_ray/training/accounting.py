@@ -1,4 +1,4 @@
-"""What a joint step was made of, for its logs."""
+"""Counts of the work of a joint step, for its logs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def work_done(
     objective: ObjectiveConfig,
     encoder: Literal["full", "frozen", "bank"],
 ) -> dict[str, Tensor | float]:
-    """This worker's counts, and the work that was not done twice."""
+    """Return this worker's counts, and the share of duplicate work that was avoided."""
     batch = shared.batch
     slots = batch.item_tokens.numel() + 2 * batch.step_mask.numel()
     flops = joint_flops(

@@ -1,4 +1,4 @@
-"""Stage 2 of a model over item ids: equation 5 alone, on the batches and pool that KARMA has.
+"""The training step of a baseline over item ids: the action loss on KARMA's batches and pool.
 
 Legend: B windows, T steps, D width.
 """
@@ -23,12 +23,12 @@ from karma_ray.training.step_state import AT_THE_END, StepState
 
 @dataclass(frozen=True)
 class ActionStep:
-    """L_act, as `JointStep` sums it with every decodability term absent."""
+    """L_act (equation 5), summed as in `JointStep` without any decodability term."""
 
     objective: ObjectiveConfig
 
     def __call__(self, model: nn.Module, batch: Batch, state: StepState = AT_THE_END) -> StepOutput:
-        """Equation 5 on one batch."""
+        """Return the action loss of one batch."""
         assert isinstance(model, IdModel)
         shared = share_items(batch)
         batch, items = shared.batch, shared.encoded(model.interest.encode_items)
@@ -57,7 +57,7 @@ class ActionStep:
     def probe(
         self, model: nn.Module, batch: Batch, state: StepState = AT_THE_END
     ) -> dict[str, float]:
-        """Effective rank and mean cosine of e and h; words cannot be decoded from ids."""
+        """Return effective rank and mean cosine of e and h; ids have no text to decode."""
         assert isinstance(model, IdModel)
         shared = share_items(batch)
         items = shared.encoded(model.interest.encode_items)
@@ -65,7 +65,7 @@ class ActionStep:
 
 
 def _work_done(model: IdModel, shared: SharedBatch, trained: float) -> dict[str, Tensor | float]:
-    """This worker's counts; operations are those of dense layers and scores, both ways."""
+    """Return this worker's counts; `flops` covers dense layers and scores, both passes."""
     steps = shared.batch.step_mask.sum()
     dense = sum(value.numel() for value in model.interest.network.parameters())
     scores = model.interest.width * trained * len(shared.pool)

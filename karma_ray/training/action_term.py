@@ -1,5 +1,6 @@
-"""L_act on a batch, local anchors against the pool of all workers' positives in bounded memory;
-and the generator's loss of the same steps (METHOD 1.12).
+"""The action loss of a batch, and the generator's loss on the same steps (METHOD 1.12).
+
+This worker's anchors are scored against the positives of all workers, in bounded memory.
 
 Legend: B windows, T steps, U items, G items of all workers, N trained steps, P pool, H hard
 negatives, D width.
@@ -29,22 +30,22 @@ from karma_ray.training.item_table import SharedBatch
 from karma_ray.training.step_state import StepState
 
 MAX_PAIRS = 4 * 1024 * 1024
-"""Scores in memory at once; those of a larger batch are computed again in the backward pass."""
+"""Scores kept in memory at once; larger batches recompute theirs in the backward pass."""
 
 
 @dataclass(frozen=True)
 class Pool:
-    """In-batch negatives of every anchor: positives of all workers, one of each content."""
+    """In-batch negatives of every anchor: the positives of all workers, one per content."""
 
     vectors: Tensor  # e [P, D]
     content: Tensor  # [P]
-    log_chance: Tensor | None = None  # [P] of being in the pool, where that is corrected for
+    log_chance: Tensor | None = None  # [P] log probability of being in the pool, for logQ
 
     @classmethod
     def of(
         cls, shared: SharedBatch, items: Tensor, objective: ObjectiveConfig, state: StepState
     ) -> Pool:
-        """The pool of a step, from the embeddings [G, D] of its items."""
+        """Build the pool of a step from the embeddings [G, D] of its items."""
         batch, chosen, log_chance = shared.batch, shared.pool, None
         if objective.logq:
             assert state.shares is not None, "objective.logq needs the shares of the clicks"
@@ -55,14 +56,14 @@ class Pool:
 
 @dataclass(frozen=True)
 class ActionTerm:
-    """Sums over this worker's trained steps; to be divided by a global count."""
+    """Sums over this worker's trained steps, to be divided by a global count."""
 
     loss: Tensor  # scalar
     negatives: Tensor  # [2] surviving hard and in-batch negatives
 
 
 def trained_steps(batch: Batch, positions: str) -> Tensor:
-    """Mask [B, T] of the steps in L_act: `all` trained ones, or each window's `last`."""
+    """Return the mask [B, T] of steps in L_act: `all` trained ones, or each window's `last`."""
     trained = batch.loss_mask
     if positions == "last":
         order = torch.arange(trained.shape[1], device=trained.device)
@@ -79,10 +80,10 @@ def action_term(
     objective: ObjectiveConfig,
     progress: float = 1.0,
 ) -> ActionTerm:
-    """Equation 5 on h [B, T, D] and e of the batch's items [U, D].
+    """Return equation 5 for h [B, T, D] and e of the batch's items [U, D].
 
     In-batch negatives are the items of the pool that the window's user did not click; hard
-    negatives stay with their step.
+    negatives are used only at their own step.
     """
     window, step = trained_steps(batch, objective.act_positions).nonzero(as_tuple=True)
     content = batch.item_content[batch.item_index]  # [B, T]
@@ -124,7 +125,7 @@ def action_term(
 
 
 def observe_items(model: InterestModel, items: Tensor) -> None:
-    """Let the generator follow the embeddings [G, D] of a step, the same on every worker."""
+    """Update the generator's statistics from a step's embeddings [G, D], equal on all workers."""
     if model.generator is not None:
         model.generator.observe(items.detach())
 
@@ -133,9 +134,9 @@ def generated_loss(
     model: InterestModel, batch: Batch, interest: Tensor, items: Tensor,
     objective: ObjectiveConfig, count: Tensor,
 ) -> Tensor | None:  # fmt: skip
-    """This part's share of the global mean over `count` trained steps, those of L_act.
+    """Return this part's share of the global mean over the `count` trained steps of L_act.
 
-    h [B, T, D] and e of the batch's items [U, D]; None of a model without a generator.
+    Takes h [B, T, D] and e of the batch's items [U, D]; None if the model has no generator.
     """
     if model.generator is None:
         return None

@@ -11,7 +11,7 @@ from karma_ray.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne,
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    """Causal language modelling on the catalogue's text: the stand-in for a pretrained LLM."""
+    """Causal language modelling on the catalogue's text, in place of a pretrained LLM."""
 
     steps: CountOrZero = 400
     """Optimiser steps; 0 keeps the random initialisation."""
@@ -26,20 +26,20 @@ class WarmupConfig:
     """Stage 1: CE(text | P(e_i)), item data only."""
 
     skip: bool = False
-    """Start the joint stage without the warm-up (control)."""
+    """Start the joint stage without the warm-up, as a control."""
     steps: Count = 400
-    """Upper bound of optimiser steps; stops earlier when the shuffled gap has plateaued."""
+    """Largest number of steps; the warm-up ends earlier when the shuffled gap stops growing."""
     batch_size: Count = 64
     """Items per step."""
     learning_rate: Weight = 1e-3
-    """Peak learning rate of the decoder; new modules take `new_module_lr` times as much."""
+    """Peak learning rate of the decoder; for new modules it is multiplied by `new_module_lr`."""
     train: Literal["decoder", "adapters_only", "all"] = "decoder"
-    """What is trained: decoder and adapters, adapters only, or the item encoder too."""
+    """What is trained: the decoder and the adapters, only the adapters, or all modules."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Stage 2."""
+    """Stage 2, joint training."""
 
     steps: Count = 1000
     """Optimiser steps."""
@@ -54,46 +54,46 @@ class TrainingConfig:
     weight_decay: Weight = 0.01
     """AdamW weight decay on matrices."""
     grad_clip: Positive = 1.0
-    """Global gradient norm bound."""
+    """Upper bound of the global gradient norm."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
-    """Compute type; master weights and losses stay float32."""
+    """Compute type; master weights and losses are always float32."""
     encoder_grad: Literal["full", "targets_only", "frozen"] = "full"
-    """Gradient into the item encoder: everywhere, targets and negatives only, or none."""
+    """Where the item encoder gets gradients: everywhere, targets and negatives only, or nowhere."""
     encoder_delay: ShareBelowOne = 0.0
     """Share of the steps in which the item encoder is frozen while the user decoder learns to
-    read it (gradual unfreezing, 1801.06146)."""
+    use its embeddings (gradual unfreezing, 1801.06146)."""
     encoder_lr: Weight = 1.0
-    """Factor on the learning rates of the item encoder, its new modules included."""
+    """Factor on the learning rates of the item encoder, including its new modules."""
     bank_refresh_steps: Count = 100
-    """Steps between refreshes of the history bank under `targets_only`; a resumed run equals an
-    uninterrupted one when `checkpoint_every` is a multiple of it."""
+    """Steps between refreshes of the history bank under `targets_only`. A resumed run equals an
+    uninterrupted one only if `checkpoint_every` is a multiple of it."""
     report_every: Count = 20
-    """Steps between reports of losses, collapse probes and speed."""
+    """Steps between reports of losses, collapse metrics and speed."""
     checkpoint_every: CountOrZero = 200
     """Steps between checkpoints (model, optimiser, RNG, data position)."""
     validate_every: CountOrZero = 0
-    """Steps between evaluations on valid examples (the curve of the report); 0: at the end."""
+    """Steps between evaluations on validation examples, for the report's curve; 0: at the end."""
     keep_checkpoints: Count = 2
-    """Newest checkpoints kept, beside the best one by `best_metric`."""
+    """Number of newest checkpoints to keep, besides the best one by `best_metric`."""
     best_metric: str = "HR@50"
-    """Validation metric whose best checkpoint is kept too."""
+    """Validation metric that selects the best checkpoint."""
     num_workers: CountOrZero = 1
-    """Ray Train workers; 0 trains inside the driver process."""
+    """Ray Train workers; 0 trains in the driver's process."""
     min_workers: CountOrZero = 0
-    """Go on with as few as these when machines are lost (elastic); 0: wait for `num_workers`."""
+    """Smallest number of workers to continue with when machines are lost; 0: `num_workers`."""
     threads_per_worker: CountOrZero = 0
-    """CPU threads of each worker; 0 divides the machine's cores among them."""
+    """CPU threads of each worker; 0 divides the machine's cores among the workers."""
 
     parallelism: Literal["replicate", "shard"] = "replicate"
-    """Every worker holds the whole model (DDP), or a share of its layers (FSDP2)."""
+    """Whether every worker holds the whole model (DDP) or a shard of its layers (FSDP2)."""
     micro_batch_size: CountOrZero = 0
-    """User windows of a worker that are in memory at once (gradient cache, same result); 0: all."""
+    """User windows in a worker's memory at once (gradient cache, same result); 0: all of them."""
     micro_tokens: Count = 16_384
-    """Item tokens encoded at once by the gradient cache."""
+    """Item tokens that the gradient cache encodes at once."""
     activation_checkpointing: bool = False
-    """Keep only the layers' inputs and compute the rest again in the backward pass."""
+    """Keep only the inputs of the layers and recompute the rest in the backward pass."""
     compile: bool = False
-    """Compile the layers (torch.compile); pays on GPUs."""
+    """Compile the layers (torch.compile); it is faster on GPUs."""
 
     profile: bool = False
     """Write a profiler trace of three steps to RUN/profile."""
@@ -111,8 +111,8 @@ EXECUTION = frozenset(
         "keep_checkpoints", "best_metric", "report_every", "validate_every", "profile",
     )
 )  # fmt: skip
-"""Fields that may differ when a run is resumed: they say on which machines, in which portions and
-how often something is written, not what is learnt. Losses stay equal up to the order of sums."""
+"""Fields that may differ when a run is resumed: they decide on which machines and in which
+portions it is computed and how often it writes, not what it learns. Losses are equal up to the
+order of summation."""
 WARMED_UP_BY = frozenset({"training.report_every"})
-"""Of these, what changes nothing in the joint stage but says when the warm-up has reached its
-plateau."""
+"""Execution fields that change nothing in the joint stage, but decide when the warm-up stops."""

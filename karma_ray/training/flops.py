@@ -1,12 +1,13 @@
-"""Useful operations of a joint step, and what a device could do: their quotient is the MFU.
+"""Useful operations of a joint step and the peak of a device; their quotient is the MFU.
 
-Model FLOPs utilisation (PaLM, 2204.02311, appendix B) counts the matrix products that the
-formulas ask for, 2 per multiply-add: real tokens only, pairs that one position sees of another
-only, each item once. Padding, gradient caches, recomputed activations and logits count nothing.
-A backward pass costs a product for the gradient of the input and one for that of the weight;
-frozen weights need the first alone.
+Model FLOPs utilisation (PaLM, 2204.02311, appendix B) counts the matrix products of the formulas,
+2 per multiply-add: only real tokens, only pairs that the attention mask allows, each item once.
+Padding, gradient caches and recomputed activations and logits are not counted. A backward pass
+costs one product for the gradient of the input and one for that of the weight; frozen weights
+need only the first.
 
-Not counted: norms, activations, softmax, pooling, look-ups, the optimiser (all linear in tokens).
+Also not counted are norms, activations, softmax, pooling, look-ups and the optimiser, which are
+all linear in tokens.
 
 Legend: B windows, T steps, U items, V queries, M decoded positions, H hard negatives, D width.
 """
@@ -30,20 +31,20 @@ from karma_ray.objectives.losses import BuiltTerms
 from karma_ray.training.action_term import trained_steps
 
 Learns = Literal["all", "adapters", "nothing", "no gradient"]
-"""What of a body gets a gradient; `nothing` passes one on to its input, `no gradient` does not."""
+"""What in a body gets a gradient; `nothing` passes it on to the input, `no gradient` does not."""
 
 
 @dataclass(frozen=True)
 class BodyCost:
-    """Operations of one forward pass of a body, without head and embeddings."""
+    """Operations of one forward pass of a body, without its head and embeddings."""
 
     linear: float  # per token, in the layers' own weights
     low_rank: float  # per token, in adapters
-    attention: float  # per pair (position, position that it sees)
+    attention: float  # per pair of positions that the attention mask allows
 
     @classmethod
     def of(cls, body: nn.Module) -> BodyCost:
-        """From a body's configuration; adapters from their rank."""
+        """Compute the costs from a body's configuration and the rank of its adapters."""
         config = cast(Any, body).config
         shape, layers = family_of(body).layer_shape(config), config.num_hidden_layers
         weights = sum(inside * outside for inside, outside in shape.matrices)
@@ -52,11 +53,11 @@ class BodyCost:
         return cls(2.0 * layers * weights, 2.0 * layers * rank * sides, 4.0 * layers * queries)
 
     def forward(self, tokens: float, pairs: float) -> float:
-        """One pass over so many real tokens and visible pairs."""
+        """Return the cost of one pass over these numbers of real tokens and visible pairs."""
         return (self.linear + self.low_rank) * tokens + self.attention * pairs
 
     def step(self, tokens: float, pairs: float, learns: Learns = "all") -> float:
-        """Forward and backward."""
+        """Return the cost of the forward and backward pass."""
         if learns == "no gradient":
             return self.forward(tokens, pairs)
         own = 3.0 if learns == "all" else 2.0
@@ -66,23 +67,23 @@ class BodyCost:
 
 @dataclass(frozen=True)
 class Work:
-    """What the passes of a joint step are over, as counts of one batch."""
+    """Counts of what the passes of a joint step on one batch process."""
 
     items: int  # encoded
     item_tokens: int
     item_pairs: int
-    queries: int  # unique, that hold words
-    query_tokens: int  # with the end of text, as the item encoder reads them
+    queries: int  # unique and not empty
+    query_tokens: int  # as the item encoder reads them, with the end of text
     query_pairs: int
     steps: int
     tokens: int  # prompt and slots of the user decoder
     pairs: int
-    text_tokens: int  # Task 1's texts, behind the user decoder's slots
+    text_tokens: int  # Task 1's texts, after the user decoder's slots
     text_pairs: int
     rows_tokens: int  # Task 2's rows
     rows_pairs: int
     rows: int
-    targets: int  # decoded tokens of one task, the end included
+    targets: int  # decoded tokens of one task, including the end
     trained: int  # steps in L_act
     hard: int  # hard negatives of the batch
     pool: int  # in-batch negatives of each trained step
@@ -92,7 +93,7 @@ class Work:
         cls, model: KarmaModel, batch: Batch, *, positions: str = "all", own: Tensor | None = None,
         pool: int | None = None,
     ) -> Work:  # fmt: skip
-        """Sums over masks, copied to the host once."""
+        """Compute the counts as sums over masks, copied to the host once."""
         encoder = model.interest.item_encoder
         user, config = model.interest.user_decoder, model.decodability.config
         lengths = batch.item_lengths if own is None else batch.item_lengths[own]
@@ -139,10 +140,10 @@ def joint_flops(
 ) -> float:  # fmt: skip
     """Useful operations of one joint step on this worker, forward and backward.
 
-    `encoder` is `full` (it learns, or its targets do), `frozen` (forward only) or `bank` (items
-    are read from memory). `positions` is `objective.act_positions`. On several workers `batch`,
-    `own` [O] and the size of the `pool` are those of `SharedBatch`; by default the batch's items
-    are all encoded here and its own positives are the pool.
+    `encoder` is `full` (it gets gradients, at least from targets), `frozen` (forward only) or
+    `bank` (item embeddings are looked up). `positions` is `objective.act_positions`. With several
+    workers `batch`, `own` [O] and the size of the `pool` are those of `SharedBatch`; by default
+    all items of the batch are encoded here and its own positives are the pool.
     """
     work = Work.of(model, batch, positions=positions, own=own, pool=pool)
     config = model.interest.config.user_decoder
@@ -182,13 +183,13 @@ def _encoding(model: KarmaModel, work: Work, encoder: str, *, with_queries: bool
 
 
 def projector_cost(model: KarmaModel) -> float:
-    """Operations of P on one vector, forward and backward."""
+    """Return the operations of P on one vector, forward and backward."""
     projector = model.interest.user_decoder.projector
     return 6.0 * (projector.inner.weight.numel() + projector.outer.weight.numel())
 
 
 def _rows(model: KarmaModel, work: Work) -> float:
-    """Task 2: projection, the decoder's pass over the rows, the head."""
+    """Return the cost of Task 2: projection, the decoder's pass over the rows, and the head."""
     shared = model.interest.user_decoder.body
     body = model.decodability.decoder(shared)
     learns: Learns = "all" if rank_of(body) is None else "adapters"
@@ -199,20 +200,20 @@ def _rows(model: KarmaModel, work: Work) -> float:
 
 
 def _head(model: KarmaModel, body: nn.Module) -> float:
-    """Operations of the output embeddings [V, D] on one target."""
+    """Return the operations of the output embeddings [V, D] on one target."""
     head = model.head_of(body)
     return 2.0 * head.numel() * (3 if head.requires_grad else 2)
 
 
 def _causal(lengths: Tensor) -> Tensor:
-    """Pairs of causal rows of these lengths, summed."""
+    """Return the number of causally visible pairs in rows of these lengths."""
     return (lengths * (lengths + 1) // 2).sum()
 
 
 def _window_counts(model: KarmaModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each step [B, T]: slots that hold something, what they see, what its read-out sees.
+    """Count for each step [B, T]: slots in use, positions they see, positions its read-out sees.
 
-    The same as the sums over `model.layout`'s [B, S, S] masks, without making them.
+    The result equals the sums over `model.layout`'s [B, S, S] masks, without building them.
     """
     config = model.interest.user_decoder.config
     prompt = len(model.interest.user_decoder.prompt)
@@ -221,7 +222,7 @@ def _window_counts(model: KarmaModel, batch: Batch) -> tuple[Tensor, Tensor, Ten
     if config.query_mode == "tokens":
         words = batch.query_lengths.clamp(min=1)[batch.query_index]
     words, items = words * steps, items * steps
-    # Members of a group stand side by side: what comes before the first of them is seen.
+    # Members of a group are adjacent: they see what precedes the first of them.
     order = torch.arange(group.shape[1], device=group.device).expand_as(group)
     opens = functional.pad(group[:, 1:] != group[:, :-1], (1, 0), value=True)
     first = (order * opens).cummax(1).values
@@ -246,16 +247,17 @@ _PEAKS = {
     "V100": (125e12, "float16"),
     "T4": (65e12, "float16"),
 }
-"""Dense tensor-core operations per second by the maker's data sheets, SXM cards; `half` is
-bfloat16 and float16."""
+"""Dense tensor-core operations per second from the maker's data sheets, for SXM cards; `half`
+stands for bfloat16 and float16."""
 _OTHERS = frozenset({"PCIE", "NVL", "MIG"})
-"""Words in the names of cards of another speed and of parts of cards: those are measured."""
+"""Words in the names of slower cards and of partial cards, whose peak is measured instead."""
 
 
 def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
-    """Operations per second of matrix products in `dtype`: the data sheet's, else measured.
+    """Return the operations per second of matrix products in `dtype`, tabled or else measured.
 
-    Measured once per process, device, type and number of threads; about 0.2 s on a CPU core.
+    A measurement is made once per process, device, type and number of threads; it takes about
+    0.2 s on a CPU core.
     """
     device = torch.device(device)
     if device.type == "cuda":
@@ -266,7 +268,7 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
 
 
 def tabled_peak(name: str, dtype: torch.dtype) -> float | None:
-    """Of an accelerator by its name, None where the table has no figure for it."""
+    """Return the data-sheet peak of an accelerator, or None if the table does not have it."""
     words = set(name.upper().replace("-", " ").split())
     kinds = {torch.bfloat16: ("half",), torch.float16: ("half", "float16")}.get(dtype, ())
     for card, (peak, kind) in _PEAKS.items():
@@ -277,7 +279,7 @@ def tabled_peak(name: str, dtype: torch.dtype) -> float | None:
 
 @lru_cache
 def _measured_peak(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
-    """The best of three products of square matrices, after one to warm up."""
+    """Return the best of three products of square matrices, after one to warm up."""
     size = 1024 if device.type == "cpu" else 8192
     left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     times = []

@@ -1,15 +1,15 @@
-"""The gradient cache: a large batch in the memory of a small one, with the very same gradients.
+"""The gradient cache: a large batch in the memory of a small one, with the same gradients.
 
-GradCache (2101.06983), cut at the vectors of the unique items, the only thing that the users of
-a batch share (as history, as hard negatives, and as everybody's in-batch negatives):
+This is GradCache (2101.06983), cut at the vectors of the unique items. They are all that the users
+of a batch share: as history, as hard negatives, and as in-batch negatives of everybody.
 
-    1. encode the items in chunks, keeping the vectors and nothing else
-    2. users in micro-batches against those vectors: forward, backward; their gradient adds up
-    3. encode each chunk again, with the same random numbers, and send the gradient in
+    1. encode the items in chunks and keep only their vectors
+    2. run users in micro-batches on those vectors, forward and backward, and sum the gradients
+    3. encode each chunk again with the same random numbers, and backpropagate the gradient
 
-Plain accumulation would shrink the pool of in-batch negatives to the micro-batch's.
+Plain gradient accumulation would shrink the pool of in-batch negatives to the micro-batch's.
 
-Legend: U items of the batch, G united ones, B windows, D width.
+Legend: U items of the batch, G items of all workers' united table, B windows, D width.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ Encode = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class CachedItems:
-    """Item vectors without a graph, and the way back into the encoder."""
+    """Item vectors without a graph, and a backward pass into the encoder."""
 
     def __init__(self, shared: SharedBatch, encode: Encode, micro_tokens: int) -> None:
-        """Encode this worker's share in chunks of about `micro_tokens` and gather all."""
+        """Encode this worker's share in chunks of about `micro_tokens`, and gather all shares."""
         self._shared, self._encode = shared, encode
         self._chunks = _chunks(shared, micro_tokens)
         self._states: list[list[Tensor]] = []
@@ -42,7 +42,7 @@ class CachedItems:
             for chunk in self._chunks:
                 self._states.append(_random_states(chunk.device))
                 parts.append(self._run(chunk)[: len(chunk)])
-            # Weights cast without a graph must not be taken for the passes that need one.
+            # Weights that autocast has cast without a graph must not be reused with one.
             torch.clear_autocast_cache()
             found = torch.cat(parts)
             own = torch.empty_like(found)
@@ -50,7 +50,7 @@ class CachedItems:
             self.vectors = shared.gathered(own).detach().requires_grad_()
 
     def backward(self) -> None:
-        """Send the gradient that the vectors have collected, on all workers, into the encoder."""
+        """Backpropagate the gradient of the vectors, summed over workers, into the encoder."""
         gradient = self.vectors.grad
         total = global_sum(torch.zeros_like(self.vectors) if gradient is None else gradient)
         for chunk, states in zip(self._chunks, self._states, strict=True):
@@ -65,9 +65,9 @@ class CachedItems:
 
 
 def micro_batches(batch: Batch, size: int) -> Iterator[tuple[Batch, Tensor]]:
-    """Windows of about equal length, `size` at a time, and the items [U] that each part uses.
+    """Yield windows of similar length, `size` at a time, with the items [U] that each part uses.
 
-    Every worker yields equally many parts; where windows run out, one without any loss.
+    Every worker yields equally many parts; one that has no windows left yields parts without loss.
     """
     count = int(global_max(torch.tensor(-(-batch.num_windows // size), device=_device(batch))))
     by_length = batch.step_mask.sum(1).argsort(stable=True)
@@ -82,7 +82,7 @@ def micro_batches(batch: Batch, size: int) -> Iterator[tuple[Batch, Tensor]]:
 
 
 def narrow(batch: Batch, rows: Tensor) -> tuple[Batch, Tensor]:
-    """The windows `rows` alone, with their items, queries and steps; and the items used [U]."""
+    """Return the batch with only the windows `rows`, and the items [U] that they use."""
     steps = max(1, int(batch.step_mask[rows].sum(1).max()))
     item_index, hard_index = batch.item_index[rows, :steps], batch.hard_index[rows, :steps]
     item_mask, hard_mask = batch.item_mask[rows, :steps], batch.hard_mask[rows, :steps]
@@ -116,13 +116,13 @@ def narrow(batch: Batch, rows: Tensor) -> tuple[Batch, Tensor]:
 
 
 def run_backward(output: Tensor, gradient: Tensor | None = None) -> None:
-    """A backward pass in the types of its forward pass, from inside an autocast region."""
+    """Run a backward pass in the types of its forward pass, also inside an autocast region."""
     with torch.autocast(output.device.type, enabled=False):
         torch.autograd.backward(output, gradient)
 
 
 def _chunks(shared: SharedBatch, micro_tokens: int) -> list[Tensor]:
-    """This worker's items by length, cut where `micro_tokens` is full; as many on every worker."""
+    """Split this worker's items, sorted by length, into equally many chunks on every worker."""
     lengths = shared.batch.item_lengths[shared.own]
     own = shared.own[lengths.argsort(stable=True)]
     before = shared.batch.item_lengths[own].cumsum(0)
@@ -134,7 +134,7 @@ def _chunks(shared: SharedBatch, micro_tokens: int) -> list[Tensor]:
 
 
 def _places(shared: SharedBatch, items: Tensor) -> Tensor:
-    """Where united items [O] stand in this worker's share."""
+    """Return the positions of united items [O] in this worker's share."""
     place = torch.empty(shared.num_items, dtype=torch.long, device=items.device)
     place[shared.own] = torch.arange(len(shared.own), device=items.device)
     return place[items]
@@ -147,7 +147,7 @@ def _random_states(device: torch.device) -> list[Tensor]:
 
 @contextmanager
 def _replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
-    """The random numbers of the first pass; the stream goes on as if there was one pass only."""
+    """Reuse the random numbers of the first pass, and leave the random stream unchanged."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_rng_state(states[0])
         if len(states) > 1:

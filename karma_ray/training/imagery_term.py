@@ -1,4 +1,4 @@
-"""L_img of a joint step (equation 8): its global means, whether h matters to it, what it costs.
+"""The image loss L_img of a joint step (equation 8): its global means, its gap and its cost.
 
 Legend: B windows, M decoded positions, R = B M rows, D width.
 """
@@ -16,18 +16,18 @@ from karma_ray.training.flops import BodyCost, Learns, projector_cost
 
 
 def num_images(batch: Batch) -> Tensor:
-    """Decoded positions of this worker whose item has an image; only they are counted."""
+    """Count this worker's decoded positions whose item has an image; the others have no loss."""
     return (batch.visual_mask & batch.decode_mask).sum()
 
 
 def image_means(
     model: KarmaModel, batch: Batch, interest: Tensor, first: Tensor | None, count: Tensor
 ) -> dict[str, Tensor]:
-    """This part's shares of the global means over `count` images, by log name.
+    """Return this part's shares of the global means over `count` images, by log name.
 
-    `first` [R] are Task 1's losses, if it has image queries; interest [R, D] is h at the decoded
-    positions, for Task 2's. `loss/image` is the mean of what there is, so that its scale does not
-    depend on `img_cond`.
+    `first` [R] has Task 1's losses if Task 1 has image queries; interest [R, D] is h at the
+    decoded positions, for Task 2. `loss/image` averages the tasks in use, so that its scale does
+    not depend on `img_cond`.
     """
     assert model.imagery is not None
     found = {} if first is None else {"image/task1": first.sum() / count}
@@ -39,9 +39,9 @@ def image_means(
 def image_gap(
     model: KarmaModel, batch: Batch, interest: Tensor, shuffled: Tensor
 ) -> dict[str, float]:
-    """L_img(shuffled h) - L_img(h) through Task 2: 0 when the head does not listen to h.
+    """Return L_img(shuffled h) - L_img(h) through Task 2: 0 when the head ignores h.
 
-    Nothing where Task 2 has no image queries or the batch no image; interest and shuffled [R, D].
+    Empty if Task 2 has no image queries or the batch no image; interest and shuffled are [R, D].
     """
     images = ImageTargets.of(batch)
     if model.imagery is None or not model.imagery.in_task2 or not images.mask.any():
@@ -53,9 +53,9 @@ def image_gap(
 
 
 def image_flops(model: KarmaModel, batch: Batch) -> float:
-    """Useful operations of the visual term on this worker, forward and backward (see flops.py).
+    """Return the useful operations of the visual term on this worker, both passes (flops.py).
 
-    Of the history, a branch is taken to see a query and an item for each earlier step.
+    A branch is assumed to see one query and one item of the history per earlier step.
     """
     if model.imagery is None:
         return 0.0

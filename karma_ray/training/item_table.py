@@ -1,9 +1,9 @@
-"""One table of a step's unique items over all workers: every item is encoded once, by one worker.
+"""The shared table of a step's unique items: each item is encoded once, by one worker.
 
-The collator makes a table of the unique items of a worker's windows. Workers share items (the
-popular ones, and each other's positives as negatives), so the tables are united, the encoding is
-dealt out in shares of about equal tokens, and the vectors are gathered with gradient. A batch
-then looks the same on one worker and on many: an index into one table.
+The collator makes a table of the unique items in a worker's windows. Workers have items in common
+(popular ones, and each other's positives as negatives). The tables are therefore united, encoding
+is divided into shares with similar token counts, and the vectors are gathered with gradient. A
+batch then has the same form for one worker and for many: indices into one table.
 
 Legend: U items of a worker's table, G items of the united one, P pool, O own share, L tokens.
 """
@@ -31,13 +31,13 @@ from karma_ray.training.parallel import (
 
 @dataclass(frozen=True)
 class SharedBatch:
-    """A worker's windows on the united table of items."""
+    """A worker's windows, with indices into the united table of items."""
 
     batch: Batch  # item_index and hard_index point into the G united items
-    pool: Tensor  # [P] united items that are in-batch negatives: positives of distinct content
+    pool: Tensor  # [P] united items used as in-batch negatives: positives of distinct content
     shares: tuple[Tensor, ...]  # united items that each worker encodes, in rank order
-    num_uses: int  # history items, positives and hard negatives of all workers, repeats counted
-    num_clicks: int  # clicks of all workers that the pool was made of, repeats counted
+    num_uses: int  # history items, positives and hard negatives of all workers, with repeats
+    num_clicks: int  # clicks of all workers behind the pool, with repeats
 
     @property
     def own(self) -> Tensor:
@@ -46,7 +46,7 @@ class SharedBatch:
 
     @property
     def num_items(self) -> int:
-        """G."""
+        """Number of united items, G."""
         return len(self.batch.item_rows)
 
     def gathered(self, own: Tensor) -> Tensor:
@@ -57,14 +57,14 @@ class SharedBatch:
         return everyone[torch.cat(self.shares).argsort()]
 
     def encoded(self, encode: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
-        """`encode(tokens [O, L], lengths [O], rows [O]) -> [O, D]` of this share, gathered."""
+        """Gather `encode(tokens [O, L], lengths [O], rows [O]) -> [O, D]` of all shares."""
         return self.gathered(encode(*self.texts(self.own))[: len(self.own)])
 
     def texts(self, items: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Tokens [O, L], lengths [O] and catalogue rows [O] of united items.
+        """Return tokens [O, L], lengths [O] and catalogue rows [O] of united items.
 
-        Of one whose vector nobody takes where there is none: all workers run the layers equally
-        often.
+        For an empty share this is one item whose vector is dropped, because all workers must run
+        the layers equally often.
         """
         rows = items if len(items) else items.new_zeros(1)
         lengths = self.batch.item_lengths[rows]
@@ -73,7 +73,7 @@ class SharedBatch:
 
 
 def share_items(batch: Batch) -> SharedBatch:
-    """Unite the workers' item tables; a collective, called once a step by every worker."""
+    """Unite the workers' item tables; this is a collective that every worker calls once a step."""
     positives = torch.zeros_like(batch.item_rows)
     positives[batch.item_index[batch.loss_mask]] = 1
     uses, clicks = batch.item_mask.sum() + batch.hard_mask.sum(), batch.loss_mask.sum()
@@ -107,6 +107,6 @@ def share_items(batch: Batch) -> SharedBatch:
 
 
 def _pool(positives: Tensor, content: Tensor) -> Tensor:
-    """One item [P] of each content that somebody clicked, that of the smallest catalogue row."""
+    """Return one clicked item [P] per content, the one with the smallest catalogue row."""
     clicked = positives.nonzero().squeeze(1)
     return clicked[first_occurrences(content[clicked])]

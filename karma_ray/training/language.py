@@ -1,7 +1,7 @@
-"""The stand-in for a pretrained LLM: a tiny one trained on the catalogue's own text.
+"""Pretraining of a tiny language model on the catalogue's text, in place of a pretrained LLM.
 
-Writes a Hugging Face folder (config, weights, tokenizer); every later stage loads it exactly
-as it would load a real checkpoint.
+It writes a Hugging Face folder (config, weights, tokenizer), which later stages load exactly as
+they would load a real checkpoint.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ Record = dict[str, float]
 
 @dataclass(frozen=True)
 class PretrainStep:
-    """Causal language modelling of a text and its end on a bare body with tied head."""
+    """Causal language modelling, including the end of text, on a body with a tied head."""
 
     def __call__(
         self, body: nn.Module, batch: TokenBatch, state: StepState = AT_THE_END
     ) -> StepOutput:
-        """Mean cross-entropy per token."""
+        """Return the mean cross-entropy per token."""
         embed = token_embeddings(body)
         labels = batch.tokens[:, 1:]
         mask = torch.arange(labels.shape[1], device=labels.device) < batch.lengths[:, None] - 1
@@ -62,9 +62,9 @@ def pretrain(
     report: Callable[[Record], object],
     progress: bool = False,
 ) -> None:
-    """Train tokenizer and body on `texts`, write them to the local `folder`.
+    """Train a tokenizer and a body on `texts`, and write them to the local `folder`.
 
-    The folder appears whole or not at all. `report` receives the loss in nats per token.
+    The folder appears only when it is complete. `report` receives the loss in nats per token.
     """
     tokenizer = train_tokenizer(iter(texts), tiny.vocab_size)
     body = build_tiny(tiny, len(tokenizer), seed)
@@ -101,7 +101,7 @@ def pretrain(
 def token_batches(
     tokens: np.ndarray, lengths: np.ndarray, batch_size: int, seed: int
 ) -> Iterator[TokenBatch]:
-    """Endless shuffled epochs of `TokenBatch`es, each cut to its longest row."""
+    """Yield endless shuffled epochs of `TokenBatch`es, each cut to its longest row."""
     generator = np.random.default_rng(seed)
     while True:
         order = generator.permutation(len(tokens))

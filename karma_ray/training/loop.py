@@ -1,9 +1,9 @@
-"""`fit`: plain PyTorch, one worker's view. A list of batches and `records.append` suffice.
+"""The training loop `fit`: plain PyTorch on one worker; needs a list of batches and a callback.
 
     for batch in batches:  loss = step(model, batch)  ->  backward  ->  sum over workers
                            ->  clip  ->  optimiser  ->  every `report_every` steps: report
 
-* Nothing here knows Ray; `batches` may be a stream and `report` may talk to a cluster.
+* It does not know Ray; `batches` may be a stream and `report` may call a cluster.
 * Losses are sums over a global count (training/parallel.py), so gradients are summed.
 * A NaN or infinity stops all workers in the same step, names the term and saves the batch.
 """
@@ -30,22 +30,22 @@ from karma_ray.training.placement import clip_gradients
 from karma_ray.training.profiling import profiled
 from karma_ray.training.step_state import StepState
 
-if TYPE_CHECKING:  # the loop needs the shape of a step's output, not the model behind it
+if TYPE_CHECKING:  # the loop needs the type of a step's output, not the model behind it
     from karma_ray.training.step import Step, StepOutput
 
 Record = dict[str, float]
 Report = Callable[[Record], bool | None]
-"""Called with the means since the last report; a true answer ends the training. Every worker
-gets the same losses, so an answer made from them is the same everywhere."""
+"""Called with the means since the last report; a true result ends the training. All workers get
+the same losses, so a decision based on them is the same everywhere."""
 Prepare = Callable[[nn.Module, int, StepState], StepState]
-"""Called before a step, with the number of finished ones and the state as far as it is known;
-returns the state that the step is given."""
+"""Called before a step with the model, the number of finished steps and the current state;
+returns the state for the step."""
 Probe = Callable[[nn.Module, Any, StepState], Record]
-"""Measured on the batch of a report."""
+"""Computes metrics on the batch of a report."""
 
 
 def keep_state(model: nn.Module, number: int, state: StepState) -> StepState:
-    """Nothing but the progress changes from step to step."""
+    """Return the state unchanged."""
     return state
 
 
@@ -69,12 +69,12 @@ def fit(
     progress: bool = False,
     profile_dir: str | None = None,
 ) -> int:
-    """Train until `steps` steps are done in all or `batches` ends; returns the steps done.
+    """Train until `steps` steps are done in total or `batches` ends; returns the steps done.
 
     `batches` begins at `start_step`. `schedule` maps a step to a factor of the peak learning rate
     (default: `learning_rate_factor` over `steps`). `after_step` is called with the number of
-    finished steps, on every worker. With `profile_dir` a trace of three steps is written below it.
-    Raises NonFiniteLoss, on all workers alike, after saving the batch below `failure_dir`.
+    finished steps, on every worker. With `profile_dir` a trace of three steps is written to it.
+    Raises NonFiniteLoss, on all workers alike, after saving the batch to `failure_dir`.
     """
     device, state = next(model.parameters()).device, StepState()
     factor = schedule or (lambda number: learning_rate_factor(number, steps))
@@ -112,12 +112,12 @@ def fit(
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """Move a batch that knows `.to(device)`; on the CPU batches are there already."""
+    """Move a batch that has a method `to(device)`; batches are created on the CPU."""
     return batch.to(device) if device.type != "cpu" and hasattr(batch, "to") else batch
 
 
 def _next_batch(stream: Iterator[Any], device: torch.device, meters: Meters) -> Any:
-    """The next batch on `device`, None at the end; the time it took counts as waiting."""
+    """Return the next batch on `device`, or None at the end; its time counts as waiting."""
     waited = time.perf_counter()
     batch = next(stream, None)
     if batch is not None:
@@ -145,9 +145,9 @@ def _backward(
     model: nn.Module, output: StepOutput, grad_clip: float, batch: Any, number: int,
     failure_dir: str | None,
 ) -> Tensor:  # fmt: skip
-    """Gradients of the global loss, clipped; returns their norm before clipping.
+    """Compute and clip the gradients of the global loss; returns their norm before clipping.
 
-    Raises NonFiniteLoss before or behind the backward pass.
+    Raises NonFiniteLoss before or after the backward pass.
     """
     _check_terms(output, batch, number, failure_dir)
     if output.loss.requires_grad:
@@ -172,7 +172,7 @@ def _check_terms(output: StepOutput, batch: Any, number: int, folder: str | None
     if not any(everywhere):
         return
     name = next(name for name, count in zip(names, everywhere, strict=True) if count)
-    # Logged terms are global, a worker's own loss tells whose batch it was.
+    # Logged terms are global; a worker's own loss shows whose batch is the cause.
     own = names.index("loss")
     guilty = bool(bad[own]) or not everywhere[own]
     elsewhere = f" on another worker; its batch was saved below {folder}"
@@ -183,14 +183,14 @@ def _check_terms(output: StepOutput, batch: Any, number: int, folder: str | None
 def _check_norm(
     norm: Tensor, output: StepOutput, batch: Any, number: int, folder: str | None
 ) -> None:
-    # The norm is of the summed gradients, hence the same on all workers: no exchange needed.
+    # All workers have the norm of the summed gradients, so no exchange is needed.
     if not torch.isfinite(norm):
         saved = _saved_failure(output, batch, number, folder)
         raise NonFiniteLoss(f"the gradient norm is not finite at step {number}{saved}")
 
 
 def _saved_failure(output: StepOutput, batch: Any, number: int, folder: str | None) -> str:
-    """`_save_failure`, where a store out of reach does not hide what happened."""
+    """Call `_save_failure`, without letting an unavailable store hide the original error."""
     try:
         return _save_failure(output, batch, number, folder)
     except OSError as error:
@@ -198,7 +198,7 @@ def _saved_failure(output: StepOutput, batch: Any, number: int, folder: str | No
 
 
 def _save_failure(output: StepOutput, batch: Any, number: int, folder: str | None) -> str:
-    """Write the batch's tensors and the logs; returns what the message says about it."""
+    """Write the batch's tensors and the logs; returns a sentence for the error message."""
     if folder is None:
         return ""
     from safetensors.torch import save
@@ -215,7 +215,7 @@ def _save_failure(output: StepOutput, batch: Any, number: int, folder: str | Non
 
 
 def tensors_of(batch: Any) -> dict[str, Tensor]:
-    """The named tensors of a batch: a tensor, a mapping, a sequence or a record of them."""
+    """Return the named tensors of a batch: a tensor, a mapping, a sequence or a record."""
     if isinstance(batch, Tensor):
         return {"batch": batch.detach().cpu().contiguous()}
     if isinstance(batch, dict):
@@ -224,7 +224,7 @@ def tensors_of(batch: Any) -> dict[str, Tensor]:
         fields = {str(place): value for place, value in enumerate(batch)}
     else:
         fields = dict(vars(batch))
-    # Cloned: fields may share storage, which safetensors refuses.
+    # Cloned, because fields may share storage, which safetensors refuses.
     return {
         name: value.detach().cpu().clone().contiguous()
         for name, value in fields.items()

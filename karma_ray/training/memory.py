@@ -1,4 +1,4 @@
-"""When glibc keeps freed memory, and when it gives it back to the operating system."""
+"""Memory settings of glibc: keeping freed memory for reuse, and returning it to the system."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ _LARGE = 2**30
 
 
 def keep_heap() -> bool:
-    """Let glibc keep what a step frees for the next step; False where the C library cannot.
+    """Let glibc keep freed memory for the next step; returns False without this C library.
 
-    By default large tensors are mapped and unmapped in every step, and each page is faulted in
-    anew. `trim_heap` gives back what piles up.
+    By default large tensors are mapped and unmapped in every step, which costs page faults.
+    `trim_heap` returns what accumulates.
     """
     tune = getattr(ctypes.CDLL(None), "mallopt", None)
     return tune is not None and bool(
@@ -21,10 +21,10 @@ def keep_heap() -> bool:
 
 
 def trim_heap() -> bool:
-    """Return the free pages of glibc's heap; False where the C library cannot.
+    """Return the free pages of glibc's heap; returns False where the C library cannot.
 
-    Batches differ in shape from step to step, and glibc keeps the holes they leave: on the toy
-    shop a worker stood at 2.7 GB after 160 steps, of which 1.4 GB were holes.
+    The shapes of batches vary from step to step, and glibc keeps the resulting holes: on the toy
+    shop a worker used 2.7 GB after 160 steps, of which 1.4 GB were holes.
     """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is None:

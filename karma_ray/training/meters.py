@@ -1,4 +1,4 @@
-"""Means of a step's logs between two reports, over the workers too, and the speed."""
+"""Means of the logs between two reports, over steps and workers, and the training speed."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ if TYPE_CHECKING:
     from karma_ray.training.step import StepOutput
 
 COUNTS = ("tokens", "examples", "flops")
-"""Logs that count this worker's part and add up over workers; all others are global values
-already, or are averaged."""
+"""Logs that count this worker's part and are summed over workers; other logs are already global,
+or are averaged."""
 
 
 class Meters:
     """Accumulates logs on their device, so that only a report waits for the accelerator.
 
-    A log that appears in some steps only (a costly probe) is averaged over those steps; every
+    A log that appears only in some steps (a costly probe) is averaged over those steps; every
     worker must log the same names in the same steps.
     """
 
     def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        """`dtype` is the compute type, whose peak the model FLOPs utilisation refers to."""
+        """`dtype` is the compute type, whose peak is the reference of the FLOPs utilisation."""
         self._dtype = dtype
         self._reset()
 
@@ -42,23 +42,23 @@ class Meters:
         self._device = torch.device("cpu")
 
     def waited(self, seconds: float) -> None:
-        """Note time spent on waiting for a batch."""
+        """Add time spent waiting for a batch."""
         self._wait += seconds
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Take time that is not training (a checkpoint, an evaluation) out of the speed."""
+        """Exclude time that is not training (a checkpoint, an evaluation) from the speed."""
         outside = time.perf_counter()
         yield
         self._start += time.perf_counter() - outside
 
     def add(self, output: StepOutput, grad_norm: Tensor) -> None:
-        """Take in one step."""
+        """Add one step."""
         logs = dict(output.logs)
         if "loss/total" not in logs:
             # A worker's loss is its share of the global one.
             logs["loss/total"] = output.loss.detach() * world_size()
-        # The norm is equal on all workers, so its mean over them is itself.
+        # The norm is equal on all workers, so averaging does not change it.
         logs["grad_norm"] = grad_norm
         for name, value in logs.items():
             self._take(name, torch.as_tensor(value, device=output.loss.device))
@@ -66,7 +66,7 @@ class Meters:
         self._device = output.loss.device
 
     def note(self, probes: dict[str, float]) -> None:
-        """Take in what was measured on the batch of a reporting step."""
+        """Add the metrics of a reporting step's batch."""
         for name, value in probes.items():
             self._take(name, torch.as_tensor(value, device=self._device))
 
@@ -75,7 +75,7 @@ class Meters:
         self._counts[name] = self._counts.get(name, 0) + 1
 
     def record(self, step: int, rate: float) -> dict[str, float]:
-        """Means since the last call, and start anew."""
+        """Return the means since the last call, and reset."""
         names = sorted(self._sums)
         means = torch.stack([self._sums[name] / self._counts[name] for name in names])
         totals = global_sum(means).tolist()
@@ -89,7 +89,7 @@ class Meters:
             if name in record:
                 record[f"{name}_per_s"] = record[name] * self._counts[name] / elapsed
         if record.pop("flops", 0.0):
-            # Of all workers together, against what all their devices could do.
+            # FLOPs of all workers together, relative to the peak of all their devices.
             peak = peak_flops(self._device, self._dtype) * world_size()
             record["mfu"] = record.pop("flops_per_s") / peak
         record["data_wait_share"] = self._wait / elapsed

@@ -1,4 +1,4 @@
-"""AdamW groups and a learning rate that is a pure function of the step."""
+"""AdamW parameter groups, and a learning rate that is a pure function of the step."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ class RateMultiplier:
     """How the learning rate of a parameter differs from the common schedule."""
 
     factor: float = 1.0
-    """Of the learning rate."""
+    """Factor on the learning rate."""
     start: int = 0
-    """Step before which it is frozen."""
+    """Step before which the parameter is frozen."""
     rise: int = 0
-    """Steps from `start` over which its rate rises: Adam's first steps have full length."""
+    """Steps after `start` over which the rate rises, as Adam's first steps have full length."""
 
 
 @dataclass(frozen=True)
 class RateMultipliers:
-    """The multiplier of a parameter, from its name."""
+    """Returns the multiplier of a parameter from its name."""
 
     new_module: float
     encoder: RateMultiplier
 
     def __call__(self, name: str) -> RateMultiplier:
-        """What came with a Hugging Face checkpoint is a backbone; all else is new.
+        """Parameters of a Hugging Face checkpoint belong to a backbone; all others are new.
 
-        Low-rank adapters are new too: they bear, and need, several times the rate at which the
-        weights under them would learn (about ten, LoRA Without Regret, 2025).
+        Low-rank adapters count as new: they need several times the learning rate of the weights
+        that they adapt (about ten times, LoRA Without Regret, 2025).
         """
         backbone = (".body." in name and not is_low_rank(name)) or name.endswith("lm_head")
         factor = 1.0 if backbone else self.new_module
@@ -48,7 +48,7 @@ class RateMultipliers:
 
 
 def common_schedule(name: str) -> RateMultiplier:
-    """Every parameter follows the common schedule."""
+    """Let every parameter follow the common schedule."""
     return RateMultiplier()
 
 
@@ -59,16 +59,16 @@ def build_optimizer(
     weight_decay: float = 0.01,
     multiplier_of: Callable[[str], RateMultiplier] = common_schedule,
 ) -> torch.optim.AdamW:
-    """AdamW in groups: weight decay on matrices only, and one group per multiplier.
+    """Build AdamW with weight decay on matrices only, and one group per multiplier.
 
     `multiplier_of` maps a parameter's name to its multiplier: new modules may learn faster than a
     pretrained backbone (METHOD 1.10), the item encoder later and slower. Frozen parameters are
-    left out. Each group keeps its peak rate as `peak_lr`, and `start` and `rise`.
+    left out. Each group stores its peak rate as `peak_lr`, and also `start` and `rise`.
     """
     groups: dict[tuple[RateMultiplier, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # The fused kernel takes either sharded parameters or whole ones.
+            # The fused kernel cannot mix sharded and whole parameters.
             kind = (multiplier_of(name), parameter.ndim >= 2, is_sharded(parameter))
             groups.setdefault(kind, []).append(parameter)
     if not groups:
@@ -81,14 +81,14 @@ def build_optimizer(
             {"params": parameters, "lr": rate, "peak_lr": rate, "weight_decay": decay,
              "start": multiplier.start, "rise": multiplier.rise}
         )  # fmt: skip
-    # The fused kernel spares a small model several milliseconds of Python per step.
+    # The fused kernel saves several milliseconds of Python per step on a small model.
     return torch.optim.AdamW(described, lr=learning_rate, fused=True)
 
 
 def learning_rate_factor(
     step: int, steps: int, warmup_share: float = 0.05, floor: float = 0.1
 ) -> float:
-    """Linear warm-up to 1, then cosine to `floor`; `step` counts from 0."""
+    """Return linear warm-up to 1, then cosine decay to `floor`; `step` counts from 0."""
     warmup = max(1, round(warmup_share * steps))
     if step < warmup:
         return (step + 1) / warmup
@@ -97,7 +97,7 @@ def learning_rate_factor(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float, step: int = 0) -> float:
-    """Give every group `factor` of its peak rate times its multiplier; returns the largest."""
+    """Set every group's rate to `factor` of its peak times its multiplier; returns the largest."""
     for group in optimizer.param_groups:
         begun = step - group["start"] + 1
         risen = min(1.0, max(0.0, begun / max(1, group["rise"])))

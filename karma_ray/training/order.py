@@ -1,18 +1,18 @@
-"""The order of the training rows: batch s of the training is a pure function of (seed, s).
+"""The order of training rows: batch s is a pure function of (seed, s).
 
-It does not depend on the number of workers: a run goes on with more or fewer of them, and sees
-the very same batches. Position p of every batch belongs to a *lane*, a contiguous share of the
-(permuted) rows; a worker takes a contiguous range of positions and reads the lanes that meet it.
+The order does not depend on the number of workers, so a run can continue with more or fewer of
+them on the same batches. Each position of a batch belongs to a *lane*, a contiguous share of the
+(permuted) rows; a worker takes a contiguous range of positions and reads the lanes that overlap it.
 
-* A table of at most `window_rows` rows has one lane, shuffled whole every epoch. Each worker
-  reads the table and keeps its positions; reading so little N times costs nothing.
-* A larger table is dealt out to LANES lanes: row groups are permuted, each lane owns a share of
-  their rows and shuffles it window by window. A worker reads about an N-th of the rows (with
-  more workers than lanes, several share one), in memory bounded by the window. A row group is
-  decoded for every window that a lane makes of it, so it should be small (ROW_GROUP_ROWS).
+* A table of at most `window_rows` rows has one lane, which is shuffled as a whole every epoch.
+  Every worker reads the whole table and keeps its positions, since such a table is small.
+* A larger table is divided into LANES lanes: row groups are permuted, and each lane has a share of
+  their rows and shuffles it window by window. A worker reads about 1/N of the rows (with more
+  workers than lanes, several workers share a lane), in memory bounded by the window. A row group
+  is decoded again for every window that uses it, so it should be small (ROW_GROUP_ROWS).
 
-Batches are whole: the rows that do not fill the last one of an epoch wait for the next epoch,
-which is permuted anew. A table smaller than a batch is a batch.
+All batches have the same size: rows left over at the end of an epoch are skipped, and the next
+epoch is permuted again. A table smaller than a batch is one batch.
 """
 
 from __future__ import annotations
@@ -51,20 +51,20 @@ class Piece:
 
 @dataclass(frozen=True)
 class Part:
-    """A lane's rows of a window: shuffled together, then cut into batches."""
+    """A lane's rows in a window, which are shuffled together and then cut into batches."""
 
     pieces: tuple[Piece, ...]
     key: tuple[int, ...]  # seed of the permutation
     width: int  # the lane's rows in every batch
-    share: tuple[int, int]  # which of them are this worker's
+    share: tuple[int, int]  # this worker's range of them
 
     @property
     def num_rows(self) -> int:
-        """Rows that are shuffled together."""
+        """Number of rows that are shuffled together."""
         return sum(piece.stop - piece.start for piece in self.pieces)
 
     def chosen(self, skipped: int, num_batches: int) -> np.ndarray:
-        """This worker's rows [num_batches, share] among the part's, batch by batch."""
+        """Return this worker's rows [num_batches, share] of the part, batch by batch."""
         order = np.random.default_rng(self.key).permutation(self.num_rows)
         begin, end = skipped * self.width, (skipped + num_batches) * self.width
         return order[begin:end].reshape(num_batches, self.width)[:, slice(*self.share)]
@@ -72,23 +72,23 @@ class Part:
 
 @dataclass(frozen=True)
 class Window:
-    """Rows that are read at once, and the batches this worker makes of them."""
+    """Rows that are read at once, and the batches that this worker builds from them."""
 
     epoch: int
-    first_batch: int  # number within the epoch of the first batch that is taken from here
+    first_batch: int  # number within the epoch of the first batch used
     num_batches: int
-    skipped: int  # batches of this window in front of the first that is taken
+    skipped: int  # batches of this window before the first one used
     positions: tuple[int, int]  # this worker's share of every batch
     parts: tuple[Part, ...]
 
     @property
     def batch_rows(self) -> int:
-        """Rows of this worker in every batch."""
+        """Number of rows of this worker in every batch."""
         return self.positions[1] - self.positions[0]
 
     @property
     def rows_read(self) -> int:
-        """Rows in memory while the window is shuffled."""
+        """Number of rows in memory while the window is shuffled."""
         return sum(part.num_rows for part in self.parts)
 
 
@@ -101,7 +101,7 @@ class Source:
 
     @classmethod
     def scan(cls, uri: str) -> Source:
-        """Read the footers below `uri`; raises InputError when there is no row."""
+        """Read the file footers below `uri`; raises InputError when there is no row."""
         fs, path = open_filesystem(uri)
         files = data_files(uri, (".parquet",)) if fs.isdir(path) else [path]
         groups: list[RowGroup] = []
@@ -119,14 +119,14 @@ class Source:
         return sum(group.rows for group in self.groups)
 
     def read(self, window: Window) -> pa.Table:
-        """This worker's rows of a window, in the order of its batches."""
+        """Return this worker's rows of a window, in the order of its batches."""
         tables: list[pa.Table] = []
         places: list[np.ndarray] = []
         before = 0
         for part in window.parts:
             chosen = part.chosen(window.skipped, window.num_batches)
             rows = pa.concat_tables([self._piece(piece) for piece in part.pieces])
-            # Copied lane by lane, so that the row groups behind the slices can be freed.
+            # Copied for each lane, so that the row groups behind the slices can be freed.
             tables.append(rows.take(pa.array(chosen.ravel())))
             places.append(before + np.arange(chosen.size).reshape(chosen.shape))
             before += chosen.size
@@ -144,7 +144,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Order:
-    """Which rows a worker gets, batch by batch, for the whole training."""
+    """The rows of a worker, batch by batch, for the whole training."""
 
     source: Source
     seed: int
@@ -161,12 +161,12 @@ class Order:
 
     @property
     def size(self) -> int:
-        """Rows of every batch, over all workers."""
+        """Number of rows of every batch, over all workers."""
         return min(self.batch_size, self.source.num_rows)
 
     @property
     def num_lanes(self) -> int:
-        """Lanes of the table, whatever the number of workers."""
+        """Number of lanes of the table, independent of the number of workers."""
         return 1 if self._is_small else min(LANES, self.size)
 
     @property
@@ -179,15 +179,15 @@ class Order:
 
     @property
     def positions(self) -> tuple[int, int]:
-        """This worker's positions in every batch."""
+        """This worker's range of positions in every batch."""
         return _share(self.size, self.rank, self.num_workers)
 
     def position(self, step: int) -> tuple[int, int]:
-        """(epoch, batches of it consumed) before `step`."""
+        """Return (epoch, batches consumed in it) before `step`."""
         return divmod(step, self.batches_per_epoch)
 
     def windows(self, start_step: int, steps: int) -> Iterator[Window]:
-        """The windows of batches `start_step` to `steps`, across epochs."""
+        """Yield the windows of batches `start_step` to `steps`, across epochs."""
         per_window = max(1, self.window_rows // self.size)
         rows: _Permuted | None = None
         while start_step < steps:
@@ -202,7 +202,7 @@ class Order:
             start_step += count
 
     def _parts(self, rows: _Permuted, first: int, stop: int) -> Iterator[Part]:
-        """What this worker needs of the window of batches `first` to `stop`, lane by lane."""
+        """Yield this worker's parts of the window of batches `first` to `stop`, by lane."""
         low, high = self.positions
         for lane in range(self.num_lanes):
             start, after = _share(self.size, lane, self.num_lanes)
@@ -210,7 +210,7 @@ class Order:
             own = max(low, start) - start, min(high, after) - start
             if own[0] >= own[1]:
                 continue
-            if self._is_small:  # whole, with the rows that no batch of this epoch takes
+            if self._is_small:  # the whole table, including rows that no batch will use
                 bounds = 0, self.source.num_rows
             else:
                 offset = self.batches_per_epoch * start
@@ -220,12 +220,12 @@ class Order:
 
 
 def _share(size: int, number: int, count: int) -> tuple[int, int]:
-    """Bounds of the `number`-th of `count` shares of `size` positions."""
+    """Return the bounds of share `number` when `size` positions are divided into `count`."""
     return size * number // count, size * (number + 1) // count
 
 
 class _Permuted:
-    """The rows of an epoch: the permuted row groups, one behind the other."""
+    """The rows of an epoch: its permuted row groups, concatenated."""
 
     def __init__(self, groups: tuple[RowGroup, ...], seed: int, epoch: int) -> None:
         self.groups, self.epoch = groups, epoch
@@ -233,7 +233,7 @@ class _Permuted:
         self._ends = np.cumsum([groups[index].rows for index in self._order])
 
     def pieces(self, start: int, stop: int) -> Iterator[Piece]:
-        """Rows `start` to `stop`."""
+        """Yield the pieces that make up rows `start` to `stop`."""
         at = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
             index = int(self._order[at])

@@ -1,7 +1,7 @@
 """Data parallelism without a wrapper: global counts, gathers with gradient, summed gradients.
 
-Every loss is this worker's sum over a *global* count, so gradients over workers add up: one
-worker and N workers on the same global batch take the same step. Without an initialised
+Every loss is this worker's sum divided by a *global* count, so gradients are summed over workers:
+one worker and N workers take the same step on the same global batch. Without an initialised
 process group every function here is the identity.
 
 Legend: n rows of this worker (may differ between workers), R rows of all workers, D features.
@@ -27,12 +27,12 @@ def is_parallel() -> bool:
 
 
 def rank() -> int:
-    """This worker's number, 0 without a process group."""
+    """Return this worker's number, or 0 without a process group."""
     return dist.get_rank() if is_parallel() else 0
 
 
 def world_size() -> int:
-    """Number of workers, 1 without a process group."""
+    """Return the number of workers, or 1 without a process group."""
     return dist.get_world_size() if is_parallel() else 1
 
 
@@ -43,7 +43,7 @@ def barrier() -> None:
 
 
 def global_sum(value: Tensor) -> Tensor:
-    """Sum of `value` over the workers, elementwise and without gradient."""
+    """Sum `value` over the workers, elementwise and without gradient."""
     total = value.detach().clone()
     if is_parallel():
         dist.all_reduce(total)
@@ -51,7 +51,7 @@ def global_sum(value: Tensor) -> Tensor:
 
 
 def global_max(value: Tensor) -> Tensor:
-    """Largest `value` over the workers, elementwise and without gradient."""
+    """Return the maximum of `value` over the workers, elementwise and without gradient."""
     largest = value.detach().clone()
     if is_parallel():
         dist.all_reduce(largest, op=dist.ReduceOp.MAX)
@@ -59,7 +59,7 @@ def global_max(value: Tensor) -> Tensor:
 
 
 def row_counts(num_rows: int, device: torch.device | str = "cpu") -> list[int]:
-    """Rows of every worker, in rank order."""
+    """Return the number of rows of every worker, in rank order."""
     if not is_parallel():
         return [num_rows]
     counts = torch.zeros(world_size(), dtype=torch.int64, device=device)
@@ -69,7 +69,7 @@ def row_counts(num_rows: int, device: torch.device | str = "cpu") -> list[int]:
 
 
 def row_offset(counts: Sequence[int]) -> int:
-    """Where this worker's rows begin among the gathered ones."""
+    """Return the index of this worker's first row among the gathered ones."""
     return sum(counts[: rank()])
 
 
@@ -84,9 +84,9 @@ def all_gather_ints(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor
 def all_gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor:
     """Concatenate rows of all workers in rank order, with gradient. [n, D] -> [R, D].
 
-    The gradient of a row is the sum of the gradients that *every* worker has for it, because
+    The gradient of a row is the sum of the gradients that *every* worker computes for it, because
     each worker's loss may use rows of the others as negatives. The backward pass is a
-    collective: each worker's loss must depend on the result (times zero if need be).
+    collective: each worker's loss must depend on the result (multiplied by zero if necessary).
     """
     if not is_parallel():
         return rows
@@ -96,7 +96,7 @@ def all_gather_rows(rows: Tensor, counts: Sequence[int] | None = None) -> Tensor
 
 
 def broadcast_parameters(model: nn.Module) -> None:
-    """Give every worker rank 0's parameters and buffers."""
+    """Copy rank 0's parameters and buffers to every worker."""
     if is_parallel():
         for tensor in model.state_dict().values():
             dist.broadcast(tensor, src=0)
@@ -105,12 +105,12 @@ def broadcast_parameters(model: nn.Module) -> None:
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """All-reduce (sum) the gradients in flat buckets.
 
-    A parameter without a gradient on this worker takes part with zeros; one without a
-    gradient on any worker keeps None, so that the optimiser skips it as on a single worker.
+    A parameter without a gradient on this worker contributes zeros; one without a gradient on
+    any worker keeps None, so that the optimiser skips it as with a single worker.
     """
     if not is_parallel():
         return
-    # The gradients of sharded parameters were summed when they were scattered.
+    # Gradients of sharded parameters were already summed by the reduce-scatter.
     trained = [p for p in parameters if p.requires_grad and not is_sharded(p)]
     if not trained:
         return
@@ -148,7 +148,7 @@ def _buckets(parameters: Sequence[nn.Parameter]) -> Iterable[list[nn.Parameter]]
 
 
 def _gather(rows: Tensor, counts: Sequence[int]) -> Tensor:
-    """Pad to the largest worker, gather, cut the padding off. [n, ...] -> [R, ...]."""
+    """Pad to the largest worker, gather, and remove the padding. [n, ...] -> [R, ...]."""
     largest = max(counts)
     padded = rows.new_zeros((largest, *rows.shape[1:]))
     padded[: rows.shape[0]] = rows
@@ -166,7 +166,7 @@ class _GatherRows(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (gradient,) = gradients
-        # Summed in float32: half-precision partial sums of many workers would lose bits.
+        # Summed in float32, because half-precision sums over many workers lose bits.
         total = gradient.to(torch.float32, copy=True).contiguous()
         dist.all_reduce(total)
         start = row_offset(ctx.counts)

@@ -1,7 +1,7 @@
-"""Where a model trains: device, memory-saving passes, compiled layers, sharded layers.
+"""Placement of a model on a worker: device, activation checkpointing, compilation, sharding.
 
-`shard` is FSDP2 on the transformer layers, where nearly all weights of a large model are: each
-worker keeps an N-th of their weights, gradients and moments and gathers a layer while it runs.
+`shard` applies FSDP2 to the transformer layers, which hold nearly all weights of a large model:
+each worker keeps 1/N of their weights, gradients and moments, and gathers a layer while it runs.
 Token embeddings, heads and adapters are used outside the bodies' forward passes and stay whole
 on every worker; their gradients are summed as under `replicate`.
 """
@@ -23,7 +23,7 @@ from karma_ray.training.parallel import broadcast_parameters, global_sum, is_par
 
 
 def place(model: nn.Module, training: TrainingConfig, device: torch.device) -> nn.Module:
-    """The model as `training` wants it on this worker, with rank 0's weights on all of them."""
+    """Move the model to the device and apply `training`, with rank 0's weights on all workers."""
     model = model.to(device)
     broadcast_parameters(model)
     for body in bodies(model):
@@ -38,14 +38,14 @@ def place(model: nn.Module, training: TrainingConfig, device: torch.device) -> n
 
 
 def _keep_layer_inputs(body: Any) -> None:
-    """Activation checkpointing, by the name that the installed transformers has for it."""
+    """Enable activation checkpointing, by the name that the installed transformers uses."""
     renamed = getattr(body, "activation_checkpointing_enable", None)
     enable = renamed or body.gradient_checkpointing_enable  # its name before transformers 5.22
     enable({"use_reentrant": False})
 
 
 def bodies(model: nn.Module) -> list[Any]:
-    """The Hugging Face bodies inside a model: what has token embeddings and layers."""
+    """Return the Hugging Face bodies in a model, which have token embeddings and layers."""
     return [part for part in model.modules() if hasattr(part, "embed_tokens")]
 
 
@@ -55,7 +55,7 @@ def needs_all_workers(model: nn.Module) -> bool:
 
 
 def clip_gradients(model: nn.Module, bound: float) -> Tensor:
-    """Scale all gradients to a global norm of at most `bound`; returns the norm before."""
+    """Scale all gradients to a global norm of at most `bound`; returns the previous norm."""
     trained = [value for value in model.parameters() if value.grad is not None]
     if not any(is_sharded(value) for value in trained):
         return nn.utils.clip_grad_norm_(trained, bound)
@@ -76,10 +76,10 @@ def clip_gradients(model: nn.Module, bound: float) -> Tensor:
 
 
 def _shard(body: Any, precision: str, device: torch.device) -> None:
-    if has_vision(body):  # workers without a picture in a step would not run the tower with others
+    if has_vision(body):  # a worker without a picture in a step would skip the vision tower
         raise InputError("training.parallelism", "shard", "is not for a multimodal item encoder")
     mesh = init_device_mesh(device.type, (world_size(),))
-    # On a CPU autocast casts, as it does without sharding.
+    # On a CPU autocast does the casting, as without sharding.
     half = precision == "bfloat16" and device.type == "cuda"
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if half else MixedPrecisionPolicy()
     for layer in body.layers:
@@ -87,6 +87,6 @@ def _shard(body: Any, precision: str, device: torch.device) -> None:
     fully_shard(body, mesh=mesh, mp_policy=policy, ignored_params={body.embed_tokens.weight})
     for part in body.modules():
         if isinstance(part, FSDPModule):
-            # Losses are shares of a global mean: gradients are summed, not averaged.
+            # Losses are shares of a global mean, so gradients are summed, not averaged.
             part.set_gradient_divide_factor(1.0)
             part.set_force_sum_reduction_for_comms(True)

@@ -1,4 +1,4 @@
-"""A profiler trace of a few training steps: where the time goes, operator by operator."""
+"""A profiler trace of a few training steps, with the time of each operator."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from karma_ray.artifacts import join, open_filesystem
 from karma_ray.training.parallel import rank
 
 WAIT, WARM_UP, ACTIVE = 5, 2, 3
-"""Steps that pass before the trace (first batches are slow), in its shadow, and in it."""
+"""Steps before the trace (first batches are slow), steps to warm up the profiler, traced steps."""
 
 
 @contextmanager
 def profiled(folder: str | None) -> Iterator[Callable[[], None]]:
-    """Yield what to call after each step.
+    """Yield a function to call after each step.
 
     Writes `trace-<rank>.json` (chrome://tracing, ui.perfetto.dev) and `operators-<rank>.txt`, the
-    operators by their own time, below `folder`; does nothing without one.
+    operators sorted by their own time, to `folder`; does nothing without a folder.
     """
     if folder is None:
         yield lambda: None

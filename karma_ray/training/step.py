@@ -1,7 +1,7 @@
-"""One training step of each stage: a batch in, a loss and its logs out.
+"""The training step of each stage: from a batch to a loss and its logs.
 
-A loss is this worker's *sum* divided by a *global* count, so gradients are to be summed over
-workers, and one worker, many workers and accumulation agree.
+A loss is this worker's *sum* divided by a *global* count. Gradients are therefore summed over
+workers, and one worker, many workers and gradient accumulation give the same result.
 
 Legend: B windows, T steps, N trained steps, P pool of positives, H hard negatives, D width.
 """
@@ -41,10 +41,10 @@ from karma_ray.training.step_state import AT_THE_END, StepState
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What the loop needs of a step."""
+    """What the loop needs from a step."""
 
     loss: Tensor  # scalar: this worker's share of the global loss; without a graph when the
-    # step did the backward pass itself
+    # step has already done the backward pass
     logs: dict[str, Tensor | float]  # global values; `tokens` and `examples` are this worker's
 
 
@@ -58,10 +58,10 @@ class TokenBatch:
     tokens: Tensor  # [R, L]
     lengths: Tensor  # [R]
     images: ImageTargets | None = None
-    rows: Tensor | None = None  # [R] of the catalogue, for item encoders that look at pictures
+    rows: Tensor | None = None  # [R] of the catalogue, for multimodal item encoders
 
     def to(self, device: torch.device | str) -> TokenBatch:
-        """The same batch on another device."""
+        """Return the same batch on another device."""
         images = None if self.images is None else self.images.to(device)
         rows = None if self.rows is None else self.rows.to(device)
         return TokenBatch(self.tokens.to(device), self.lengths.to(device), images, rows)
@@ -69,14 +69,14 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class WarmupStep:
-    """Stage 1 (METHOD 1.10): decode an item's text, and image, from its isolated embedding."""
+    """Stage 1 (METHOD 1.10): decode an item's text, and image, from its embedding alone."""
 
     lambda_img: float = 0.0  # L_warm = CE + lambda_img L_img
 
     def __call__(
         self, model: nn.Module, batch: TokenBatch, state: StepState = AT_THE_END
     ) -> StepOutput:
-        """Mean over items of the token-mean cross-entropy, and of L_img where it is built."""
+        """Return the mean over items of the token-mean cross-entropy, plus L_img if built."""
         assert isinstance(model, KarmaModel)
         items = model.interest.encode_items(batch.tokens, batch.lengths, batch.rows)
         values = decoded_losses(
@@ -93,7 +93,7 @@ class WarmupStep:
 
     @torch.no_grad()
     def gap(self, model: KarmaModel, batch: TokenBatch) -> float:
-        """CE(shuffled e) - CE(e) in nats per token: 0 when the decoder ignores the item."""
+        """Return CE(shuffled e) - CE(e) in nats per token: 0 when the decoder ignores e."""
         items = model.interest.encode_items(batch.tokens, batch.lengths, batch.rows)
         own = decoded_losses(model.decode_items(batch.tokens, batch.lengths, items), "token_mean")
         other = items.roll(1, 0)
@@ -105,10 +105,10 @@ class WarmupStep:
 
 @dataclass(frozen=True)
 class JointStep:
-    """Stage 2, equation 9, on behaviour sequences.
+    """Stage 2 on behaviour sequences, equation 9.
 
-    With `micro_batch_size` the users pass through memory so many at a time, by the gradient
-    cache; loss and gradients are those of the whole batch, and the backward pass is done.
+    With `micro_batch_size` a worker processes that many users at a time through the gradient
+    cache. Loss and gradients are those of the whole batch, and the step does the backward pass.
     """
 
     objective: ObjectiveConfig
@@ -118,7 +118,7 @@ class JointStep:
     micro_tokens: int = 16_384
 
     def __call__(self, model: nn.Module, batch: Batch, state: StepState = AT_THE_END) -> StepOutput:
-        """Equations 5 to 8 on one batch."""
+        """Return equations 5 to 8 for one batch."""
         assert isinstance(model, KarmaModel)
         shared = share_items(batch)
         batch, count = shared.batch, self._counts(shared.batch)
@@ -136,7 +136,7 @@ class JointStep:
         return StepOutput(total, logs)
 
     def is_delayed(self, progress: float) -> bool:
-        """Whether the item encoder has yet to start at this share of the training."""
+        """Whether the item encoder is still delayed at this share of the training."""
         return progress < self.encoder_delay
 
     def is_frozen(self, progress: float) -> bool:
@@ -144,13 +144,13 @@ class JointStep:
         return self.encoder_grad == "frozen" or self.is_delayed(progress)
 
     def _encoder(self, state: StepState) -> Literal["full", "frozen", "bank"]:
-        """How the step comes by its items: encoded, with a gradient or without, or looked up."""
+        """Return how the step gets its item embeddings: encoded, encoded frozen, or looked up."""
         if not self.is_frozen(state.progress):
             return "full"
         return "frozen" if state.bank is None else "bank"
 
     def _items(self, model: KarmaModel, shared: SharedBatch, state: StepState) -> Tensor:
-        """e [G, D] of the step's unique items; without gradient while the encoder is frozen."""
+        """Return e [G, D] of the step's unique items, without gradient while frozen."""
         if self.is_frozen(state.progress) and state.bank is not None:
             return state.bank[shared.batch.item_rows]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen(state.progress)):
@@ -159,7 +159,7 @@ class JointStep:
     def _in_parts(
         self, model: KarmaModel, shared: SharedBatch, count: Tensor, state: StepState
     ) -> tuple[dict[str, Tensor], Tensor]:
-        """The gradient cache: forward and backward, part by part."""
+        """Run forward and backward part by part, with the gradient cache."""
         batch, cached = shared.batch, None
         frozen = self.is_frozen(state.progress)
         if frozen and state.bank is not None:
@@ -183,7 +183,7 @@ class JointStep:
         return sums, sums["loss/total"]
 
     def _history(self, batch: Batch, items: Tensor, state: StepState) -> Tensor:
-        """What the history is read through: live embeddings, or the cached bank."""
+        """Return the embeddings that represent the history: current ones, or the cached bank."""
         if self.encoder_grad != "targets_only" or self.is_frozen(state.progress):
             return items
         if state.bank is None:
@@ -191,7 +191,7 @@ class JointStep:
         return state.bank[batch.item_rows]
 
     def _counts(self, batch: Batch) -> Tensor:
-        """Trained, decoded and pictured steps over all workers [3], divisors of the sums."""
+        """Count trained, decoded and image steps over all workers [3], the divisors of the sums."""
         trained = trained_steps(batch, self.objective.act_positions).sum()
         counts = torch.stack([trained, batch.decode_mask.sum(), num_images(batch)])
         return global_sum(counts).clamp(min=1)
@@ -200,7 +200,7 @@ class JointStep:
         self, model: KarmaModel, batch: Batch, items: Tensor, history: Tensor, pool: Pool,
         count: Tensor, state: StepState,
     ) -> tuple[dict[str, Tensor], Tensor]:  # fmt: skip
-        """This part's shares of the logged global means, and of the total loss.
+        """Return this part's shares of the logged global means, and of the total loss.
 
         `items` and `history` [U, D] are the embeddings of the batch's items as targets and as
         inputs of the user decoder.
@@ -242,23 +242,23 @@ class JointStep:
     def probe(
         self, model: KarmaModel, batch: Batch, state: StepState = AT_THE_END
     ) -> dict[str, float]:
-        """Collapse probes of one batch: decode gap, effective rank and mean cosine of e and h.
+        """Measure collapse on one batch: decode gap, effective rank and mean cosine of e and h.
 
-        The gap, CE(shuffled h) - CE(h) in nats per token, is measured through Task 2's decoder
-        whether or not this run trains it: it says whether that decoder can still read the target's
-        words from h. Where Task 2 is off the decoder drifts away with the trunk, so a gap of 0 does
-        not say that the words are gone (docs/diagnosis.md).
+        The gap, CE(shuffled h) - CE(h) in nats per token, uses Task 2's decoder whether or not
+        this run trains it. It says whether that decoder can still read the target's text from h.
+        Without Task 2 the decoder changes with the shared backbone, so a gap of 0 does not prove
+        that h has lost the text (docs/diagnosis.md).
         """
         shared = share_items(batch)
         batch, items = shared.batch, self._items(model, shared, state)
-        if self.micro_batch_size:  # a sample: the whole batch would not fit
+        if self.micro_batch_size:  # a sample, because the whole batch would not fit
             batch, used = next(iter(micro_batches(batch, self.micro_batch_size)))
             items = items[used]
         interest = model.interest.interest(batch, self._history(batch, items, state))
         decoded = batch.decode_mask.flatten()
         rows = model.interest.decodable(decoded_interest(batch, interest))
         other = rows.clone()
-        # As far as a window has decoded steps: what is exchanged is never the same user's.
+        # Shift by a window's decoded steps, so that no h is replaced by one of the same user.
         other[decoded] = rows[decoded].roll(batch.decode_step.shape[1], 0)
 
         def losses(interest: Tensor) -> Tensor:
@@ -276,13 +276,13 @@ class JointStep:
 
 
 def decoded_interest(batch: Batch, interest: Tensor) -> Tensor:
-    """h at the decoded positions [R, D], R = B M."""
+    """Return h at the decoded positions [R, D], R = B M."""
     index = batch.decode_step[..., None].expand(-1, -1, interest.shape[-1])
     return interest.gather(1, index).flatten(0, 1)
 
 
 def decoded_losses(task: Decoded, reduction: str) -> Tensor:
-    """Cross-entropy [R] of a decoding task; logits in the compute type, the loss in float32."""
+    """Return a task's cross-entropy [R]; logits in the compute type, the loss in float32."""
     targets = task.targets
     values = token_cross_entropy(task.states, task.head, targets.labels, targets.mask)
     return reduce_tokens(values, targets.mask, reduction)

@@ -1,4 +1,4 @@
-"""What a step is given besides model and batch: how far the training is, and a bank of items."""
+"""The state of a training step: the progress of the training, a bank of items, click shares."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class StepState:
-    """The default is that of a training's end, as measurements want it."""
+    """Inputs of a step besides model and batch; the defaults are those at the end of training."""
 
     progress: float = 1.0
-    """Share of the training done, for schedules of the objective."""
+    """Share of the training that is done, for schedules of the objective."""
     bank: Tensor | None = None
-    """Cached embeddings [I, D] of the whole catalogue, where the encoder gets no gradient."""
+    """Cached embeddings [I, D] of the whole catalogue, if the encoder gets no gradient."""
     shares: Tensor | None = None
-    """Share [I] of the training clicks on each item's content, where `objective.logq` needs it."""
+    """Share [I] of the training clicks on each item's content, if `objective.logq` needs it."""
 
 
 AT_THE_END = StepState()

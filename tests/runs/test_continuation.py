@@ -117,7 +117,7 @@ def test_a_run_that_was_cut_off_goes_on_from_its_own_checkpoint(
 def test_another_model_is_refused_by_field_and_values(
     parent: tuple[str, str], tmp_path: Path
 ) -> None:
-    message = r"model\.score\.scale: 3\.0 differs from .* of the run to go on from"
+    message = r"model\.score\.scale: 3\.0 differs from .* of the run to continue"
     with pytest.raises(InputError, match=message):
         _train(parent[0], str(tmp_path / "x"), "model.score.scale=3", init_from=parent[1])
 

@@ -375,7 +375,7 @@ def test_a_run_is_not_resumed_on_rows_that_were_prepared_anew(
     facts = read_json(f"{run}/data.json")
     write_json(facts | {"input": "another"}, f"{run}/data.json")
     try:
-        with pytest.raises(InputError, match="was prepared anew"):
+        with pytest.raises(InputError, match="was prepared again"):
             train_run(_config(), shop, run, resume=True, cache=cache)
     finally:
         write_json(facts, f"{run}/data.json")

@@ -66,7 +66,7 @@ def test_lines_that_cannot_be_written_wait(
         log.add({"step": 2})
         log.add({"step": 3})
     assert len(caplog.records) == 1
-    assert "waits to be written" in caplog.text
+    assert "cannot be written yet" in caplog.text
     (tmp_path / "metrics.jsonl").rmdir()
     os.rename(tmp_path / "aside", tmp_path / "metrics.jsonl")
     log.close()

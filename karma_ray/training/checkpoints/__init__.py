@@ -1,1 +1,1 @@
-"""Checkpoints: written in the background, checked when read, found again."""
+"""Checkpoints: written in the background and verified when they are read."""

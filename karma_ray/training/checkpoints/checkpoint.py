@@ -1,18 +1,17 @@
-"""What a checkpoint holds, without pickle: safetensors for tensors, JSON for everything else.
+"""The content of a checkpoint, without pickle: safetensors for tensors, JSON for the rest.
 
     STEP/ model-RANK-of-N-K.safetensors  optimizer-RANK-of-N-K.safetensors   the rank's tensors
           random-RANK.safetensors  random-RANK.json  state.json (rank 0)     the rest
           done-RANK.json  checkpoint.json                                    store.py
 
-* A tensor that is sharded over the workers is written by all of them, each its rows, and is put
-  together along the first dimension in rank order; everything else is written by rank 0. So a
-  checkpoint is read by any number of workers, sharded or not.
-* Tensors that share storage (tied embeddings, a backbone used twice) are written once; the other
+* All workers write a sharded tensor, each its own rows; reading concatenates them in rank order.
+  Rank 0 writes everything else. Any number of workers can read the result, sharded or not.
+* Tensors that share storage (tied embeddings, a backbone used twice) are written once; their other
   names are aliases in state.json.
-* Moments of the optimiser are kept under the names of their parameters: the grouping may change.
-  The options of the groups are not kept, they follow from the configuration and the step.
-* With the same number of workers it restores bit by bit: a resumed training equals an
-  uninterrupted one.
+* Moments of the optimiser are stored under parameter names, so the parameter groups may change.
+  The options of the groups are not stored; they follow from the configuration and the step.
+* With the same number of workers the restored state is bitwise equal, so a resumed training
+  equals an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -40,14 +39,14 @@ from karma_ray.training.parallel import rank, world_size
 
 MARKER = "checkpoint.json"
 FILE_BYTES = 512 * 1024 * 1024
-"""A file holds about so much: it is in memory a second time while it is written."""
+"""Approximate size of a file; each file is copied once more in memory while it is written."""
 WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
-"""Parts of names that compiling and activation checkpointing may add."""
+"""Name parts that compiling and activation checkpointing add to parameter names."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a training came; `batches` of `epoch` are consumed."""
+    """How far the training has advanced; `batches` of `epoch` are consumed."""
 
     step: int
     epoch: int = 0
@@ -57,7 +56,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One worker's part of a checkpoint, copied to CPU memory: training may go on."""
+    """One worker's part of a checkpoint, copied to CPU memory so that training can continue."""
 
     step: int
     rank: int
@@ -66,7 +65,7 @@ class Snapshot:
     small: dict[str, bytes]  # file name -> content
 
     def files(self) -> Iterator[tuple[str, bytes]]:
-        """Names and contents, one file in memory at a time."""
+        """Yield file names and contents, with one file in memory at a time."""
         for kind, tensors in self.tensors.items():
             for number, names in enumerate(_batched(tensors)):
                 name = f"{kind}-{self.rank:05d}-of-{self.num_workers:05d}-{number:04d}.safetensors"
@@ -81,7 +80,7 @@ def take_snapshot(
     *,
     generator: np.random.Generator | None = None,
 ) -> Snapshot:
-    """Copy this worker's part of everything; no collective."""
+    """Copy this worker's part of all states; this is not a collective."""
     kept, aliases = distinct_tensors(model)
     moments, values = _moments(model, optimizer)
     tensors = {
@@ -114,8 +113,8 @@ def load_checkpoint(
 ) -> Progress:
     """Restore model, optimiser and this rank's random states in place, from a local folder.
 
-    A rank that the checkpoint does not know (more workers than before) keeps its own random
-    state. Raises InputError when the weights are those of another architecture, or a trained
+    A rank that the checkpoint does not contain (more workers than before) keeps its own random
+    state. Raises InputError when the weights belong to another architecture, or when a trained
     parameter has no moments.
     """
     source = Path(folder)
@@ -134,8 +133,8 @@ def load_checkpoint(
 def save_weights(folder: str, model: nn.Module) -> None:
     """Write `folder/model.safetensors` and its aliases; `folder` may be a URI.
 
-    Every worker calls it, because sharded tensors are put together; rank 0 writes, waiting for
-    a store that is away. Raises StorageError there when it cannot.
+    Every worker must call it, because sharded tensors are gathered. Rank 0 writes, waits for an
+    unavailable store, and raises StorageError if the write finally fails.
     """
     kept, aliases = distinct_tensors(model)
     weights: dict[str, Tensor] = {}
@@ -153,7 +152,7 @@ def save_weights(folder: str, model: nn.Module) -> None:
 
 
 def load_weights(folder: str, model: nn.Module) -> None:
-    """Restore what `save_weights` wrote; raises InputError on another architecture."""
+    """Restore weights of `save_weights`; raises InputError on another architecture."""
     fs, path = open_filesystem(folder)
     aliases = read_json(join(folder, "aliases.json"))
     with fs.open(f"{path}/model.safetensors", "rb") as source:
@@ -162,9 +161,9 @@ def load_weights(folder: str, model: nn.Module) -> None:
 
 
 def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """State dict with every storage once, and alias name -> name that holds the values.
+    """Return the state dict with every storage once, and a map from aliases to those names.
 
-    The same on every worker, also where a worker's rows of a sharded tensor are none.
+    Both are the same on every worker, even if it holds no rows of a sharded tensor.
     """
     owners: dict[tuple[Any, ...], str] = {}
     tensors: dict[str, Tensor] = {}
@@ -180,7 +179,7 @@ def distinct_tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str
 
 
 def canonical(name: str) -> str:
-    """A parameter's name without what compiling or checkpointing its layer put into it."""
+    """Return a parameter's name without the parts added by compiling or checkpointing."""
     for part in WRAPPERS:
         name = name.replace(part, "")
     return name
@@ -207,7 +206,7 @@ def _batched(tensors: dict[str, Tensor]) -> Iterator[list[str]]:
 
 
 def _reader(opened: ExitStack, files: Iterable[Path]) -> Callable[[str], Tensor]:
-    """name -> whole tensor, from the parts in rank order; one tensor in memory at a time."""
+    """Return name -> whole tensor, joined in rank order, with one tensor in memory at a time."""
     holders: dict[str, list[Any]] = {}
     for file in files:
         part = opened.enter_context(safe_open(file, framework="pt"))
@@ -256,7 +255,7 @@ def _optimised(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, 
 def _moments(
     model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """`parameter/slot` -> tensor, and the same for slots that are plain numbers."""
+    """Return `parameter/slot` -> tensor, and another mapping for slots with plain numbers."""
     tensors: dict[str, Tensor] = {}
     values: dict[str, Any] = {}
     for name, parameter in _optimised(model, optimizer).items():

@@ -1,4 +1,4 @@
-"""The files of checkpoints on a local disk or an object store, and whether they are whole."""
+"""Files of checkpoints on a local disk or an object store, and the check that they are complete."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ BLOCK_BYTES = 4 * 1024 * 1024
 
 
 class IncompleteCheckpoint(Exception):
-    """A checkpoint lacks a part, or a part is not what was written."""
+    """Raised when a file of a checkpoint is missing or differs from what was written."""
 
 
 def step_name(step: int) -> str:
-    """Folder of a step's checkpoint."""
+    """Return the folder name of a step's checkpoint."""
     return f"step-{step:07d}"
 
 
 def step_of(name: str) -> int | None:
-    """The step whose checkpoint lies in a folder of this name, if one does."""
+    """Return the step of a checkpoint folder's name, or None for other names."""
     match = re.fullmatch(r"step-(\d+)", name)
     return int(match[1]) if match else None
 
 
 def checksum(content: bytes) -> str:
-    """BLAKE2b, 32 hex digits."""
+    """Return the BLAKE2b checksum as 32 hex digits."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 class CheckpointFiles:
-    """A folder or URI below which checkpoints lie. One try each: who calls, retries."""
+    """The folder or URI of a stage's checkpoints. Methods try once; callers retry."""
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
@@ -47,8 +47,8 @@ class CheckpointFiles:
         self.poll_seconds = 0.05 if self.is_local else 1.0
 
     def steps(self) -> list[int]:
-        """Steps that have a folder, committed or not, in order."""
-        self.fs.invalidate_cache()  # object stores' clients remember listings
+        """Return the steps that have a folder, committed or not, in order."""
+        self.fs.invalidate_cache()  # clients of object stores cache listings
         try:
             names = self.fs.ls(self.path, detail=False)
         except FileNotFoundError:
@@ -61,7 +61,7 @@ class CheckpointFiles:
         return self.document(f"{step_name(step)}/{MARKER}") is not None
 
     def document(self, name: str) -> dict[str, Any] | None:
-        """A JSON object; None when it is absent or no JSON."""
+        """Read a JSON object; None when the file is absent or is not a JSON object."""
         try:
             found = json.loads(self.get(join(self.folder, name)))
         except (FileNotFoundError, ValueError):
@@ -80,7 +80,7 @@ class CheckpointFiles:
             self.fs.rm(path, recursive=True)
 
     def remove_parts(self, name: str, of: int) -> None:
-        """Remove what worker `of` wrote into a step."""
+        """Remove the files that worker `of` wrote for a step."""
         self.fs.invalidate_cache()
         own = re.compile(rf"(model|optimizer)-{of:05d}-.*|(random|done)-{of}\..*")
         for path in self.fs.ls(f"{self.path}/{name}", detail=False):
@@ -89,14 +89,14 @@ class CheckpointFiles:
 
     @staticmethod
     def get(uri: str) -> bytes:
-        """Content of one file; raises FileNotFoundError."""
+        """Read one file; raises FileNotFoundError."""
         fs, path = open_filesystem(uri)
         content: bytes = fs.cat_file(path)
         return content
 
     @staticmethod
     def put(uri: str, content: bytes) -> None:
-        """Write one file; on a local disk in one step, and down to the disk."""
+        """Write one file; on a local disk atomically and synced to the disk."""
         fs, path = open_filesystem(uri)
         if "file" not in fs.protocol:
             fs.pipe_file(path, content)
@@ -107,7 +107,7 @@ class CheckpointFiles:
             with open(temporary, "wb") as sink:
                 sink.write(content)
                 sink.flush()
-                # Older checkpoints are removed after this one: it must not be in memory only.
+                # Older checkpoints are removed afterwards, so this one must be on the disk.
                 os.fsync(sink.fileno())
             os.replace(temporary, path)
         except OSError:
@@ -116,13 +116,14 @@ class CheckpointFiles:
 
 
 def fetched(files: CheckpointFiles, name: str, opened: ExitStack, verified: bool = True) -> Path:
-    """The checkpoint as a local folder, copied if need be; raises IncompleteCheckpoint.
+    """Return the checkpoint as a local folder, downloading it if necessary.
 
-    A copy is always checked against the manifest, a local folder when `verified`.
+    Downloads are always checked against the manifest, a local folder only when `verified`.
+    Raises IncompleteCheckpoint.
     """
     manifest = files.document(f"{name}/{MARKER}")
     if manifest is None or not isinstance(manifest.get("files"), dict):
-        raise IncompleteCheckpoint(f"it has no {MARKER}: its writer was cut off")
+        raise IncompleteCheckpoint(f"it has no {MARKER}: its writer was interrupted")
     if files.is_local:
         target = Path(files.path, name)
     else:
@@ -150,4 +151,4 @@ def _check(file: Path, facts: dict[str, Any]) -> None:
         while block := source.read(BLOCK_BYTES):
             digest.update(block)
     if digest.hexdigest() != facts["blake2b"]:
-        raise IncompleteCheckpoint(f"{file.name} is not what was written")
+        raise IncompleteCheckpoint(f"{file.name} does not match its checksum")

@@ -1,4 +1,4 @@
-"""What a store out of reach looks like, and waiting until it is back."""
+"""Outages of a store: which errors are transient, and retrying until the store is back."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import TypeVar
 
 PATIENCE_S = 300.0
-"""How long a store may be away before a write, or a read at the start, is given up."""
+"""How long a store may be unavailable before a write, or a read at the start, fails."""
 LONGEST_WAIT_S = 10.0
-"""Between two tries: an outage costs at most so much longer than it lasted."""
+"""Longest pause between two tries, which is the most that an outage costs beyond its length."""
 
 FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-"""No room: waiting seldom helps, and the half-written files are what has to go first."""
+"""Errors of a full disk: waiting rarely helps, and the half-written files must go first."""
 LASTING = FULL | {
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EISDIR,
     errno.ENAMETOOLONG, errno.EEXIST,
@@ -24,15 +24,15 @@ CLIENT_ERRORS = frozenset(
     {"botocore.HTTPClientError", "botocore.ConnectionError", "botocore.IncompleteReadError",
      "aiohttp.ClientError", "urllib3.HTTPError", "requests.ConnectionError"}
 )  # fmt: skip
-"""Base classes by package and name: the clients of object stores raise no OSError."""
+"""Base classes by package and name, since clients of object stores do not raise OSError."""
 
 Result = TypeVar("Result")
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether the same request may succeed later: refused, reset, timed out, answered with 5xx."""
+    """Whether the request may succeed later: it was refused, reset, timed out or got a 5xx."""
     if isinstance(error, FileNotFoundError | PermissionError | FileExistsError):
-        return False  # also when a client built them from a message, without a number
+        return False  # clients may build these from a message, without an error number
     if isinstance(error, OSError):
         return error.errno not in LASTING
     names = {f"{kind.__module__.split('.')[0]}.{kind.__name__}" for kind in type(error).__mro__}
@@ -50,10 +50,10 @@ def retried(
     seconds: float = PATIENCE_S,
     hurried: threading.Event | None = None,
 ) -> Result:
-    """`action()`, again after each transient error, waiting twice as long each time.
+    """Call `action()` again after each transient error, doubling the pause each time.
 
-    Raises the last error when `seconds` are over, any other error at once. Once `hurried` is
-    set, the next failure is the last.
+    Raises the last error after `seconds`, and any other error at once. Once `hurried` is set,
+    the next error is raised.
     """
     deadline, wait = time.monotonic() + seconds, 0.5
     hurried = hurried or threading.Event()
@@ -69,10 +69,10 @@ def retried(
 
 
 def reason(error: BaseException) -> str:
-    """An error in one line, without the credentials that a URI may carry."""
+    """Return an error as one line, without the credentials that a URI may contain."""
     return redacted(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
 
 
 def redacted(text: str) -> str:
-    """`text` without what stands between `://` and `@`."""
+    """Return `text` without the credentials between `://` and `@`."""
     return re.sub(r"://[^/@\s]+@", "://***@", text)

@@ -1,7 +1,7 @@
-"""Who may write into a run: the process that started, or continued, it last.
+"""Ownership of a run: only the process that started or continued it last may write to it.
 
-Every start draws a number and leaves it in a file. Who finds another number there is a left-over
-of a killed driver, or another person continues the run: it has to stop.
+Every start draws a random number and writes it to a file. A process that finds another number
+there was left over by a killed driver, or another person has continued the run; it must stop.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from karma_ray.training.checkpoints.files import CheckpointFiles
 from karma_ray.training.checkpoints.outage import PATIENCE_S, reason, redacted, retried
 
 REMOTE_CHECK_S = 10.0
-"""Between two looks at an object store; a local file is looked at every time."""
+"""Time between two checks of an object store; a local file is checked every time."""
 
 
 class Ownership:
-    """One start's claim; `uri` None claims nothing and is never lost."""
+    """One start's claim to a run; with `uri` None nothing is claimed or lost."""
 
     def __init__(self, uri: str | None, start: int, patience: float = PATIENCE_S) -> None:
         self._uri, self._start, self._patience = uri, start, patience
@@ -29,7 +29,7 @@ class Ownership:
         self._thread: threading.Thread | None = None
 
     def claim(self) -> None:
-        """Leave the number; raises StorageError."""
+        """Write the number of this start; raises StorageError."""
         if self._uri is None:
             return
         uri, content = self._uri, json.dumps({"start": self._start}).encode()
@@ -39,7 +39,7 @@ class Ownership:
             raise StorageError("run folder", redacted(uri), reason(error)) from error
 
     def look(self) -> bool:
-        """Whether the number is still this start's; as before where the store does not answer."""
+        """Whether the file still has this start's number; unchanged if the store is away."""
         if self._uri is not None:
             try:
                 self._held = bool(
@@ -50,7 +50,7 @@ class Ownership:
         return self._held
 
     def is_held(self) -> bool:
-        """The same without waiting for an object store: as a thread found it lately."""
+        """The same without waiting for an object store: the result of a recent background check."""
         if self._is_local:
             return self.look()
         due = time.monotonic() > self._looked + REMOTE_CHECK_S

@@ -1,4 +1,4 @@
-"""Every random state of a worker, as files: torch's, the accelerator's, Python's, a generator's."""
+"""All random states of a worker as files: torch, accelerator, Python and a NumPy generator."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from karma_ray.artifacts import read_json
 
 
 def random_states(generator: np.random.Generator | None, rank: int) -> dict[str, bytes]:
-    """File name -> content, of this worker."""
+    """Return this worker's random states as file name -> content."""
     tensors = {"torch": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["cuda"] = torch.cuda.get_rng_state()
@@ -27,7 +27,7 @@ def random_states(generator: np.random.Generator | None, rank: int) -> dict[str,
 
 
 def restore_random_states(source: Path, generator: np.random.Generator | None, rank: int) -> None:
-    """Set them as `random_states` found them; `source` is a local folder."""
+    """Restore the states that `random_states` saved; `source` is a local folder."""
     tensors = load_file(source / f"random-{rank}.safetensors")
     torch.set_rng_state(tensors["torch"])
     if "cuda" in tensors and torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Tensors of which every worker holds some rows (FSDP2's DTensor), beside plain ones.
+"""Sharded tensors (FSDP2's DTensor), of which every worker holds some rows, and plain tensors.
 
 Only `Shard(0)` over one mesh dimension, which is what `fully_shard` makes: worker r of N holds
 rows `r * c` to `(r + 1) * c` with c = ceil(rows / N), the last ones fewer or none.
@@ -18,15 +18,15 @@ def is_sharded(tensor: Tensor) -> bool:
 
 
 def local_part(tensor: Any) -> Tensor:
-    """This worker's rows of a sharded tensor, a plain tensor as it is; without gradient."""
+    """Return this worker's rows of a sharded tensor, or a plain tensor itself; no gradient."""
     tensor = tensor.detach()
-    # A replicated DTensor, too, holds all its rows here.
+    # A replicated DTensor also holds all its rows here.
     local: Tensor = tensor.to_local() if hasattr(tensor, "placements") else tensor
     return local
 
 
 def whole(tensor: Any) -> Tensor:
-    """All rows; a collective when the tensor is a DTensor."""
+    """Return all rows; this is a collective when the tensor is a DTensor."""
     tensor = tensor.detach()
     complete: Tensor = tensor.full_tensor() if hasattr(tensor, "placements") else tensor
     return complete
@@ -39,7 +39,7 @@ def assign(target: Tensor, value: Tensor) -> None:
 
 
 def placed_like(target: Tensor, value: Tensor) -> Tensor:
-    """A copy of a whole tensor, distributed as `target` when it has its shape."""
+    """Copy a whole tensor, distributed like `target` if it has the same shape."""
     if not hasattr(target, "placements") or value.shape != target.shape:
         return value.clone()
     from torch.distributed.tensor import DTensor

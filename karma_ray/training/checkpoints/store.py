@@ -1,17 +1,17 @@
-"""Checkpoints that survive: written in the background, committed by a marker, read if whole.
+"""The checkpoint store: writes in the background, commits by a marker, reads complete ones only.
 
     FOLDER/ step-0000200/ parts of every worker, done-RANK.json, at last checkpoint.json
             best.json     {checkpoint, metric, value}
 
-* `save` copies to CPU memory on the training thread; a thread writes. At most one write is in
-  flight: a second `save` waits for it. No thread uses a collective: worker r leaves
-  `done-r.json`, rank 0's thread waits for all of them and commits.
-* `checkpoint.json` lists every file with its size and checksum. A folder without it, or whose
-  files are not the listed ones, is incomplete: `restore` warns and takes the next older one.
-* Nothing is renamed and the marker comes last, so object stores will do.
-* A store that is away is waited for (outage.py); a checkpoint that fails for good costs
-  a warning, not the training.
-* A left-over of a killed driver commits nothing any more (ownership.py).
+* `save` copies the state to CPU memory on the training thread; another thread writes it. Only one
+  write is in flight: a second `save` waits for it. No thread uses a collective: worker r writes
+  `done-r.json`, and rank 0's thread waits for all of these files and commits.
+* `checkpoint.json` lists every file with its size and checksum. A folder without it, or with
+  other files, is incomplete: `restore` warns and uses the next older one.
+* Nothing is renamed and the marker is written last, so the scheme works on object stores.
+* Writes are retried while a store is unavailable (outage.py). A checkpoint that finally fails
+  causes a warning and does not stop the training.
+* A process left over by a killed driver can no longer commit anything (ownership.py).
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ from karma_ray.training.parallel import is_parallel, rank
 LOG = logging.getLogger(__name__)
 
 COMMIT_TIMEOUT_S = 600.0
-"""How long rank 0 waits for the parts of the others."""
+"""How long rank 0 waits for the parts of the other workers."""
 HURRIED_TIMEOUT_S = 20.0
-"""The same when the training has ended with an error."""
+"""The same after the training has ended with an error."""
 
 
 class CheckpointStore:
-    """The checkpoints of one stage, as one worker sees them."""
+    """The checkpoints of one stage, from the view of one worker."""
 
     def __init__(
         self,
@@ -70,11 +70,11 @@ class CheckpointStore:
         patience: float = PATIENCE_S,
         commit_timeout: float = COMMIT_TIMEOUT_S,
     ) -> None:
-        """Every worker makes one at the same time, with the same arguments.
+        """Every worker must create one at the same time, with the same arguments.
 
-        `keep` newest checkpoints stay, and the best by `best_metric` (higher is better).
-        `owner` is where the number of this start is left; without it nobody is kept out.
-        Raises StorageError when that cannot be written.
+        The `keep` newest checkpoints are kept, and the best by `best_metric` (higher is better).
+        `owner` is the file for the number of this start; without it no other start is excluded.
+        Raises StorageError when it cannot be written.
         """
         self._folder, self._files = folder, CheckpointFiles(folder)
         self._keep, self._best_metric = max(1, keep), best_metric
@@ -84,7 +84,7 @@ class CheckpointStore:
         self._restored, self._committed = -1, set[int]()
         self._best: tuple[int, float] | None = None
         self.stall_seconds = 0.0
-        """Time that `save` took from the training: copying, and waiting for the write before."""
+        """Time that `save` cost the training: copying, and waiting for the previous write."""
         self.failed: list[int] = []
         """Steps whose checkpoint could not be written (on rank 0)."""
         self._start = self._agreed(secrets.randbits(62))
@@ -93,13 +93,13 @@ class CheckpointStore:
             self._ownership.claim()
 
     def is_owner(self) -> bool:
-        """Whether nobody has started this training anew (ownership.py)."""
+        """Whether no other process has started this training since (ownership.py)."""
         return self._ownership.is_held()
 
     def restore(self, read: Callable[[Path], Progress]) -> Progress | None:
-        """`read(local folder)` of the newest whole checkpoint, the same one on every worker.
+        """Call `read(local folder)` for the newest complete checkpoint, the same on all workers.
 
-        Raises StorageError when the store stays away.
+        Raises StorageError when the store stays unavailable.
         """
         with ExitStack() as opened:
             step, folder = -1, None
@@ -124,15 +124,15 @@ class CheckpointStore:
         score: float | None = None,
         generator: np.random.Generator | None = None,
     ) -> None:
-        """Copy this worker's part and write it in the background; every worker calls it.
+        """Copy this worker's part and write it in the background; every worker must call it.
 
-        `score` is the value of `best_metric` at this step, where it was measured.
+        `score` is the value of `best_metric` at this step, if it was measured.
         """
         started = time.perf_counter()
         self.wait()
         snapshot = take_snapshot(model, optimizer, progress, generator=generator)
         self.stall_seconds += time.perf_counter() - started
-        # A daemon: an interrupted process ends without waiting for a store that is away.
+        # A daemon thread, so that an interrupted process can end while a store is unavailable.
         self._writer = threading.Thread(
             target=self._write, args=(snapshot, score), name="checkpoint", daemon=True
         )
@@ -145,13 +145,13 @@ class CheckpointStore:
             self._writer = None
 
     def finish(self, hurried: bool = False) -> None:
-        """Wait for the write in flight; `hurried` (after an error) without further retries."""
+        """Wait for the write in flight; `hurried` (after an error) stops further retries."""
         if hurried:
             self._hurried.set()
         self.wait()
 
     def _agreed(self, value: int) -> int:
-        """Rank 0's value, on every worker."""
+        """Return rank 0's value on every worker."""
         if not is_parallel():
             return value
         shared = torch.tensor([value], dtype=torch.int64, device=self._device)
@@ -168,7 +168,7 @@ class CheckpointStore:
                 folder = self._retried(partial(fetched, self._files, name, opened))
             except IncompleteCheckpoint as reason:
                 LOG.warning(
-                    "checkpoint %s is incomplete (%s); the next older one is taken", name, reason
+                    "checkpoint %s is incomplete (%s); the next older one is used", name, reason
                 )
                 continue
             self._read_best(step)
@@ -176,14 +176,14 @@ class CheckpointStore:
         return -1, None
 
     def _read_best(self, newest: int) -> None:
-        """The best so far, unless it was measured after the step that training goes on from."""
+        """Load the best score so far, unless it belongs to a step after the restored one."""
         found = self._retried(lambda: self._files.document("best.json"))
         step = step_of(str((found or {}).get("checkpoint")))
         if found and step is not None and found.get("metric") == self._best_metric:
             self._best = (step, float(found["value"])) if step <= newest else None
 
     def _write(self, snapshot: Snapshot, score: float | None) -> None:
-        """The background thread: this worker's part and, on rank 0, the commit."""
+        """Run in the background: write this worker's part and, on rank 0, commit."""
         name = step_name(snapshot.step)
         try:
             if not self._ownership.look():
@@ -200,7 +200,7 @@ class CheckpointStore:
 
     def _write_part(self, name: str, snapshot: Snapshot) -> None:
         if snapshot.rank == 0:
-            # What an earlier start committed here is about to be overwritten.
+            # An earlier start may have committed this step, whose files are now overwritten.
             self._retried(lambda: self._files.remove(f"{name}/{MARKER}"))
         files: dict[str, Any] = {}
         for file, content in snapshot.files():
@@ -231,14 +231,14 @@ class CheckpointStore:
         self._retried(lambda: self._files.write(f"{name}/{MARKER}", content))
 
     def _done(self, name: str, of: int) -> dict[str, Any] | None:
-        """What worker `of` left in this start; markers of earlier starts may lie there too."""
+        """Return what worker `of` wrote in this start; files of earlier starts are ignored."""
         found: dict[str, Any] | None = self._retried(
             lambda: self._files.document(f"{name}/done-{of}.json")
         )
         return found if found and found.get("start") == self._start else None
 
     def _give_up(self, name: str, snapshot: Snapshot, error: Exception) -> None:
-        """Make room, tell whoever waits, and say once what it means."""
+        """Remove the partial files, tell the waiting rank 0, and warn once."""
         if snapshot.rank > 0:
             try:
                 self._files.remove_parts(name, snapshot.rank)
@@ -254,23 +254,23 @@ class CheckpointStore:
         last = max([self._restored, *self._committed])
         resumed = step_name(last) if last >= 0 else "the start"
         LOG.warning(
-            "checkpoint %s was not saved: %s; training goes on, and if it is cut off it will be "
-            "resumed from %s", name, reason(error), resumed,
+            "checkpoint %s was not saved: %s; training continues, and if it is interrupted it will "
+            "be resumed from %s", name, reason(error), resumed,
         )  # fmt: skip
 
     def _tidy(self, step: int, score: float | None) -> None:
-        """Point at the best, drop what is older than the newest `keep`."""
+        """Record the best checkpoint, and remove those older than the newest `keep`."""
         try:
             if score is not None and math.isfinite(score):
                 self._point_at_best(step, score)
-            # Newer ones than the restored are of this start, or were incomplete.
+            # Steps after the restored one are from this start, or were incomplete.
             whole = [
                 s for s in self._retried(self._files.steps)
                 if s in self._committed or (s <= self._restored and self._files.has_marker(s))
             ]  # fmt: skip
             kept = {*sorted(whole)[-self._keep :], *([self._best[0]] if self._best else [])}
             for other in self._files.steps():
-                # Others may have begun a newer one.
+                # Other workers may already be writing a newer one.
                 if other < step and other not in kept:
                     self._retried(partial(self._files.remove, step_name(other)))
         except Exception as error:
