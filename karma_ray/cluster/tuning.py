@@ -234,11 +234,16 @@ def _collect(space: Space, base: Config, grid: tune.ResultGrid) -> Search:
                 error=error,
             )
         )
+    return Search(space.metric, trials, best_of(trials, space.metric))
+
+
+def best_of(trials: list[Trial], metric: str) -> Trial:
+    """The trial to take; raises KarmaRayError when none ended with a number."""
     done = [trial for trial in trials if trial.error is None and _is_number(trial.value)]
     if not done:
-        reason = trials[0].error or f"{space.metric} of {trials[0].value}"
+        reason = trials[0].error or f"{metric} of {trials[0].value}"
         raise KarmaRayError(f"every trial failed; the first one with: {reason}")
-    return Search(space.metric, trials, max(done, key=_rank))
+    return max(done, key=_rank)
 
 
 def _is_number(value: float | None) -> bool:

@@ -9,7 +9,7 @@ from ray import tune
 from jobs.tune import main
 from karma_ray import cli
 from karma_ray.cluster.search_space import Space, assignments, load_space
-from karma_ray.cluster.tuning import describe, reported_value, search
+from karma_ray.cluster.tuning import Trial, best_of, describe, reported_value, search
 from karma_ray.config import Config, override
 from karma_ray.errors import InputError, KarmaRayError
 
@@ -31,6 +31,23 @@ def write_space(folder: Path, text: str) -> str:
     path = folder / "space.py"
     path.write_text("from ray import tune\n" + text)
     return str(path)
+
+
+def trial(name: str, value: float | None, *, error: str | None = None) -> Trial:
+    return Trial(name, {}, value, STEPS, False, error)
+
+
+def test_a_trial_whose_metric_is_no_number_never_wins() -> None:
+    trials = [trial("a", float("nan")), trial("b", 3.0), trial("c", float("inf")), trial("d", 2.0)]
+    assert best_of(trials, "valid/HR@50").name == "b"
+    assert best_of(trials[::-1], "valid/HR@50").name == "b"
+
+
+def test_a_search_without_a_single_number_says_what_it_found_instead() -> None:
+    with pytest.raises(KarmaRayError, match=r"every trial failed.*valid/HR@50 of nan"):
+        best_of([trial("a", float("nan")), trial("b", None)], "valid/HR@50")
+    with pytest.raises(KarmaRayError, match=r"every trial failed.*out of memory"):
+        best_of([trial("a", None, error="out of memory")], "valid/HR@50")
 
 
 @pytest.mark.ray

@@ -11,8 +11,6 @@ from karma_ray import recipes
 from karma_ray.baselines.popularity import click_shares
 from karma_ray.config import override
 from karma_ray.data.sessions import PrepareConfig
-from karma_ray.data.synthetic.config import ToyShopConfig
-from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.runs.joint import joint_job
 from karma_ray.runs.pipeline import train_run
@@ -49,13 +47,6 @@ def test_new_modules_and_low_rank_adapters_learn_faster_than_a_backbone(
 def test_a_warm_up_with_adapters_is_another_than_one_without() -> None:
     config = recipes.build("toy")
     assert warmup_key(override(config, ["model.peft=lora:2"]), "h") != warmup_key(config, "h")
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("shop"))
-    write_toy_shop(folder, ToyShopConfig(num_items=240, num_users=60))
-    return folder
 
 
 @pytest.mark.parametrize("recipe", ["hllm", "sasrec"])

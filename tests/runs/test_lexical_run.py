@@ -11,8 +11,6 @@ import torch
 from karma_ray import recipes
 from karma_ray.artifacts import read_json
 from karma_ray.config import override
-from karma_ray.data.synthetic.config import ToyShopConfig
-from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.metrics.collapse import effective_rank
 from karma_ray.model.lexical import LexicalBlock
@@ -25,10 +23,10 @@ SIZE = 16
 
 
 def test_the_words_of_the_catalogue_are_served_as_counted(
+    shop: str,
     tmp_path: Path,
 ) -> None:
-    shop, run, cache = (str(tmp_path / name) for name in ("shop", "run", "cache"))
-    write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=120))
+    run, cache = (str(tmp_path / name) for name in ("run", "cache"))
     config = override(recipes.build("toy"), [*SMALL, f"model.item_encoder.lexical={SIZE}"])
     for value, why in (
         ("-1", "should be greater than or equal to 0"),

@@ -11,8 +11,6 @@ from safetensors.torch import load_file
 from karma_ray import recipes
 from karma_ray.artifacts import read_json
 from karma_ray.config import override
-from karma_ray.data.synthetic.config import ToyShopConfig
-from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.model.lora import is_low_rank, rank_of
 from karma_ray.runs.continuation import noted_stage
@@ -27,10 +25,10 @@ SMALL = [
 
 
 def test_base_weights_stay_through_both_stages_and_the_run_measures_the_same_again(
+    shop: str,
     tmp_path: Path,
 ) -> None:
-    shop, run, cache = (str(tmp_path / name) for name in ("shop", "run", "cache"))
-    write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=120))
+    run, cache = (str(tmp_path / name) for name in ("run", "cache"))
     changes = [*SMALL, "model.peft=lora:4", "training.encoder_delay=0.5"]
     config = override(recipes.build("toy"), changes)
     with pytest.raises(InputError, match=r"model\.peft: 'lora:0'"):

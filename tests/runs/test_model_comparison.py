@@ -13,8 +13,6 @@ import pytest
 from karma_ray import recipes
 from karma_ray.artifacts import read_json, write_json
 from karma_ray.config import Config, override
-from karma_ray.data.synthetic.config import ToyShopConfig
-from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.runs.model_comparison import diagnose_runs, parse_heads
 
@@ -29,13 +27,12 @@ def _config(recipe: str = "toy", *more: str) -> Config:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(shop: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `karma` and `action` of the same beginning, and a floor."""
     from karma_ray.runs.pipeline import train_run
 
     folder = tmp_path_factory.mktemp("diagnosis")
-    shop, cache = str(folder / "shop"), str(folder / "cache")
-    write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=120))
+    cache = str(folder / "cache")
     clicks = ("objective.generation=0", "objective.reconstruction=0")
     train_run(_config(), shop, f"{folder}/karma", cache=cache)
     train_run(_config("toy", *clicks), shop, f"{folder}/action", cache=cache)

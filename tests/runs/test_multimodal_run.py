@@ -75,15 +75,14 @@ def test_an_encoder_that_would_see_nothing_is_refused_at_once(
 
 
 @pytest.mark.ray
-def test_a_run_sees_from_training_to_serving(ray_cluster: None, tmp_path: Path) -> None:
+def test_a_run_sees_from_training_to_serving(ray_cluster: None, shop: str, tmp_path: Path) -> None:
     from karma_ray.cluster.embedding import embed_items
     from karma_ray.retrieval.encode import load_embeddings
     from karma_ray.retrieval.retriever import Retriever, index_run
     from karma_ray.runs.pipeline import train_run
     from karma_ray.runs.stages import finished_stage
 
-    shop, run = str(tmp_path / "shop"), str(tmp_path / "run")
-    write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=120))
+    run = str(tmp_path / "run")
     metrics = train_run(
         override(recipes.build("toy"), [*SMALL, MULTIMODAL]), shop, run, cache=str(tmp_path / "c")
     )

@@ -14,8 +14,6 @@ from torch import nn
 from karma_ray import recipes
 from karma_ray.artifacts import read_json, read_lines, read_manifest, write_json
 from karma_ray.config import Config, override
-from karma_ray.data.synthetic.config import ToyShopConfig
-from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.runs.worker import TrainJob
 from karma_ray.training.step_state import StepState
@@ -38,13 +36,6 @@ def _copy(shop: str, folder: str, name: str) -> str:
     planned = ("valid_start", "test_start")
     facts = {k: v for k, v in read_json(f"{shop}/manifest.json").items() if k not in planned}
     write_json({**facts, "name": name}, f"{folder}/manifest.json")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def shop(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = str(tmp_path_factory.mktemp("shop"))
-    write_toy_shop(folder, ToyShopConfig(num_items=240, num_users=120))
     return folder
 
 
@@ -437,12 +428,12 @@ def test_a_checkpoint_of_another_architecture_is_refused_before_anything_is_trai
 
 @pytest.mark.slow
 @pytest.mark.ray
-def test_karma_on_two_workers_ends_where_one_ends(ray_cluster: None, tmp_path: Path) -> None:
+def test_karma_on_two_workers_ends_where_one_ends(
+    ray_cluster: None, shop: str, tmp_path: Path
+) -> None:
     from karma_ray.cluster.executor import ON_RAY
     from karma_ray.runs.pipeline import train_run
 
-    shop = str(tmp_path / "shop")
-    write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=120))
     found: dict[int, dict[int, float]] = {}
     metrics: dict[int, dict[str, Any]] = {}
     for workers in (1, 2):

@@ -1,0 +1,1 @@
+"""Speed and memory, measured by hand. A package, or one of that name elsewhere would be taken."""
