@@ -30,7 +30,7 @@ from karma_ray.data.prompts import SpecialTokens
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import build_tiny
 from karma_ray.model.backbones.checkpoints import ATTENTION
-from karma_ray.model.backbones.qwen3 import make_lean
+from karma_ray.model.backbones.qwen3 import use_fast_layers
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import DECODE_PROMPT, KarmaModel
 from karma_ray.training.loop import tensors_of
@@ -149,7 +149,7 @@ class Workload:
         layers = self.num_layers or shape["num_hidden_layers"]
         settings = {**shape, "num_hidden_layers": layers, "use_cache": False}
         body = Qwen3Model(Qwen3Config(**settings, attn_implementation=ATTENTION))
-        make_lean(body)
+        use_fast_layers(body)
         return body
 
     def save(self, path: str) -> None:

@@ -19,7 +19,7 @@ from karma_ray.data.pixels import NO_PICTURE
 from karma_ray.model.recall import RecallModel
 
 
-def with_strangers_history(examples: pa.Table, seed: int) -> pa.Table:
+def with_other_histories(examples: pa.Table, seed: int) -> pa.Table:
     """The same requests, each with the history of another user's example.
 
     Every column that tells of the past moves together; query and truth stay.

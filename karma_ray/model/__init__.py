@@ -1,1 +1,1 @@
-"""Item encoder, user decoder and the train-only decoders around one Hugging Face backbone."""
+"""KARMA's model: item encoder, user decoder, and the decoders that exist only in training."""

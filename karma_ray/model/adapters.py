@@ -1,4 +1,4 @@
-"""The small new modules between the two LLMs: projector, query embedding, score.
+"""The small new modules around the two LLMs: projector, query embedding and score.
 
 Legend: D width, N any leading shape.
 """
@@ -23,8 +23,8 @@ def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
 class SoftToken(nn.Module):
     """Vectors [N, width] -> soft tokens [N, D] at the scale of the LLM's input-embedding rows.
 
-    RMSNorm (projector only) -> Linear -> GELU -> Linear (xRAG's projector); the match of scale
-    is METHOD 1.3's choice, since continuous tokens lie off the manifold of embedding rows.
+    RMSNorm (projector only) -> Linear -> GELU -> Linear (xRAG's projector). METHOD 1.3 matches
+    the scale, because continuous tokens do not lie among the embedding rows.
     """
 
     scale: Tensor
@@ -40,8 +40,8 @@ class SoftToken(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [N, width] -> [N, D]."""
-        # Without a norm the input is brought to unit scale by a constant: at an embedding row's
-        # own scale (0.02 to 0.05) the first layer's bias would drown it.
+        # Without a norm the input is divided by a constant to unit scale: at the scale of an
+        # embedding row (0.02 to 0.05) the first layer's bias would dominate it.
         hidden = rms_normalize(x) if self.normalize else x / self.scale
         return rms_normalize(self.outer(functional.gelu(self.inner(hidden)))) * self.scale
 
@@ -62,7 +62,7 @@ class Score(nn.Module):
             self.log_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
     def query_vectors(self, interest: Tensor) -> Tensor:
-        """h [N, D] -> the vectors a request searches with [N, D]."""
+        """Map h [N, D] to the query vectors of the score [N, D]."""
         interest = interest.float()
         if self.config.kind == "dot":
             return cast(Tensor, self.interest_norm(interest))
@@ -72,7 +72,7 @@ class Score(nn.Module):
         return unit * self.config.scale
 
     def index_vectors(self, items: Tensor) -> Tensor:
-        """e [N, D] -> the vectors an index holds [N, D]."""
+        """Map e [N, D] to the vectors that an index stores [N, D]."""
         items = items.float()
         if self.config.kind == "dot":
             return cast(Tensor, self.item_norm(items))

@@ -1,7 +1,7 @@
-"""Attention weights of the two bodies, taken from the very layers that train and serve.
+"""Attention maps of both bodies, recorded in the same layers that train and serve.
 
-While `recorded` is open, each layer works its weights out explicitly (no fused kernel) and leaves
-them behind; adapters, autocast and sharding stay as they are. Not for compiled layers.
+While `recorded` is open, each layer computes its attention weights explicitly (without a fused
+kernel) and stores them; adapters, autocast and sharding work as usual. Not for compiled layers.
 
 Legend: U items, B windows, H heads, S slots, L tokens, D width.
 """
@@ -25,16 +25,16 @@ from karma_ray.model.layers import Attention
 
 @dataclass(frozen=True)
 class UserAttention:
-    """Maps of the user decoder, and where they may be read."""
+    """Attention maps of the user decoder, and masks for reading them."""
 
     maps: list[Tensor]  # per layer [B, H, S, S]
-    visible: Tensor  # [B, S, S] row sees column; rows and columns that hold nothing do not count
+    visible: Tensor  # [B, S, S] row attends to column; False for rows and columns of empty slots
     items: Tensor  # [B, S] slots of items
 
 
 @contextmanager
 def recorded(body: nn.Module) -> Iterator[list[Tensor]]:
-    """The attention [B, H, S, S] of each layer, in order, of what runs through `body` meanwhile."""
+    """Yield a list that collects the attention [B, H, S, S] of each layer, in order."""
     maps: list[Tensor] = []
 
     def ask(
@@ -52,9 +52,9 @@ def recorded(body: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def item_attention(encoder: ItemEncoder, tokens: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Maps per layer [U, H, S, S] over `instruction + tokens` [U, L] of equal lengths [U].
+    """Return the maps per layer [U, H, S, S] over `instruction + tokens` [U, L].
 
-    Of a multimodal encoder, too, the texts alone.
+    All items have equal lengths [U]. A multimodal encoder reads only their texts here.
     """
     with recorded(encoder.body) as maps:
         encoder.pooled(tokens, lengths, torch.full_like(lengths, NO_PICTURE))
@@ -62,7 +62,7 @@ def item_attention(encoder: ItemEncoder, tokens: Tensor, lengths: Tensor) -> lis
 
 
 def user_attention(interest: InterestModel, batch: Batch, items: Tensor) -> UserAttention:
-    """Maps over a batch's slots; `items` [U, D] are its items' embeddings."""
+    """Return the maps over a batch's slots; `items` [U, D] are its items' embeddings."""
     user = interest.user_decoder
     prefix = interest.prefix(batch, items)
     with recorded(user.body) as maps:

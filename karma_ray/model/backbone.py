@@ -1,8 +1,8 @@
-"""Backbones as the rest of the package sees them, whatever their family (model/backbones/).
+"""Backbones of any family: building, loading, saving and running them (see model/backbones/).
 
-A backbone is a Hugging Face *body*: embeddings and layers, no head. Any checkpoint folder or hub
-name of a known family loads; `tiny` ones are built here and saved in the same layout, so
-everything after pretraining sees only "a Hugging Face folder".
+A backbone is a Hugging Face *body*: embeddings and layers, without a head. It is loaded from a
+checkpoint folder or hub name of a known family. `tiny` ones are built here and saved in the same
+form, so everything after pretraining reads an ordinary Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from karma_ray.model.config import TinyBackboneConfig
 
 
 def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> nn.Module:
-    """A small body with random weights; the vocabulary is the tokenizer's."""
+    """Build a small body with random weights and the vocabulary size of its tokenizer."""
     for name in ("hidden_size", "num_layers", "num_heads", "num_key_value_heads"):
         if getattr(config, name) < 1:
             raise InputError(f"model.tiny.{name}", getattr(config, name), "must be at least 1")
@@ -42,7 +42,7 @@ def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> nn.Mod
 
 
 def build_tiny_with_pictures(text: nn.Module, start: int, end: int, seed: int) -> nn.Module:
-    """A small body that reads pictures, with a random vision tower around a text body's weights.
+    """Build a small multimodal body: a random vision tower around the weights of a text body.
 
     `start` and `end` are the tokens around a picture.
     """
@@ -54,20 +54,20 @@ def build_tiny_with_pictures(text: nn.Module, start: int, end: int, seed: int) -
 def load_body(
     checkpoint: str, field: str = "checkpoint", *, with_vision: bool = False
 ) -> nn.Module:
-    """A body from a folder or hub name, with a vision tower if `with_vision`.
+    """Load a body from a folder or hub name, with a vision tower if `with_vision`.
 
-    Raises InputError when its family is not one of the choices.
+    Raises InputError when its family is unknown or unsuitable.
     """
     return checkpoint_family(checkpoint, field, with_vision=with_vision).load(checkpoint, field)
 
 
 def save_body(body: nn.Module, folder: str) -> None:
-    """Write a plain folder of the body's family: config.json and model.safetensors."""
+    """Write an ordinary folder of the body's family: config.json and model.safetensors."""
     family_of(body).save(body, folder)
 
 
 def stock_body(body: nn.Module, attention: str = "eager") -> nn.Module:
-    """The same parameters behind transformers' own layers: for references, and attention maps."""
+    """Return the same parameters in transformers' own layers, as a reference and for maps."""
     return family_of(body).stock(body, attention)
 
 
@@ -84,13 +84,14 @@ def run_body(
     real: Tensor | None = None,
     deep: Sequence[Tensor] = (),
 ) -> Tensor:
-    """Last hidden states [B, S, D] of soft tokens [B, S, D].
+    """Return the last hidden states [B, S, D] of soft tokens [B, S, D].
 
-    `visible` [B, S, S] says which position (row) sees which (column); without it the body is
-    causal. `positions` [B, S] defaults to each slot's number. Slots that are not `real` [B, S]
-    need not be computed: no real one may see them (in a causal pass they stand behind), and
-    their states are finite but unspecified. Bodies that read pictures take positions
-    [B, S, 3], and `deep`, tensors [B, S, D] that their first layers' outputs are added to.
+    `visible` [B, S, S] is the attention mask: which position (row) attends to which (column);
+    without it the body is causal. `positions` [B, S] default to the slot numbers. Slots that are
+    not `real` [B, S] need not be computed: no real slot may attend to them (in a causal pass they
+    come last), and their states are finite but unspecified. Bodies that read pictures take
+    positions [B, S, 3] and `deep`, tensors [B, S, D] that are added to the outputs of the first
+    layers.
     """
     num_rows, num_slots = embeddings.shape[:2]
     if positions is None:
@@ -109,7 +110,7 @@ def _states(
     body: nn.Module, embeddings: Tensor, positions: Tensor, plan: Any, deep: Sequence[Tensor]
 ) -> Tensor:
     if positions.dim() == 3:
-        positions = positions.movedim(-1, 0)  # transformers puts the three axes in front
+        positions = positions.movedim(-1, 0)  # transformers puts the three axes first
     options = {"deep": deep} if deep else {}
     output = body(
         inputs_embeds=embeddings, position_ids=positions, use_cache=False, packing=plan, **options
@@ -118,7 +119,7 @@ def _states(
 
 
 def truncated(body: nn.Module, num_layers: int) -> nn.Module:
-    """A copy of the first `num_layers` layers (a light decoder)."""
+    """Return a copy with the first `num_layers` layers (a light decoder)."""
     num_whole = len(cast(Any, body).layers)
     if not 1 <= num_layers <= num_whole:
         raise InputError(
@@ -133,10 +134,10 @@ def truncated(body: nn.Module, num_layers: int) -> nn.Module:
 
 
 def hidden_size(body: nn.Module) -> int:
-    """Width of a body."""
+    """Return the width of a body."""
     return int(cast(Any, body).config.hidden_size)
 
 
 def token_embeddings(body: nn.Module) -> Tensor:
-    """Input-embedding rows [V, D]."""
+    """Return the input-embedding rows [V, D]."""
     return cast(Tensor, cast(Any, body).embed_tokens.weight)

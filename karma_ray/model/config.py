@@ -1,6 +1,6 @@
-"""Configuration of the model's parts and the switches of the method they concern.
+"""Configuration of the model's parts.
 
-Each Literal lists its choices, the default first in the method's table of switches.
+Each Literal lists its choices with the default first, as in the method's table of switches.
 """
 
 from __future__ import annotations
@@ -28,40 +28,41 @@ class TinyBackboneConfig:
     intermediate_size: Count = 384
     """Width of the feed-forward layer."""
     vocab_size: Count = 4096
-    """Upper bound of the BPE vocabulary trained on the catalogue."""
+    """Upper bound of the BPE vocabulary, which is trained on the catalogue."""
 
 
 @dataclass(frozen=True)
 class ItemEncoderConfig:
-    """E_phi, equation 2."""
+    """The item encoder E_phi, equation 2."""
 
     checkpoint: str = "tiny"
     """`tiny`, a Hugging Face folder of a family in model/backbones/, or a hub name."""
     pool: Literal["eos", "emb_token", "mean"] = "eos"
-    """Last hidden state of the end token, of a learned [ITEM] vector, or the mean of all."""
+    """Item state: the end token's last hidden state, a learned [ITEM] vector's, or the mean."""
     instruction: str = ""
     """Text put before every item's text."""
     lexical: CountOrZero = 0
-    """Further dimensions of e that hold the item's words, counted and not learned, and of h those
-    of the history; for few clicks, which teach an encoder to forget the person."""
+    """Dimensions of the lexical block: counted words of the item, appended to e without learning,
+    and the mean over the history appended to h. It helps when clicks are few and the encoder
+    would learn to ignore the user's taste."""
     modality: Literal["text", "multimodal"] = "text"
-    """What of an item is read: its text, or its image and text (`checkpoint`:
+    """What the encoder reads of an item: its text, or its image and text (`checkpoint` must be
     of a family that reads pictures)."""
     vision: Literal["full", "frozen"] = "full"
-    """Whether the vision tower of a multimodal encoder learns where the encoder does."""
+    """Whether the vision tower of a multimodal encoder is trained together with the encoder."""
     image_size: Count = 64
-    """Pixels of a side of the pictures read: a multiple of the family's block (32), each of
-    which becomes a token."""
+    """Side of the pictures in pixels, a multiple of the family's block (32); each block becomes
+    one token."""
 
 
 @dataclass(frozen=True)
 class UserDecoderConfig:
-    """D_theta, equation 3."""
+    """The user decoder D_theta, equation 3."""
 
     checkpoint: str = "tiny"
     """`tiny`, a Hugging Face folder of a family in model/backbones/, or a hub name."""
     layout: Literal["interleaved", "items_only", "query_last"] = "interleaved"
-    """Where queries enter and where h_t is read."""
+    """Where queries enter the sequence and where h_t is read."""
     query_mode: Literal["embed_pool", "tokens", "encoder", "none"] = "embed_pool"
     """How a query becomes soft tokens; `tokens` needs layout query_last."""
     prompt: str = "user history:"
@@ -85,75 +86,75 @@ class DecodabilityConfig:
     share_projector: bool = True
     """One projector P for history items, warm-up items and Task 2's h_t."""
     recon_cond: Literal["eq7", "fig1"] = "eq7"
-    """Task 2 sees h_t only, or also the query between `<s>` and the text."""
+    """Task 2 conditions on h_t only, or also on the query, placed between `<s>` and the text."""
     recon_decoder: str = "shared"
-    """`shared`, `separate`, `frozen`, or `light:K` for a decoder of K layers."""
+    """Decoder of Task 2: `shared`, `separate`, `frozen`, or `light:K` with K layers."""
     recon_detach_h: bool = False
-    """Null control: cut Task 2's gradient into h_t."""
+    """Null control: stop Task 2's gradient before h_t."""
     recon_text: Literal["own", "shuffled"] = "own"
-    """Null control: Task 2 decodes the text of another decoded position's item, drawn anew in every
-    batch: the same computation without its meaning."""
+    """Null control: Task 2 decodes the text of another item of the batch, drawn for every batch.
+    The computation stays the same, but the text tells nothing about h_t."""
     recon_token_dropout: Share = 0.0
-    """Share of Task 2's input tokens masked."""
+    """Share of Task 2's input tokens that are masked."""
     task1_see_readout: bool = True
-    """Whether Task 1's text sees the read-out position itself."""
+    """Whether Task 1's text attends to the read-out position itself."""
     max_target_tokens: Count = 24
-    """Tokens of the target's text that are decoded."""
+    """Number of tokens of the target's text that are decoded."""
 
 
 @dataclass(frozen=True)
 class ImageryConfig:
     """The visual term (equation 8): train-only reconstruction of the target's visual features.
 
-    Built when `objective.lambda_img` is not 0.
+    The term is built only if `objective.lambda_img` is not 0.
     """
 
     img_cond: Literal["both", "task1", "task2"] = "both"
-    """Image queries stand behind the history (Task 1), behind h_t alone (Task 2), or both; L_img
-    is then the mean of the two."""
+    """Image queries follow the history (Task 1), h_t alone (Task 2), or both; L_img is then the
+    mean of the two."""
     img_head: Literal["fm", "ddpm_eps", "ddpm_v", "ddpm_x0", "edm", "mse"] = "fm"
     """Flow matching, DDPM that predicts noise, velocity or the clean feature, EDM, or plain
-    regression (control)."""
+    regression as a control."""
     img_sees_text: bool = False
-    """Whether Task 1's image queries see the target's text, which gives the answer away."""
+    """Whether Task 1's image queries attend to the target's text, which reveals the answer."""
     img_connector: Literal[0, 1, 2] = 0
-    """Bidirectional layers between the decoder's states at the image queries and the head."""
+    """Number of bidirectional layers between the states at the image queries and the head."""
     img_draws: Count = 4
-    """Times and noises drawn for each image in a step, at the head alone (MAR, 2406.11838, has
-    four); regression draws none."""
+    """Times and noises drawn per image and step, for the head alone (MAR, 2406.11838, uses four);
+    regression draws none."""
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    """The head's network."""
+    """The network of the head."""
 
     def check(self) -> None:
-        """Raise InputError on numbers that mean nothing, and what the head does not know."""
+        """Raise InputError on numbers out of range and on settings that the head does not have."""
         check_ranges(self, "model.imagery")
         self.denoiser.check("model.imagery.denoiser", self.img_head)
 
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """What a request searches with, generated from h_t by a small head (METHOD 1.12, Table 2).
+    """Generation of the search vector from h_t by a small head (METHOD 1.12, Table 2).
 
-    `objective.gen_mode` says whether L_act stays beside the head's loss.
+    `objective.gen_mode` says whether L_act is kept beside the head's loss.
     """
 
     kind: Literal["none", "mse", "ddpm_eps", "ddpm_v", "ddpm_x0", "edm", "fm"] = "none"
-    """h_t itself, its regression onto the clicked item's embedding, or a diffusion of it."""
+    """Search with h_t itself, with a regression onto the clicked item's e, or by diffusion."""
     samples: Count = 1
-    """Embeddings K drawn for a request."""
+    """Number K of embeddings drawn per request."""
     agg: Literal["single", "mean", "union"] = "single"
     """One sample, the mean of K, or each item's best score over K (ComiRec, 2005.09347)."""
     steps: CountOrZero = 0
-    """Steps of the sampler; 0: flow matching 25, DDIM 50, EDM 18."""
+    """Steps of the sampler; 0: 25 for flow matching, 50 for DDIM, 18 for EDM."""
     draws: Count = 4
-    """Times and noises drawn for each trained step, at the head alone; regression draws none."""
+    """Times and noises drawn per trained step, for the head alone; regression draws none."""
     recon_src: Literal["condition", "x0"] = "condition"
-    """What Task 2 decodes: h_t, which the head is told, or the head's estimate in one step."""
+    """What Task 2 decodes: h_t, the head's condition, or the head's one-step estimate."""
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
-    """The head's network."""
+    """The network of the head."""
 
     def check(self) -> None:
-        """Raise InputError on numbers that mean nothing, and settings that do not go together."""
+        """Raise InputError on numbers out of range and on settings that contradict each other."""
         check_ranges(self, "model.generator")
         if self.kind != "none":
             self.denoiser.check("model.generator.denoiser", self.kind)
@@ -162,9 +163,10 @@ class GeneratorConfig:
             choices = ["mean", "union"]
             raise InputError("model.generator.agg", self.agg, message, choices=choices)
         if self.recon_src == "x0" and self.kind == "ddpm_eps":
-            # From near pure noise the error of a predicted noise is multiplied by 34.
+            # With nearly pure noise an error in the predicted noise is multiplied by 34.
             message = (
-                "is no estimate in one step where noise is predicted: take kind ddpm_v or ddpm_x0"
+                "needs a one-step estimate, which predicted noise does not give: use kind "
+                "ddpm_v or ddpm_x0"
             )
             choices = ["condition"]
             raise InputError("model.generator.recon_src", "x0", message, choices=choices)
@@ -189,31 +191,30 @@ class IdModelConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """All parts."""
+    """All parts of the model."""
 
     kind: Literal["karma", "sasrec", "hstu"] = "karma"
-    """KARMA, or a baseline over item ids: of the other parts it uses `score` and `ids` alone."""
+    """KARMA, or a baseline over item ids, which uses only the parts `score` and `ids`."""
     ids: IdModelConfig = field(default_factory=IdModelConfig)
     """The baselines over item ids."""
     tiny: TinyBackboneConfig = field(default_factory=TinyBackboneConfig)
-    """Shape behind `checkpoint=tiny`."""
+    """Shape of the backbones with `checkpoint=tiny`."""
     item_encoder: ItemEncoderConfig = field(default_factory=ItemEncoderConfig)
-    """One embedding token per item."""
+    """Encodes an item as one embedding."""
     user_decoder: UserDecoderConfig = field(default_factory=UserDecoderConfig)
-    """Next-interest embedding."""
+    """Computes the next-interest embedding."""
     score: ScoreConfig = field(default_factory=ScoreConfig)
     """Dot product and its normalisation."""
     decodability: DecodabilityConfig = field(default_factory=DecodabilityConfig)
-    """Train-only decoders."""
+    """Decoders that exist only in training."""
     imagery: ImageryConfig = field(default_factory=ImageryConfig)
-    """Train-only image queries and diffusion head."""
+    """Image queries and diffusion head, which exist only in training."""
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
-    """A head that generates what a request searches with; it serves."""
+    """A head that generates the search vector; it is also used in serving."""
     peft: str = "full"
-    """`full`: every weight learns; `lora:R`: rank-R adapters on both backbones (2106.09685), at
-    `training.new_module_lr` times the learning rate."""
+    """`full`: all weights are trained; `lora:R`: rank-R adapters on both backbones (2106.09685),
+    with `training.new_module_lr` times the learning rate."""
 
     def check(self) -> None:
-        """Raise InputError on settings that do not go together, but for `imagery`'s, which may be
-        unused."""
+        """Raise InputError on contradicting settings; `imagery`, if used, is checked separately."""
         self.generator.check()

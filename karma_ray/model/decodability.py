@@ -1,11 +1,12 @@
-"""The train-only half: Task 1 and Task 2 ask the embeddings for the target's text.
+"""Decodability, used only in training: Task 1 and Task 2 decode the target's text from embeddings.
 
-Decoders receive the shared backbone as a call argument; nothing here is part of what serves.
+Decoders receive the shared backbone as an argument of the call; serving needs nothing of this.
 
-Task 1 hangs branches behind positions of the history, in one pass of the decoder:
+Task 1 appends branches to positions of the history, in one pass of the decoder:
 
-    PREFIX          sees itself, as its layout says; never a branch
-    TXT_k, IMG_k    see the prefix up to the read-out p_k and themselves; no branch of another k
+    PREFIX          attends to itself as its layout says; never to a branch
+    TXT_k, IMG_k    attend to the prefix up to the read-out p_k and to themselves, but not to
+                    branches of other positions
 
 Legend: B windows, M decoded positions, R = B M rows, L text tokens or slots of a branch, S prefix
 slots, E slots of all branches of a window, D width.
@@ -44,7 +45,7 @@ class TextTargets:
 def text_targets(
     tokens: Tensor, lengths: Tensor, special: SpecialIds, max_tokens: int
 ) -> TextTargets:
-    """From item tokens [R, L] that end in the end of text, lengths [R]."""
+    """Build targets from item tokens [R, L], which end with the end of text, and lengths [R]."""
     words = (lengths - 1).clamp(max=max_tokens)
     width = int(words.max()) if len(words) else 0
     text = tokens[:, :width]
@@ -55,12 +56,12 @@ def text_targets(
     return TextTargets(torch.cat([start, text], 1), labels, position <= words[:, None])
 
 
-def strangers_text(targets: TextTargets, items: Tensor, key: int) -> TextTargets:
-    """The texts of other items among the same rows; items [R] are catalogue rows.
+def shuffled_text(targets: TextTargets, items: Tensor, key: int) -> TextTargets:
+    """Return the texts of other items among the same rows; items [R] are catalogue rows.
 
-    Rows stand in an order drawn from `key`, equal items side by side, and take the text that
-    stands as many places further as the most frequent item has rows. What still meets its own
-    item (one item fills more than half of the rows) decodes nothing.
+    Rows are sorted in an order drawn from `key`, with equal items adjacent. Each row takes the
+    text that is as many rows further as the most frequent item has. A row that still meets its
+    own item (if one item fills more than half of the rows) decodes nothing.
     """
     rows = torch.nonzero(targets.mask.any(1)).flatten()
     if not len(rows):
@@ -75,20 +76,20 @@ def strangers_text(targets: TextTargets, items: Tensor, key: int) -> TextTargets
 
 @dataclass(frozen=True)
 class Branch:
-    """One kind of branch, at every decoded position."""
+    """One kind of branch, with one instance at every decoded position."""
 
     embeddings: Tensor  # [R, L, D]
     real: Tensor  # [R, L]
-    causal: bool  # each slot sees those before it, or all see all
-    after: Branch | None = None  # the branch of its own position that it stands behind and sees
+    causal: bool  # each slot attends to earlier ones; otherwise all attend to all
+    after: Branch | None = None  # the branch of the same position that it follows and attends to
 
 
 def run_branches(
     body: nn.Module, prefix: Prefix, batch: Batch, branches: Sequence[Branch], *, see_readout: bool
 ) -> tuple[Tensor, list[Tensor]]:
-    """Prefix states [B, S, D] and those of each branch [R, L, D].
+    """Return the prefix states [B, S, D] and those of each branch [R, L, D].
 
-    A branch sees what its read-out p_k sees and, with `see_readout`, p_k itself.
+    A branch attends to what its read-out p_k attends to and, with `see_readout`, to p_k itself.
     """
     num_windows, num_decoded = batch.decode_step.shape
     slots = prefix.layout.visible.shape[1]
@@ -125,7 +126,7 @@ def run_branches(
 def _places(
     branches: Sequence[Branch], num_decoded: int, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Kind, decoded position and place in its branch of each slot [E]."""
+    """Return the branch kind, decoded position and index in the branch of each slot [E]."""
     found = []
     for number, branch in enumerate(branches):
         slot = torch.arange(num_decoded * branch.real.shape[1], device=device)
@@ -136,7 +137,7 @@ def _places(
 
 
 def _among(branches: Sequence[Branch], kind: Tensor, place: Tensor) -> Tensor:
-    """Which slot of a position sees which other [E, E], where they are of one position."""
+    """Return the attention mask [E, E] between slots of the same position."""
     earlier = place[:, None] >= place
     among = torch.zeros_like(earlier)
     for row, branch in enumerate(branches):
@@ -150,7 +151,7 @@ def _among(branches: Sequence[Branch], kind: Tensor, place: Tensor) -> Tensor:
 
 
 def _before(branch: Branch) -> Tensor:
-    """Real slots of a position between p_k and the branch, for each of its slots [R, L]."""
+    """Count, for each slot [R, L], the real slots of its position between p_k and the branch."""
     if branch.after is None:
         return torch.zeros_like(branch.real, dtype=torch.long)
     return branch.after.real.sum(1, keepdim=True).expand(branch.real.shape)
@@ -159,14 +160,14 @@ def _before(branch: Branch) -> Tensor:
 def history_to_text(
     body: nn.Module, prefix: Prefix, batch: Batch, targets: TextTargets, *, see_readout: bool
 ) -> tuple[Tensor, Tensor]:
-    """Task 1, equation 6: prefix states [B, S, D] and text states [R, L + 1, D]."""
+    """Task 1, equation 6: returns prefix states [B, S, D] and text states [R, L + 1, D]."""
     text = text_branch(body, targets)
     states, (found,) = run_branches(body, prefix, batch, [text], see_readout=see_readout)
     return states, found
 
 
 def text_branch(body: nn.Module, targets: TextTargets) -> Branch:
-    """The target's text behind `<s>`, causal."""
+    """Return the causal branch with `<s>` and the target's text."""
     return Branch(token_embeddings(body)[targets.inputs], targets.mask, causal=True)
 
 
@@ -179,11 +180,11 @@ def vector_to_text(
     condition: Tensor | None = None,
     condition_mask: Tensor | None = None,
 ) -> Tensor:
-    """Rows `[prompt] P(x) <s> [query] w_1..w_L`: Task 2 (x = h_t) and the warm-up (x = e_i).
+    """Decode rows `[prompt] P(x) <s> [query] w_1..w_L`: Task 2 (x = h_t), warm-up (x = e_i).
 
-    prompt [n], vectors [R, D] already projected, inputs [R, L + 1] of which `mask` is wanted,
-    condition [R, Lq] query tokens. Returns the states [R, L + 1, D] at
-    the text, first at the token before w_1.
+    prompt [n], vectors [R, D] already projected, inputs [R, L + 1] with a `mask` of the wanted
+    ones, condition [R, Lq] query tokens. Returns the states [R, L + 1, D] at the text, starting
+    with the token before w_1.
     """
     embed = token_embeddings(body)
     count = len(vectors)
@@ -192,7 +193,7 @@ def vector_to_text(
         real = functional.pad(mask, (len(prompt) + 1, 0), value=True) & mask[:, :1]
         states = run_body(body, torch.cat([*parts, embed[inputs]], 1), real=real)
         return states[:, len(prompt) + 1 :]
-    # `<s>` stands before the query, the text after it: w_1 is predicted at the query's end.
+    # `<s>` precedes the query and the text follows it: w_1 is predicted at the query's last token.
     parts += [embed[inputs[:, :1]], embed[condition], embed[inputs[:, 1:]]]
     soft = torch.cat(parts, 1)
     head = torch.ones(count, len(prompt) + 2, dtype=torch.bool, device=soft.device)
@@ -208,14 +209,14 @@ def vector_to_text(
 
 
 class Decodability(nn.Module):
-    """Weights that only Task 2's variants need; the default (`shared`) has none of its own."""
+    """Modules of Task 2's variants; the default (`shared`) has no weights."""
 
     prompt: Tensor
 
     def __init__(
         self, config: DecodabilityConfig, body: nn.Module, projector: nn.Module, prompt: list[int]
     ) -> None:
-        """Private copies start from the (warmed-up) `body` and `projector`."""
+        """Create private copies, if any, from the (warmed-up) `body` and `projector`."""
         super().__init__()
         self.config = config
         self.register_buffer("prompt", torch.tensor(prompt, dtype=torch.long))
@@ -234,11 +235,11 @@ class Decodability(nn.Module):
             self.projector = copy.deepcopy(projector)
 
     def decoder(self, shared: nn.Module) -> nn.Module:
-        """The body that decodes in Task 2."""
+        """Return the body that decodes in Task 2."""
         return self.body if hasattr(self, "body") else shared
 
     def project(self, shared: nn.Module, vectors: Tensor) -> Tensor:
-        """P or its private copy: [R, D] -> soft tokens [R, D]."""
+        """Apply P or its private copy: [R, D] -> soft tokens [R, D]."""
         projector = self.projector if hasattr(self, "projector") else shared
         projected: Tensor = projector(vectors)
         return projected

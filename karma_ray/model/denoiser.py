@@ -1,8 +1,8 @@
-"""g_psi of METHOD 1.9: the network behind a diffusion head, an MLP on each token by itself.
+"""The denoising network g_psi of METHOD 1.9: an MLP that is applied to each token separately.
 
-MAR's diffusion head (2406.11838, its SimpleMLPAdaLN): time and condition modulate the norms of
-D residual blocks. Modulations and the output start at zero, so at first every block is the
-identity and the answer is 0.
+It is MAR's diffusion head (2406.11838, SimpleMLPAdaLN): time and condition modulate the norms of
+the residual blocks. Modulations and output start at zero, so that at first every block is the
+identity and the output is 0.
 
 Legend: N examples, V tokens, d token width, C condition width, w width of the blocks.
 """
@@ -26,39 +26,39 @@ FREQUENCIES = 256
 
 @dataclass(frozen=True)
 class DenoiserConfig:
-    """The network, and the times at which flow matching asks it in training and sampling."""
+    """The network, and the times used by flow matching in training and sampling."""
 
     num_layers: Count = 3
-    """Residual blocks (MAR's own has 12)."""
+    """Residual blocks (MAR has 12)."""
     width: CountOrZero = 0
-    """Width w of the blocks; 0: the wider of the token and of the condition. Narrower than a
-    token it could not carry the noise through (RAE, 2510.11690)."""
+    """Width w of the blocks; 0: the larger of token and condition width. With less than the
+    token width the noise would not pass through (RAE, 2510.11690)."""
     times: Times = "uniform"
-    """Times t at which flow matching is trained: even, or logit-normal (2403.03206), which has
-    more of the middle. Other heads have their own times."""
+    """Times t for training flow matching: uniform, or logit-normal (2403.03206), which prefers
+    the middle. Other heads have fixed times."""
     shift: Weight = 0.0
-    """Flow matching's a in t' = a t / (1 + (a - 1) t), above 1 for more noise, in training and in
-    the sampler; 0: by the dimensions of a target, sqrt(N_v d_v / 4096) and at least 1 (RAE,
+    """Flow matching's a in t' = a t / (1 + (a - 1) t), in training and sampling; a > 1 gives more
+    noise. 0: sqrt(N_v d_v / 4096) from the dimensions of a target, at least 1 (RAE,
     2510.11690)."""
 
     def check(self, path: str, head: str) -> None:
-        """Raise InputError on what the head does not know; `path` is that of this config."""
+        """Raise InputError on settings that the head does not have; `path` leads to this config."""
         for name, default in (("times", "uniform"), ("shift", 0.0)):
             if head != "fm" and getattr(self, name) != default:
-                message = f"is flow matching's (fm); the head is {head!r}"
+                message = f"is a setting of flow matching (fm); the head is {head!r}"
                 raise InputError(f"{path}.{name}", getattr(self, name), message)
 
 
 class Denoiser(nn.Module):
-    """(noisy, time, condition) -> the variant's answer, token by token; see
+    """(noisy, time, condition) -> the variant's prediction, token by token; see
     `objectives.denoising.Network`."""
 
     def __init__(
         self, token_width: int, condition_width: int, config: DenoiserConfig, *,
         sees_noise: bool = True,
     ) -> None:  # fmt: skip
-        """Without `sees_noise` (regression) the output layer starts at random: a network whose
-        input never varies would else learn through zero times zero, many times slower."""
+        """Without `sees_noise` (regression) the output layer is initialised at random. With a
+        constant input a zero output layer would learn many times slower."""
         super().__init__()
         width = config.width or max(token_width, condition_width)
         self.into = nn.Linear(token_width, width)
@@ -109,6 +109,6 @@ def time_features(time: Tensor) -> Tensor:
 
 
 def _modulated(hidden: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """Final layer: LN without weights, then scale and shift."""
+    """Apply the last LayerNorm, without weights, then scale and shift."""
     normed = functional.layer_norm(hidden, hidden.shape[-1:], eps=1e-6)
     return normed * (1 + scale) + shift

@@ -1,10 +1,10 @@
-"""Table 2 (METHOD 1.12): what a request searches with is generated from h_t, not h_t itself.
+"""Generation of the search vector from h_t, for Table 2 (METHOD 1.12).
 
-A head learns p(z | h_t), z the standardised embedding of the item that was clicked. The target
-never gets a gradient: items could else all become the same, and the loss 0.
+A head learns p(z | h_t), where z is the standardised embedding of the clicked item. The target
+never gets a gradient; otherwise all items could become equal, with a loss of 0.
 
-EDM at its largest noise and flow matching at t = 1 answer E[z | h_t] in one step, as regression
-does; more steps go from the mean of what could be clicked to one of its modes.
+EDM at its largest noise and flow matching at t = 1 return E[z | h_t] in one step, as regression
+does. More steps move from the mean of possible clicks to one of its modes.
 
 Legend: N trained steps, B requests, K samples, G items of a step, D width.
 """
@@ -25,13 +25,13 @@ from karma_ray.model.denoiser import Denoiser
 from karma_ray.objectives.denoising import denoising
 
 MOMENTUM = 0.99
-"""Of the running mean and deviation of item embeddings, after as many steps."""
+"""Momentum of the running mean and deviation of item embeddings, after the first steps."""
 ORIGIN = 20_260_322
 """Seed of the noise that one-step estimates start from."""
 
 
 class Generator(nn.Module):
-    """The head and the statistics of its targets."""
+    """The generating head, and the statistics of its targets."""
 
     mean: Tensor  # [D]
     square: Tensor  # [D]
@@ -53,16 +53,16 @@ class Generator(nn.Module):
 
     @property
     def is_random(self) -> bool:
-        """Whether noise decides what is generated: not in a regression."""
+        """Whether the generated vectors depend on noise; those of a regression do not."""
         return self.config.kind != "mse"
 
     @property
     def num_draws(self) -> int:
-        """Times and noises for each trained step."""
+        """Number of times and noises per trained step."""
         return 1 if self.config.kind == "mse" else self.config.draws
 
     def resampled(self, samples: int, agg: str, steps: int) -> Generator:
-        """The same weights, sampled another way."""
+        """Return a copy with the same weights and other sampling settings."""
         fields: dict[str, Any] = {"samples": samples, "agg": agg, "steps": steps}
         made = Generator(replace(self.config, **fields), len(self.mean))
         made.load_state_dict(self.state_dict())
@@ -70,7 +70,7 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def observe(self, items: Tensor) -> None:
-        """Follow the mean and deviation of item embeddings, e [G, D] of a step on all workers."""
+        """Update the mean and deviation of item embeddings with e [G, D] of a step."""
         keep = torch.clamp(self.seen / (self.seen + 1), max=MOMENTUM)
         items = items.float()
         self.mean.lerp_(items.mean(0), 1 - keep)
@@ -78,10 +78,10 @@ class Generator(nn.Module):
         self.seen += 1
 
     def losses(self, interest: Tensor, targets: Tensor, keys: np.ndarray) -> Tensor:
-        """Loss [N] of h [N, D] against e [N, D] of the clicked items, made in float32.
+        """Return the loss [N] of h [N, D] for e [N, D] of the clicked items, in float32.
 
-        Noises and levels are drawn by `keys` [N], so that neither workers nor micro-batches change
-        them; the levels of a step are one from each of `num_draws` equal parts.
+        Noises and noise levels are drawn from `keys` [N], so that they do not depend on workers
+        or micro-batches. The levels of a step are stratified into `num_draws` equal parts.
         """
         draws, device = self.num_draws, interest.device
         levels = (uniform(keys, GEN_LEVEL)[:, None] + np.arange(draws)) / draws
@@ -93,18 +93,17 @@ class Generator(nn.Module):
         return values.view(-1, draws).mean(1)
 
     def estimate(self, interest: Tensor) -> Tensor:
-        """h [..., D] -> E[e | h] [..., D] by one step of the sampler, with gradient."""
+        """Estimate E[e | h] [..., D] from h [..., D] by one sampler step, with gradient."""
         rows = interest.flatten(0, -2)
         noise = self.origin.expand(len(rows), -1)
         return self._restored(self._drawn(rows, noise, steps=1)).view_as(interest)
 
     @torch.no_grad()
     def search_with(self, interest: Tensor, keys: np.ndarray | None = None) -> Tensor:
-        """h [B, D] and keys [B] of the requests -> what they search with [B, K or 1, D].
+        """Map h [B, D] and request keys [B] to the search vectors [B, K or 1, D].
 
-        Noise is drawn by the key of a request: it gets the same answer in any company, and
-        requests of other keys do not share its luck. Raises ValueError without keys where it
-        matters.
+        Noise is drawn from the key of a request, so its answer does not depend on other requests
+        in the batch. Raises ValueError if keys are needed and missing.
         """
         samples = self._samples(interest, keys)
         return self._restored(
@@ -113,28 +112,28 @@ class Generator(nn.Module):
 
     @torch.no_grad()
     def deviation(self, interest: Tensor, keys: np.ndarray | None = None) -> float:
-        """How wide samples are: their standard deviation over requests and draws, the items' being
-        1; mean over dimensions.
+        """Return the standard deviation of samples over requests and draws, averaged over
+        dimensions; that of the items is 1.
 
-        Well above 1 the sampler is at fault, not what was learnt; well below, samples are means.
+        A value well above 1 points to the sampler; one well below 1 means that samples are means.
         """
         return float(self._samples(interest, keys).flatten(0, 1).std(0).mean())
 
     def _samples(self, interest: Tensor, keys: np.ndarray | None) -> Tensor:
-        """Standardised embeddings [B, K, D]."""
+        """Draw standardised embeddings [B, K, D]."""
         config, shape = self.config, (self.config.samples, interest.shape[-1])
         if not self.is_random:
             noise = interest.new_zeros(len(interest), *shape)
         elif keys is None:
-            raise ValueError("a model that draws needs the keys of the requests")
-        else:  # on the CPU, whose draws are the same wherever the model runs
+            raise ValueError("a model that draws noise needs the keys of the requests")
+        else:  # on the CPU, so that the draws are equal on every device
             noise = normal(hashed(keys, SERVED), shape, "cpu").to(interest.device)  # [B, K, D]
         return torch.stack(
             [self._drawn(interest, draw, config.steps or None) for draw in noise.unbind(1)], 1
         )
 
     def _drawn(self, interest: Tensor, noise: Tensor, steps: int | None) -> Tensor:
-        """A standardised embedding [B, D] for each h [B, D], from noise [B, D]."""
+        """Generate a standardised embedding [B, D] for each h [B, D], from noise [B, D]."""
         return self.denoising.denoise(self.head, interest[:, None], noise[:, None], steps)[:, 0]
 
     def _deviation(self) -> Tensor:
@@ -144,5 +143,5 @@ class Generator(nn.Module):
         return (items.float() - self.mean) / self._deviation()
 
     def _restored(self, samples: Tensor) -> Tensor:
-        """Back on the sphere that the item encoder's embeddings lie on."""
+        """Undo the standardisation, and normalise as the item encoder does."""
         return rms_normalize(samples * self._deviation() + self.mean)

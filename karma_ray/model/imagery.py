@@ -1,9 +1,9 @@
 """The visual term, equation 8: learnable image queries, a light connector and a diffusion head.
 
-Queries `<boi> Q <eoi>` stand behind the history (Task 1) or behind P(h_t) alone (Task 2) in the
-text decoder; its states there condition a head that denoises the target's frozen visual features
-(METHOD 1.9). `<boi>` and `<eoi>` are learned vectors: no token of the vocabulary is spent on what
-never serves.
+Queries `<boi> Q <eoi>` follow the history (Task 1) or P(h_t) alone (Task 2) in the text decoder.
+Their states condition a head that denoises the target's frozen visual features (METHOD 1.9).
+`<boi>` and `<eoi>` are learned vectors instead of vocabulary tokens, since they are never needed
+in serving.
 
 Legend: B windows, M decoded positions, R = B M rows (or items of the warm-up), N_v image tokens
 of width d_v, as many queries, K = N_v + 2 slots of a branch, D width of the decoder.
@@ -28,7 +28,7 @@ from karma_ray.objectives.denoising import denoising
 
 @dataclass(frozen=True)
 class ImageShape:
-    """Of one item's visual feature."""
+    """Shape of one item's visual feature."""
 
     num_tokens: int  # N_v
     width: int  # d_v
@@ -36,15 +36,15 @@ class ImageShape:
 
 @dataclass(frozen=True)
 class ImageTargets:
-    """What is to be reconstructed, one row per decoded position or warm-up item."""
+    """Features to reconstruct, one row per decoded position or warm-up item."""
 
     feature: Tensor  # [R, N_v, d_v] zero where there is no image
     mask: Tensor  # [R]
-    key: Tensor  # [R] of the row's random draws
+    key: Tensor  # [R] for the random draws of the row
 
     @classmethod
     def of(cls, batch: Batch) -> ImageTargets:
-        """Of the decoded positions, R = B M."""
+        """Return the targets of the decoded positions, R = B M."""
         keys = hashed(batch.row_key.cpu().numpy()[:, None], batch.decode_step.cpu().numpy())
         return cls(
             batch.visual_feature.flatten(0, 1),
@@ -53,17 +53,17 @@ class ImageTargets:
         )
 
     def to(self, device: torch.device | str) -> ImageTargets:
-        """The same targets on another device."""
+        """Return the same targets on another device."""
         return ImageTargets(self.feature.to(device), self.mask.to(device), self.key.to(device))
 
 
 class Imagery(nn.Module):
-    """Image queries, connector and head; nothing of it is part of what serves."""
+    """Image queries, connector and head; serving needs none of them."""
 
     def __init__(
         self, config: ImageryConfig, shape: ImageShape, embedding_rows: Tensor, seed: int
     ) -> None:
-        """Queries start at the scale of the decoder's input-embedding rows [V, D]."""
+        """Initialise the queries at the scale of the decoder's input-embedding rows [V, D]."""
         super().__init__()
         self.config, self.shape = config, shape
         config.check()
@@ -88,23 +88,23 @@ class Imagery(nn.Module):
 
     @property
     def in_task1(self) -> bool:
-        """Whether image queries stand behind the history."""
+        """Whether image queries follow the history."""
         return self.config.img_cond in ("both", "task1")
 
     @property
     def in_task2(self) -> bool:
-        """Whether they stand behind h_t alone."""
+        """Whether image queries follow h_t alone."""
         return self.config.img_cond in ("both", "task2")
 
     def block(self, count: int) -> Tensor:
-        """`<boi> Q <eoi>` as input of the decoder, `count` times [count, K, D]."""
+        """Return `<boi> Q <eoi>` as decoder input, `count` times [count, K, D]."""
         return torch.cat([self.begin[None], self.queries, self.end[None]]).expand(count, -1, -1)
 
     def vector_states(self, body: nn.Module, vectors: Tensor, mask: Tensor) -> Tensor:
-        """Task 2 and warm-up: rows `P(x) <boi> Q <eoi>`; no text, no history.
+        """Run rows `P(x) <boi> Q <eoi>` of Task 2 and the warm-up, without text or history.
 
-        vectors [R, D] already projected, mask [R] rows that are wanted -> states [R, K, D].
-        The block is bidirectional; P(x) sees itself alone.
+        vectors [R, D] already projected, mask [R] of the wanted rows -> states [R, K, D]. The
+        queries attend to everything; P(x) attends to itself only.
         """
         count, slots = len(vectors), self.shape.num_tokens + 3
         block = self.block(count)
@@ -115,29 +115,31 @@ class Imagery(nn.Module):
         return run_body(body, soft, visible.expand(count, -1, -1), real=real)[:, 1:]
 
     def branch(self, mask: Tensor, after: Branch | None) -> Branch:
-        """Task 1's branch at rows [R] that have an image: bidirectional, behind the text it sees
-        under `img_sees_text`."""
+        """Return Task 1's bidirectional branch for rows [R] that have an image.
+
+        Under `img_sees_text` it follows the text and attends to it.
+        """
         block = self.block(len(mask))
         real = mask[:, None].expand(block.shape[:2])
         seen = after if self.config.img_sees_text else None
         return Branch(block, real, causal=False, after=seen)
 
     def conditions(self, states: Tensor) -> Tensor:
-        """States of a branch [R, K, D] -> what the head is told [R, N_v, D]."""
+        """Map the states of a branch [R, K, D] to the head's conditions [R, N_v, D]."""
         told = states[:, 1:-1]
         for layer in self.connector:
             told = layer(told)
         return told
 
     def losses(self, states: Tensor, targets: ImageTargets) -> Tensor:
-        """L_img of each row [R], 0 without an image; states [R, K, D] of a branch.
+        """Return L_img per row [R], 0 without an image, from the states [R, K, D] of a branch.
 
-        Noises and their levels are drawn by the row's key, so that neither workers nor
-        micro-batches change them; both tasks of a step see the same. The levels of an image are
-        one from each of `num_draws` equal parts.
+        Noises and noise levels are drawn from the row's key, so that they do not depend on workers
+        or micro-batches; both tasks of a step use the same ones. The levels of an image are
+        stratified into `num_draws` equal parts.
         """
         mask, draws = targets.mask, self.num_draws
-        # Without any image the result keeps its (zero) gradient: workers pass back in step.
+        # Without images the result keeps a zero gradient, so that all workers run the backward.
         clean, keys = targets.feature[mask], targets.key[mask].cpu().numpy()
         levels = (uniform(keys, LEVEL)[:, None] + np.arange(draws)) / draws
         level = torch.from_numpy(levels).flatten().to(mask.device, torch.float32)

@@ -1,4 +1,4 @@
-"""What serves: item encoder, user decoder and score. No head, no decoder of text.
+"""The model that serves: item encoder, user decoder and score, without any head or text decoder.
 
 Legend: B windows, T steps, U items, L tokens, D width.
 """
@@ -27,8 +27,10 @@ from karma_ray.model.user_decoder import Prefix, UserDecoder
 
 
 class InterestModel(RecallModel):
-    """E_phi, D_theta and their score (METHOD 1.11's stripped graph); Table 2's rows also have a
-    generator of what a request searches with."""
+    """E_phi, D_theta and their score (the stripped graph of METHOD 1.11).
+
+    Models of Table 2 also have a generator of search vectors.
+    """
 
     generator: Generator | None
 
@@ -54,7 +56,7 @@ class InterestModel(RecallModel):
 
     @classmethod
     def build(cls, config: ModelConfig, tokenizer: Tokenizer, seed: int = 0) -> InterestModel:
-        """Load both bodies from their checkpoints; `config.peft` may put adapters into them."""
+        """Load both bodies from their checkpoints, with adapters if `config.peft` asks for them."""
         rank = parse_rank(config.peft)
         encoder = config.item_encoder
         item = load_body(
@@ -69,16 +71,16 @@ class InterestModel(RecallModel):
 
     @property
     def width(self) -> int:
-        """D: the decoder's, and the lexical dimensions."""
+        """D: the decoder's width plus the lexical dimensions."""
         return self.learned_width + self.config.item_encoder.lexical
 
     @property
     def learned_width(self) -> int:
-        """The decoder's dimensions."""
+        """The decoder's width."""
         return hidden_size(self.user_decoder.body)
 
     def generate_with(self, config: GeneratorConfig, seed: int) -> None:
-        """Search with what a new generator makes of h; `kind=none`: with h itself."""
+        """Search with the output of a new generator, or with h itself for `kind=none`."""
         self.config, self.generator = replace(self.config, generator=config), None
         if config.kind != "none":
             with torch.random.fork_rng():
@@ -86,39 +88,39 @@ class InterestModel(RecallModel):
                 self.generator = Generator(config, self.width)
 
     def attach_catalog(self, catalog: Catalog, data_uri: str) -> None:
-        """Take the pictures of a data folder's items; nothing to do for an encoder of text."""
+        """Load the pictures of a data folder's items; a text encoder needs none."""
         self.item_encoder.attach_catalog(catalog, data_uri)
 
     def encode_items(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Tokens [U, L], lengths [U] (and catalogue `rows` [U], to see pictures) -> e [U, D]."""
+        """Encode tokens [U, L] of lengths [U] as e [U, D]; multimodal encoders need `rows` [U]."""
         return cast(Tensor, self.item_encoder(tokens, lengths, rows))
 
     def prefix(self, batch: Batch, items: Tensor) -> Prefix:
-        """The user decoder's input of a batch; `items` [U, D]."""
+        """Return the user decoder's input for a batch; `items` [U, D]."""
         queries = None
         if self.config.user_decoder.query_mode == "encoder":
             queries = self._encode_queries(batch)
         return self.user_decoder.prefix(batch, items, queries)
 
     def interest(self, batch: Batch, items: Tensor) -> Tensor:
-        """Next-interest embeddings h [B, T, D] at every step; `items` [U, D]."""
+        """Return the next-interest embeddings h [B, T, D] of every step; `items` [U, D]."""
         prefix = self.prefix(batch, items)
         return self.user_decoder.interest(self.user_decoder.run(prefix), prefix)
 
     def decodable(self, interest: Tensor) -> Tensor:
-        """What of h [..., D] Task 2 decodes: itself, or under `recon_src=x0` the generator's
-        estimate of the clicked item's embedding."""
+        """Return what Task 2 decodes for h [..., D]: h itself, or with `recon_src=x0` the
+        generator's estimate of the clicked item's embedding."""
         if self.generator is None or self.generator.config.recon_src == "condition":
             return interest
         return self.generator.estimate(interest)
 
     @property
     def is_random(self) -> bool:
-        """Whether what a request searches with is drawn."""
+        """Whether search vectors are drawn at random."""
         return self.generator is not None and self.generator.is_random
 
     def search_vectors(self, interest: Tensor, keys: np.ndarray | None = None) -> Tensor:
-        """h [B, D] -> the vectors that a request searches with [B, K, D], float32."""
+        """Map h [B, D] to the vectors that a request searches with [B, K, D], float32."""
         if self.generator is not None:
             return self.query_vectors(self.generator.search_with(interest, keys))
         return super().search_vectors(interest, keys)

@@ -1,4 +1,4 @@
-"""E_phi, equation 2: an item's text, and its picture if the encoder sees -> one embedding token.
+"""The item encoder E_phi, equation 2: an item's text, and optionally picture, -> one embedding.
 
 Legend: U items, L tokens, D width of h and e.
 """
@@ -15,7 +15,7 @@ from karma_ray.data.pixels import NO_PICTURE, PixelTable, catalog_pixels
 from karma_ray.errors import InputError
 from karma_ray.model.adapters import rms_normalize
 from karma_ray.model.backbone import hidden_size, run_body, token_embeddings
-from karma_ray.model.backbones.family import SeenRows
+from karma_ray.model.backbones.family import BodyInput
 from karma_ray.model.backbones.registry import pictures_of
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.lexical import LexicalBlock
@@ -23,13 +23,13 @@ from karma_ray.ranges import check_ranges
 
 LOG = logging.getLogger(__name__)
 SAME_STATES = 1e-10
-"""Variance, beside the mean square, below which pooled states differ by rounding alone."""
+"""Variance, relative to the mean square, below which pooled states differ by rounding only."""
 
 
 class ItemEncoder(nn.Module):
     """Backbone, pooling and W_e: e = RMSNorm(W_e (e_raw - mean)), METHOD 1.2; see `whiten`.
 
-    Under `lexical` the item's words follow as further dimensions: see LexicalBlock.
+    With `lexical` the counted words of the item are appended, see LexicalBlock.
     """
 
     instruction: Tensor
@@ -46,7 +46,7 @@ class ItemEncoder(nn.Module):
         super().__init__()
         check_ranges(config, "model.item_encoder")
         self.config, self.body = config, body
-        self.pictures: PixelTable | None = None  # no part of the weights
+        self.pictures: PixelTable | None = None  # not part of the weights
         if config.modality == "multimodal":
             block = pictures_of(body).block(body)
             if config.image_size < block or config.image_size % block:
@@ -64,15 +64,15 @@ class ItemEncoder(nn.Module):
             self.words = LexicalBlock(len(token_embeddings(body)), config.lexical, width)
 
     def attach_catalog(self, catalog: Catalog, data_uri: str) -> None:
-        """Take the pictures of a data folder's items; nothing to do for an encoder of text."""
+        """Load the pictures of a data folder's items; a text encoder needs none."""
         if self.config.modality == "multimodal":
             self.pictures = catalog_pixels(catalog, data_uri, self.config.image_size)
 
     def forward(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Right-padded tokens [U, L] ending in the end of text, lengths [U] -> e [U, D].
+        """Encode right-padded tokens [U, L] with an end of text, lengths [U], as e [U, D].
 
-        `rows` [U] are catalogue rows, whose pictures a multimodal encoder reads; it must be told
-        NO_PICTURE (-1) of a query.
+        `rows` [U] are catalogue rows, whose pictures a multimodal encoder reads; for a query they
+        must be NO_PICTURE (-1).
         """
         learned = rms_normalize(self.output(self.pooled(tokens, lengths, rows) - self.mean))
         if not self.config.lexical:
@@ -83,14 +83,14 @@ class ItemEncoder(nn.Module):
     def whiten(
         self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None, *, ridge: float = 0.01
     ) -> None:
-        """Fit the mean and W_e on a sample of items, so that e starts with all its directions.
+        """Fit the mean and W_e on a sample of items, so that e uses all its dimensions.
 
-        Pooled states of a language model share one large common direction (cosine .9 and more
-        between any two texts) and little variance elsewhere. Left so, decoders and dot products
-        see every item as nearly the same and training starts collapsed. Whitening (BERT-flow,
-        2011.05864; 2103.15316) keeps W_e a rotation, of the whitened states; `ridge`, a share
-        of the largest variance, keeps rounding noise from being blown up. A sample of equal texts
-        (a single item, or texts that are cut before they differ) has no directions: nothing is
+        Pooled states of a language model share one large common direction (cosine 0.9 and more
+        between any two texts) and vary little otherwise. Without whitening, decoders and dot
+        products see nearly equal items and training starts collapsed. Whitening (BERT-flow,
+        2011.05864; 2103.15316) makes W_e a rotation of the whitened states; `ridge`, a share of
+        the largest variance, keeps rounding noise from being amplified. A sample of equal texts (a
+        single item, or texts that are cut before they differ) has no variance, so nothing is
         fitted.
         """
         states = self.pooled(tokens, lengths, rows).double()
@@ -98,8 +98,8 @@ class ItemEncoder(nn.Module):
         variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
         if variances.max() <= SAME_STATES * states.square().mean():
             LOG.warning(
-                "all of %d sampled items read the same, so nothing can tell them apart: give them "
-                "different texts, or read more of each (collate.max_item_tokens)", len(states),
+                "all of %d sampled items have the same text, so the model cannot distinguish them: "
+                "use different texts, or read more of each (collate.max_item_tokens)", len(states),
             )  # fmt: skip
             return
         self.mean.copy_(states.mean(0))
@@ -108,7 +108,7 @@ class ItemEncoder(nn.Module):
         self.output.weight.copy_(rotation @ (axes * scales) @ axes.T)
 
     def pooled(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
-        """e_raw [U, d_item]."""
+        """Return the pooled states e_raw [U, d_item]."""
         prefix = self.instruction.expand(len(tokens), -1)
         embeddings = token_embeddings(self.body)[torch.cat([prefix, tokens], 1)]
         last = lengths + prefix.shape[1] - 1
@@ -120,7 +120,7 @@ class ItemEncoder(nn.Module):
         if self.config.modality == "multimodal":
             seen = self._seen(embeddings, last, prefix.shape[1], rows)
         else:
-            seen = SeenRows(embeddings, None, last, ())
+            seen = BodyInput(embeddings, None, last, ())
         embeddings, last = seen.embeddings, seen.last
         real = torch.arange(embeddings.shape[1], device=tokens.device) <= last[:, None]
         states = run_body(
@@ -132,12 +132,12 @@ class ItemEncoder(nn.Module):
 
     def _seen(
         self, embeddings: Tensor, last: Tensor, num_prefix: int, rows: Tensor | None
-    ) -> SeenRows:
-        """The input with the pictures of the items at `rows` in it."""
+    ) -> BodyInput:
+        """Return the input with the pictures of the items at `rows` inserted."""
         if rows is None:
             raise ValueError("a multimodal item encoder needs catalogue rows beside the tokens")
         if bool((rows == NO_PICTURE).all()):
-            return SeenRows(embeddings, None, last, ())
+            return BodyInput(embeddings, None, last, ())
         if self.pictures is None:
             raise ValueError("a multimodal item encoder needs pictures: call attach_catalog first")
         pictured, pixels = self.pictures.gather(rows.cpu().numpy())

@@ -1,6 +1,6 @@
-"""KARMA whole: the model that serves and, around it, the decoders that train it.
+"""The complete KARMA model: the model that serves, and the decoders that exist only in training.
 
-`KarmaModel` *has* an `InterestModel`; export is `model.interest`, never a deletion.
+`KarmaModel` *has* an `InterestModel`; export saves `model.interest` and removes nothing.
 
 Legend: B windows, M decoded positions, R rows to decode, U items, L tokens, D width.
 """
@@ -24,7 +24,7 @@ from karma_ray.model.decodability import (
     TextTargets,
     history_to_text,
     run_branches,
-    strangers_text,
+    shuffled_text,
     text_branch,
     text_targets,
     vector_to_text,
@@ -47,8 +47,8 @@ class Decoded:
 class KarmaModel(nn.Module):
     """Interest model, Task 1, Task 2 and the visual term.
 
-    A task is asked for by calling its method; with weight 0 nobody calls it, and no private
-    decoder (`decodes=False`) and no `imagery` is built.
+    Each task is computed by a method of its own. With weight 0 the method is not called, and no
+    private decoder (`decodes=False`) and no `imagery` is built.
     """
 
     def __init__(
@@ -62,10 +62,10 @@ class KarmaModel(nn.Module):
         self.tokenizer = tokenizer
         config = interest.config.decodability
         if lm_head is not None:
-            learns = interest.config.peft == "full"  # it belongs to the backbone
+            learns = interest.config.peft == "full"  # the head belongs to the backbone
             self.lm_head = nn.Parameter(lm_head, learns)
         prompt = tokenizer([DECODE_PROMPT], add_special_tokens=False)["input_ids"][0]
-        if not decodes:  # no private decoder; probes go through the shared one
+        if not decodes:  # no private decoder; probes use the shared one
             config = DecodabilityConfig(
                 max_target_tokens=config.max_target_tokens,
                 task1_see_readout=config.task1_see_readout,
@@ -73,18 +73,18 @@ class KarmaModel(nn.Module):
         user = interest.user_decoder
         self.decodability = Decodability(config, user.body, user.projector, prompt)
         if lm_head is not None and hasattr(self.decodability, "body"):
-            # An untied head is part of its decoder: a private one copies it, frozen if it is.
+            # An untied head belongs to its decoder: a private decoder gets a copy of it.
             trained = learns and config.recon_decoder != "frozen"
             self.decodability.lm_head = nn.Parameter(lm_head.detach().clone(), trained)
 
     def head_of(self, body: nn.Module) -> Tensor:
-        """Output embeddings [V, D] of a decoder: its own input rows when tied."""
+        """Return the output embeddings [V, D] of a decoder: its own input rows when tied."""
         if body is getattr(self.decodability, "body", None) and hasattr(self, "lm_head"):
             return cast(Tensor, self.decodability.lm_head)
         return self.lm_head if hasattr(self, "lm_head") else token_embeddings(body)
 
     def forward_with_text(self, batch: Batch, items: Tensor) -> tuple[Tensor, Decoded]:
-        """h [B, T, D] and Task 1's states, one pass of the decoder body."""
+        """Return h [B, T, D] and Task 1's states, in one pass of the decoder body."""
         user = self.interest.user_decoder
         prefix = self.interest.prefix(batch, items)
         targets = self.targets(batch)
@@ -97,7 +97,7 @@ class KarmaModel(nn.Module):
     def forward_with_images(
         self, batch: Batch, items: Tensor, *, text: bool
     ) -> tuple[Tensor, Decoded | None, Tensor]:
-        """As `forward_with_text`, where `text` is wanted, and Task 1's L_img of each row [R]."""
+        """As `forward_with_text`, with `text` optional; also returns Task 1's L_img per row [R]."""
         assert self.imagery is not None
         user, images = self.interest.user_decoder, ImageTargets.of(batch)
         prefix, targets = self.interest.prefix(batch, items), self.targets(batch)
@@ -113,7 +113,7 @@ class KarmaModel(nn.Module):
         return user.interest(states, prefix), decoded, losses
 
     def image_losses(self, vectors: Tensor, images: ImageTargets) -> Tensor:
-        """L_img from P(x) alone, of each row [R]: x [R, D] is h_t (Task 2) or e_i (warm-up)."""
+        """Return L_img per row [R] from P(x) alone; x [R, D] is h_t (Task 2) or e_i (warm-up)."""
         assert self.imagery is not None
         body = self.decodability.decoder(self.interest.user_decoder.body)
         projected = self.decodability.project(self.interest.user_decoder.projector, vectors)
@@ -121,16 +121,16 @@ class KarmaModel(nn.Module):
         return self.imagery.losses(states, images)
 
     def interest_image_losses(self, batch: Batch, interest: Tensor) -> Tensor:
-        """Task 2's L_img [R] from h_t alone; interest [R, D]."""
+        """Return Task 2's L_img [R] from h_t alone; interest [R, D]."""
         if self.decodability.config.recon_detach_h:
             interest = interest.detach()
         return self.image_losses(interest, ImageTargets.of(batch))
 
     def decode_interest(self, batch: Batch, interest: Tensor, *, dropout: bool = True) -> Decoded:
-        """Task 2, equation 7: text of the target from h_t alone; interest [R, D].
+        """Task 2, equation 7: decode the target's text from h_t alone; interest [R, D].
 
-        Measurements ask without `dropout` of tokens and with the target's own text, so that runs
-        with and without them compare.
+        Measurements use `dropout=False`: no token dropout and the target's own text, so that they
+        are comparable between runs.
         """
         config = self.decodability.config
         if config.recon_detach_h:
@@ -138,19 +138,19 @@ class KarmaModel(nn.Module):
         targets = self.targets(batch)
         if dropout and config.recon_text == "shuffled":
             item = batch.item_index.gather(1, batch.decode_step).flatten()
-            targets = strangers_text(targets, batch.item_rows[item], int(batch.row_key[0]))
+            targets = shuffled_text(targets, batch.item_rows[item], int(batch.row_key[0]))
         inputs = self._drop_tokens(targets, batch) if dropout else targets.inputs
         return self._decode(interest, inputs, targets, *self._query(batch, batch.decode_step))
 
     def decode_items(self, tokens: Tensor, lengths: Tensor, items: Tensor) -> Decoded:
-        """Warm-up: text of an item from its own embedding; items [R, D]."""
+        """Warm-up: decode an item's text from its own embedding; items [R, D]."""
         targets = text_targets(
             tokens, lengths, self.special, self.decodability.config.max_target_tokens
         )
         return self._decode(items, targets.inputs, targets, None, None)
 
     def targets(self, batch: Batch) -> TextTargets:
-        """Text of the items at the decoded positions, R = B M rows; none where none is decoded."""
+        """Return the texts at the decoded positions, R = B M rows; masked where none is decoded."""
         item = batch.item_index.gather(1, batch.decode_step).flatten()
         targets = text_targets(
             batch.item_tokens[item], batch.item_lengths[item], self.special,
@@ -162,9 +162,9 @@ class KarmaModel(nn.Module):
     def speak(
         self, interest: Tensor, requests: Batch | None = None, max_tokens: int = 24
     ) -> list[str]:
-        """Greedy text of h [R, D]: what the embedding says the user wants.
+        """Decode h [R, D] greedily: what the embedding says that the user wants.
 
-        Under `recon_cond=fig1` the decoder also sees the queries of `requests`, R windows.
+        Under `recon_cond=fig1` the decoder also reads the queries of `requests`, R windows.
         """
         seen: tuple[Tensor | None, Tensor | None] = (None, None)
         if requests is not None:
@@ -183,7 +183,7 @@ class KarmaModel(nn.Module):
         return [self._words(row) for row in inputs[:, 1:].tolist()]
 
     def _query(self, batch: Batch, steps: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Query tokens [R, Lq] and their mask at steps [B, M] where Task 2 may see them."""
+        """Return query tokens [R, Lq] and their mask at steps [B, M], if Task 2 may read them."""
         if self.decodability.config.recon_cond != "fig1":
             return None, None
         index = batch.query_index.gather(1, steps).flatten()
@@ -204,7 +204,7 @@ class KarmaModel(nn.Module):
         return Decoded(states, targets, self.head_of(body))
 
     def _drop_tokens(self, targets: TextTargets, batch: Batch) -> Tensor:
-        """Drawn by the row's key, so that neither workers nor micro-batches change the draw."""
+        """Mask input tokens, drawn from the row's key to be independent of workers and parts."""
         share = self.decodability.config.recon_token_dropout
         if share == 0.0:
             return targets.inputs

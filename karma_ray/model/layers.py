@@ -1,10 +1,10 @@
-"""Norm and attention with fewer passes over memory; weights and names are transformers' own.
+"""Norm and attention layers with fewer passes over memory, for weights of transformers' layers.
 
-At the widths of a laptop, and in the short rows of item texts, half of a step goes into casts and
-element-wise products, not into matrix products (benchmarks/engine.py prints the shares). Under
-autocast a stock layer casts the output of a norm once for each projection that reads it, and
-rotates queries and keys in float32. Here a norm gives the compute type at once, and its backward
-pass is written out.
+At small widths and for the short rows of item texts, half of a step is spent on casts and
+element-wise products instead of matrix products (benchmarks/engine.py prints the shares). Under
+autocast a stock layer casts a norm's output once for each projection that reads it, and rotates
+queries and keys in float32. Here a norm returns the compute type directly, and its backward pass
+is written by hand.
 
 Legend: B rows, S slots, H heads, d head width, D width.
 """
@@ -31,15 +31,15 @@ class RMSNorm(nn.Module):
         """[..., D] -> [..., D]."""
         kind = x.device.type
         wanted = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        if x.device.type != "cpu" or torch.compiler.is_compiling():  # fused by others
+        if x.device.type != "cpu" or torch.compiler.is_compiling():  # already fused there
             return functional.rms_norm(x.float(), x.shape[-1:], self.weight, self.eps).to(wanted)
         return cast(Tensor, _Norm.apply(x, self.weight, self.eps, wanted))  # type: ignore[no-untyped-call]
 
 
 class Attention(nn.Module):
-    """Self-attention with normed queries and keys around `packing.attend`.
+    """Self-attention with normalised queries and keys around `packing.attend`.
 
-    The projections may hold adapters.
+    The projections may contain adapters.
     """
 
     def __init__(self, stock: nn.Module) -> None:
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         parts = cast(Any, stock)
         self.q_proj, self.k_proj, self.v_proj = parts.q_proj, parts.k_proj, parts.v_proj
         self.o_proj = parts.o_proj
-        self.q_norm, self.k_norm = lean_norm(parts.q_norm), lean_norm(parts.k_norm)
+        self.q_norm, self.k_norm = fast_norm(parts.q_norm), fast_norm(parts.k_norm)
         self.width, self.scaling = int(parts.head_dim), float(parts.scaling)
         self.attention_dropout = float(parts.attention_dropout)
 
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         packing: Packing | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
-        """[B, S, D] -> [B, S, D]; called by the layer as the stock module is."""
+        """[B, S, D] -> [B, S, D]; called by the layer in place of the stock module."""
         shape = (*hidden_states.shape[:-1], -1, self.width)
         query = self.q_norm(self.q_proj(hidden_states).view(shape))  # [B, S, H, d]
         key = self.k_norm(self.k_proj(hidden_states).view(shape))
@@ -74,14 +74,14 @@ class Attention(nn.Module):
         return cast(Tensor, self.o_proj(joined)), None
 
 
-def lean_norm(stock: nn.Module) -> RMSNorm:
-    """The norm with a stock norm's weight."""
+def fast_norm(stock: nn.Module) -> RMSNorm:
+    """Return an RMSNorm of this module with a stock norm's weight."""
     parts = cast(Any, stock)
     return RMSNorm(parts.weight, float(parts.variance_epsilon))
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding (2104.09864) of [B, S, H, d]; cos and sin [B, S, 1, d]."""
+    """Apply rotary position embedding (2104.09864) to [B, S, H, d]; cos and sin [B, S, 1, d]."""
     first, second = x.chunk(2, -1)
     return x * cos + torch.cat([-second, first], -1) * sin
 

@@ -1,12 +1,12 @@
-"""Where queries and items stand in the user decoder's input, its attention mask, where h is read.
+"""Layout of the user decoder's input: slots of queries and items, attention mask and read-out.
 
-Every step owns a block of W query slots and one item slot behind the prompt:
+Every step has a block of W query slots and one item slot after the prompt:
 
     [prompt x n_p] [q_1 x W, i_1] [q_2 x W, i_2] ... [q_T x W, i_T]
 
-The three layouts of METHOD 1.3 differ only in visibility, positions and read-out. Steps of one
-*group* (a result page, or tied times) never see each other: not by attention, and not by
-position ids, which are shared within a group.
+The three layouts of METHOD 1.3 differ only in attention mask, positions and read-out. Steps of
+the same *group* (a result page, or equal times) are invisible to each other: the mask separates
+them, and they share position ids.
 
 Legend: B windows, T steps, W query slots, S = n_p + T (W + 1) slots.
 """
@@ -26,9 +26,9 @@ from karma_ray.model.config import UserDecoderConfig
 class Layout:
     """Index tensors of one batch."""
 
-    visible: Tensor  # [B, S, S] row sees column
+    visible: Tensor  # [B, S, S] row attends to column
     positions: Tensor  # [B, S]
-    real: Tensor  # [B, S] slots that hold something; no other is seen or read
+    real: Tensor  # [B, S] slots in use; all others are masked and never read
     readout: Tensor  # [B, T] slot whose state is h_k
 
 
@@ -41,7 +41,7 @@ def build_layout(
     item_mask: Tensor,  # [B, T]
     step_mask: Tensor,  # [B, T]
 ) -> Layout:
-    """Visibility, positions and read-out slots of a batch of windows."""
+    """Build the attention mask, positions and read-out slots of a batch of windows."""
     device = group.device
     num_windows, num_steps = group.shape
     block = width + 1
@@ -60,7 +60,7 @@ def build_layout(
         sees_queries = causal & (other_group | same_step)
     elif kind == "query_last":
         sees_queries = (causal & same_step & ~is_item.T).expand_as(other_group)
-    else:  # items_only: queries do not exist, so siblings may see each other causally
+    else:  # items_only: there are no queries, so items of a group may attend causally
         sees_queries = torch.zeros_like(other_group)
         sees_items = causal.expand_as(other_group)
     among = torch.where(is_item[:, None, :], sees_items, sees_queries) & used[:, None, :]
@@ -93,7 +93,7 @@ def other_group_steps(group: Tensor, step_mask: Tensor) -> Tensor:
 
 
 def num_query_slots(config: UserDecoderConfig, query_lengths: Tensor) -> int:
-    """W: one pooled vector, or the longest query's tokens."""
+    """Return W: 1 for a pooled vector, or the length of the longest query in tokens."""
     if config.query_mode != "tokens":
         return 1
     return max(1, int(query_lengths.max()) if query_lengths.numel() else 1)

@@ -1,9 +1,9 @@
-"""The words of an item as further dimensions of e: counted, not learned.
+"""The lexical block: counted words of an item as further dimensions of e, without learning.
 
-A small encoder taught by clicks keeps of an item what queries ask for and drops the rest, with it
-what a person likes (docs/log.md, L23). These dimensions stand still: e = [learned ; words] is still
-one vector with one inner product (dense and lexical in one: Lin and Lin, 2206.09912). Not in the
-paper.
+A small encoder that is trained on clicks keeps what queries ask for and loses other properties of
+an item, which also carry the user's taste (docs/log.md, L23). The lexical block is fixed:
+e = [learned ; lexical] is still one vector with one inner product (dense and lexical in one:
+Lin and Lin, 2206.09912). It is not part of the paper.
 
 Legend: U items, L tokens, V vocabulary, K lexical dimensions.
 """
@@ -26,7 +26,7 @@ from karma_ray.model.adapters import rms_normalize
 class LexicalBlock(nn.Module):
     """Latent semantic analysis (Deerwester et al., 1990) of the tokens that the encoder reads.
 
-    Its length is that of the learned part, `width` dimensions of scale 1, whatever its own size.
+    The block has the length of the learned part, `width` dimensions of scale 1, for any size.
     """
 
     weight: Tensor
@@ -48,11 +48,11 @@ class LexicalBlock(nn.Module):
 
     @torch.no_grad()
     def fit(self, tokens: np.ndarray, lengths: np.ndarray) -> None:
-        """Fit to a catalogue's tokens [I, L], lengths [I].
+        """Fit the block to a catalogue's tokens [I, L], lengths [I].
 
-        A word weighs the root of its inverse document frequency, so that it weighs the whole of it
-        in the product of two items. Raises InputError when there are too few items or words, or all
-        items have the same ones.
+        A word is weighted by the square root of its inverse document frequency, so that the
+        product of two items contains the full weight. Raises InputError when there are too few
+        items or words, or when all items have the same words.
         """
         counts = _counts(tokens, lengths, len(self.weight))
         frequency = np.asarray((counts > 0).sum(0)).ravel()
@@ -60,12 +60,12 @@ class LexicalBlock(nn.Module):
         idf = np.log(num_items / np.maximum(frequency, 1))
         most = min(num_items, num_words) - 1
         if size > most:
-            message = f"must be at most {most}: there are {num_items} items of {num_words} words"
+            message = f"must be at most {most}: there are {num_items} items and {num_words} words"
             raise InputError("model.item_encoder.lexical", size, message)
         if not idf[frequency > 0].any():
             raise InputError("model.item_encoder.lexical", size, "needs items of different words")
         weights = sp.diags(np.sqrt(idf))
-        start = np.ones(min(counts.shape))  # or every fit would be another rotation
+        start = np.ones(min(counts.shape))  # fixed, since a random one gives random rotations
         _, strengths, axes = svds(counts @ weights, k=size, v0=start)
         projection = np.asarray(weights @ axes[np.argsort(-strengths)].T)  # [V, K]
         self.weight.copy_(torch.from_numpy(projection))
@@ -74,7 +74,7 @@ class LexicalBlock(nn.Module):
 
 
 def length_ratio(width: int, size: int) -> float:
-    """Scale at which `size` dimensions are as long as `width` of scale 1."""
+    """Return the scale at which `size` dimensions have the length of `width` of scale 1."""
     return math.sqrt(width / size)
 
 

@@ -2,16 +2,16 @@
 
     y = W x + (alpha / R) B A x,  A [R, in] random, B [out, R] zero at the start, alpha = 2 R
 
-* Adapters sit on every linear layer of the transformer layers: on attention alone they learn
-  less (LoRA Without Regret, Thinking Machines 2025).
-* The backbone's own weights never learn, token embeddings and an untied head included. What is
-  new (projector, W_e, read-out, query embedding, score) learns in full.
-* The warm-up has the same adapters, so both stages have the same weights by the same names;
-  `warmup.train=adapters_only` means the new modules and leaves the low-rank ones alone.
-* Task 2's private decoders are copies with adapters of their own.
-* A bundle holds W + (alpha / R) B A: nothing that serves knows of adapters.
+* All linear layers of the transformer layers have adapters; with adapters on attention alone they
+  learn less (LoRA Without Regret, Thinking Machines 2025).
+* The backbone's own weights are frozen, including token embeddings and an untied head. New modules
+  (projector, W_e, read-out, query embedding, score) are fully trained.
+* The warm-up uses the same adapters, so both stages have weights of the same names.
+  `warmup.train=adapters_only` means the new modules and freezes the low-rank adapters.
+* Task 2's private decoders are copies with separate adapters.
+* A bundle stores W + (alpha / R) B A, so serving does not know about adapters.
 
-Gradients are switched with `set_trained`, because `requires_grad_(True)` would wake the
+Gradients are switched with `set_trained`, because `requires_grad_(True)` would unfreeze the
 backbone's own weights.
 """
 
@@ -32,7 +32,7 @@ ALPHA = 2
 
 
 def parse_rank(peft: str) -> int | None:
-    """R of `lora:R`, None of `full`; raises InputError on anything else."""
+    """Return R of `lora:R`, or None for `full`; raises InputError on anything else."""
     if peft == "full":
         return None
     kind, _, rank = peft.partition(":")
@@ -42,9 +42,9 @@ def parse_rank(peft: str) -> int | None:
 
 
 def adapt(body: nn.Module, rank: int, seed: int) -> None:
-    """Put adapters into a body, in place, and freeze its own weights; its function stays.
+    """Insert adapters into a body, in place, and freeze its own weights; its output stays equal.
 
-    `seed` draws A; the global random state is left alone.
+    A is drawn from `seed`; the global random state is preserved.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -58,21 +58,18 @@ def adapt(body: nn.Module, rank: int, seed: int) -> None:
 
 
 def rank_of(body: nn.Module) -> int | None:
-    """R of an adapted body (or a copy of one), None of a plain one."""
+    """Return R of an adapted body (or of a copy), or None for a plain body."""
     configs = getattr(body, "peft_config", None)
     return None if configs is None else int(configs["default"].r)
 
 
 def is_low_rank(name: str) -> bool:
-    """Whether a parameter's name is that of a low-rank adapter's matrix."""
+    """Whether a parameter of this name belongs to a low-rank adapter."""
     return ".lora_" in name
 
 
 def set_trained(module: nn.Module, trained: bool) -> None:
-    """`requires_grad_` that leaves the own weights of adapted bodies inside `module` frozen.
-
-    So it does their untied heads.
-    """
+    """Like `requires_grad_`, but weights and heads of adapted bodies in `module` stay frozen."""
     adapted = [part for part in module.modules() if rank_of(part) is not None]
     fixed = {
         id(value)
@@ -86,7 +83,7 @@ def set_trained(module: nn.Module, trained: bool) -> None:
 
 
 def merged(body: nn.Module) -> nn.Module:
-    """A body without adapters that computes the same: a plain body itself, or a merged copy."""
+    """Return an equivalent body without adapters: a plain body itself, or a merged copy."""
     if rank_of(body) is None:
         return body
     from peft.tuners.lora import LoraLayer

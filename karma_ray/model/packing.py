@@ -1,9 +1,9 @@
-"""Packing: a body's layers run on exactly the real tokens, whatever the padded shape says.
+"""Packing: the layers of a body compute only real tokens of a padded batch.
 
-A padded batch [B, S] is cut down to its N real tokens, one row [1, N]. Norms, projections and
-feed-forward layers, nearly all of the work, see no padding at all. Only attention needs to know
-the rows: on a GPU a causal pass uses the variable-length kernel, everything else spreads
-queries, keys and values over the [B, S] grid again, attends there and collects the real tokens.
+A padded batch [B, S] is reduced to its N real tokens, one row [1, N]. Norms, projections and
+feed-forward layers, which are nearly all of the work, process no padding. Only attention needs the
+rows: on a GPU a causal pass uses the variable-length kernel; otherwise queries, keys and values
+are put back on the [B, S] grid for attention, and the real tokens are collected again.
 
 Legend: B rows, S slots, N real tokens, H heads, K key/value heads, d head width.
 """
@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-# A finite "minus infinity": exp(-1e9) is exactly 0 in every dtype, and a fully masked
-# padding row stays finite.
+# A finite value instead of minus infinity: exp(-1e9) is exactly 0 in every dtype, and rows that
+# are fully masked stay finite.
 HIDDEN = -1e9
 
 
 @dataclass(frozen=True)
 class Packing:
-    """Where the real tokens of a padded batch lie, and the attention mask."""
+    """Positions of the real tokens in a padded batch, and the attention mask."""
 
     real: Tensor  # [B, S]
-    visible: Tensor | None = None  # [B, S, S] row sees column; None: causal
+    visible: Tensor | None = None  # [B, S, S] row attends to column; None: causal
     packed: bool = True
-    maps: list[Tensor] | None = None  # every layer adds its weights [B, H, S, S], if there is one
+    maps: list[Tensor] | None = None  # if given, every layer appends its weights [B, H, S, S]
 
     @cached_property
     def index(self) -> Tensor:
@@ -39,12 +39,12 @@ class Packing:
 
     @cached_property
     def starts(self) -> Tensor:
-        """Where each row begins among the packed tokens, and the end [B + 1] int32."""
+        """First packed token of each row, and the end [B + 1] int32."""
         return functional.pad(self.real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
 
     @cached_property
     def bias(self) -> Tensor:
-        """Additive mask [B or 1, 1, 1, S, S]: 0 or minus infinity."""
+        """Additive attention mask [B or 1, 1, 1, S, S]: 0 or nearly minus infinity."""
         size = self.real.shape[1]
         visible = self.visible
         if visible is None:
@@ -53,18 +53,18 @@ class Packing:
         return bias.masked_fill_(~visible, HIDDEN)[:, None, None]
 
     def collect(self, grid: Tensor) -> Tensor:
-        """[B, S, ...] -> the real tokens [N, ...]."""
+        """Return the real tokens [N, ...] of a grid [B, S, ...]."""
         return cast(Tensor, _Collect.apply(grid.flatten(0, 1), self.index))  # type: ignore[no-untyped-call]
 
     def spread(self, tokens: Tensor) -> Tensor:
-        """Tokens [N, ...] -> [B, S, ...], zero where there is none."""
+        """Put tokens [N, ...] back on the grid [B, S, ...], with zeros elsewhere."""
         flat = _Spread.apply(tokens, self.index, self.real.numel())  # type: ignore[no-untyped-call]
         return cast(Tensor, flat).view(*self.real.shape, *tokens.shape[1:])
 
 
 def worth_packing(real: Tensor) -> bool:
-    """Whether enough of the slots [B, S] is padding to pay for collecting and spreading."""
-    count = int(real.sum())  # none at all: the layers still run, for workers must keep in step
+    """Whether the slots [B, S] have enough padding to make packing worthwhile."""
+    count = int(real.sum())  # 0: the layers still run, because workers must stay in step
     return 0 < count < 0.8 * real.numel()
 
 
@@ -81,8 +81,8 @@ def attend(
 ) -> tuple[Tensor, None]:
     """Attention of one layer, called by transformers: [B, H, S, d], [B, K, S, d] -> [B, S, H, d].
 
-    With a packed `packing` rows are [1, H, N, d]. `attention_mask` is not used: the mask stands
-    in `packing`, and without it a row is causal.
+    If `packing` is packed, rows are [1, H, N, d]. `attention_mask` is ignored: the mask is part
+    of `packing`, and without it a row is causal.
     """
     if packing is None:
         everything = torch.ones(len(query), query.shape[2], dtype=torch.bool, device=query.device)
@@ -110,8 +110,8 @@ def _on_grid(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
             scale=scaling, enable_gqa=True,
         )  # fmt: skip
-    # On a CPU at these lengths plain products beat the fused kernel (benchmarks/engine.py). Heads
-    # that share a key are one batched product: keys are not repeated.
+    # On a CPU plain products are faster than the fused kernel at these lengths
+    # (benchmarks/engine.py). Heads that share a key form one batched product, without copies.
     heads, shared = query.shape[1], key.shape[1]
     rows, _, slots, width = query.shape
     grouped = (query * scaling).reshape(rows, shared, heads // shared, slots, width)
@@ -141,7 +141,7 @@ def _variable_length(
 
 
 class _Collect(torch.autograd.Function):
-    """Rows at distinct positions; the gradient is copied, where index_select would add it."""
+    """Selects rows at distinct positions, so the gradient is copied instead of accumulated."""
 
     @staticmethod
     def forward(ctx: Any, flat: Tensor, index: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""What retrieval needs of a model, whatever it is made of: e of items, h of requests, a score.
+"""The interface of all models for retrieval: item embeddings e, interests h, and a score.
 
 Legend: B windows, T steps, U items, L tokens, D width.
 """
@@ -17,13 +17,13 @@ from karma_ray.model.adapters import Score
 
 
 class RecallModel(nn.Module, ABC):
-    """One contract for training, evaluation, index and serving."""
+    """The abstract model that training, evaluation, index and serving use."""
 
     score: Score
 
     @property
     def is_random(self) -> bool:
-        """Whether a request's answer depends on noise, and so on the request's key."""
+        """Whether a request's answer depends on noise, and hence on the request's key."""
         return False
 
     @property
@@ -33,39 +33,40 @@ class RecallModel(nn.Module, ABC):
 
     @property
     def learned_width(self) -> int:
-        """How many of the D dimensions, from the first, are learned: these can collapse."""
+        """Number of learned dimensions, the first of D; only these can collapse."""
         return self.width
 
     @abstractmethod
     def attach_catalog(self, catalog: Catalog, data_uri: str) -> None:
-        """Take what is needed of a data folder's catalogue besides tokens, before items of it are
-        encoded."""
+        """Load what the encoder needs of a data folder's catalogue besides tokens; call it before
+        items are encoded."""
 
     @abstractmethod
     def encode_items(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Tokens [U, L], lengths [U] and catalogue rows [U] -> e [U, D]."""
+        """Encode tokens [U, L], lengths [U] and catalogue rows [U] as e [U, D]."""
 
     @abstractmethod
     def interest(self, batch: Batch, items: Tensor) -> Tensor:
-        """Next-interest embeddings h [B, T, D] at every step; `items` [U, D]."""
+        """Return the next-interest embeddings h [B, T, D] of every step; `items` [U, D]."""
 
     def last_interest(self, batch: Batch, items: Tensor) -> Tensor:
-        """h [B, D] at the last existing step of each window (a request's current query)."""
+        """Return h [B, D] at the last existing step of each window (a request's current query)."""
         last = batch.step_mask.sum(1) - 1
         rows = torch.arange(len(last), device=last.device)
         return self.interest(batch, items)[rows, last]
 
     def query_vectors(self, interest: Tensor) -> Tensor:
-        """h -> its side of the score, float32."""
+        """Map h to its side of the score, float32."""
         return self.score.query_vectors(interest)
 
     def search_vectors(self, interest: Tensor, keys: np.ndarray | None = None) -> Tensor:
-        """h [B, D] -> the vectors that a request searches with [B, K, D], float32.
+        """Map h [B, D] to the vectors that a request searches with [B, K, D], float32.
 
-        An item's score is its best over the K. `keys` [B] of the requests, for models that draw.
+        An item's score is its best over the K vectors. `keys` [B] are the requests' keys, which
+        models with noise need.
         """
         return self.query_vectors(interest)[:, None]
 
     def index_vectors(self, items: Tensor) -> Tensor:
-        """e -> the vectors an index holds, float32."""
+        """Map e to the vectors that an index stores, float32."""
         return self.score.index_vectors(items)

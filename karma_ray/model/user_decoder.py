@@ -1,7 +1,7 @@
-"""D_theta, equation 3: history of (query, item) pairs and the query -> next-interest h_t.
+"""The user decoder D_theta, equation 3: history of (query, item) pairs and query -> interest h_t.
 
-Legend: B windows, T steps, U items, V queries, W query slots, S slots, D width
-(of e and h: with the K words that items may hold).
+Legend: B windows, T steps, U items, V queries, W query slots, S slots, D width (of e and h:
+including the K dimensions of the lexical block, if used).
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from karma_ray.model.lexical import length_ratio
 
 @dataclass(frozen=True)
 class Prefix:
-    """The decoder's behaviour input: soft tokens and how they are laid out."""
+    """The decoder's input for a batch: soft tokens and their layout."""
 
     embeddings: Tensor  # [B, S, D]
     layout: Layout
-    words: Tensor | None = None  # [B, T, K] the history's, if items hold words
+    words: Tensor | None = None  # [B, T, K] lexical part of the history, if items have one
 
 
 class UserDecoder(nn.Module):
     """Backbone, prompt, projector P, query embedding and the read-out W_h.
 
-    Where items hold words (LexicalBlock), h = norm([norm(W_h s) ; w m]) with m their mean over the
-    history, as long as the rest, and w one learned number. A layer from s into the words was
-    tried: it learns the training clicks by heart (docs/log.md, L24).
+    If items have a lexical block, h = norm([norm(W_h s) ; w m]): m is the blocks' mean over the
+    history, scaled to the length of the learned part, and w is one learned number. A layer from s
+    into the lexical part was tried; it memorised the training clicks (docs/log.md, L24).
     """
 
     prompt: Tensor
@@ -43,7 +43,7 @@ class UserDecoder(nn.Module):
     def __init__(
         self, body: nn.Module, config: UserDecoderConfig, prompt: list[int], lexical: int = 0
     ) -> None:
-        """`lexical` dimensions of h and e lie beyond the decoder's own, which hold words."""
+        """`lexical` is the number of dimensions that the lexical block adds to h and e."""
         super().__init__()
         if config.query_mode == "tokens" and config.layout != "query_last":
             raise InputError(
@@ -52,7 +52,7 @@ class UserDecoder(nn.Module):
                 choices=["embed_pool", "encoder", "none"],
             )  # fmt: skip
         if not prompt:
-            raise InputError("model.user_decoder.prompt", config.prompt, "must hold a token")
+            raise InputError("model.user_decoder.prompt", config.prompt, "needs at least one token")
         self.config, self.body = config, body
         width = hidden_size(body)
         rows = token_embeddings(body)
@@ -68,10 +68,10 @@ class UserDecoder(nn.Module):
         self.register_buffer("prompt", torch.tensor(prompt, dtype=torch.long))
 
     def prefix(self, batch: Batch, items: Tensor, queries: Tensor | None) -> Prefix:
-        """Lay out a batch.
+        """Build the input of a batch.
 
-        `items` [U, D] are the embeddings of the batch's unique items; `queries` [V, D] are
-        E_phi's embeddings of the unique queries under query_mode `encoder`, else None.
+        `items` [U, D] are the embeddings of the batch's unique items. `queries` [V, D] are the
+        embeddings of its unique queries by E_phi under query_mode `encoder`, otherwise None.
         """
         used = (
             batch.query_lengths if self.config.query_mode == "tokens" else batch.query_lengths[:0]
@@ -91,14 +91,14 @@ class UserDecoder(nn.Module):
         return Prefix(torch.cat([prompt, blocks.flatten(1, 2)], 1), layout, words)
 
     def run(self, prefix: Prefix) -> Tensor:
-        """Last hidden states [B, S, D]."""
+        """Return the last hidden states [B, S, D]."""
         return run_body(
             self.body, prefix.embeddings, prefix.layout.visible, prefix.layout.positions,
             prefix.layout.real,
         )  # fmt: skip
 
     def interest(self, states: Tensor, prefix: Prefix) -> Tensor:
-        """h [B, T, D] read from states [B, >= S, D] of a prefix."""
+        """Read h [B, T, D] from the states [B, >= S, D] of a prefix."""
         index = prefix.layout.readout[..., None].expand(-1, -1, states.shape[-1])
         h = rms_normalize(self.readout(states.gather(1, index)))
         if prefix.words is None:
@@ -107,7 +107,7 @@ class UserDecoder(nn.Module):
         return rms_normalize(torch.cat([h, words], -1))
 
     def _queries(self, batch: Batch, encoded: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
-        """Soft tokens [V, W, D] of the unique queries, and how many slots each uses [V]."""
+        """Return soft tokens [V, W, D] of the unique queries, and their used slots [V]."""
         missing = (batch.query_lengths == 0) | (self.config.query_mode == "none")
         no_query = self.no_query.expand(len(missing), width, -1)
         rows = token_embeddings(self.body)[batch.query_tokens]  # [V, Lq, D]
@@ -128,9 +128,9 @@ class UserDecoder(nn.Module):
 
 
 def history_means(batch: Batch, items: Tensor) -> Tensor:
-    """Mean [B, T, D] of the items of earlier steps, at the scale of one; 0 where there are none.
+    """Return the mean [B, T, D] of the items of earlier steps, normalised; 0 without any.
 
-    Steps of a step's own group (its page, or tied times) are not among them.
+    Steps of a step's own group (its result page, or equal times) are excluded.
     """
     seen = other_group_steps(batch.group, batch.item_mask & batch.step_mask).to(items.dtype)
     return rms_normalize(seen @ items[batch.item_index])

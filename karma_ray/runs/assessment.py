@@ -27,7 +27,7 @@ from karma_ray.config import Config
 from karma_ray.data.draws import row_keys
 from karma_ray.data.prepared import PreparedData
 from karma_ray.evaluation.cases import collect_cases
-from karma_ray.evaluation.checks import hidden_item_effect, with_strangers_history
+from karma_ray.evaluation.checks import hidden_item_effect, with_other_histories
 from karma_ray.evaluation.evaluate import EvaluationResult, evaluate
 from karma_ray.evaluation.impressions import sampled
 from karma_ray.evaluation.outcomes import Outcomes
@@ -164,7 +164,7 @@ def run_checks(
     An item that the attention mask hides must have no effect on h.
     """
     sample = sampled(examples, NUM_CHECKED, evaluator.config.seed)
-    strangers = with_strangers_history(sample, evaluator.config.seed)
+    strangers = with_other_histories(sample, evaluator.config.seed)
     own, other = evaluator(retriever, sample), evaluator(retriever, strangers)
     source = Source.scan(join(evaluator.source.uri, "sequences"))
     rows = evaluator.source.sequences().slice(0, min(32, source.num_rows))

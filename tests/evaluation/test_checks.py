@@ -11,7 +11,7 @@ from torch import Tensor
 
 from karma_ray.data.batch import Batch
 from karma_ray.data.schema import EXAMPLES
-from karma_ray.evaluation.checks import hidden_item_effect, with_strangers_history
+from karma_ray.evaluation.checks import hidden_item_effect, with_other_histories
 from tests import tiny
 
 
@@ -33,7 +33,7 @@ def _examples(users: list[str]) -> pa.Table:
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_every_request_gets_a_strangers_history_and_keeps_its_query(seed: int) -> None:
     examples = _examples(["a", "a", "b", "c", "b", "d", "a"])
-    mixed = with_strangers_history(examples, seed)
+    mixed = with_other_histories(examples, seed)
     assert mixed.column("query").equals(examples.column("query"))
     assert mixed.column("positive_item_id").equals(examples.column("positive_item_id"))
     for user, items, queries in zip(

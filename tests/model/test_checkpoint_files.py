@@ -45,7 +45,7 @@ def test_a_git_lfs_pointer_in_place_of_the_weights_is_named(folder: Path) -> Non
 def test_cut_weights_are_named(folder: Path, kept: float) -> None:
     whole = (folder / WEIGHTS).read_bytes()
     (folder / WEIGHTS).write_bytes(whole[: int(kept * len(whole)) if kept == 0.5 else int(kept)])
-    assert f"has a damaged or cut {WEIGHTS}" in _refusal(load_body, folder)
+    assert f"has a damaged or incomplete {WEIGHTS}" in _refusal(load_body, folder)
 
 
 def test_weights_of_another_width_than_the_config_says_are_named(folder: Path) -> None:
@@ -53,7 +53,7 @@ def test_weights_of_another_width_than_the_config_says_are_named(folder: Path) -
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 48}))
     message = _refusal(load_body, folder)
     assert f"weight layers.0.mlp.down_proj.weight has shape [32, 64] in {WEIGHTS}" in message
-    assert "by config.json it has [32, 48]" in message
+    assert "config.json gives it [32, 48]" in message
 
 
 def test_a_head_and_a_vision_encoder_are_checked_alike(folder: Path) -> None:
@@ -66,7 +66,9 @@ def test_a_head_and_a_vision_encoder_are_checked_alike(folder: Path) -> None:
     ViTModel(ViTConfig(**sizes, intermediate_size=16, image_size=32)).save_pretrained(folder / "v")
     weights = folder / "v" / WEIGHTS
     weights.write_bytes(weights.read_bytes()[:-1])
-    assert "cut" in _refusal(lambda checkpoint: load_vision_encoder(checkpoint, 2), folder / "v")
+    assert "incomplete" in _refusal(
+        lambda checkpoint: load_vision_encoder(checkpoint, 2), folder / "v"
+    )
 
 
 def test_a_folder_without_a_tokenizer_says_so(folder: Path, tmp_path: Path) -> None:
@@ -79,7 +81,7 @@ def test_a_folder_without_a_tokenizer_says_so(folder: Path, tmp_path: Path) -> N
 def test_a_damaged_tokenizer_is_named(folder: Path) -> None:
     file = folder / "tokenizer.json"
     file.write_text(file.read_text()[:-20])
-    assert "has a damaged or cut tokenizer.json" in _refusal(load_tokenizer, folder)
+    assert "has a damaged or incomplete tokenizer.json" in _refusal(load_tokenizer, folder)
     file.write_text(POINTER)
     assert "Git LFS pointer in place of tokenizer.json" in _refusal(load_tokenizer, folder)
 

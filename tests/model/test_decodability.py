@@ -16,7 +16,7 @@ from karma_ray.model.backbone import run_body, token_embeddings
 from karma_ray.model.decodability import (
     TextTargets,
     history_to_text,
-    strangers_text,
+    shuffled_text,
     text_targets,
 )
 from karma_ray.model.karma import Decoded, KarmaModel
@@ -429,7 +429,7 @@ def test_no_position_decodes_its_own_item_however_often_it_stands_there() -> Non
     mask = torch.ones(8, 1, dtype=torch.bool)
     mask[6] = False
     for key in range(20):
-        found = strangers_text(TextTargets(labels, labels, mask), items, key)
+        found = shuffled_text(TextTargets(labels, labels, mask), items, key)
         said = found.mask[:, 0]
         assert not bool((found.labels[:, 0] == items)[said].any())
         assert not bool(said[6])

@@ -1,1 +1,1 @@
-"""One module per family of language models, behind one record; the only door to transformers."""
+"""One module per family of language models; the only room that imports transformers."""

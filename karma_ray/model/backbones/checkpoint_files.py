@@ -1,7 +1,7 @@
-"""A checkpoint's files before transformers reads them: whole, and of the shapes they claim.
+"""Checks of a checkpoint's files before transformers reads them.
 
-What people meet most is a clone without its large files, a download that stopped, and weights
-beside the config.json of another size; each ends in a sentence that names folder, file and reason.
+The usual faults are a clone without its large files, an interrupted download, and weights whose
+shapes differ from config.json. Each ends in an error that names folder, file and reason.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from safetensors import SafetensorError, safe_open
 from karma_ray.errors import InputError
 
 POINTER = b"version https://git-lfs"
-"""How the stand-in of a file begins that `git lfs pull` would have fetched."""
+"""First bytes of a Git LFS pointer, which stands for a file until `git lfs pull` fetches it."""
 VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
-"""Files of which any tokenizer has one."""
+"""Vocabulary files; any tokenizer has at least one of them."""
 
 
 def loaded(kind: Any, checkpoint: str, field: str, **options: Any) -> tuple[Any, dict[str, Any]]:
-    """A transformers model of class `kind` in float32, and what transformers says of its weights.
+    """Load a transformers model of class `kind` in float32, with the loading info on its weights.
 
-    Raises InputError when it cannot be loaded, or a weight has not the shape that config.json
-    gives it.
+    Raises InputError when it cannot be loaded, or when the shape of a weight differs from
+    config.json.
     """
     check_weight_files(checkpoint, field)
     try:
@@ -37,18 +37,18 @@ def loaded(kind: Any, checkpoint: str, field: str, **options: Any) -> tuple[Any,
     except (OSError, ValueError, KeyError) as error:
         raise InputError(field, checkpoint, f"cannot be loaded ({error})") from None
     if wrong := list(info["mismatched_keys"]):
-        # Names alone, or with both shapes, as the version has it.
+        # Versions of transformers list the names alone, or each with both shapes.
         name = min(entry if isinstance(entry, str) else entry[0] for entry in wrong)
         raise InputError(
             field, checkpoint,
-            f"does not fit together: weight {name} has shape {_stored(checkpoint, name)}, by "
-            f"config.json it has {list(model.state_dict()[name].shape)}",
+            f"does not fit together: weight {name} has shape {_stored(checkpoint, name)}, but "
+            f"config.json gives it {list(model.state_dict()[name].shape)}",
         )  # fmt: skip
     return model, info
 
 
 def check_weight_files(checkpoint: str, field: str) -> None:
-    """Raise InputError unless every weight file of a local folder is whole; hub names pass."""
+    """Raise InputError unless every weight file of a local folder is complete; hub names pass."""
     for file in _files(checkpoint, "*.safetensors", "*.bin"):
         _check_no_pointer(file, checkpoint, field)
         if file.suffix == ".safetensors":
@@ -56,12 +56,12 @@ def check_weight_files(checkpoint: str, field: str) -> None:
                 with safe_open(file, "pt"):
                     pass
             except (SafetensorError, OSError) as error:
-                reason = f"has a damaged or cut {file.name} ({error}); fetch it again"
+                reason = f"has a damaged or incomplete {file.name} ({error}); fetch it again"
                 raise InputError(field, checkpoint, reason) from None
 
 
 def check_tokenizer_files(checkpoint: str, field: str) -> None:
-    """Raise InputError unless a local folder holds a whole tokenizer; hub names pass."""
+    """Raise InputError unless a local folder has a complete tokenizer; hub names pass."""
     if not Path(checkpoint).is_dir():
         return
     if not list(_files(checkpoint, *VOCABULARIES, "*.tiktoken")):
@@ -73,7 +73,7 @@ def check_tokenizer_files(checkpoint: str, field: str) -> None:
             try:
                 json.loads(file.read_bytes())
             except ValueError as error:
-                reason = f"has a damaged or cut {file.name} ({error}); fetch it again"
+                reason = f"has a damaged or incomplete {file.name} ({error}); fetch it again"
                 raise InputError(field, checkpoint, reason) from None
 
 
@@ -90,7 +90,7 @@ def _files(checkpoint: str, *patterns: str) -> Iterator[Path]:
 
 
 def _stored(checkpoint: str, weight: str) -> str:
-    """Shape and file of a weight, whose name may lack the prefix of a whole model there."""
+    """Return the stored shape and file of a weight; its name may lack the model's prefix there."""
     for file in _files(checkpoint, "*.safetensors"):
         with safe_open(file, "pt") as weights:
             for name in weights.keys():  # noqa: SIM118

@@ -1,4 +1,4 @@
-"""Hugging Face checkpoints of any family: which one a folder holds, its weights, its head."""
+"""Hugging Face checkpoints of any family: model type, weights, head and colour normalisation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ AttentionInterface.register(ATTENTION, packing.attend)
 
 
 def model_type_of(checkpoint: str, field: str) -> str:
-    """`model_type` of a folder or hub name; raises InputError when it is no checkpoint."""
+    """Return the `model_type` of a folder or hub name; raises InputError if it has none."""
     if checkpoint == "tiny":
         raise InputError(field, checkpoint, "must be resolved to a pretrained folder first")
     looks_local = checkpoint.startswith((".", "/", "~")) or Path(checkpoint).exists()
@@ -35,10 +35,10 @@ def model_type_of(checkpoint: str, field: str) -> str:
 
 
 def load_weights(kind: Any, name: str, checkpoint: str, field: str, **options: Any) -> Any:
-    """A transformers model of class `kind` in float32.
+    """Load a transformers model of class `kind` in float32.
 
-    Raises InputError when it cannot be loaded or lacks weights, of which transformers would make
-    random numbers; `name` is the family's, for people.
+    Raises InputError when it cannot be loaded or lacks weights, which transformers would replace
+    by random numbers. `name` is the family's name in messages.
     """
     model, info = loaded(kind, checkpoint, field, **options)
     if info["missing_keys"]:
@@ -48,10 +48,10 @@ def load_weights(kind: Any, name: str, checkpoint: str, field: str, **options: A
 
 
 def load_lm_head(checkpoint: str, *, empty: bool = False) -> Tensor | None:
-    """Output embeddings [V, D] of a checkpoint whose head is not tied to its input, else None.
+    """Return the output embeddings [V, D], or None if the head is tied to the input embeddings.
 
-    `empty` gives zeros of that shape, to be filled from a run's own weights: a bundle's body
-    has no head.
+    `empty` gives zeros of that shape, to be filled from a run's own weights, since the body in a
+    bundle has no head.
     """
     config = AutoConfig.from_pretrained(checkpoint)
     if config.tie_word_embeddings:
@@ -59,13 +59,13 @@ def load_lm_head(checkpoint: str, *, empty: bool = False) -> Tensor | None:
     if empty:
         return torch.zeros(config.vocab_size, config.hidden_size)
     whole, info = loaded(AutoModelForCausalLM, checkpoint, "checkpoint")
-    if "lm_head.weight" in info["missing_keys"]:  # transformers would make up a random one
+    if "lm_head.weight" in info["missing_keys"]:  # transformers would use a random one
         raise InputError("checkpoint", checkpoint, "has no language-model head, tied or its own")
     return cast(Tensor, whole.get_output_embeddings().weight.detach().clone())
 
 
 def colour_scale(checkpoint: str) -> tuple[list[float], list[float]]:
-    """Mean and deviation of the colours that an encoder was trained with; .5 where unsaid."""
+    """Return mean and deviation of the colours an encoder was trained with; 0.5 if not given."""
     try:
         facts, _ = ImageProcessingMixin.get_image_processor_dict(checkpoint)
     except OSError:

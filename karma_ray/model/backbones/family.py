@@ -1,6 +1,6 @@
-"""What the rest of the package needs of a family of LLMs: a record that its module fills.
+"""The record of a family of LLMs: everything that the rest of the package needs to know about it.
 
-A further family is one module of this folder and one line in registry.py.
+A new family is one module in this folder and one line in registry.py.
 
 Legend: U items, n of them with a picture, S slots without it, S' with it, D width.
 """
@@ -19,83 +19,83 @@ from karma_ray.model.config import TinyBackboneConfig
 
 @dataclass(frozen=True)
 class LayerShape:
-    """The matrix products of one transformer layer."""
+    """The matrix products of one transformer layer, by shape."""
 
     matrices: tuple[tuple[int, int], ...]  # (inputs, outputs) of each linear layer
     attention_width: int  # of the queries of all heads together
 
 
 @dataclass(frozen=True)
-class SeenRows:
-    """Input of a body, pictures included."""
+class BodyInput:
+    """Input of a body, including pictures."""
 
     embeddings: Tensor  # [U, S', D]
-    positions: Tensor | None  # [U, S', 3] time, row, column; None: each slot's number
+    positions: Tensor | None  # [U, S', 3] time, row, column; None: the slot numbers
     last: Tensor  # [U] slot of the end token
-    deep: tuple[Tensor, ...]  # [U, S', D] each, added behind the first layers
+    deep: tuple[Tensor, ...]  # [U, S', D] each, added to the outputs of the first layers
 
 
 class InsertPictures(Protocol):
-    """Put pictures [n, S, S, 3] uint8 behind the first `num_prefix` slots of `pictured` [U] items.
+    """Insert pictures [n, S, S, 3] uint8 after the first `num_prefix` slots of `pictured` [U].
 
     embeddings [U, S, D], last [U]. Items without a picture keep their slots and positions. The
-    vision tower gets a gradient where it `learns`.
+    vision tower gets gradients only if it `learns`.
     """
 
     def __call__(
         self, body: nn.Module, embeddings: Tensor, last: Tensor, num_prefix: int,
         pictured: Tensor, pixels: Tensor, *, learns: bool = True,
-    ) -> SeenRows: ...  # fmt: skip
+    ) -> BodyInput: ...  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """How a family reads pictures beside text."""
+    """How a family reads pictures together with text."""
 
     build_around: Callable[[nn.Module, int, int, int], nn.Module]
-    """Text body, tokens before and behind a picture, seed -> a small body with a random tower."""
+    """(text body, tokens before and after a picture, seed) -> a small body with a random tower."""
     insert: InsertPictures
     """Text embeddings and pixels -> the input of the body."""
     block: Callable[[nn.Module], int]
-    """Pixels of a side that become one token."""
+    """Side, in pixels, of the block that becomes one token."""
 
 
 @dataclass(frozen=True)
 class VisionTower:
-    """A vision part that takes something else than whole images, as an encoder of features."""
+    """A vision part that is used alone as an encoder and does not take whole images."""
 
     model_types: tuple[str, ...]
-    """Whole models that it is a part of, as their config.json says."""
+    """The `model_type` in config.json of the models that contain it."""
     attribute: str
-    """Its name in the whole model."""
+    """Its attribute in these models."""
     side: int
-    """Pixels of a side that it is given, of a tower that takes any."""
+    """Side of its input in pixels, since the tower itself accepts any size."""
     states: Callable[[nn.Module, Any, Tensor], Tensor]
-    """Tower, its configuration, normalised pixels [n, 3, S, S] -> [n, d_v, rows, columns]."""
+    """(tower, its configuration, normalised pixels [n, 3, S, S]) -> [n, d_v, rows, columns]."""
 
 
 @dataclass(frozen=True)
 class Family:
-    """One family. A *body* is embeddings and layers, without a head."""
+    """One family of LLMs. A *body* is its embeddings and layers, without a head."""
 
     model_type: str
-    """As `config.json` has it."""
+    """The `model_type` in config.json."""
     load: Callable[[str, str], nn.Module]
-    """Folder or hub name, field of the configuration -> a body with lean layers, in float32.
-    Raises InputError when it cannot be loaded or lacks weights."""
+    """(folder or hub name, configuration field) -> a body with the layers of model/layers.py, in
+    float32. Raises InputError when it cannot be loaded or lacks weights."""
     save: Callable[[nn.Module, str], None]
-    """Write config.json and model.safetensors."""
+    """Writes config.json and model.safetensors."""
     stock: Callable[[nn.Module, str], nn.Module]
-    """The same parameters behind transformers' own layers and the attention of that name."""
+    """Returns the same parameters in transformers' own layers, with the named attention."""
     layer_shape: Callable[[Any], LayerShape]
-    """Of a configuration, for counts of operations."""
+    """Returns the layer shape of a configuration, to count operations."""
     linear_layers: tuple[str, ...]
-    """Names of a layer's matrices, which low-rank adapters stand beside."""
+    """Names of a layer's linear modules, which get the low-rank adapters."""
     special: SpecialTokens
-    """What ends a text, and stands around a decoded one."""
+    """Tokens that end a text and that surround a decoded one."""
     tiny: Callable[[TinyBackboneConfig, int, int], nn.Module] | None = None
-    """Shape, size of the vocabulary, seed -> a small body with random weights."""
+    """(shape, vocabulary size, seed) -> a small body with random weights."""
     pictures: Pictures | None = None
-    """Of a family that reads pictures."""
+    """Set for a family that reads pictures."""
     vision: VisionTower | None = None
-    """Its vision part alone."""
+    """Set for a family whose vision tower can be used alone."""

@@ -1,4 +1,4 @@
-"""Qwen3 (2505.09388): text bodies with norms of queries and keys."""
+"""The family Qwen3 (2505.09388): text bodies with normalised queries and keys."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from karma_ray.data.prompts import SpecialTokens
 from karma_ray.model.backbones.checkpoints import ATTENTION, load_weights
 from karma_ray.model.backbones.family import Family, LayerShape
 from karma_ray.model.config import TinyBackboneConfig
-from karma_ray.model.layers import Attention, lean_norm
+from karma_ray.model.layers import Attention, fast_norm
 
 
 def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> Qwen3Model:
-    """A small body with random weights; the vocabulary is the tokenizer's."""
+    """Build a small body with random weights and the vocabulary size of its tokenizer."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         body = Qwen3Model(
@@ -34,45 +34,45 @@ def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> Qwen3M
                 use_cache=False,
             )
         )
-    make_lean(body)
+    use_fast_layers(body)
     return body
 
 
 def load(checkpoint: str, field: str) -> Qwen3Model:
-    """A body from a folder or hub name of this family."""
+    """Load a body from a folder or hub name of this family."""
     body = load_weights(Qwen3Model, "Qwen3", checkpoint, field, attn_implementation=ATTENTION)
     body.config.use_cache = False
-    make_lean(body)
+    use_fast_layers(body)
     return cast(Qwen3Model, body)
 
 
-def make_lean(body: nn.Module) -> None:
-    """Put the layers of model/layers.py into a body, around the very same parameters."""
+def use_fast_layers(body: nn.Module) -> None:
+    """Replace layers of a body by those of model/layers.py, keeping the same parameters."""
     model = cast(Any, body)
     for layer in model.layers:
-        layer.input_layernorm = lean_norm(layer.input_layernorm)
-        layer.post_attention_layernorm = lean_norm(layer.post_attention_layernorm)
+        layer.input_layernorm = fast_norm(layer.input_layernorm)
+        layer.post_attention_layernorm = fast_norm(layer.post_attention_layernorm)
         layer.self_attn = Attention(layer.self_attn)
-    model.norm = lean_norm(model.norm)
+    model.norm = fast_norm(model.norm)
 
 
 def save(body: nn.Module, folder: str) -> None:
-    """Write config.json and model.safetensors; a body has no lm_head to leave out."""
+    """Write config.json and model.safetensors; a body has no lm_head."""
     cast(Any, body).save_pretrained(folder, safe_serialization=True)
 
 
 def stock(body: nn.Module, attention: str) -> Qwen3Model:
-    """The same parameters behind transformers' own layers."""
+    """Return the same parameters in transformers' own layers."""
     settings = cast(Any, body).config.to_dict()
     with torch.device("meta"):
         model = Qwen3Model(Qwen3Config(**settings, attn_implementation=attention))
     model.load_state_dict(body.state_dict(keep_vars=True), assign=True)
-    model.rotary_emb = cast(Any, body).rotary_emb  # its tables are no part of the state
+    model.rotary_emb = cast(Any, body).rotary_emb  # its tables are not in the state dict
     return model.train(body.training)
 
 
 def layer_shape(config: Any) -> LayerShape:
-    """Attention with fewer keys than queries, and a gated feed-forward layer."""
+    """Return the shapes of grouped-query attention and a gated feed-forward layer."""
     width, inner = config.hidden_size, config.intermediate_size
     queries = config.num_attention_heads * config.head_dim
     keys = config.num_key_value_heads * config.head_dim

@@ -1,7 +1,7 @@
-"""Qwen3-VL (2511.21631): a Qwen3 body with a vision tower inside it.
+"""The family Qwen3-VL (2511.21631): a Qwen3 body that contains a vision tower.
 
-Loaded as the Qwen3 body that it is for an item without a picture, with `visual`, the tower, and
-`whole_config`, the whole configuration, in it; saved as the Qwen3-VL folder that it came from.
+An item without a picture is encoded by a plain Qwen3 body. The body also holds the vision tower
+as `visual` and the whole configuration as `whole_config`, and is saved as a Qwen3-VL folder.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbe
 
 from karma_ray.model.backbones.checkpoints import ATTENTION, colour_scale, load_weights
 from karma_ray.model.backbones.family import Family, Pictures, VisionTower
-from karma_ray.model.backbones.qwen3 import QWEN3, make_lean
+from karma_ray.model.backbones.qwen3 import QWEN3, use_fast_layers
 from karma_ray.model.backbones.qwen3_vl_pictures import (
+    add_vision_tower,
     block_side,
     cut_patches,
-    give_sight,
     insert_pictures,
 )
 
@@ -37,28 +37,27 @@ SHARED = (
     "num_key_value_heads", "head_dim", "intermediate_size", "hidden_act", "rms_norm_eps",
     "max_position_embeddings", "attention_bias", "initializer_range",
 )  # fmt: skip
-"""What its text part and a Qwen3 body have in common."""
+"""Settings that the text part shares with a Qwen3 body."""
 SIDE = 256
-"""Pixels of a side for the tower alone, which takes any: 16 x 16 patches, a multiple of each
-grid."""
+"""Side in pixels for the tower alone: 16 x 16 patches, a multiple of every target grid."""
 
 
 def load(checkpoint: str, field: str) -> Qwen3Model:
-    """A body with its vision tower, from a folder or hub name of this family."""
+    """Load a body with its vision tower, from a folder or hub name of this family."""
     config = AutoConfig.from_pretrained(checkpoint)
     whole = load_weights(Qwen3VLModel, "Qwen3-VL", checkpoint, field)
     config.image_mean, config.image_std = colour_scale(checkpoint)
-    return _seeing(config, whole.language_model.state_dict(keep_vars=True), whole.visual)
+    return _body_with_vision(config, whole.language_model.state_dict(keep_vars=True), whole.visual)
 
 
 def build_around(text: nn.Module, start: int, end: int, seed: int) -> Qwen3Model:
-    """A small one with a random vision tower around the weights of a pretrained text body.
+    """Build a small body with a random vision tower around the weights of a text body.
 
     `start` and `end` are the tokens around a picture.
     """
     settings = cast(Any, text).config
     half = settings.head_dim // 2
-    plane = max(1, half * 20 // 64)  # the shares of Qwen3-VL: 24, 20, 20 of 64
+    plane = max(1, half * 20 // 64)  # Qwen3-VL divides 64 into 24, 20 and 20
     rope = {**settings.rope_parameters, "mrope_interleaved": True,
             "mrope_section": [half - 2 * plane, plane, plane]}  # fmt: skip
     width, heads = settings.hidden_size, settings.num_attention_heads
@@ -77,7 +76,7 @@ def build_around(text: nn.Module, start: int, end: int, seed: int) -> Qwen3Model
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         visual = Qwen3VLVisionModel(cast(Qwen3VLVisionConfig, config.vision_config))
-    return _seeing(config, text.state_dict(keep_vars=True), visual)
+    return _body_with_vision(config, text.state_dict(keep_vars=True), visual)
 
 
 def save(body: nn.Module, folder: str) -> None:
@@ -97,7 +96,7 @@ def save(body: nn.Module, folder: str) -> None:
 
 
 def tower_states(tower: nn.Module, config: Any, pixels: Tensor) -> Tensor:
-    """[n, 3, S, S] -> the tower's states in front of its merger, put back in their places."""
+    """Return the tower's states before its merger, in image order, for [n, 3, S, S]."""
     merge, count = config.spatial_merge_size, len(pixels)
     patches, grids = cut_patches(pixels, config.patch_size, merge, config.temporal_patch_size)
     states = tower(patches, grid_thw=grids.to(pixels.device)).last_hidden_state
@@ -106,8 +105,8 @@ def tower_states(tower: nn.Module, config: Any, pixels: Tensor) -> Tensor:
     return cast(Tensor, placed.permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3))
 
 
-def _seeing(config: Any, text: dict[str, Tensor], visual: nn.Module) -> Qwen3Model:
-    """A lean Qwen3 body around the weights of a Qwen3-VL's text part, with its vision tower."""
+def _body_with_vision(config: Any, text: dict[str, Tensor], visual: nn.Module) -> Qwen3Model:
+    """Build a Qwen3 body from the weights of Qwen3-VL's text part, and add the vision tower."""
     settings = config.text_config
     theta = settings.rope_parameters["rope_theta"]
     with torch.device("meta"):
@@ -121,8 +120,8 @@ def _seeing(config: Any, text: dict[str, Tensor], visual: nn.Module) -> Qwen3Mod
             )
         )
     body.load_state_dict(text, assign=True)
-    make_lean(body)
-    give_sight(body, visual, Qwen3VLTextRotaryEmbedding(settings), config)
+    use_fast_layers(body)
+    add_vision_tower(body, visual, Qwen3VLTextRotaryEmbedding(settings), config)
     return body.train()
 
 

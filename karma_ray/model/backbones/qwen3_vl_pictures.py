@@ -1,12 +1,12 @@
-"""How a picture enters a Qwen3-VL: around the layers that also read plain text.
+"""How pictures enter Qwen3-VL's input, and faster layers for its vision tower.
 
-The trunk is the same Qwen3 body as of a text encoder, with `visual`, Qwen3-VL's vision tower,
-inside it: an item without a picture takes the very path of a text item. With one, the input is
+The body is the Qwen3 body of a text encoder that also holds the vision tower as `visual`. An item
+without a picture is computed exactly like a text item. With a picture the input is
 
     instruction <|vision_start|> K image tokens <|vision_end|> text <|endoftext|>
 
-whose image tokens have positions in a plane (M-RoPE, 2409.12191) and are added to once more
-behind the first layers (DeepStack, 2406.04334).
+The image tokens have positions in a plane (M-RoPE, 2409.12191), and further features are added to
+them after the first layers (DeepStack, 2406.04334).
 
 Legend: U items, n of them with a picture, S slots without it, S' with it, P instruction tokens,
 K image tokens of a picture (G on a side), N patches, D width.
@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karma_ray.model.backbones.family import SeenRows
+from karma_ray.model.backbones.family import BodyInput
 from karma_ray.model.layers import rotated
 
 
 def cut_patches(pixels: Tensor, patch: int, merge: int, temporal: int) -> tuple[Tensor, Tensor]:
-    """Normalised pixels [n, 3, S, S] -> Qwen3-VL's patches [n * N, 3 * temporal * patch**2]
-    and grids [n, 3] (frames, rows, columns), as Qwen2VLImageProcessor makes them.
+    """Cut normalised pixels [n, 3, S, S] into patches [n * N, 3 * temporal * patch**2].
 
-    Patches that are merged later stand together; a still picture fills all `temporal` frames.
+    Also returns grids [n, 3] (frames, rows, columns), both as Qwen2VLImageProcessor makes them:
+    patches that are merged later are adjacent, and a still picture fills all `temporal` frames.
     """
     count, channels, side, _ = pixels.shape
     rows = side // patch
@@ -43,18 +43,18 @@ def cut_patches(pixels: Tensor, patch: int, merge: int, temporal: int) -> tuple[
 def insert_pictures(
     body: nn.Module, embeddings: Tensor, last: Tensor, num_prefix: int, pictured: Tensor,
     pixels: Tensor, *, learns: bool = True,
-) -> SeenRows:  # fmt: skip
-    """Put pictures [n, S, S, 3] uint8 behind the first `num_prefix` slots of `pictured` [U] items.
+) -> BodyInput:  # fmt: skip
+    """Insert pictures [n, S, S, 3] uint8 after the first `num_prefix` slots of `pictured` [U].
 
     embeddings [U, S, D], last [U]. Items without a picture keep their slots and positions. The
-    vision tower gets a gradient where it `learns`.
+    vision tower gets gradients only if it `learns`.
     """
     if not len(pixels):
-        return SeenRows(embeddings, None, last, ())
+        return BodyInput(embeddings, None, last, ())
     num_items, num_slots = embeddings.shape[:2]
     config = cast(Any, body).whole_config
     with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
-        tokens, deep = _look(body, pixels)  # [n, K, D]
+        tokens, deep = _picture_features(body, pixels)  # [n, K, D]
     count = tokens.shape[1]
     side, added = round(count**0.5), count + 2
     slots = torch.arange(num_slots + added, device=embeddings.device).expand(num_items, -1)
@@ -75,19 +75,21 @@ def insert_pictures(
     plane = torch.cartesian_prod(torch.arange(side), torch.arange(side)).to(slots.device)
     places = first + functional.pad(plane, (1, 0))  # [K, 3]
     positions[pictured, first : first + count] = places
-    # Behind a picture, positions go on as if its longer side had been read.
+    # After a picture, positions continue as if only its longer side had been read.
     positions[pictured, first + count :] -= count - side
     layers = []
     for feature in deep:
         layer = torch.zeros_like(wide)
         layer[pictured, first : first + count] = feature.to(wide.dtype)
         layers.append(layer)
-    return SeenRows(wide, positions, last + shift[:, 0], tuple(layers))
+    return BodyInput(wide, positions, last + shift[:, 0], tuple(layers))
 
 
-def give_sight(body: nn.Module, visual: nn.Module, rotary: nn.Module, config: Any) -> None:
-    """Make a text body see: its vision tower, its positions in a plane, and what is added behind
-    its first layers. `config` is Qwen3-VL's, with `image_mean` and `image_std` of its processor."""
+def add_vision_tower(body: nn.Module, visual: nn.Module, rotary: nn.Module, config: Any) -> None:
+    """Add a vision tower to a text body, with plane positions and DeepStack hooks on its layers.
+
+    `config` is Qwen3-VL's, with `image_mean` and `image_std` of its processor.
+    """
     multimodal = cast(Any, body)
     multimodal.visual, multimodal.rotary_emb, multimodal.whole_config = visual, rotary, config
     tower = cast(Any, visual)
@@ -99,15 +101,15 @@ def give_sight(body: nn.Module, visual: nn.Module, rotary: nn.Module, config: An
 
 
 def block_side(body: nn.Module) -> int:
-    """Pixels of a side that become one token."""
+    """Return the side, in pixels, of the block that becomes one token."""
     config = cast(Any, body).whole_config.vision_config
     return int(config.patch_size * config.spatial_merge_size)
 
 
 class PatchProjection(nn.Module):
-    """The tower's first layer as the matrix product that it is.
+    """The tower's first layer as a matrix product.
 
-    The stock module calls it a convolution, whose kernel is as wide as its stride.
+    The stock module is a convolution whose kernel is as wide as its stride.
     """
 
     def __init__(self, stock: nn.Module) -> None:
@@ -121,9 +123,9 @@ class PatchProjection(nn.Module):
 
 
 class PictureAttention(nn.Module):
-    """The tower's attention inside each picture, for all pictures at once: they are of one size.
+    """The tower's attention within each picture, for all pictures at once as they have one size.
 
-    The stock module goes through them one by one.
+    The stock module processes them one by one.
     """
 
     def __init__(self, stock: nn.Module) -> None:
@@ -138,7 +140,7 @@ class PictureAttention(nn.Module):
         position_embeddings: tuple[Tensor, Tensor],
         **options: Any,
     ) -> Tensor:
-        """[n * N, D] -> [n * N, D]; `cu_seqlens` [n + 1] is where the pictures begin."""
+        """[n * N, D] -> [n * N, D]; `cu_seqlens` [n + 1] are the first rows of the pictures."""
         count = len(cu_seqlens) - 1
         shape = (count, len(hidden_states) // count, 3, self.heads, -1)
         query, key, value = self.qkv(hidden_states).view(shape).unbind(2)  # [n, N, H, d]
@@ -153,7 +155,7 @@ class PictureAttention(nn.Module):
 
 
 class _Deepening:
-    """Adds what is meant for one layer to its output; does nothing in a pass without pictures."""
+    """Adds the DeepStack features of one layer to its output, in passes with pictures."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -165,8 +167,8 @@ class _Deepening:
         return output + deep[self.number] if self.number < len(deep) else output
 
 
-def _look(body: nn.Module, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
-    """Pictures [n, S, S, 3] uint8 -> image tokens [n, K, D] and what is added behind layers."""
+def _picture_features(body: nn.Module, pixels: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Return image tokens [n, K, D] and DeepStack features of pictures [n, S, S, 3] uint8."""
     multimodal = cast(Any, body)
     config, count = multimodal.whole_config.vision_config, len(pixels)
     mean, std = (

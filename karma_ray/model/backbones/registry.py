@@ -1,4 +1,4 @@
-"""The families there are, by the `model_type` of their config.json."""
+"""The known families of LLMs, by the `model_type` in config.json."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from karma_ray.model.backbones.qwen3_vl import QWEN3_VL
 
 FAMILIES = {family.model_type: family for family in (QWEN3, QWEN3_VL)}
 TINY, TINY_WITH_PICTURES = QWEN3.model_type, QWEN3_VL.model_type
-"""What is built where no checkpoint is given."""
+"""Families that are built when no checkpoint is given."""
 
 
 def checkpoint_family(checkpoint: str, field: str, *, with_vision: bool = False) -> Family:
-    """The family of a folder or hub name, one that reads pictures if `with_vision`.
+    """Return the family of a folder or hub name; with `with_vision` one that reads pictures.
 
-    Raises InputError naming what it is and the choices.
+    Raises InputError that names the model type and the choices.
     """
     found = model_type_of(checkpoint, field)
     choices = [
@@ -32,14 +32,13 @@ def checkpoint_family(checkpoint: str, field: str, *, with_vision: bool = False)
 
 
 def family_of(body: nn.Module) -> Family:
-    """The family of a loaded body; one that reads pictures has its whole configuration in
-    `whole_config`."""
+    """Return the family of a loaded body; a multimodal body names it in `whole_config`."""
     config = getattr(body, "whole_config", None) or cast(Any, body).config
     return FAMILIES[config.model_type]
 
 
 def pictures_of(body: nn.Module) -> Pictures:
-    """How a loaded body reads pictures."""
+    """Return how a loaded body reads pictures."""
     pictures = family_of(body).pictures
     assert pictures is not None
     return pictures

@@ -1,4 +1,4 @@
-"""Tokenizers of any family: loaded, saved, or trained for a tiny backbone."""
+"""Tokenizers of any family: loading, saving, and training one for a tiny backbone."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from karma_ray.model.backbones.registry import FAMILIES, TINY
 
 
 def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerFast:
-    """The tokenizer of a checkpoint folder, with the special tokens of its family.
+    """Load the tokenizer of a checkpoint folder, with the special tokens of its family.
 
-    Raises InputError when the folder holds none, or one with the special tokens of no family.
+    Raises InputError when the folder has none, or when it lacks special tokens of every family.
     """
     check_tokenizer_files(checkpoint, "tokenizer")
     try:
@@ -26,7 +26,7 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerFast:
     except (OSError, ValueError) as error:
         raise InputError("tokenizer", checkpoint, f"cannot be loaded ({error})") from None
     known = tokenizer.get_vocab()
-    # By the vocabulary: a bundle's tokenizer stands in a folder without config.json.
+    # Found by the vocabulary, since a bundle's tokenizer has no config.json beside it.
     choices = [family.special for family in FAMILIES.values()]
     missing = [[token for token in special if token not in known] for special in choices]
     found = min(range(len(choices)), key=lambda number: len(missing[number]))
@@ -37,12 +37,12 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerFast:
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
-    """Write the tokenizer's own files."""
+    """Write the tokenizer's files."""
     cast(PreTrainedTokenizerFast, tokenizer).save_pretrained(folder)
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens with the tiny family's special tokens."""
+    """Train a byte-level BPE of at most `vocab_size` tokens with the tiny family's tokens."""
     if vocab_size < 300:
         raise InputError("model.tiny.vocab_size", vocab_size, "must be at least 300 (256 bytes)")
     special = FAMILIES[TINY].special

@@ -1,7 +1,7 @@
-"""Frozen vision encoders (METHOD 1.9) from any Hugging Face folder that has one.
+"""Frozen vision encoders (METHOD 1.9), from any Hugging Face folder with a vision part.
 
-Models that take whole images (ViT, DINOv2, CLIP, SigLIP, convolutional ones), and the vision
-towers of the families here, which take patches.
+These are models that take whole images (ViT, DINOv2, CLIP, SigLIP, convolutional networks), and
+the vision towers of the registered families, which take patches.
 
 Legend: n images, S pixels of a side, G cells on a side of the target grid, N_v = G * G,
 d_v hidden width of the encoder.
@@ -35,13 +35,13 @@ class VisionEncoder:
     ) -> None:  # fmt: skip
         self.tower, self.config, self.grid = tower.eval().requires_grad_(False), config, grid
         self.side = own.side if own else _image_size(config)
-        self._own = own  # a family's tower, that takes no whole images
+        self._own = own  # a family's tower, which does not take whole images
         self.device = next(tower.parameters()).device
         self.mean, self.std = torch.tensor(mean), torch.tensor(std)
 
     @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Encode a batch."""
+        """Encode images in batches."""
         starts = range(0, len(images), BATCH)
         return np.concatenate([self._encode(images[at : at + BATCH]) for at in starts])
 
@@ -62,7 +62,7 @@ class VisionEncoder:
             return states
         size = self.config.patch_size
         rows, columns = (self.side // s for s in ((size, size) if isinstance(size, int) else size))
-        # Class, register and distillation tokens stand in front of the patches.
+        # Class, register and distillation tokens come before the patches.
         patches = states[:, states.shape[1] - rows * columns :]
         return patches.transpose(1, 2).reshape(len(pixels), -1, rows, columns)
 
@@ -85,10 +85,10 @@ def load_vision_encoder(checkpoint: str, grid: int, device: str = "cpu") -> Visi
     prefix = f"{part}." if tower is not model else ""
     lost = [name for name in info["missing_keys"] if name.startswith(prefix)]
     lost = [name for name in lost if "pooler" not in name and ".head." not in name]
-    if lost:  # transformers would leave random numbers there
+    if lost:  # transformers would initialise them at random
         raise InputError(field, checkpoint, f"lacks weights of its vision part, such as {lost[0]}")
     if not hasattr(vision, "patch_size") and getattr(vision, "num_channels", 0) != 3:
-        raise InputError(field, checkpoint, f"({config.model_type}) takes no images")
+        raise InputError(field, checkpoint, f"({config.model_type}) does not take images")
     mean, std = colour_scale(checkpoint)
     return VisionEncoder(tower.to(device), vision, grid, mean, std, own)
 
@@ -99,6 +99,6 @@ def _image_size(config: Any) -> int:
 
 
 def _family_tower(model_type: str) -> VisionTower | None:
-    """The vision part of one of the families here."""
+    """Return the vision tower of a registered family, or None."""
     towers = [family.vision for family in FAMILIES.values() if family.vision is not None]
     return next((tower for tower in towers if model_type in tower.model_types), None)
