@@ -1,1 +1,1 @@
-"""What a finished or running model is worth, and what has become of it."""
+"""Evaluation of finished and running models: metrics, checks, cases, diagnosis and alarm."""

@@ -1,12 +1,12 @@
-"""The collapse alarm: bounds on what every report measures, and what usually helps.
+"""The collapse alarm: bounds on the metrics of every report, and advice that usually helps.
 
-A crossed bound is told once per run and kind: as a warning, as `alarm/KIND` in the record (the
-bound; the value stands beside it) and in the report. Training goes on: the numbers decide nothing.
+A crossed bound is reported once per run and kind: as a warning, as `alarm/KIND` in the record (with
+the bound as its value), and in the report. Training continues; the alarm decides nothing.
 
-The bounds come from runs on the toy shop and `hm` (docs/diagnosis.md). Healthy ones kept a third
-of their width as effective rank of e, a sixth as that of h, and cosines below .6; those that
-collapsed fell to a twelfth, or to cosines above .9, within tens of steps. Healthy ones too cross a
-bound for a moment: h at the first steps, e when its encoder starts to learn.
+The bounds come from runs on the toy shop and `hm` (docs/diagnosis.md). In healthy runs the
+effective rank was at least a third of the width for e and a sixth for h, and cosines were below
+0.6. Collapsed runs fell to a twelfth, or to cosines above 0.9, within tens of steps. Healthy runs
+also cross a bound briefly: h in the first steps, e when its encoder starts to learn.
 """
 
 from __future__ import annotations
@@ -16,27 +16,27 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # processes that only read records do without torch
+if TYPE_CHECKING:  # processes that only read records need no torch
     from torch import nn
 
 PATIENCE = 3
-"""Reports in a row that must cross a bound before it is told."""
+"""Number of consecutive reports beyond a bound before the alarm is raised."""
 LEAST_RANK_E = 0.1
-"""Effective rank of e as a share of the width (or of the number of items, if that is less)."""
+"""Smallest effective rank of e, as a share of the width (or of the number of items, if less)."""
 LEAST_RANK_H = 0.05
-"""The same of h, which needs fewer directions than the items that it chooses from."""
+"""Smallest effective rank of h, which needs fewer dimensions than the items it selects."""
 MOST_COSINE = 0.9
-"""Mean cosine of two different items, or interests. Nearly parallel vectors rank by noise."""
+"""Largest mean cosine of two different items or interests; parallel vectors rank by noise."""
 LEAST_NEGATIVES = 0.25
-"""Share of the pool of positives that is left to a step as negatives (108 -> 2 in the reports on
-live-embedding masks, METHOD 1.5)."""
+"""Smallest share of the pool of positives that a step keeps as negatives (in the known failure of
+masks on live embeddings it fell from 108 to 2, METHOD 1.5)."""
 KEPT_GAP, NOTABLE_GAP = 0.2, 0.1
-"""A decode gap that reached .1 nats per token and fell to a fifth of its highest: forgetting."""
+"""A decode gap that reached 0.1 nats per token must keep a fifth of its highest value."""
 LEAST_GAP = 0.02
-"""Nats per token in the second half of the training: h_t has not learnt to hold words at all."""
+"""Smallest gap in nats per token in the second half of training; below it h_t has no text."""
 MORE_SINKS = 25.0
-"""Points that content sinks may rise above their lowest: what a checkpoint brings along is no
-collapse."""
+"""Percentage points that content sinks may rise above their lowest value, since a checkpoint may
+already have some."""
 
 _ALIKE = (
     "a lower learning rate (training.learning_rate, training.encoder_lr), a later encoder "
@@ -49,7 +49,7 @@ _WORDS = (
 )
 _NEGATIVES = (
     "larger batches (training.batch_size), fewer items of equal text, longer prepared windows; "
-    "few negatives make the loss small without teaching anything"
+    "few negatives make the loss small although nothing is learnt"
 )
 
 Bound = Callable[["Alarm", float, Mapping[str, Any]], float | None]
@@ -58,12 +58,12 @@ Bound = Callable[["Alarm", float, Mapping[str, Any]], float | None]
 
 @dataclass(frozen=True)
 class Kind:
-    """One thing that is watched."""
+    """One metric that is watched."""
 
     key: str
     """Name in the record."""
     name: str
-    """In words."""
+    """Name in messages."""
     bound: Bound
     side: str
     """`below` or `above`."""
@@ -73,7 +73,7 @@ class Kind:
 
 @dataclass
 class Alarm:
-    """What a training's reports have shown so far."""
+    """The state of the alarm: what a training's reports have shown so far."""
 
     width: int
     """D of e and h."""
@@ -83,11 +83,11 @@ class Alarm:
     highest: dict[str, float] = field(default_factory=dict)
     lowest: dict[str, float] = field(default_factory=dict)
     in_a_row: dict[str, int] = field(default_factory=dict)
-    """Reports up to the newest that cross a kind's bound."""
+    """Number of latest consecutive reports that cross the bound of a kind."""
 
     @classmethod
     def of(cls, model: nn.Module, steps: int, lines: Iterable[Mapping[str, Any]]) -> Alarm | None:
-        """For a joint training that has written `lines` already; None for other models."""
+        """Create the alarm of a joint training, from the `lines` written so far, if it has one."""
         interest = getattr(model, "interest", None)
         if interest is None:
             return None
@@ -97,7 +97,7 @@ class Alarm:
         return alarm
 
     def __call__(self, record: Mapping[str, Any]) -> dict[str, float]:
-        """`alarm/KIND` -> crossed bound, of kinds that have not been told yet."""
+        """Return `alarm/KIND` -> crossed bound, for kinds that were not reported before."""
         found: dict[str, float] = {}
         for kind, watched in KINDS.items():
             value = record.get(watched.key)
@@ -113,12 +113,12 @@ class Alarm:
         return found
 
     def directions(self, record: Mapping[str, Any]) -> float:
-        """The largest effective rank that the vectors of a report can have."""
+        """Return the largest effective rank that the vectors of a report can have."""
         return min(float(self.width), float(record.get("negatives/pool", math.inf)))
 
 
 def messages(line: Mapping[str, Any], *, with_help: bool = True) -> list[str]:
-    """The alarms of a line of metrics.jsonl as sentences."""
+    """Return the alarms in a line of metrics.jsonl as sentences."""
     return [
         f"collapse alarm at step {int(line.get('step', 0))}: {watched.name} is "
         f"{line[watched.key]:.3g}, {watched.side} {line[f'alarm/{kind}']:.3g}: {watched.meaning}."
@@ -162,11 +162,11 @@ def _sinks(alarm: Alarm, value: float, record: Mapping[str, Any]) -> float | Non
 KINDS = {
     "effective_rank_e": Kind(
         "collapse/effective_rank_e", "the effective rank of the items e", _rank(LEAST_RANK_E),
-        "below", "items are told apart in a few directions only", _ALIKE,
+        "below", "items differ in a few directions only", _ALIKE,
     ),
     "effective_rank_h": Kind(
         "collapse/effective_rank_h", "the effective rank of the interests h", _rank(LEAST_RANK_H),
-        "below", "everybody is given the same few interests", _ALIKE,
+        "below", "all users get the same few interests", _ALIKE,
     ),
     "mean_cosine_e": Kind(
         "collapse/mean_cosine_e", "the mean cosine between items e", _cosine,
@@ -182,11 +182,11 @@ KINDS = {
     ),
     "decode_gap": Kind(
         "decode_gap", "the decode gap (nats per token)", _gap,
-        "below", "Task 2's decoder does not read the target's words from h_t", _WORDS,
+        "below", "Task 2's decoder cannot read the target's text from h_t", _WORDS,
     ),
     "content_sink": Kind(
         "collapse/content_sink", "the share of content sinks in the item encoder (percent)", _sinks,
-        "above", "heads stare at single words whatever the item", _ALIKE,
+        "above", "attention heads focus on single tokens whatever the item is", _ALIKE,
     ),
 }  # fmt: skip
-"""What is watched, by the name under `alarm/`."""
+"""The watched metrics, by their name under `alarm/`."""

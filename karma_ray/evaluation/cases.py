@@ -1,4 +1,4 @@
-"""Examples for the reader of a report: what was recalled, and what h_t says in words."""
+"""Example cases for the report: recalled titles, and the text decoded from h_t."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def collect_cases(
     seed: int,
     top: int = 10,
 ) -> list[dict[str, Any]]:
-    """`count` seeded test examples: history, recalled titles beside the truth, decoded text."""
+    """Return `count` test examples: history, recalled titles, the target and the decoded text."""
     sample = sampled(examples, count, seed)
     scores = retriever.score(sample)  # [n, I]
     spoken = model.speak(retriever.interests(sample), retriever.collator.requests(sample))

@@ -1,7 +1,7 @@
-"""Does the model use what it should, and nothing else?
+"""Checks that a model uses the history, and uses nothing that it must not see.
 
-Two perturbations on a trained model: strangers' histories must lower the metrics; a future or
-same-step item must change h by exactly zero.
+Two perturbations of a trained model: histories of other users must lower the metrics, and a
+future or same-step item must change h by exactly zero.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from karma_ray.model.recall import RecallModel
 
 
 def with_other_histories(examples: pa.Table, seed: int) -> pa.Table:
-    """The same requests, each with the history of another user's example.
+    """Return the same requests, each with the history of an example of another user.
 
-    Every column that tells of the past moves together; query and truth stay.
+    All history columns are exchanged together; query and target stay.
     """
     users = examples.column("user_id").to_numpy(zero_copy_only=False)
     order = np.random.default_rng(seed).permutation(len(users))
-    # Along a random order, shift by one, and further while the user is still the same.
+    # Shift by one in a random order, and by more while the user is the same.
     source = np.empty(len(users), np.int64)
     for place, row in enumerate(order):
         step = 1
@@ -41,17 +41,17 @@ def with_other_histories(examples: pa.Table, seed: int) -> pa.Table:
 
 @torch.no_grad()
 def hidden_item_effect(model: RecallModel, batch: Batch) -> dict[str, float]:
-    """Largest change of any h_k when items it must not see are replaced; both must be 0.
+    """Return the largest change of any h_k when masked items are replaced; it must be 0.
 
-    `future_perturbation_max_abs`: items of later groups than k's; `same_step_...`: items of
-    k's own group (its target and the clicks of the same page).
+    `future_perturbation_max_abs` replaces items of later groups than k's, and `same_step_...`
+    items of k's own group (its target and the other clicks of the page).
     """
-    # Texts will do for a multimodal encoder too: only who sees whose vector is looked at.
+    # A multimodal encoder can encode texts alone here: only the attention mask is tested.
     rows = torch.full_like(batch.item_rows, NO_PICTURE)
     items = model.encode_items(batch.item_tokens, batch.item_lengths, rows)
-    # A second, different table behind the first; both runs go through the same sizes, because
-    # a matrix product's rounding may depend on them. In directions of no pattern: a layer norm
-    # would not see a constant.
+    # A second, different table follows the first, so that both runs have the same sizes; the
+    # rounding of a matrix product may depend on them. Its values are random, because a layer norm
+    # would remove a constant.
     other = torch.randn(items.shape, generator=torch.Generator().manual_seed(0)).to(items)
     table = torch.cat([items, 3.0 * items.flip(0) + other])
     before = model.interest(batch, table)
@@ -68,7 +68,7 @@ def _effect(
     before: Tensor,  # [B, T, D]
     hidden: Callable[[Tensor, Tensor], Tensor],
 ) -> float:
-    """Replace, for the group of every step in turn, the hidden items; compare h at that step."""
+    """Replace the masked items for the group of each step in turn, and compare h at that step."""
     largest, count = 0.0, len(table) // 2
     for step in range(batch.step_mask.shape[1]):
         change = hidden(batch.group, batch.group[:, step : step + 1]) & batch.item_mask

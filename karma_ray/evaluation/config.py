@@ -1,4 +1,4 @@
-"""Configuration of the metrics."""
+"""Configuration of the evaluation metrics."""
 
 from __future__ import annotations
 
@@ -9,30 +9,31 @@ from karma_ray.errors import InputError
 from karma_ray.ranges import Count, CountOrZero
 
 SMALLEST_CORPUS = 100
-"""Items of `evaluation.corpus=sampled:N`: below it a list of 50 says nothing."""
+"""Smallest N of `evaluation.corpus=sampled:N`; with fewer items a list of 50 is meaningless."""
 
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """What METHOD leaves open about the metrics, with its defaults."""
+    """Choices that METHOD leaves open, with their defaults."""
 
     gauc_weight: Literal["impressions", "positives", "uniform"] = "impressions"
-    """Weight of a group in gAUC."""
+    """Weight of a group (request) in gAUC."""
     hr_unit: Literal["click", "any_hit"] = "click"
-    """Per-click mean, or one hit per request."""
+    """Unit of HR: each click, or a request with any hit."""
     js_mode: Literal["per_item", "pooled"] = "per_item"
-    """Mean of Jaccard per retrieved item, or Jaccard with the union of the list."""
+    """JS@50: mean Jaccard per retrieved item, or Jaccard with the union of the list."""
     corpus: str = "full"
-    """What a target is ranked among: the whole catalogue, or `sampled:N`, N items drawn once (the
-    same for every example and ranker) and the target. A sample flatters, and not every ranker
-    alike (Krichene & Rendle 2020): for comparison with figures that were published so."""
+    """Items that a target is ranked among: the whole catalogue, or `sampled:N`, which means the
+    target and N items that are drawn once for all examples and rankers. Sampled metrics are too
+    high, and not equally so for all rankers (Krichene & Rendle 2020); use them only to compare
+    with published sampled figures."""
     block_size: Count = 256
-    """Examples scored at once; bounds memory to block_size x catalogue."""
+    """Examples scored at once; memory is proportional to block_size x catalogue."""
     max_examples: CountOrZero = 0
-    """Evaluate at most so many examples (a seeded sample); 0: all."""
+    """Largest number of examples to evaluate (a seeded sample); 0: all."""
 
     def corpus_size(self) -> int:
-        """N of `sampled:N`; 0 for the whole catalogue. Raises InputError on anything else."""
+        """Return N of `sampled:N`, or 0 for the whole catalogue; raises InputError otherwise."""
         if self.corpus == "full":
             return 0
         kind, _, number = self.corpus.partition(":")

@@ -1,4 +1,4 @@
-"""What has become of a model: attention sinks, rank, spread, what can still be read (METHOD 1.13).
+"""Diagnosis of a model: attention sinks, rank, spread and decodable text (METHOD 1.13).
 
 Every model is measured on the same `ProbeSet`, in float32 and evaluation mode.
 
@@ -32,14 +32,14 @@ Wanted = tuple[int, int | None]
 """A head, or all heads of a layer."""
 PAPER_HEADS: tuple[Head, ...] = ((9, 1), (11, 1))
 CHUNK = 32
-"""Items or requests whose maps are in memory at once."""
+"""Items or requests whose attention maps are in memory at once."""
 LAID_OUT = ("query_index", "item_index", "item_mask", "step_mask", "group")
-"""What of a batch's windows the user decoder's input is laid out from."""
+"""Fields of a batch that determine the layout of the user decoder's input."""
 
 
 @dataclass(frozen=True)
 class ProbeSet:
-    """What models are measured on."""
+    """Items and requests that every model is measured on."""
 
     items: ItemSample
     vectors: VectorSample
@@ -50,17 +50,17 @@ class ProbeSet:
 
 @dataclass(frozen=True)
 class BodyDiagnosis:
-    """Attention of one body."""
+    """Attention measures of one body."""
 
     measures: dict[str, np.ndarray]  # MEASURES -> [layers, heads], means over the samples
-    heads: list[Head]  # the P chosen ones
+    heads: list[Head]  # the P chosen heads
     mean_maps: np.ndarray  # [P, S, S] mean over the samples
     example_maps: np.ndarray  # [P, S, S] the first sample
-    slots: list[str]  # [S] what stands there in the first sample
+    slots: list[str]  # [S] labels of the slots in the first sample
     content: np.ndarray  # [S] its content columns
 
     def metrics(self, prefix: str) -> dict[str, float]:
-        """Means over all layers and heads, and the chosen heads' own."""
+        """Return the means over all layers and heads, and the values of the chosen heads."""
         found = {f"{prefix}{name}": float(self.measures[name].mean()) for name in MEASURES}
         for layer, head in self.heads:
             for name in MEASURES:
@@ -70,7 +70,7 @@ class BodyDiagnosis:
 
 @dataclass(frozen=True)
 class ModelDiagnosis:
-    """One model's numbers and pictures."""
+    """The diagnosis of one model."""
 
     metrics: dict[str, float]  # NaN where nothing could be measured
     item_encoder: BodyDiagnosis
@@ -79,7 +79,7 @@ class ModelDiagnosis:
 
 
 Probe = Callable[[KarmaModel, Batch], Mapping[str, float]]
-"""Measures on one batch: the spread of h, and how well it decodes."""
+"""Measures one batch: the spread of h, and how well text is decoded from it."""
 
 
 @torch.no_grad()
@@ -126,7 +126,7 @@ def diagnose(
 
 @torch.no_grad()
 def diagnose_words(model: KarmaModel, sample: WordSample) -> dict[str, float]:
-    """What a probe reads of the clicked item's words from h, and from the query alone."""
+    """Measure how well a linear probe predicts the clicked item's words from h and the query."""
     interest, found = model.interest, []
     device = next(interest.parameters()).device
     for chunk in sample.chunks:
@@ -143,7 +143,7 @@ def diagnose_words(model: KarmaModel, sample: WordSample) -> dict[str, float]:
 def diagnose_items(
     model: KarmaModel, sample: ItemSample, wanted: Sequence[Wanted] | None = None
 ) -> BodyDiagnosis:
-    """Attention of the item encoder over item texts; raises InputError on heads it has not."""
+    """Measure the item encoder's attention; raises InputError on heads that it does not have."""
     encoder = model.interest.item_encoder
     device = next(encoder.parameters()).device
     num_prompt = len(encoder.instruction)
@@ -164,9 +164,9 @@ def diagnose_items(
 def diagnose_users(
     model: KarmaModel, sample: RequestSample, wanted: Sequence[Wanted] | None = None
 ) -> BodyDiagnosis:
-    """Attention of the user decoder; content are the slots of items in the first half.
+    """Measure the user decoder's attention; content slots are the items of the first half.
 
-    Of the wanted heads it shows those that it has.
+    Wanted heads that it does not have are ignored.
     """
     interest = model.interest
     device = next(interest.parameters()).device
@@ -184,24 +184,24 @@ def diagnose_users(
     block = (content.shape[1] - len(slots)) // batch.step_mask.shape[1]
     for step in range(1, batch.step_mask.shape[1] + 1):
         slots += [*[f"query {step}"] * (block - 1), f"item {step}"]
-    # The last slot is the item of the current step, which is not there.
+    # The last slot would be the item of the current step, which does not exist yet.
     return gathered.finished(slots[:-1], content[0, :-1].cpu())
 
 
 def _encoded(interest: InterestModel, batch: Batch) -> Tensor:
-    """e [U, D] of a batch's items, in portions."""
+    """Return e [U, D] of a batch's items, encoded in chunks."""
     texts = batch.item_tokens.cpu().numpy(), batch.item_lengths.cpu().numpy()
     vectors = encode_catalog(interest, *texts, rows=batch.item_rows.cpu().numpy())
     return torch.from_numpy(vectors).to(batch.item_rows.device)
 
 
 def content_sink(model: KarmaModel, sample: ItemSample) -> float:
-    """`content_sink` of the item encoder, over all layers and heads, in percent."""
+    """Return `content_sink` of the item encoder over all layers and heads, in percent."""
     return float(diagnose_items(model, sample, ()).measures["content_sink"].mean())
 
 
 def shown_heads(num_layers: int, num_heads: int) -> list[Head]:
-    """The paper's heads where they exist; else head 1 of the middle and of the last layer."""
+    """Return the paper's heads if they exist, else head 1 of the middle and the last layer."""
     paper = [(n, head) for n, head in PAPER_HEADS if n < num_layers and head < num_heads]
     if paper:
         return paper
@@ -212,7 +212,7 @@ def shown_heads(num_layers: int, num_heads: int) -> list[Head]:
 def chosen_heads(
     wanted: Sequence[Wanted] | None, num_layers: int, num_heads: int, strict: bool = True
 ) -> list[Head]:
-    """The wanted heads of a body, or `shown_heads`; raises InputError on others if `strict`."""
+    """Return the wanted heads, or `shown_heads`; if `strict`, raises InputError on unknown ones."""
     if wanted is None:
         return shown_heads(num_layers, num_heads)
     found: list[Head] = []
@@ -227,10 +227,10 @@ def chosen_heads(
 
 
 class _Gathered:
-    """Means over samples, chunk by chunk."""
+    """Accumulates means over samples, chunk by chunk."""
 
     def __init__(self, choose: Callable[[int, int], list[Head]]) -> None:
-        """`choose` names the heads to show of (layers, heads)."""
+        """`choose(layers, heads)` returns the heads to show."""
         self._choose = choose
         self._heads: list[Head] = []
         self._sums: dict[str, Tensor] = {}
@@ -240,7 +240,7 @@ class _Gathered:
         self._num = 0
 
     def add(self, maps: list[Tensor], content: Tensor, visible: Tensor | None = None) -> None:
-        """Maps per layer [b, H, S, S], content columns [b, S], visible [b, S, S]."""
+        """Add maps per layer [b, H, S, S], content columns [b, S] and mask [b, S, S]."""
         for name, values in self._measured(maps, content, visible).items():  # [layers, b, H]
             there = ~values.isnan()
             sums, counts = values.nan_to_num().sum(1), there.sum(1)
@@ -258,7 +258,7 @@ class _Gathered:
         self._num += len(content)
 
     def finished(self, slots: list[str], content: Tensor) -> BodyDiagnosis:
-        """The means, NaN where no sample had a value; maps are cut to the named slots."""
+        """Return the means (NaN if no sample had a value), with maps cut to the named slots."""
         measures = {
             name: (self._sums[name] / self._counts[name]).cpu().numpy() for name in MEASURES
         }
@@ -282,5 +282,5 @@ class _Gathered:
 
 
 def _words(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """Each token as text."""
+    """Return each token as text."""
     return [tokenizer.decode([token]).strip() or "␣" for token in ids]

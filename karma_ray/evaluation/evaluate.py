@@ -1,7 +1,7 @@
-"""The evaluation every ranker goes through: exact, over the whole catalogue, in blocks.
+"""The evaluation of every ranker: exact, over the whole catalogue, in blocks (METHOD 1.13).
 
-METHOD 1.13. History items stay in the catalogue (repurchase), ties count against the target,
-rates are in percent; `measurement` holds the walk over the examples.
+History items stay in the catalogue (repurchase), ties count against the target, and rates are in
+percent. `measurement` iterates over the examples.
 Legend: n examples, I items.
 """
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvaluationResult:
-    """Flat metrics and the values they average."""
+    """The metrics, and the values per example that they average."""
 
     metrics: dict[str, float]
     details: EvaluationDetails
@@ -41,14 +41,15 @@ def evaluate(
     query_matches: QueryMatches,
     seed: int = 0,
 ) -> EvaluationResult:
-    """All metrics of a ranker on `examples`, flat, and the values per example that they average.
+    """Return all metrics of a ranker on `examples`, and the values per example behind them.
 
     Keys: HR@10, HR@50, HR@200, HR@1000, NDCG@10, MRR, JS@50, JS@50_excl_gt, gAUC (absent
     without a judged request), num_test, num_gauc_groups, num_unknown_target, and the same under
-    `warm/`, `cold/` (a training click on the target or none), `first/`, `repeat/` (target in
-    the history) and `in_query/` (rank among the query's own items; `in_query/num_outside`
-    examples have no query, one that narrows nothing, or a target it does not name). An empty
-    section has only its counts. A target unknown to the catalogue is a miss, and cold.
+    `warm/` and `cold/` (target with or without a training click), `first/` and `repeat/` (target
+    in the history), and `in_query/` (rank among the items that match the query). Examples are
+    outside `in_query/`, and counted in `in_query/num_outside`, if they have no query, or one that
+    matches all items or not the target. An empty section has only its counts. A target that is
+    not in the catalogue is a miss, and cold.
 
     `train_item_ids` is the mask [I] of training-clicked items, or their ids. With
     `config.max_examples` a sample drawn from `seed` is evaluated. Raises KarmaRayError when a

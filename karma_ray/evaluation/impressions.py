@@ -1,7 +1,7 @@
-"""Which examples are one request, and what each request's page showed.
+"""Grouping of examples into requests, and the items shown on each request's page.
 
-A request is one (user, page, query); an example is one click of it. gAUC judges a request once,
-on its page's clicked and exposed-unclicked items.
+A request is one (user, page, query), and an example is one of its clicks. gAUC judges a request
+once, on the clicked and the exposed but unclicked items of its page.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ class Impressions:
     """Judged (request, item) pairs, all [n], ordered by `example`."""
 
     example: NDArray[np.int64]
-    """The example whose scores judge the pair: the first of its request."""
+    """The example whose scores are used for the pair: the first of its request."""
     row: NDArray[np.int64]
     """Catalogue row of the item."""
     clicked: NDArray[np.bool_]
     request: NDArray[np.int64]
     seen: NDArray[np.bool_]
-    """Whether the item stands in the request's history."""
+    """Whether the item is in the request's history."""
 
 
 def request_numbers(examples: pa.Table) -> NDArray[np.int64]:  # -> [b]
-    """Equal numbers for examples of one (user, page, query); without a page each is its own."""
+    """Return equal numbers for examples of one request; each example without a page is alone."""
     columns = [examples.column(name).to_pylist() for name in ("user_id", "page_id", "query")]
     numbers: dict[object, int] = {}
     keys: Sequence[object] = [
@@ -42,7 +42,7 @@ def request_numbers(examples: pa.Table) -> NDArray[np.int64]:  # -> [b]
 
 
 def is_repeat(examples: pa.Table) -> NDArray[np.bool_]:  # -> [b]
-    """Whether the user clicked the target earlier, as far as the example's history reaches."""
+    """Whether the user clicked the target earlier, within the example's history."""
     targets = examples.column("positive_item_id").to_pylist()
     histories = examples.column("history_item_ids").to_pylist()
     pairs = zip(targets, histories, strict=True)
@@ -50,9 +50,9 @@ def is_repeat(examples: pa.Table) -> NDArray[np.bool_]:  # -> [b]
 
 
 def impressions(examples: pa.Table, requests: NDArray[np.int64], catalog: Catalog) -> Impressions:
-    """The page of every request: its clicks, and the exposed-unclicked items of its examples.
+    """Return the shown items of every request: its clicks, and its unclicked exposed items.
 
-    Items unknown to the catalogue are left out; an item on both lists counts as clicked.
+    Items that are not in the catalogue are left out; an item in both lists counts as clicked.
     """
     pages = _pages(examples, requests)
     histories = examples.column("history_item_ids").to_pylist()
@@ -95,6 +95,6 @@ def _pages(
 
 
 def sampled(examples: pa.Table, count: int, seed: int) -> pa.Table:
-    """At most `count` examples, drawn from `seed`, in their order."""
+    """Return at most `count` examples, drawn from `seed`, in their original order."""
     picked = np.random.default_rng(seed).permutation(examples.num_rows)[:count]
     return examples.take(pa.array(np.sort(picked)))

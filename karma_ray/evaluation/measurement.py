@@ -1,7 +1,7 @@
-"""One walk of a ranker over the examples: values per example, block by block, and their means.
+"""Measurement of a ranker: one pass over the examples in blocks, values per example, and means.
 
-Memory is block x catalogue, never users x items; the scores of a block are dropped once ranks,
-term overlap and the page's own scores are read off them.
+Memory is proportional to block x catalogue, never to users x items. The scores of a block are
+dropped after ranks, term overlap and the scores of its pages have been computed.
 Legend: n examples, b of them in a block, I items, G judged requests.
 """
 
@@ -37,30 +37,30 @@ _PROGRESS_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class EvaluationDetails:
-    """Values per example, for paired tests; rows of two rankers on the same examples agree."""
+    """Values per example, for paired tests; the order is the same for all rankers."""
 
     rows: NDArray[np.int64]
-    """[n] row of each example in the table given (a sample keeps its order)."""
+    """[n] row of each example in the given table (a sample keeps its order)."""
     user_ids: list[str | None]
     """[n]"""
     ranks: NDArray[np.int64]
-    """[n] pessimistic rank of the target; `ranking.MISS` when the catalogue lacks it."""
+    """[n] pessimistic rank of the target; `ranking.MISS` if it is not in the catalogue."""
     query_ranks: NDArray[np.int64]
-    """[n] rank inside the query's own items; 0 where the example is outside."""
+    """[n] rank among the items that match the query; 0 for examples outside `in_query/`."""
     js: NDArray[np.float64]
     """[n] JS@50 in [0, 1]."""
     js_excl_gt: NDArray[np.float64]
-    """[n] JS@50 without the truth."""
+    """[n] JS@50 without the target."""
     group_user_ids: list[str | None]
     """[G]"""
     group_auc: NDArray[np.float64]
     """[G] AUC of each judged request."""
     group_weights: NDArray[np.float64]
-    """[G] its weight in gAUC."""
+    """[G] weight of each judged request in gAUC."""
 
 
 class Measurement:
-    """One walk over the examples: filled by `run`, read by `metrics` and `details`."""
+    """One pass over the examples: `run` fills it, `metrics` and `details` read it."""
 
     def __init__(
         self,
@@ -76,7 +76,7 @@ class Measurement:
         self.requests = request_numbers(examples)  # [n]
         self.pairs = impressions(examples, self.requests, catalog)
         self.terms = TermMatrix.from_titles(catalog.titles)
-        # Ties in a top list go by a hash of the id: ids in order often mean likeness in order.
+        # Ties in a top list are ordered by a hash of the id, as adjacent ids are often similar.
         hashes = [zlib.crc32(item_id.encode()) for item_id in catalog.item_ids]
         self.priority = np.argsort(np.argsort(hashes, kind="stable"))  # [I]
         size = config.corpus_size()
@@ -88,7 +88,7 @@ class Measurement:
         self.pair_scores = np.zeros(len(self.pairs.row), dtype=np.float64)
 
     def run(self, ranker: Ranker) -> None:
-        """Score every block and keep what the metrics need of it."""
+        """Score every block, and keep what the metrics need."""
         num, size = self.examples.num_rows, self.config.block_size
         started = reported = time.monotonic()
         for start in range(0, num, size):
@@ -124,7 +124,7 @@ class Measurement:
     def _within_corpus(
         self, scores: NDArray[np.floating], targets: NDArray[np.int64]
     ) -> NDArray[np.floating]:  # [b, I], [b] -> [b, I]
-        """Scores with everything outside `evaluation.corpus` but the target last."""
+        """Return the scores with items outside `evaluation.corpus`, except the target, last."""
         if self.left_out is None:
             return scores
         known = np.flatnonzero(targets >= 0)
@@ -133,7 +133,7 @@ class Measurement:
         return corpus
 
     def metrics(self, warm: NDArray[np.bool_]) -> dict[str, float]:
-        """Averages over all examples and over every section."""
+        """Return the averages over all examples and over every section."""
         known = self.targets >= 0
         is_warm = known & warm[np.where(known, self.targets, 0)]
         repeat, pairs = is_repeat(self.examples), self.pairs
@@ -175,7 +175,7 @@ class Measurement:
         )
 
     def _rank_metrics(self, ranks: NDArray[np.int64], mask: NDArray[np.bool_]) -> dict[str, float]:
-        """HR, NDCG and MRR over the units of the masked examples: clicks, or requests."""
+        """Return HR, NDCG and MRR over the masked examples, per click or per request."""
         values = ranks[mask]
         if not len(values):
             return {"num_test": 0}
@@ -192,7 +192,7 @@ class Measurement:
         return result
 
     def details(self, sample: NDArray[np.int64]) -> EvaluationDetails:
-        """The values per example and per judged request."""
+        """Return the values per example and per judged request."""
         users = self.examples.column("user_id").to_pylist()
         groups = self._groups(np.ones(len(self.pairs.row), dtype=bool))
         first = dict(zip(self.pairs.request.tolist(), self.pairs.example.tolist(), strict=True))

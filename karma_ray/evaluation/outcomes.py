@@ -1,8 +1,8 @@
-"""What a ranker did with every test example, small enough to be kept for every run of a study.
+"""Outcomes of a ranker on every test example, stored compactly for every run of a study.
 
-A paired bootstrap over users needs values per example, not means: ranks, term overlap, and the
-AUC of every judged request. They are whole numbers of 16 bits, in two compressed parts: what the
-examples are (the same for all rankers of the same data), and what this ranker did with them.
+A paired bootstrap over users needs values per example: ranks, term overlap, and the AUC of every
+judged request. They are stored as 16-bit integers in two compressed parts: the examples (the same
+for all rankers on the same data), and the outcomes of this ranker.
 Legend: n examples, G judged requests.
 """
 
@@ -29,12 +29,12 @@ _AUC_PARTS, _OVERLAP_PARTS = 10_000, 2_000  # of a share in [0, 1]
 
 @dataclass(frozen=True)
 class Examples:
-    """Who and what is tested; rankers are paired where this is equal."""
+    """The tested users and targets; rankers can be paired if these are equal."""
 
     user: NDArray[np.int64]
-    """[n] numbers of users, in the order in which they appear among all examples."""
+    """[n] user numbers, in the order of first appearance among all examples."""
     cold: NDArray[np.bool_]
-    """[n] no training click on the target."""
+    """[n] whether the target has no training click."""
     group_user: NDArray[np.int64]
     """[G]"""
     group_weight: NDArray[np.float64]
@@ -43,23 +43,23 @@ class Examples:
 
 @dataclass(frozen=True)
 class Outcomes:
-    """What one ranker did."""
+    """The results of one ranker."""
 
     examples: Examples
     rank: NDArray[np.int64]
-    """[n] rank of the target among all items; 65535 stands for that or worse."""
+    """[n] rank of the target among all items; 65535 means that or worse."""
     query_rank: NDArray[np.int64]
-    """[n] rank inside the query's own items; 0 outside."""
+    """[n] rank among the items that match the query; 0 for examples outside `in_query/`."""
     overlap: NDArray[np.float64]
     """[n] JS@50 in [0, 1]."""
     group_auc: NDArray[np.float64]
     """[G] in [0, 1]."""
 
     def values(self, metric: str) -> Values | None:
-        """(value, user, weight), each [m], whose weighted mean is `metric` in percent.
+        """Return (value, user, weight), each [m], whose weighted mean is `metric` in percent.
 
         Metrics: HR@K, NDCG@K, MRR, JS@50 and gAUC; the first three also under `cold/`, `warm/` and
-        `in_query/`, JS@50 under the first two. None for another, or when nothing is measured.
+        `in_query/`, JS@50 under the first two. None for other metrics and if nothing is measured.
         """
         section, _, name = metric.rpartition("/")
         if metric == "gAUC":
@@ -92,10 +92,10 @@ class Outcomes:
     def of(
         cls, details: EvaluationDetails, cold: NDArray[np.bool_], users: Iterable[str | None]
     ) -> Outcomes:
-        """From an evaluation's values per example; cold [n].
+        """Build outcomes from an evaluation's values per example; cold [n].
 
-        `users` are those of all examples, also of the ones that no sample drew: a user has the
-        same number in every sample.
+        `users` are those of all examples, including the ones outside a sample, so that a user has
+        the same number in every sample.
         """
         numbers = {name: number for number, name in enumerate(dict.fromkeys(users))}
         user = [numbers[name] for name in details.user_ids]
@@ -110,7 +110,7 @@ class Outcomes:
         )  # fmt: skip
 
     def packed(self) -> tuple[bytes, bytes]:
-        """(examples, outcomes), each an .npz file's content."""
+        """Return (examples, outcomes), each the content of an .npz file."""
         these = self.examples
         examples = {
             "user": these.user,
@@ -136,7 +136,7 @@ class Outcomes:
 
     @classmethod
     def unpacked(cls, examples: bytes, outcomes: bytes) -> Outcomes:
-        """The inverse of `packed`; shares come back to three decimals."""
+        """Invert `packed`; shares are exact to three decimals."""
         of, did = _unpacked(examples), _unpacked(outcomes)
         these = Examples(
             of["user"], of["cold"].astype(bool), of["group_user"],
@@ -149,7 +149,7 @@ class Outcomes:
 
 
 def _packed(columns: Mapping[str, NDArray[Any]]) -> bytes:
-    """Low and high bytes apart [.., 2, n]: a high byte hardly changes and nearly vanishes."""
+    """Store the bytes of numbers in separate planes, since high bytes compress well."""
     planes: dict[str, Any] = {}
     for name, values in columns.items():
         numbers = values.astype(np.uint32)  # users may be many

@@ -1,8 +1,7 @@
-"""The fixed items and requests that models are compared on: drawn once, from data and a seed.
+"""Probe sets: the fixed items and requests that models are compared on, drawn with a seed.
 
-Nothing here looks at a model, and nothing comes from the test split. Attention maps need inputs of
-exactly one length, because alpha_k averages over the rows behind k: longer texts are cut, shorter
-ones are not taken.
+They do not depend on a model or on the test split. Attention maps need inputs of equal length,
+because alpha_k averages over the rows after k: longer texts are cut, shorter ones are not used.
 
 Legend: N items, L tokens, n vectors, B requests, T steps.
 """
@@ -26,79 +25,79 @@ from karma_ray.data.schema import SEQUENCES
 from karma_ray.metrics.collapse import words_probe
 
 NUM_ITEMS = 512
-"""Items whose attention is looked at (METHOD 1.13)."""
+"""Number of items whose attention is measured (METHOD 1.13)."""
 VECTORS_PER_ITEM = 8
-"""Further items whose vectors alone are compared, for each of these."""
+"""Number of further items, for each of these, whose vectors are compared."""
 MOST_DECODED = 256
-"""Requests behind the decode gap; their histories are encoded at once."""
+"""Largest number of requests for the decode gap, whose histories are encoded at once."""
 MOST_PROBED = 2048
-"""Requests whose clicked items' words are read from h by a probe."""
+"""Largest number of requests for the probe that predicts the clicked item's words from h."""
 FEWEST_OF_A_WORD = 20
-"""Rarer tokens are left out of the probe."""
+"""Smallest number of requests with a token; rarer tokens are left out of the probe."""
 
 
 @dataclass(frozen=True)
 class ItemSample:
-    """Items, as the item encoder reads them."""
+    """Items in the form that the item encoder reads."""
 
     rows: np.ndarray  # [N] catalogue rows
-    tokens: Tensor  # [N, L] of equal length, ending in the end of text
-    template: Tensor  # [N, L] separators and special tokens
-    num_held_out: int  # how many of them have no click in training
+    tokens: Tensor  # [N, L] of equal length, with an end of text
+    template: Tensor  # [N, L] True for separators and special tokens
+    num_held_out: int  # number of items without a training click
 
     @property
     def lengths(self) -> Tensor:
-        """[N], all L."""
+        """[N] lengths, all equal to L."""
         return torch.full((len(self.rows),), self.tokens.shape[1])
 
 
 @dataclass(frozen=True)
 class VectorSample:
-    """Items whose embeddings are compared, as they are in the catalogue."""
+    """Items whose embeddings are compared, with their full texts."""
 
     rows: np.ndarray  # [n] catalogue rows
     tokens: np.ndarray  # [n, L]
     lengths: np.ndarray  # [n]
     categories: list[str | None]  # [n]
-    contents: list[int]  # [n] equal for items of equal text
+    contents: list[int]  # [n] equal for items with equal texts
 
 
 @dataclass(frozen=True)
 class RequestSample:
-    """Valid examples, for the user decoder."""
+    """Validation examples for the user decoder."""
 
     requests: Batch  # histories of equal length
     num_history: int
-    targets: Batch  # other histories too, with the clicked item at the last step, to be decoded
+    targets: Batch  # for decoding: uncut histories, with the clicked item as the last step
 
 
 @dataclass(frozen=True)
 class WordSample:
-    """Valid examples, for what a probe reads from h of the clicked item's words."""
+    """Validation examples for the probe that predicts the clicked item's words from h."""
 
-    chunks: list[Batch]  # R requests in all
-    words: np.ndarray  # [R, V] whether the clicked item's text has the token
-    queries: np.ndarray  # [R, Q] which query was asked, one-hot: what anybody knows
+    chunks: list[Batch]  # R requests in total
+    words: np.ndarray  # [R, V] whether the clicked item's text contains the token
+    queries: np.ndarray  # [R, Q] the query, one-hot: the reference without any history
     users: list[str]  # [R]
     seed: int
 
     def read_from(self, vectors: Tensor) -> float | None:
-        """What a probe reads of the words from vectors [R, d], in percent of their variance."""
+        """Return the share of the words' variance predicted from vectors [R, d], in percent."""
         return words_probe(vectors, self.words, self.users, self.seed)
 
     @cached_property
     def read_from_query(self) -> float | None:
-        """The same from the query alone: no model changes it."""
+        """Return the same for the query alone, which is independent of the model."""
         return self.read_from(torch.from_numpy(self.queries.astype(np.float32)))
 
 
 def item_sample(
     collator: Collator, catalog: Catalog, warm: np.ndarray, count: int, seed: int
 ) -> ItemSample:
-    """At most `count` items in a seeded order, held-out ones first; `warm` [I] were clicked.
+    """Draw at most `count` items, those without clicks first; `warm` [I] marks clicked items.
 
     L is the median length of the catalogue's texts (at least 4 tokens), so that half of the items
-    may be drawn whatever the catalogue.
+    qualify in any catalogue.
     """
     tokens, lengths = collator.catalog_tokens()
     length = min(max(4, int(np.median(lengths))), int(lengths.max()))
@@ -112,7 +111,7 @@ def item_sample(
 
 
 def vector_sample(collator: Collator, catalog: Catalog, count: int, seed: int) -> VectorSample:
-    """At most `count` items of the whole catalogue, whatever their length."""
+    """Draw at most `count` items of any length from the whole catalogue."""
     tokens, lengths = collator.catalog_tokens()
     rows = np.sort(np.random.default_rng(seed).permutation(len(lengths))[:count])
     column = catalog.column("category") or [None] * catalog.num_items
@@ -128,10 +127,10 @@ def vector_sample(collator: Collator, catalog: Catalog, count: int, seed: int) -
 def request_sample(
     collator: Collator, examples: pa.Table, count: int, seed: int
 ) -> RequestSample | None:
-    """At most `count` examples whose known history has the median length, longer ones cut to it.
+    """Draw at most `count` examples with the median history length; longer histories are cut.
 
-    In a drawn order, so that neighbours, which the decode gap exchanges, are strangers. None where
-    there is no example, or most have no history.
+    The order is random, so that neighbours, which the decode gap exchanges, are different users.
+    None if there is no example, or if most have no history.
     """
     drawn = np.random.default_rng(seed).permutation(examples.num_rows)[: 8 * count]
     table = examples.take(pa.array(drawn))
@@ -150,7 +149,7 @@ def request_sample(
 
 
 def word_sample(collator: Collator, examples: pa.Table, seed: int) -> WordSample | None:
-    """At most MOST_PROBED examples in a drawn order; None where too few share a token."""
+    """Draw at most MOST_PROBED examples; None if no token occurs in enough of them."""
     drawn = np.random.default_rng(seed).permutation(examples.num_rows)[:MOST_PROBED]
     table = examples.take(pa.array(np.sort(drawn)))
     tokens, lengths = collator.catalog_tokens()
@@ -173,7 +172,7 @@ def word_sample(collator: Collator, examples: pa.Table, seed: int) -> WordSample
 
 
 def template_tokens(tokenizer: Tokenizer) -> set[int]:
-    """Tokens that tell nothing of an item: special ones, and the separators of METHOD 1.2's
+    """Return tokens without information on an item: special ones, and separators of METHOD 1.2's
     template, `|` between its parts and `>` inside a category path."""
     special = SpecialIds.of(tokenizer)
     encoded = tokenizer(["|", " |", " | ", ">", " >", " > "], add_special_tokens=False)["input_ids"]
@@ -188,7 +187,7 @@ def _like(collator: Collator, **changes: float) -> Collator:
 
 
 def _with_targets(examples: pa.Table) -> pa.Table:
-    """`sequences` rows: a history and the clicked item behind it, the only one with a loss."""
+    """Build `sequences` rows: a history and the clicked item, the only step with a loss."""
     rows = []
     for row in examples.to_pylist():
         items = row["history_item_ids"] or []
