@@ -22,6 +22,7 @@ PAGES = [
     ROOT / "README.md", ROOT / "CONTRIBUTING.md",
     *sorted(page for page in (ROOT / "docs").glob("*.md") if page.name != "log.md"),
 ]  # fmt: skip
+METHOD = ROOT / "docs/method.md"
 by_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 
@@ -91,6 +92,29 @@ def test_requests_that_can_be_pasted_are_requests(page: Path) -> None:
         # What curl says of `-d` when it is not told: a form, which the endpoint refuses.
         assert "content-type: application/json" in words
         RecallRequest.model_validate(json.loads(words[words.index("-d") + 1]))
+
+
+def citations() -> Iterator[tuple[str, str]]:
+    """Every (file, section) that the repository cites of docs/method.md, as "method 1.5"."""
+    folders = ("karma_ray", "jobs", "benchmarks", "tests", "tune_spaces")
+    code = [path for folder in folders for path in (ROOT / folder).rglob("*.py")]
+    for path in [*code, *PAGES, ROOT / "docs/log.md"]:
+        pattern = r"\bmethod[\s#]+(\d(?:\.\d+)?(?:(?:,| and| to) \d\.\d+)*)\b"
+        for cited in re.findall(pattern, path.read_text(), flags=re.IGNORECASE):
+            for section in re.findall(r"\d(?:\.\d+)?", cited):
+                yield str(path.relative_to(ROOT)), section
+
+
+def test_sections_of_the_method_that_are_cited_are_there() -> None:
+    headings = re.findall(r"^#+ (\d(?:\.\d+)?)\.? ", METHOD.read_text(), flags=re.MULTILINE)
+    cited = list(citations())
+    assert len(cited) > 40
+    assert not [(path, section) for path, section in cited if section not in headings]
+
+
+def test_the_method_explains_every_equation_of_the_paper() -> None:
+    named = re.findall(r"\*\*Equations? (\d)(?: and (\d))?\*\*", METHOD.read_text())
+    assert sorted("".join(numbers for pair in named for numbers in pair)) == list("123456789")
 
 
 def test_the_pages_name_what_is_looked_for() -> None:

@@ -1,4 +1,4 @@
-"""The toy shop's two ceilings (METHOD 1.14).
+"""The toy shop's two ceilings (method 1.14).
 
 `TasteOracle` knows the user's persona. `PosteriorOracle` knows only what a model may read, the
 query and the history, and the rules of the shop as a perfectly trained model would learn them.

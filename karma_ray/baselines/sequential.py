@@ -1,7 +1,7 @@
 """Recommenders over item ids, SASRec and HSTU, trained and served by the same code as KARMA.
 
 An item is a learned row of a table; a query is the mean of learned rows of its words. The input has
-KARMA's `interleaved` layout (METHOD 1.3), so both models read the same at every step:
+KARMA's `interleaved` layout (method 1.3), so both models read the same at every step:
 
     x_q1, e_1, x_q2, e_2, ..., x_qT, e_T        h_k is read at x_qk, which does not attend to e_k
 

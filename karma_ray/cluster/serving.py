@@ -35,7 +35,7 @@ from karma_ray.retrieval.retriever import Retriever, check_run
 
 APPLICATION = "karma_ray"
 MAX_K = 5000
-"""Deepest recall; METHOD 1.13 measures HR@5000."""
+"""Deepest recall; the paper measures HR@5000 (method 1.13)."""
 MAX_ONGOING = 4
 """Requests a replica holds at once: one computes, the others are parsed and waiting."""
 MAX_QUEUED = 64

@@ -1,4 +1,4 @@
-"""Frozen visual features of the catalogue (v in METHOD 1.9): their table, and reading by row.
+"""Frozen visual features of the catalogue (v in method 1.9): their table, and reading by row.
 
 DATA/visual_features/ contains the encoder's output, one row per item with a readable image, and a
 manifest with mean and standard deviation of each dimension. The features are standardised when a

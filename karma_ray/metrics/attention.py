@@ -1,4 +1,4 @@
-"""Attention sinks: columns that get much attention whatever they hold (METHOD 1.13, 2410.10781).
+"""Attention sinks: columns that get much attention whatever they hold (method 1.13, 2410.10781).
 
 Position 1 is a sink in ordinary pretrained language models, so it cannot distinguish a healthy
 model from a collapsed one. Sinks and stripes on *content* columns (words of the item itself) can.
@@ -61,7 +61,7 @@ def sink_measures(
     visible: Tensor | None = None,  # [B, T, T]; empty rows for padding
     epsilon: float = EPSILON,
 ) -> dict[str, Tensor]:
-    """Return MEASURES of every sample and head [B, H]; METHOD 1.13 (a) to (e) are their means.
+    """Return MEASURES of every sample and head [B, H]; the diagnosis averages them (method 1.13).
 
     * `sink_first`: 100 if alpha_1 > epsilon, else 0
     * `content_sink`: 100 if any content column has alpha_k > epsilon, else 0

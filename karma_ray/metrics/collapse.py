@@ -1,4 +1,4 @@
-"""Collapse metrics of a set of embeddings (METHOD 1.13, "other collapse probes").
+"""Collapse metrics of a set of embeddings (method 1.13, "other collapse probes").
 
 Legend: n vectors of d dimensions. Values are Python floats; no function carries a gradient.
 """

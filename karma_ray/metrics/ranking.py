@@ -1,4 +1,4 @@
-"""Ranks and the metrics computed from them: HR@K, NDCG, MRR and gAUC, as in METHOD 1.13.
+"""Ranks and the metrics computed from them: HR@K, NDCG, MRR and gAUC, as in method 1.13.
 
 Functions return one value per example (or group); the caller averages and multiplies by 100.
 Legend: b requests, I items of the catalogue, n judged (request, item) pairs, G groups.

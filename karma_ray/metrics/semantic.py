@@ -1,4 +1,4 @@
-"""JS@K: the overlap between the words of retrieved items and of the target (METHOD 1.13).
+"""JS@K: the overlap between the words of retrieved items and of the target (method 1.13).
 
 Legend: I items, V distinct terms, b requests, K retrieved items each.
 """
@@ -25,7 +25,7 @@ _CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 def terms(text: str) -> list[str]:
     """Return the terms of a text in order: lowercase, Chinese segmented by jieba, no punctuation.
 
-    No stop words are removed (METHOD 1.13).
+    No stop words are removed (method 1.13).
     """
     lowered = text.lower()
     if not _CHINESE.search(lowered):

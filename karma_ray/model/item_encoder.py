@@ -27,7 +27,7 @@ SAME_STATES = 1e-10
 
 
 class ItemEncoder(nn.Module):
-    """Backbone, pooling and W_e: e = RMSNorm(W_e (e_raw - mean)), METHOD 1.2; see `whiten`.
+    """Backbone, pooling and W_e: e = RMSNorm(W_e (e_raw - mean)), method 1.2; see `whiten`.
 
     With `lexical` the counted words of the item are appended, see LexicalBlock.
     """

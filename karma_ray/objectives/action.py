@@ -74,7 +74,7 @@ def pair_weights(
     """Return weights [N, H + P] of the pairs from the masks hard [N, H] and in_batch [N, P].
 
     `mean_by_type` takes each type's mean times its weight, so that the number of in-batch
-    negatives neither sets the learning rate nor outweighs the few hard ones (METHOD 1.5);
+    negatives neither sets the learning rate nor outweighs the few hard ones (method 1.5);
     `paper_sum` gives each pair its type's weight.
     """
     parts = []

@@ -1,4 +1,4 @@
-"""Diffusion of a vector under a condition (METHOD 1.9): adding noise, prediction and sampling.
+"""Diffusion of a vector under a condition (method 1.9): adding noise, prediction and sampling.
 
 The variants differ in the network's target, but not in the loss: with `Noised` as returned by
 `noise()`, it is weight * ||network(noisy, time, condition) - target||^2, and the sampler inverts

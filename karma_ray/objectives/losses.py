@@ -96,7 +96,7 @@ class LossTerms:
     def total(self, config: ObjectiveConfig) -> Tensor:
         """Return equation 9: L_act + lambda_dec (L_gen + L_recon + lambda_img L_img).
 
-        A generator's loss is added, or replaces L_act (METHOD 1.12).
+        A generator's loss is added, or replaces L_act (method 1.12).
         """
         total = self.action
         if self.generator is not None:
@@ -127,7 +127,7 @@ def hard_weight_at(config: ObjectiveConfig, progress: float) -> float:
     """Return the weight of hard negatives at a share `progress` of the training: 0, then rising.
 
     As long as h does not reflect the query, a hard negative is noise: it only penalises differences
-    between items of one query, and the loss falls fastest if they all become equal (METHOD 1.5;
+    between items of one query, and the loss falls fastest if they all become equal (method 1.5;
     docs/log.md, L2).
     """
     if config.hard_ramp <= 0:

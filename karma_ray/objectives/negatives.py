@@ -1,4 +1,4 @@
-"""Masks and corrections of negatives, decided from frozen content only (METHOD 1.5).
+"""Masks and corrections of negatives, decided from frozen content only (method 1.5).
 
 They never use current embeddings: once these become parallel, a mask on their cosine would remove
 all negatives and the loss would fall to 0. Legend: N examples, P pool items, C items of a window.

@@ -1,4 +1,4 @@
-"""The bundle: the files needed for serving (METHOD 1.11).
+"""The bundle: the files needed for serving (method 1.11).
 
 A bundle stores `model.interest`: two Hugging Face bodies, the adapters around them, the tokenizer
 and the configuration. Modules that exist only in training are outside `model.interest`, so none

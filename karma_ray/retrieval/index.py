@@ -1,7 +1,7 @@
 """The item index: search by the score, with ids and titles of the items.
 
 What is stored is `InterestModel.index_vectors(e)`, so the inner product with
-`query_vectors(h)` is the score of training (METHOD 1.4). Exact search needs nothing but a
+`query_vectors(h)` is the score of training (method 1.4). Exact search needs nothing but a
 matrix product; approximate kinds need faiss.
 
 Legend: I items, B queries, D width, K results.

@@ -1,4 +1,4 @@
-"""What METHOD leaves open, one row per answer: which of the open choices matter here.
+"""What the paper leaves open, one row per answer: which of the open choices matter here.
 
 Each row differs from its table's baseline in one switch, and in what that switch cannot do without.
 """

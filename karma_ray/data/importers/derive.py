@@ -1,7 +1,7 @@
 """Derived queries and proxy negatives for purchase logs, which are labelled as such everywhere.
 
 A purchase log has neither queries nor the other items that were shown. By convention
-(METHOD 1.14) the query is made from category-level attributes of the target, and negatives are
+(method 1.14) the query is made from category-level attributes of the target, and negatives are
 items with all attributes in the query that were on sale then and not bought by that user.
 """
 

@@ -1,4 +1,4 @@
-"""Parameters of the toy shop (METHOD 1.14)."""
+"""Parameters of the toy shop (method 1.14)."""
 
 from __future__ import annotations
 
