@@ -1,6 +1,6 @@
 r"""A public dataset, any row-per-exposure log, or a toy shop of your own -> a data folder.
 
-python jobs/import_data.py hm ../shared/data/hm DATA
+python jobs/import_data.py hm hm/ DATA
 python jobs/import_data.py long log.csv DATA --columns user_id=uid,item_id=sku,timestamp=ts \
     --items items.csv --item-columns item_id=sku,title=name
 python jobs/import_data.py toy_shop few_users.json DATA     # {"num_users": 1000}: docs/toy-shop.md
