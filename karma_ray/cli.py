@@ -38,10 +38,15 @@ def parser(description: str, *, config: bool = False) -> argparse.ArgumentParser
     result = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="fields for --set, with defaults:\n" + describe_fields() if config else None,
+        epilog=(
+            f"recipes:\n{recipes.describe_recipes()}\n\n"
+            f"fields for --set, with defaults:\n{describe_fields()}"
+            if config
+            else None
+        ),
     )
     if config:
-        result.add_argument("--recipe", help="one of: " + ", ".join(recipes.names()))
+        result.add_argument("--recipe", help="a recipe of the list below")
         result.add_argument("--seed", type=int, help="seed of the run (default 0)")
         result.add_argument(
             "--set",

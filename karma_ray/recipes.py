@@ -84,22 +84,22 @@ def ar_mse() -> Config:
 
 
 def ar_ddpm() -> Config:
-    """The same by a diffusion that predicts its noise (DDPM)."""
+    """`ar_mse` with a diffusion (DDPM) that predicts the noise."""
     return _with_generator("ar_ddpm", kind="ddpm_eps")
 
 
 def ar_ddpm_v() -> Config:
-    """DDPM that predicts the velocity."""
+    """`ar_mse` with a diffusion (DDPM) that predicts the velocity."""
     return _with_generator("ar_ddpm_v", kind="ddpm_v")
 
 
 def ar_edm() -> Config:
-    """EDM."""
+    """`ar_mse` with EDM."""
     return _with_generator("ar_edm", kind="edm")
 
 
 def ar_fm() -> Config:
-    """Flow matching."""
+    """`ar_mse` with flow matching."""
     return _with_generator("ar_fm", kind="fm")
 
 
@@ -200,8 +200,19 @@ TRAINED: dict[str, Callable[[], Config]] = {
     "hstu": hstu,
     "toy": toy,
 }
-FLOORS = ("popularity", "tfidf", "bm25", "query_filter", "query_filter_popular", "affinity")
+UNTRAINED = {
+    "popularity": "items by their training clicks",
+    "tfidf": "word overlap with the query, rare words weighing more",
+    "bm25": "word overlap with the query, by BM25",
+    "query_filter": "items that match the query, in random order",
+    "query_filter_popular": "items that match the query, by their training clicks",
+    "affinity": "items that match the query, by the attributes that the user clicked before",
+    "oracle": "the best ranking from query and history, where the truth is known",
+    "taste_oracle": "the ranking of someone who knows the user's taste, where the truth is known",
+}
+"""Floors and ceilings, with what each ranks by."""
 CEILINGS = ("oracle", "taste_oracle")
+FLOORS = tuple(name for name in UNTRAINED if name not in CEILINGS)
 
 
 def names() -> list[str]:
@@ -216,3 +227,13 @@ def build(name: str) -> Config:
     if name in FLOORS or name in CEILINGS:
         return Config(recipe=name)
     raise InputError("--recipe", name, choices=names())
+
+
+def describe_recipes() -> str:
+    """A line for every recipe, for `--help`."""
+    width = max(map(len, names()))
+    lines = []
+    for name in names():
+        text = UNTRAINED.get(name) or (TRAINED[name].__doc__ or "").partition("\n")[0].rstrip(".")
+        lines.append(f"  {name:<{width}}  {text}")
+    return "\n".join(lines)
