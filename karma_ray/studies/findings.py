@@ -88,7 +88,11 @@ def _in_words(group: Group, found: Differences) -> Section:
                 sentences.append(f"{variant.label}: the same on every test example.")
             continue
         parts = []
-        for sign, words in ((1, "higher on"), (-1, "lower on"), (0, "no clear difference on")):
+        for sign, words in (
+            (1, "higher on"),
+            (-1, "lower on"),
+            (0, "no established difference on"),
+        ):
             told = [
                 f"{m} ({_told(d)})"
                 for m, d in of_row.items()
@@ -103,11 +107,11 @@ def _in_words(group: Group, found: Differences) -> Section:
         warning = " With one seed the spread over seeds is unknown." if seeds == 1 else ""
         sentences.append(f"{variant.label}: {'; '.join(parts)}.{warning}{_lacking(of_row)}")
     note = (
-        "A difference is clear if its 95 % interval excludes 0. The interval covers other users "
-        "(bootstrap with pooled seeds) and other seeds (Student's t); with one seed it covers "
-        f"other users only. There are {len(found)} differences, and intervals are not widened "
-        "for that. In parentheses: the difference and, if it is not clear, the smallest one that "
-        "the design can detect."
+        "A difference is established if its 95 % interval excludes 0. The interval covers other "
+        "users (bootstrap with pooled seeds) and other seeds (Student's t); with one seed it "
+        f"covers other users only. There are {len(found)} differences, and intervals are not widened "
+        "for that. In parentheses: the difference and, if it is not established, the smallest one "
+        "that the design can detect."
     )
     return Section("In plain words", notes=(*sentences, note) if sentences else ())
 
@@ -182,7 +186,7 @@ def _agreement(published: float, ours: Difference | None) -> str:
     if ours.is_unknown:
         return "no interval"
     if not ours.direction:
-        return "not clear"
+        return "not established"
     if len(ours.seeds) == 1:
         return "one seed"
     return "same" if ours.direction * published > 0 else "opposite"
@@ -194,8 +198,8 @@ def _delta_table(group: Group, found: Differences) -> Section:
     rows = [(v.label, *(delta(found.get((v.label, m))) for m in metrics)) for v in variants]
     base = group.baseline.label if group.baseline else ""
     note = (
-        "Mean ± standard deviation over seeds; * for a clear difference (see above), (*) if one "
-        "seed shows it over other users only."
+        "Mean ± standard deviation over seeds; * for an established difference (see above), (*) if "
+        "one seed shows it over other users only."
     )
     return Section(
         f"Differences to: {base}", notes=(note,) if rows else (), header=("row", *metrics),

@@ -78,9 +78,9 @@ def _gains(found: Iterable[Gain]) -> Section:
         rows.append((gain.group.name, variant.label, seeds, *cells, beyond))
     note = (
         "Points over clicks alone with the same loss, mean ± standard deviation over seeds; * "
-        "clear over other users and other seeds, (*) one seed, clear over other users only. "
-        "`beyond its nulls`: metrics that are clearly higher than those of every null control with "
-        "the same other tasks and settings (the same computation with unrelated texts)."
+        "established over other users and other seeds, (*) one seed, over other users only. "
+        "`beyond its nulls`: metrics that are established to be higher than in every null control "
+        "with the same other tasks and settings (the same computation with unrelated texts)."
     )
     header = ("data", "row", "seeds", *GAINS, "beyond its nulls")
     return Section("KARMA against clicks alone", notes=(note,), header=header, rows=tuple(rows))

@@ -58,7 +58,7 @@ def test_a_new_run_beside_an_old_one_without_values_is_said_to_lack_an_interval(
     sentence = told(results, "with Task 1")
     assert "without an interval" in sentence and "HR@50 (+40.00)" in sentence
     assert "values per example of action_only-seed0 are missing" in sentence
-    assert "no clear difference" not in sentence
+    assert "no established difference" not in sentence
     assert "higher on" in told(results, "with Tasks 1 and 2")
 
 
