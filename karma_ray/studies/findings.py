@@ -109,9 +109,9 @@ def _in_words(group: Group, found: Differences) -> Section:
     note = (
         "A difference is established if its 95 % interval excludes 0. The interval covers other "
         "users (bootstrap with pooled seeds) and other seeds (Student's t); with one seed it "
-        f"covers other users only. There are {len(found)} differences, and intervals are not widened "
-        "for that. In parentheses: the difference and, if it is not established, the smallest one "
-        "that the design can detect."
+        f"covers other users only. There are {len(found)} differences, and intervals are not "
+        "widened for that. In parentheses: the difference and, if it is not established, the "
+        "smallest one that the design can detect."
     )
     return Section("In plain words", notes=(*sentences, note) if sentences else ())
 
