@@ -875,7 +875,7 @@ def test_the_job_prints_counts_and_the_next_command(
         (1, "next: python jobs/train.py --data '{out}' --recipe karma_text"),
         (3, "  python jobs/train.py --data '{out}' --recipe karma_text "
             "--set prepare.max_bad_share=0.3"),
-        (10, "no click names a known item: nothing can be trained on this folder"),
+        (10, "no click names a known item, so nothing can be trained on this folder"),
     ],
 )  # fmt: skip
 def test_the_next_command_is_none_that_preparing_refuses(
