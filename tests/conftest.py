@@ -62,6 +62,7 @@ def shared_data() -> Path:
     return folder
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """For runs of several processes (`-n 2 --dist loadgroup`): a file's tests stay together, as
     their fixtures do; those on Ray share one process, and come first because they take longest.
@@ -69,6 +70,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if not config.pluginmanager.hasplugin("xdist"):
         return
     for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
+        group = "ray" if item.get_closest_marker("ray") else str(item.path.relative_to(ROOT))
         item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: item.get_closest_marker("ray") is None)
