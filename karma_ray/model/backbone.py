@@ -129,7 +129,8 @@ def truncated(body: nn.Module, num_layers: int) -> nn.Module:
     light = cast(Any, copy.deepcopy(body))
     light.layers = light.layers[:num_layers]
     light.config.num_hidden_layers = num_layers
-    light.config.layer_types = light.config.layer_types[:num_layers]
+    if getattr(light.config, "layer_types", None):  # not every family has kinds of layers
+        light.config.layer_types = light.config.layer_types[:num_layers]
     return cast(nn.Module, light)
 
 

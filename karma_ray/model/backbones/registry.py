@@ -9,10 +9,12 @@ from torch import nn
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.checkpoints import model_type_of
 from karma_ray.model.backbones.family import Family, Pictures
+from karma_ray.model.backbones.llama import LLAMA
+from karma_ray.model.backbones.qwen2 import QWEN2
 from karma_ray.model.backbones.qwen3 import QWEN3
 from karma_ray.model.backbones.qwen3_vl import QWEN3_VL
 
-FAMILIES = {family.model_type: family for family in (QWEN3, QWEN3_VL)}
+FAMILIES = {family.model_type: family for family in (QWEN3, QWEN2, LLAMA, QWEN3_VL)}
 TINY, TINY_WITH_PICTURES = QWEN3.model_type, QWEN3_VL.model_type
 """Families that are built when no checkpoint is given."""
 

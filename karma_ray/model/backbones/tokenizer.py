@@ -9,10 +9,11 @@ from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from karma_ray.data.prompts import Tokenizer
+from karma_ray.data.prompts import SpecialTokens, Tokenizer
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.checkpoint_files import check_tokenizer_files
-from karma_ray.model.backbones.registry import FAMILIES, TINY
+
+KNOWN = (SpecialTokens("<|endoftext|>", "<|im_start|>", "<|im_end|>"),)
 
 
 def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerFast:
@@ -27,7 +28,7 @@ def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerFast:
         raise InputError("tokenizer", checkpoint, f"cannot be loaded ({error})") from None
     known = tokenizer.get_vocab()
     # Found by the vocabulary, since a bundle's tokenizer has no config.json beside it.
-    choices = [family.special for family in FAMILIES.values()]
+    choices = KNOWN
     missing = [[token for token in special if token not in known] for special in choices]
     found = min(range(len(choices)), key=lambda number: len(missing[number]))
     if missing[found]:
@@ -45,7 +46,7 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenize
     """Train a byte-level BPE of at most `vocab_size` tokens with the tiny family's tokens."""
     if vocab_size < 300:
         raise InputError("model.tiny.vocab_size", vocab_size, "must be at least 300 (256 bytes)")
-    special = FAMILIES[TINY].special
+    special = KNOWN[0]
     tokenizer = FastTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
