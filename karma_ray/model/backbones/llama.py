@@ -1,4 +1,4 @@
-"""The family Llama (2302.13971): no norms of queries and keys; SmolLM2 and others have its shape."""
+"""The family Llama (2302.13971) and models of its shape: no norms of queries and keys."""
 
 from transformers import LlamaConfig, LlamaModel
 
