@@ -230,7 +230,7 @@ def test_a_vocabulary_below_the_bytes_is_refused() -> None:
 def test_a_tokenizer_without_the_special_tokens_is_refused(tmp_path: Path) -> None:
     plain = Tokenizer(models.WordLevel({"red": 0, "[UNK]": 1}, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"lacks the special token <\|endoftext\|>"):
+    with pytest.raises(InputError, match="has no tokens for the roles"):
         load_tokenizer(str(tmp_path))
 
 

@@ -45,6 +45,11 @@ def config_facts(checkpoint: str, field: str) -> dict[str, Any]:
     return facts
 
 
+def num_tokens(checkpoint: str) -> int:
+    """Return the number of rows of a checkpoint's token embeddings."""
+    return int(AutoConfig.from_pretrained(checkpoint).get_text_config().vocab_size)
+
+
 def load_weights(kind: Any, name: str, checkpoint: str, field: str, **options: Any) -> Any:
     """Load a transformers model of class `kind` in float32.
 
