@@ -134,6 +134,12 @@ def truncated(body: nn.Module, num_layers: int) -> nn.Module:
     return cast(nn.Module, light)
 
 
+def quantised_from(body: nn.Module) -> dict[str, Any] | None:
+    """Return name and quantisation of the file that a body was converted from, if it was."""
+    found: dict[str, Any] | None = getattr(cast(Any, body).config, "converted_from", None)
+    return found
+
+
 def hidden_size(body: nn.Module) -> int:
     """Return the width of a body."""
     return int(cast(Any, body).config.hidden_size)
