@@ -65,6 +65,7 @@ def write(
     tensors: Mapping[str, np.ndarray] | None = None,
     without: str = "",
     pre: str = "smollm",
+    sentence_piece: bool = False,
 ) -> None:
     """Write a model; `extra` metadata, further `tensors`, and one that is left out, spoil it."""
     config = model.config
@@ -82,7 +83,10 @@ def write(
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_vocab_size(config.vocab_size)
-    _add_tokenizer(writer, pre)
+    if sentence_piece:
+        _add_sentence_piece(writer, config.vocab_size)
+    else:
+        _add_tokenizer(writer, pre)
     for name, value in (extra or {}).items():
         add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}
         add.get(type(value), writer.add_float32)(name, value)
@@ -110,6 +114,21 @@ def _add_tokenizer(writer: Any, pre: str) -> None:
     writer.add_token_merges([" ".join(pair) for pair in described["model"]["merges"]])
     writer.add_eos_token_id(vocabulary["<|im_end|>"])
     writer.add_bos_token_id(vocabulary["<|im_start|>"])
+
+
+def _add_sentence_piece(writer: Any, size: int) -> None:
+    """A vocabulary as Llama 2 has it: bytes, letters, and the merges to the word `red`."""
+    kinds = gguf.TokenType
+    words = [*"▁redmug", "▁r", "ed", "▁red"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
+    types = [kinds.UNKNOWN, kinds.CONTROL, kinds.CONTROL, *256 * [kinds.BYTE]]
+    tokens += [f"unused{number}" for number in range(size - len(tokens))]
+    writer.add_tokenizer_model("llama")
+    writer.add_token_list(tokens)
+    writer.add_token_scores([-float(number) for number in range(size)])
+    writer.add_token_types([*types, *(size - len(types)) * [kinds.NORMAL]])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
 
 
 def _add_weight(

@@ -108,6 +108,18 @@ def test_the_tokenizer_keeps_ids_and_roles_and_splits_as_the_file_says(
     assert tokenizer.decode(tokenizer([text])["input_ids"][0]) == text
 
 
+def test_a_sentence_piece_vocabulary_fills_the_roles_of_llama_2(tmp_path: Path) -> None:
+    gguf_files.write(tmp_path / "m.gguf", gguf_files.whole("llama"), sentence_piece=True)
+    convert(str(tmp_path / "m.gguf"), str(tmp_path / "m"), FIELD)
+    tokenizer = load_tokenizer(str(tmp_path / "m"))
+    assert tokenizer.text_marks == ("</s>", "<s>", "</s>")
+    ids = tokenizer(["red mug é"], add_special_tokens=False)["input_ids"][0]
+    assert tokenizer.convert_ids_to_tokens(ids) == [
+        "▁red", "▁", "m", "u", "g", "▁", "<0xC3>", "<0xA9>"
+    ]  # fmt: skip
+    assert tokenizer.decode(ids) == "red mug é"
+
+
 def test_a_split_of_ours_is_that_of_the_real_tokenizer(shared_data: Path) -> None:
     folder = shared_data / "qwen_tokenizer"
     if not folder.is_dir():
@@ -142,6 +154,10 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"extra": {"llama.final_logit_softcapping": 30.0}}, "final_logit_softcapping=30.0"
     ),
     "attention both ways": ({"extra": {"llama.attention.causal": False}}, "in both directions"),
+    "no space in front of texts": (
+        {"sentence_piece": True, "extra": {"tokenizer.ggml.add_space_prefix": False}},
+        "without a space in front of texts",
+    ),
     "another split": ({"pre": "tekken"}, "tokenizer.ggml.pre); choices: gpt-2, smollm"),
     "no split": ({"pre": ""}, "None is how the tokenizer of"),
 }  # fmt: skip
