@@ -30,7 +30,7 @@ from karma_ray.data.prompts import SpecialTokens
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import build_tiny
 from karma_ray.model.backbones.checkpoints import ATTENTION
-from karma_ray.model.backbones.qwen3 import use_fast_layers
+from karma_ray.model.backbones.plain_text import use_fast_layers
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import DECODE_PROMPT, KarmaModel
 from karma_ray.training.loop import tensors_of

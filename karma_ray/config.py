@@ -56,6 +56,12 @@ class Config:
     """Metrics on the validation and test examples."""
 
 
+SHORT = {
+    "model.checkpoint": ("model.item_encoder.checkpoint", "model.user_decoder.checkpoint"),
+}
+"""Short forms of `--set`, which set several fields to one value."""
+
+
 def to_dict(config: Config) -> dict[str, Any]:
     """Return the configuration as plain JSON values."""
     return dataclasses.asdict(config)
@@ -95,25 +101,30 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
         path, separator, text = assignment.partition("=")
         if not separator:
             raise InputError("--set", assignment, "is not of the form dotted.path=value")
-        node, parts = value, path.strip().split(".")
-        for depth, part in enumerate(parts):
-            if not isinstance(node, dict) or part not in node:
-                choices = list(node) if isinstance(node, dict) else None
-                where = "--set " + (".".join(parts[:depth]) or "(top)")
-                raise InputError(where, part, "is not a known field", choices=choices)
-            if depth < len(parts) - 1:
-                node = node[part]
-        if isinstance(node[parts[-1]], dict):
-            raise InputError("--set", path, "is a group of fields", choices=list(node[parts[-1]]))
-        # Text fields keep their text: `none` and `1` are words there.
-        before = node[parts[-1]]
-        node[parts[-1]] = text.strip() if isinstance(before, str) else _literal(text)
+        for field_path in SHORT.get(path.strip(), (path.strip(),)):
+            _assign(value, field_path, text)
     return from_dict(value)
+
+
+def _assign(value: dict[str, Any], path: str, text: str) -> None:
+    node, parts = value, path.split(".")
+    for depth, part in enumerate(parts):
+        if not isinstance(node, dict) or part not in node:
+            choices = list(node) if isinstance(node, dict) else None
+            where = "--set " + (".".join(parts[:depth]) or "(top)")
+            raise InputError(where, part, "is not a known field", choices=choices)
+        if depth < len(parts) - 1:
+            node = node[part]
+    if isinstance(node[parts[-1]], dict):
+        raise InputError("--set", path, "is a group of fields", choices=list(node[parts[-1]]))
+    # A text is taken as it is: `none` and `1` are words where the field holds words.
+    before = node[parts[-1]]
+    node[parts[-1]] = text.strip() if isinstance(before, str) else _literal(text)
 
 
 def describe_fields() -> str:
     """Return every field with its default and its docstring, for `--help`."""
-    lines: list[str] = []
+    lines = [f"  {name} sets {' and '.join(fields)}" for name, fields in SHORT.items()]
     _describe(Config, "", lines)
     return "\n".join(lines)
 

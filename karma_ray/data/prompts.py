@@ -10,7 +10,10 @@ import numpy as np
 
 
 class SpecialTokens(NamedTuple):
-    """Names of the special tokens in a family of language models."""
+    """What a vocabulary calls the tokens that are not text, by their role.
+
+    One token may have two roles: `</s>` ends an item's text and a decoded one.
+    """
 
     end_of_text: str
     """Ends an item's text (its state becomes the item's embedding), and is used for padding."""

@@ -129,8 +129,15 @@ def truncated(body: nn.Module, num_layers: int) -> nn.Module:
     light = cast(Any, copy.deepcopy(body))
     light.layers = light.layers[:num_layers]
     light.config.num_hidden_layers = num_layers
-    light.config.layer_types = light.config.layer_types[:num_layers]
+    if getattr(light.config, "layer_types", None):  # not every family has kinds of layers
+        light.config.layer_types = light.config.layer_types[:num_layers]
     return cast(nn.Module, light)
+
+
+def quantised_from(body: nn.Module) -> dict[str, Any] | None:
+    """Return name and quantisation of the file that a body was converted from, if it was."""
+    found: dict[str, Any] | None = getattr(cast(Any, body).config, "converted_from", None)
+    return found
 
 
 def hidden_size(body: nn.Module) -> int:

@@ -36,7 +36,8 @@ class ItemEncoderConfig:
     """The item encoder E_phi, equation 2."""
 
     checkpoint: str = "tiny"
-    """`tiny`, a Hugging Face folder of a family in model/backbones/, or a hub name."""
+    """`tiny`, or an LLM of a family in model/backbones/: a Hugging Face folder, a hub name or a
+    GGUF file. `model.checkpoint` sets it for both parts."""
     pool: Literal["eos", "emb_token", "mean"] = "eos"
     """Item state: the end token's last hidden state, a learned [ITEM] vector's, or the mean."""
     instruction: str = ""
@@ -60,7 +61,8 @@ class UserDecoderConfig:
     """The user decoder D_theta, equation 3."""
 
     checkpoint: str = "tiny"
-    """`tiny`, a Hugging Face folder of a family in model/backbones/, or a hub name."""
+    """`tiny`, or an LLM of a family in model/backbones/: a Hugging Face folder, a hub name or a
+    GGUF file. `model.checkpoint` sets it for both parts."""
     layout: Literal["interleaved", "items_only", "query_last"] = "interleaved"
     """Where queries enter the sequence and where h_t is read."""
     query_mode: Literal["embed_pool", "tokens", "encoder", "none"] = "embed_pool"

@@ -37,9 +37,9 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention with normalised queries and keys around `packing.attend`.
+    """Self-attention around `packing.attend`, with a norm of queries and keys where there is one.
 
-    The projections may contain adapters.
+    The projections may have biases and contain adapters.
     """
 
     def __init__(self, stock: nn.Module) -> None:
@@ -47,7 +47,10 @@ class Attention(nn.Module):
         parts = cast(Any, stock)
         self.q_proj, self.k_proj, self.v_proj = parts.q_proj, parts.k_proj, parts.v_proj
         self.o_proj = parts.o_proj
-        self.q_norm, self.k_norm = fast_norm(parts.q_norm), fast_norm(parts.k_norm)
+        self.q_norm, self.k_norm = (
+            fast_norm(getattr(parts, name)) if hasattr(parts, name) else nn.Identity()
+            for name in ("q_norm", "k_norm")
+        )
         self.width, self.scaling = int(parts.head_dim), float(parts.scaling)
         self.attention_dropout = float(parts.attention_dropout)
 

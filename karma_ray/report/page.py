@@ -74,7 +74,6 @@ def environment(escape: bool) -> Environment:
 
 
 def _facts(record: RunRecord) -> dict[str, Any]:
-    parts = record.config.get("model", {})
     return {
         "record": record,
         "num_test": format_count(record.metrics.get("num_test")),
@@ -87,8 +86,8 @@ def _facts(record: RunRecord) -> dict[str, Any]:
         "checks": _checks(record),
         "data": _data(record),
         "config": json.dumps(record.config, indent=2, ensure_ascii=False),
-        "item_encoder": parts.get("item_encoder", {}).get("checkpoint", "not recorded"),
-        "user_decoder": parts.get("user_decoder", {}).get("checkpoint", "not recorded"),
+        "item_encoder": record.checkpoint("item_encoder"),
+        "user_decoder": record.checkpoint("user_decoder"),
     }
 
 

@@ -40,6 +40,7 @@ class RunRecord:
     checks: dict[str, Any]
     cases: list[dict[str, Any]]
     data: dict[str, Any]
+    bundle: dict[str, Any]
 
     @property
     def recipe(self) -> str:
@@ -55,6 +56,13 @@ class RunRecord:
     def is_trained(self) -> bool:
         """Whether the run trained a model; floors and ceilings are not trained."""
         return self.recipe not in (*FLOORS, *CEILINGS)
+
+    def checkpoint(self, part: str) -> str:
+        """The checkpoint that `item_encoder` or `user_decoder` began with, and its quantisation."""
+        parts = self.config.get("model", {})
+        named = str(parts.get(part, {}).get("checkpoint", "not recorded"))
+        origin = self.bundle.get("quantised", {}).get(part)
+        return f"{named} ({origin['quantisation']})" if origin else named
 
     def rankers(self) -> list[Ranked]:
         """Return floors, this run and ceilings, in the expected order of their quality."""
@@ -117,4 +125,5 @@ def read_run(run: str) -> RunRecord:
         checks=part("checks.json", default={}),
         cases=part("report", "cases.json", default=[]),
         data=part("data.json", default={}),
+        bundle=part("bundle", "manifest.json", default={}),
     )

@@ -33,7 +33,7 @@ from karma_ray.baselines.sequential import IdRecommender
 from karma_ray.data.collate import CollateConfig
 from karma_ray.data.prompts import Tokenizer
 from karma_ray.errors import InputError, KarmaRayError
-from karma_ray.model.backbone import load_body, save_body
+from karma_ray.model.backbone import load_body, quantised_from, save_body
 from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer
 from karma_ray.model.config import (
     GeneratorConfig,
@@ -74,7 +74,8 @@ def save_bundle(
 ) -> dict[str, Any]:
     """Write a bundle, replacing the content of `uri`; returns its manifest.
 
-    `facts` (JSON values: recipe, data, seed, ...) are added to the manifest.
+    `facts` (JSON-able: recipe, data, seed, ...) go into the manifest beside the content hash, and
+    so does what was quantised of the checkpoints.
     """
     fs, path = open_filesystem(uri)
     if fs.exists(path):
@@ -87,7 +88,8 @@ def save_bundle(
             parts = _save_parts(interest, folder)
         save_tokenizer(tokenizer, str(folder / TOKENIZER))
         write_json(_config(parts, collate_config), str(folder / "config.json"))
-    return write_manifest(uri, "bundle", width=interest.width, **dict(facts or {}))
+    known = {**dict(facts or {}), **_quantised(interest)}
+    return write_manifest(uri, "bundle", width=interest.width, **known)
 
 
 def load_bundle(uri: str) -> Bundle:
@@ -119,6 +121,16 @@ def load_bundle(uri: str) -> Bundle:
         content_hash=manifest["content_hash"],
         manifest=manifest,
     )
+
+
+def _quantised(interest: InterestModel | IdRecommender) -> dict[str, Any]:
+    """Return `{"quantised": {part: origin}}` of bodies that came from quantised files."""
+    if isinstance(interest, IdRecommender):
+        return {}
+    parts = {ITEM_ENCODER: interest.item_encoder.body, USER_DECODER: interest.user_decoder.body}
+    found = {name: quantised_from(body) for name, body in parts.items()}
+    found = {name: origin for name, origin in found.items() if origin}
+    return {"quantised": found} if found else {}
 
 
 def _save_parts(interest: InterestModel, folder: Path) -> dict[str, Any]:

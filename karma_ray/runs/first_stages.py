@@ -9,6 +9,7 @@ from karma_ray.artifacts import RunFolder, content_hash, join, open_filesystem, 
 from karma_ray.config import Config
 from karma_ray.data.prepared import PreparedData
 from karma_ray.runs.executor import HERE, Executor
+from karma_ray.runs.plain_checkpoints import with_plain_checkpoints
 from karma_ray.runs.pretraining import pretrained
 from karma_ray.runs.stage_images import features_hash
 from karma_ray.runs.stages import Stage, is_tiny, over_ids
@@ -28,6 +29,7 @@ def start_stage(
     if over_ids(config):  # such a model needs only the tokenizer of the language model
         untrained, cold = replace(config.pretrain, steps=0), replace(config.warmup, skip=True)
         config = replace(config, pretrain=untrained, warmup=cold)
+    config = with_plain_checkpoints(config, cache)
     if is_tiny(config):
         config, log = pretrained(config, source, items_hash, cache)
         _copy_lines(log, run)

@@ -26,9 +26,9 @@ from karma_ray.data.prompts import Tokenizer
 from karma_ray.data.tokens import TextLengths, catalog_tokens
 from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
-from karma_ray.model.backbones.checkpoints import load_lm_head
+from karma_ray.model.backbones.checkpoints import load_lm_head, num_tokens
 from karma_ray.model.backbones.registry import checkpoint_family
-from karma_ray.model.backbones.tokenizer import load_tokenizer
+from karma_ray.model.backbones.tokenizer import check_tokens_shared, load_tokenizer
 from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
@@ -48,7 +48,8 @@ def is_tiny(config: Config) -> bool:
     """Whether the backbones are built here instead of loaded.
 
     Item encoder and user decoder share one tokenizer, so either both are `tiny` or neither is.
-    Raises InputError on a mixture and on unknown model families.
+    Raises InputError on a mixture, on checkpoints that do not share a vocabulary, and on models
+    that cannot be computed exactly.
     """
     item, user = config.model.item_encoder.checkpoint, config.model.user_decoder.checkpoint
     if (item == "tiny") != (user == "tiny"):
@@ -61,6 +62,7 @@ def is_tiny(config: Config) -> bool:
     multimodal = config.model.item_encoder.modality == "multimodal"
     checkpoint_family(item, "model.item_encoder.checkpoint", with_vision=multimodal)
     checkpoint_family(user, "model.user_decoder.checkpoint")
+    check_tokens_shared(item, user, num_tokens(item), num_tokens(user))
     return False
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pickle
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast, Qwen3ForCausalLM
 
-from karma_ray.data.prompts import SpecialIds, SpecialTokens, encode_texts
+from karma_ray.data.prompts import SpecialIds, encode_texts
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import (
     build_tiny,
@@ -24,7 +23,6 @@ from karma_ray.model.backbone import (
     token_embeddings,
     truncated,
 )
-from karma_ray.model.backbones import registry
 from karma_ray.model.backbones.checkpoints import load_lm_head
 from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from karma_ray.model.config import TinyBackboneConfig
@@ -109,7 +107,7 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
         load_body(str(tmp_path))
 
 
-@pytest.mark.parametrize("other", ["qwen2", "llama", "bert"])
+@pytest.mark.parametrize("other", ["mistral", "gemma2", "bert"])
 def test_another_architecture_is_named_with_the_choice(tmp_path: Path, other: str) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": other}))
     with pytest.raises(InputError) as caught:
@@ -232,24 +230,14 @@ def test_a_vocabulary_below_the_bytes_is_refused() -> None:
 def test_a_tokenizer_without_the_special_tokens_is_refused(tmp_path: Path) -> None:
     plain = Tokenizer(models.WordLevel({"red": 0, "[UNK]": 1}, unk_token="[UNK]"))
     PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(tmp_path)
-    with pytest.raises(InputError, match=r"lacks the special token <\|endoftext\|>"):
+    with pytest.raises(InputError, match="has no tokens for the roles"):
         load_tokenizer(str(tmp_path))
 
 
-def test_a_tokenizer_brings_the_special_tokens_of_its_family(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    marks = SpecialTokens("<end>", "<s>", "</s>")
-    other = replace(registry.FAMILIES["qwen3"], model_type="other", special=marks)
-    monkeypatch.setitem(registry.FAMILIES, "other", other)
-    words = {token: number for number, token in enumerate((*marks, "red", "[UNK]"))}
-    plain = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
-    PreTrainedTokenizerFast(tokenizer_object=plain).save_pretrained(tmp_path)
-    assert SpecialIds.of(load_tokenizer(str(tmp_path))) == SpecialIds(0, 1, 2)
-    save_tokenizer(tiny.tokenizer(), str(tmp_path / "own"))
-    own = load_tokenizer(str(tmp_path / "own"))
+def test_special_tokens_survive_a_process_border(tmp_path: Path) -> None:
+    save_tokenizer(tiny.tokenizer(), str(tmp_path))
+    own = load_tokenizer(str(tmp_path))
     assert own.text_marks == pickle.loads(pickle.dumps(own)).text_marks
-    assert own.text_marks == registry.FAMILIES["qwen3"].special
 
 
 def test_the_real_qwen_tokenizer_encodes_items(shared_data: Path) -> None:

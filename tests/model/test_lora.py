@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import build_tiny, save_body
-from karma_ray.model.backbones.qwen3 import QWEN3
+from karma_ray.model.backbones.plain_text import LINEAR_LAYERS
 from karma_ray.model.config import DecodabilityConfig, ItemEncoderConfig, ModelConfig
 from karma_ray.model.config import UserDecoderConfig as UserConfig
 from karma_ray.model.interest import InterestModel
@@ -104,7 +104,7 @@ def test_what_is_trained_and_how_many_numbers_that_is(folder: Path) -> None:
         assert any(part in name for name in names), part
     wide, narrow, inner = tiny.BODY.hidden_size, tiny.BODY.hidden_size // 2, 64
     sides = [2 * wide, wide + narrow, wide + narrow, 2 * wide, *3 * [wide + inner]]
-    assert len(sides) == len(QWEN3.linear_layers)
+    assert len(sides) == len(LINEAR_LAYERS)
     adapters = 2 * tiny.BODY.num_layers * RANK * sum(sides)
     held = dict(karma.named_parameters())
     assert sum(held[name].numel() for name in names if is_low_rank(name)) == adapters

@@ -50,7 +50,7 @@ def loaded(kind: Any, checkpoint: str, field: str, **options: Any) -> tuple[Any,
 def check_weight_files(checkpoint: str, field: str) -> None:
     """Raise InputError unless every weight file of a local folder is complete; hub names pass."""
     for file in _files(checkpoint, "*.safetensors", "*.bin"):
-        _check_no_pointer(file, checkpoint, field)
+        check_no_pointer(file, checkpoint, field)
         if file.suffix == ".safetensors":
             try:
                 with safe_open(file, "pt"):
@@ -68,7 +68,7 @@ def check_tokenizer_files(checkpoint: str, field: str) -> None:
         reason = f"holds no tokenizer (none of {', '.join(VOCABULARIES)})"
         raise InputError(field, checkpoint, f"{reason}; copy the checkpoint's own files there")
     for file in _files(checkpoint, *VOCABULARIES, "tokenizer_config.json"):
-        _check_no_pointer(file, checkpoint, field)
+        check_no_pointer(file, checkpoint, field)
         if file.suffix == ".json":
             try:
                 json.loads(file.read_bytes())
@@ -77,7 +77,8 @@ def check_tokenizer_files(checkpoint: str, field: str) -> None:
                 raise InputError(field, checkpoint, reason) from None
 
 
-def _check_no_pointer(file: Path, checkpoint: str, field: str) -> None:
+def check_no_pointer(file: Path, checkpoint: str, field: str) -> None:
+    """Raise InputError if a file is a Git LFS pointer."""
     with file.open("rb") as source:
         if source.read(len(POINTER)) == POINTER:
             reason = f"has a Git LFS pointer in place of {file.name}; run `git lfs pull` there"

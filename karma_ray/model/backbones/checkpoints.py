@@ -7,7 +7,12 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+)
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging as transformers_logging
 
@@ -21,17 +26,28 @@ ATTENTION = "karma_ray"
 AttentionInterface.register(ATTENTION, packing.attend)
 
 
-def model_type_of(checkpoint: str, field: str) -> str:
-    """Return the `model_type` of a folder or hub name; raises InputError if it has none."""
+def config_facts(checkpoint: str, field: str) -> dict[str, Any]:
+    """Return config.json of a folder or hub name, as written.
+
+    Raises InputError if there is none or it has no `model_type`.
+    """
     if checkpoint == "tiny":
         raise InputError(field, checkpoint, "must be resolved to a pretrained folder first")
     looks_local = checkpoint.startswith((".", "/", "~")) or Path(checkpoint).exists()
     if looks_local and not (Path(checkpoint) / "config.json").exists():
         raise InputError(field, checkpoint, "is not a checkpoint folder (no config.json)")
     try:
-        return str(AutoConfig.from_pretrained(checkpoint).model_type)
+        facts: dict[str, Any] = PreTrainedConfig.get_config_dict(checkpoint)[0]
     except (OSError, ValueError) as error:
         raise InputError(field, checkpoint, f"cannot be loaded ({error})") from None
+    if not facts.get("model_type"):
+        raise InputError(field, checkpoint, "has no model_type in its config.json")
+    return facts
+
+
+def num_tokens(checkpoint: str) -> int:
+    """Return the number of rows of a checkpoint's token embeddings."""
+    return int(AutoConfig.from_pretrained(checkpoint).get_text_config().vocab_size)
 
 
 def load_weights(kind: Any, name: str, checkpoint: str, field: str, **options: Any) -> Any:

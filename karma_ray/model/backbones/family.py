@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
-from karma_ray.data.prompts import SpecialTokens
 from karma_ray.model.config import TinyBackboneConfig
 
 
@@ -91,8 +90,6 @@ class Family:
     """Returns the layer shape of a configuration, to count operations."""
     linear_layers: tuple[str, ...]
     """Names of a layer's linear modules, which get the low-rank adapters."""
-    special: SpecialTokens
-    """Tokens that end a text and that surround a decoded one."""
     tiny: Callable[[TinyBackboneConfig, int, int], nn.Module] | None = None
     """(shape, vocabulary size, seed) -> a small body with random weights."""
     pictures: Pictures | None = None

@@ -24,7 +24,8 @@ from transformers.models.qwen3_vl.modeling_qwen3_vl import Qwen3VLTextRotaryEmbe
 
 from karma_ray.model.backbones.checkpoints import ATTENTION, colour_scale, load_weights
 from karma_ray.model.backbones.family import Family, Pictures, VisionTower
-from karma_ray.model.backbones.qwen3 import QWEN3, use_fast_layers
+from karma_ray.model.backbones.plain_text import use_fast_layers
+from karma_ray.model.backbones.qwen3 import QWEN3
 from karma_ray.model.backbones.qwen3_vl_pictures import (
     add_vision_tower,
     block_side,
@@ -132,7 +133,6 @@ QWEN3_VL = Family(
     stock=QWEN3.stock,
     layer_shape=QWEN3.layer_shape,
     linear_layers=QWEN3.linear_layers,
-    special=QWEN3.special,
     pictures=Pictures(build_around=build_around, insert=insert_pictures, block=block_side),
     vision=VisionTower(("qwen3_vl", "qwen3_vl_moe"), "visual", SIDE, tower_states),
 )

@@ -1,51 +1,132 @@
-"""Tokenizers of any family: loading, saving, and training one for a tiny backbone."""
+"""Tokenizers of any family: loading, saving, and training one for a tiny backbone.
+
+Special tokens are roles (`SpecialTokens`), which a vocabulary fills with tokens that it has: none
+is added, because that would change a head that is tied to the token embeddings. A tokenizer saved
+here has its roles in a file beside it, so that a bundle is served with those it was trained with.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, cast
 
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from karma_ray.data.prompts import Tokenizer
+from karma_ray.data.prompts import SpecialTokens, Tokenizer
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.checkpoint_files import check_tokenizer_files
-from karma_ray.model.backbones.registry import FAMILIES, TINY
+
+ROLES = "roles.json"
+KNOWN = (
+    SpecialTokens("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    SpecialTokens("<|end_of_text|>", "<|begin_of_text|>", "<|eot_id|>"),
+    SpecialTokens("</s>", "<s>", "</s>"),
+)
+"""Tokens of the common vocabularies, in the order in which they are looked for; the first belongs
+to the tiny models."""
+FILLER = re.compile(r"\[PAD\d+\]")
+"""Names of rows that no text leads to, as they stand in GGUF files."""
 
 
-def load_tokenizer(checkpoint: str) -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a checkpoint folder, with the special tokens of its family.
+def load_tokenizer(checkpoint: str, field: str = "tokenizer") -> PreTrainedTokenizerFast:
+    """Load the tokenizer of a folder or hub name, and the tokens of its roles as `text_marks`.
 
-    Raises InputError when the folder has none, or when it lacks special tokens of every family.
+    Raises InputError when there is none, or when no token of it fills a role.
     """
-    check_tokenizer_files(checkpoint, "tokenizer")
+    check_tokenizer_files(checkpoint, field)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise InputError("tokenizer", checkpoint, f"cannot be loaded ({error})") from None
-    known = tokenizer.get_vocab()
-    # Found by the vocabulary, since a bundle's tokenizer has no config.json beside it.
-    choices = [family.special for family in FAMILIES.values()]
-    missing = [[token for token in special if token not in known] for special in choices]
-    found = min(range(len(choices)), key=lambda number: len(missing[number]))
-    if missing[found]:
-        raise InputError("tokenizer", checkpoint, f"lacks the special token {missing[found][0]}")
-    cast(Any, tokenizer).text_marks = choices[found]
+        raise InputError(field, checkpoint, f"cannot be loaded ({error})") from None
+    stored = Path(checkpoint) / ROLES
+    find = _stored_roles if stored.is_file() else _roles
+    cast(Any, tokenizer).text_marks = find(tokenizer, checkpoint, field)
     return cast(PreTrainedTokenizerFast, tokenizer)
 
 
 def save_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
-    """Write the tokenizer's files."""
+    """Write the tokenizer's files and its roles."""
     cast(PreTrainedTokenizerFast, tokenizer).save_pretrained(folder)
+    roles = json.dumps(tokenizer.text_marks._asdict(), indent=2) + "\n"
+    Path(folder, ROLES).write_text(roles, encoding="utf-8")
+
+
+def check_tokens_shared(item: str, user: str, item_rows: int, user_rows: int) -> None:
+    """Raise InputError unless both checkpoints mean the same by the user decoder's tokens.
+
+    Its tokenizer makes the tokens of both. `item_rows` and `user_rows` are the numbers of their
+    token embeddings.
+    """
+    fields = [f"model.{part}.checkpoint" for part in ("item_encoder", "user_decoder")]
+    tokenizer = load_tokenizer(user, fields[1])
+    tokens = _made_from_text(tokenizer)
+    for field, name, rows in ((fields[0], item, item_rows), (fields[1], user, user_rows)):
+        if (last := max(tokens.values())) >= rows:
+            message = f"has embeddings of {rows} tokens, but the tokenizer of {user} makes {last}"
+            raise InputError(field, name, message)
+    if item == user:
+        return
+    known = load_tokenizer(item, fields[0]).get_vocab()
+    other = [token for token, number in tokens.items() if known.get(token) != number]
+    if other:
+        raise InputError(
+            fields[0], item,
+            f"does not share the tokenizer of model.user_decoder.checkpoint {user!r}: {len(other)}"
+            f" of {len(tokens)} tokens differ, such as {min(other, key=lambda t: tokens[t])!r}",
+        )  # fmt: skip
+
+
+def _made_from_text(tokenizer: PreTrainedTokenizerFast) -> dict[str, int]:
+    """Return the tokens, with their ids, that texts are made of, and those of the roles.
+
+    Tokens that were added for conversations or tools may differ between models of one vocabulary.
+    """
+    added, roles = tokenizer.get_added_vocab(), cast(Any, tokenizer).text_marks
+    return {
+        token: number
+        for token, number in tokenizer.get_vocab().items()
+        if token in roles or (token not in added and not FILLER.fullmatch(token))
+    }
+
+
+def _stored_roles(tokenizer: Any, checkpoint: str, field: str) -> SpecialTokens:
+    try:
+        marks = SpecialTokens(**json.loads((Path(checkpoint) / ROLES).read_bytes()))
+    except (ValueError, TypeError) as error:
+        raise InputError(field, checkpoint, f"has a damaged {ROLES} ({error})") from None
+    if missing := set(marks) - set(tokenizer.get_vocab()):
+        reason = f"names {min(missing)!r} in {ROLES}, which its vocabulary lacks"
+        raise InputError(field, checkpoint, reason)
+    return marks
+
+
+def _roles(tokenizer: Any, checkpoint: str, field: str) -> SpecialTokens:
+    """Return the known tokens that the vocabulary has, or else those that it declares."""
+    vocabulary = tokenizer.get_vocab()
+    for marks in KNOWN:
+        if all(token in vocabulary for token in marks):
+            return marks
+    start, end = tokenizer.bos_token, tokenizer.eos_token
+    if start in vocabulary and end in vocabulary and start != end:
+        return SpecialTokens(end_of_text=end, text_start=start, text_end=end)
+    known = "; ".join(" ".join(dict.fromkeys(marks)) for marks in KNOWN)
+    raise InputError(
+        field, checkpoint,
+        "has no tokens for the roles end of text, text start and text end: neither a known set "
+        f"({known}) nor a bos_token and another eos_token (it declares {start!r} and {end!r})",
+    )  # fmt: skip
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int) -> PreTrainedTokenizerFast:
     """Train a byte-level BPE of at most `vocab_size` tokens with the tiny family's tokens."""
     if vocab_size < 300:
         raise InputError("model.tiny.vocab_size", vocab_size, "must be at least 300 (256 bytes)")
-    special = FAMILIES[TINY].special
+    special = KNOWN[0]
     tokenizer = FastTokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
     tokenizer.decoder = decoders.ByteLevel()
