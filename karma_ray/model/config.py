@@ -13,6 +13,13 @@ from karma_ray.model.denoiser import DenoiserConfig
 from karma_ray.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne, check_ranges
 
 
+def check_layers(field: str, wanted: int, there: int) -> None:
+    """Raise InputError when a number of layers is more than a checkpoint has."""
+    if wanted > there:
+        message = f"is more than the {there} layers of the checkpoint"
+        raise InputError(field, wanted, message, choices=range(there + 1))
+
+
 @dataclass(frozen=True)
 class TinyBackboneConfig:
     """Shape of the backbone built here when no checkpoint is given (`checkpoint=tiny`)."""
@@ -61,6 +68,8 @@ class UserDecoderConfig:
 
     checkpoint: str = "tiny"
     """`tiny`, a Hugging Face folder of a family in model/backbones/, or a hub name."""
+    layers: CountOrZero = 0
+    """Use only the first layers of the checkpoint, which is cheaper; 0: all of them."""
     layout: Literal["interleaved", "items_only", "query_last"] = "interleaved"
     """Where queries enter the sequence and where h_t is read."""
     query_mode: Literal["embed_pool", "tokens", "encoder", "none"] = "embed_pool"
@@ -218,3 +227,8 @@ class ModelConfig:
     def check(self) -> None:
         """Raise InputError on contradicting settings; `imagery`, if used, is checked separately."""
         self.generator.check()
+        # Checkpoints are asked when they are loaded; a tiny one would be pretrained first.
+        if self.user_decoder.checkpoint == "tiny":
+            check_layers(
+                "model.user_decoder.layers", self.user_decoder.layers, self.tiny.num_layers
+            )

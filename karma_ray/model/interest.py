@@ -17,7 +17,7 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import NO_PICTURE
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.model.adapters import Score
-from karma_ray.model.backbone import hidden_size, load_body
+from karma_ray.model.backbone import hidden_size, keep_layers, load_body
 from karma_ray.model.config import GeneratorConfig, ModelConfig
 from karma_ray.model.generator import Generator
 from karma_ray.model.item_encoder import ItemEncoder
@@ -64,6 +64,8 @@ class InterestModel(RecallModel):
             with_vision=encoder.modality == "multimodal",
         )  # fmt: skip
         user = load_body(config.user_decoder.checkpoint, "model.user_decoder.checkpoint")
+        if config.user_decoder.layers:
+            keep_layers(user, config.user_decoder.layers)
         if rank is not None:
             adapt(item, rank, seed)
             adapt(user, rank, seed + 1)
