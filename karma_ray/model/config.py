@@ -46,6 +46,10 @@ class ItemEncoderConfig:
     """`tiny`, a Hugging Face folder of a family in model/backbones/, or a hub name."""
     pool: Literal["eos", "emb_token", "mean"] = "eos"
     """Item state: the end token's last hidden state, a learned [ITEM] vector's, or the mean."""
+    train_layers: CountOrZero = 0
+    """Train only this many of the top layers and what is above them. The token embeddings and the
+    layers below stay as they are, and their outputs are computed once for all items; 0: train all
+    weights."""
     instruction: str = ""
     """Text put before every item's text."""
     lexical: CountOrZero = 0
@@ -228,7 +232,17 @@ class ModelConfig:
         """Raise InputError on contradicting settings; `imagery`, if used, is checked separately."""
         self.generator.check()
         # Checkpoints are asked when they are loaded; a tiny one would be pretrained first.
-        if self.user_decoder.checkpoint == "tiny":
-            check_layers(
-                "model.user_decoder.layers", self.user_decoder.layers, self.tiny.num_layers
-            )
+        item, user, tiny = self.item_encoder, self.user_decoder, self.tiny
+        for name, part, wanted in (
+            ("item_encoder.train_layers", item, item.train_layers),
+            ("user_decoder.layers", user, user.layers),
+        ):
+            if part.checkpoint == "tiny":
+                check_layers(f"model.{name}", wanted, tiny.num_layers)
+        if item.train_layers and item.modality == "multimodal":
+            message = "is not for an encoder that reads pictures, whose states are not kept"
+            raise InputError("model.item_encoder.train_layers", item.train_layers, message, [0])
+        if item.train_layers and item.pool == "emb_token":
+            message = "learns a vector below the layers that train_layers freezes"
+            choices = ["eos", "mean"]
+            raise InputError("model.item_encoder.pool", "emb_token", message, choices=choices)

@@ -32,6 +32,7 @@ from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
+from karma_ray.runs.frozen_outputs import EncodeRemotely, FrozenOutputs
 from karma_ray.runs.stage_images import build_imagery, load_visual
 from karma_ray.training.checkpoints.checkpoint import load_weights
 
@@ -114,6 +115,7 @@ class Stage:
     warm: str | None = None  # weights that stage 2 starts from
     trained: str | None = None  # weights that stage 2 ended with
     tokenizer_folder: str | None = None  # default: the user decoder's checkpoint
+    frozen: FrozenOutputs | None = None  # of the item encoder's frozen layers; None: run them
 
     def catalog(self) -> Catalog:
         """Open the memory-mapped catalogue."""
@@ -121,8 +123,21 @@ class Stage:
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that both LLMs share."""
-        folder = self.tokenizer_folder or self.config.model.user_decoder.checkpoint
-        return cast(Tokenizer, load_tokenizer(folder))
+        return cast(Tokenizer, load_tokenizer(self._tokenizer_folder))
+
+    @property
+    def _tokenizer_folder(self) -> str:
+        return self.tokenizer_folder or self.config.model.user_decoder.checkpoint
+
+    def with_frozen(self, cache: str, encode: EncodeRemotely | None = None) -> Stage:
+        """Return the stage with the outputs of the frozen layers, if it has any.
+
+        They are computed now unless `cache` has them; `encode` does so in other processes.
+        """
+        frozen = FrozenOutputs.of(self.config, self.items_uri, self._tokenizer_folder, cache)
+        if frozen is not None:
+            frozen.make(encode)
+        return replace(self, frozen=frozen)
 
     def text_lengths(self) -> TextLengths:
         """Measure how much of the catalogue's texts is read."""
@@ -207,6 +222,8 @@ class Stage:
         bare = replace(config, generator=GeneratorConfig())  # the warm-up has no generator
         interest = InterestModel.build(bare, tokenizer, self.config.seed)
         interest.item_encoder.attach_catalog(self.catalog(), self.items_uri)
+        if self.frozen is not None:
+            self.frozen.attach(interest.item_encoder)
         bundled = self.tokenizer_folder is not None
         head = load_lm_head(config.user_decoder.checkpoint, empty=bundled)
         imagery = build_imagery(self.config, self.items_uri, interest, self.trained)
