@@ -19,7 +19,7 @@ from tqdm import tqdm
 from karma_ray.artifacts import content_hash, exists, join, value_hash
 from karma_ray.config import Config
 from karma_ray.data.catalog import Catalog
-from karma_ray.data.prompts import Tokenizer
+from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.data.tokens import catalog_tokens, tokenizer_hash
 from karma_ray.model.backbone import hidden_size, load_body
 from karma_ray.model.backbones.tokenizer import load_tokenizer
@@ -72,7 +72,8 @@ class FrozenOutputs:
             "items": content_hash(join(self.items_uri, "items")),
             "weights": content_hash(checkpoint) if Path(checkpoint).is_dir() else checkpoint,
             "train_layers": self.encoder.train_layers,
-            "tokenizer": tokenizer_hash(self.tokenizer()),
+            "tokenizer": tokenizer_hash(tokenizer := self.tokenizer()),
+            "end_of_text": SpecialIds.of(tokenizer).end_of_text,
             "instruction": self.encoder.instruction,
             "max_item_tokens": self.max_item_tokens,
             "precision": self.precision,
