@@ -40,6 +40,7 @@ class RunRecord:
     checks: dict[str, Any]
     cases: list[dict[str, Any]]
     data: dict[str, Any]
+    bundle: dict[str, Any]
 
     @property
     def recipe(self) -> str:
@@ -117,4 +118,5 @@ def read_run(run: str) -> RunRecord:
         checks=part("checks.json", default={}),
         cases=part("report", "cases.json", default=[]),
         data=part("data.json", default={}),
+        bundle=part("bundle", "manifest.json", default={}),
     )

@@ -48,11 +48,7 @@ from karma_ray.runs.first_stages import start_stage
 from karma_ray.runs.joint import OnValidate, joint_job
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import CACHE, toy_shop
-from karma_ray.runs.stages import (
-    Stage,
-    finished_stage,
-    over_ids,
-)
+from karma_ray.runs.stages import Stage, finished_stage, model_size, over_ids
 from karma_ray.runs.training import run_training
 
 LOG = logging.getLogger(__name__)
@@ -222,7 +218,7 @@ def _train(
 def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
     """Write what serving needs: the bundle, the item embeddings and the index."""
     config, model = stage.config, stage.build_finished()
-    facts = {"recipe": config.recipe, "seed": config.seed}
+    facts = {"recipe": config.recipe, "seed": config.seed, **model_size(model)}
     save_bundle(model.interest, model.tokenizer, config.collate, folder.bundle, facts)
     if config.training.num_workers and executor.embed is not None:
         executor.embed(folder.bundle, stage.items_uri, folder.item_embeddings)

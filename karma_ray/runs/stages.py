@@ -26,6 +26,7 @@ from karma_ray.data.prompts import Tokenizer
 from karma_ray.data.tokens import TextLengths, catalog_tokens
 from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
+from karma_ray.model.backbone import num_layers
 from karma_ray.model.backbones.checkpoints import load_lm_head
 from karma_ray.model.backbones.registry import checkpoint_family
 from karma_ray.model.backbones.tokenizer import load_tokenizer
@@ -91,6 +92,21 @@ def with_checkpoints(config: Config, item: str, user: str) -> Config:
             user_decoder=replace(model.user_decoder, checkpoint=user),
         ),
     )
+
+
+def model_size(model: KarmaModel | IdModel) -> dict[str, int]:
+    """Return how many weights a run's model has, how many of them learn, and its layers."""
+    weights = list(model.parameters())
+    size = {
+        "num_parameters": sum(value.numel() for value in weights),
+        "num_trained": sum(value.numel() for value in weights if value.requires_grad),
+    }
+    if isinstance(model, KarmaModel):
+        interest, encoder = model.interest, model.interest.item_encoder
+        size["item_layers"] = num_layers(encoder.body)
+        size["item_layers_frozen"] = encoder.num_frozen
+        size["user_layers"] = num_layers(interest.user_decoder.body)
+    return size
 
 
 def finished_stage(run: str, items_uri: str) -> Stage:

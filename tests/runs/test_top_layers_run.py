@@ -73,6 +73,12 @@ def test_the_top_layer_alone_learns_in_both_stages_and_the_bundle_holds_the_whol
     assert {name.split(".")[1] for name in user if name.startswith("layers")} == {"0", "1"}
     assert read_json(f"{run}/bundle/user_decoder/config.json")["num_hidden_layers"] == 2
     assert read_json(f"{run}/bundle/config.json")["model"]["user_decoder"]["layers"] == 2
+    facts = read_json(f"{run}/bundle/manifest.json")
+    assert (facts["item_layers"], facts["item_layers_frozen"], facts["user_layers"]) == (3, 2, 2)
+    frozen = [n for n in first if n.startswith(("embed_tokens", "layers.0.", "layers.1."))]
+    still = sum(first[name].numel() for name in frozen)
+    assert facts["num_parameters"] - facts["num_trained"] == still
+    assert "the top 1 of 3 layers" in Path(run, "report", "model_card.md").read_text()
 
 
 def test_the_bundle_embeds_the_catalogue_as_the_run_did(finished: tuple[str, str, str]) -> None:
