@@ -82,7 +82,7 @@ def write_states(
         begin = _open_draft(draft, marks, shape, kind, num_portions)
         missing = [n for n, mark in enumerate(marks.read_bytes()) if not mark]
         with draft.open("r+b") as data, marks.open("r+b") as done:
-            for number, states in encode(missing):
+            for number, states in encode(missing) if missing else ():
                 first = number * PORTION
                 end = min(first + PORTION, len(counts))
                 assert states.shape == (starts[end] - starts[first], width)

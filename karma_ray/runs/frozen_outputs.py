@@ -87,20 +87,20 @@ class FrozenOutputs:
         """Return the catalogue's tokens [I, L] and lengths [I], shared by a node's processes."""
         return catalog_tokens(Catalog.load(self.items_uri), self.tokenizer(), self.max_item_tokens)
 
-    def portions(self) -> FrozenPortions:
-        """Load the frozen layers, on this process's GPU if it has one."""
+    def portions(self, device: str | None = None) -> FrozenPortions:
+        """Load the frozen layers; the default device is this process's GPU, if it has one."""
         body = load_body(self.encoder.checkpoint, "model.item_encoder.checkpoint")
         words = instruction_tokens(self.encoder, self.tokenizer())
         with torch.random.fork_rng():  # a run draws the same numbers whether the file exists
             encoder = ItemEncoder(body, self.encoder, hidden_size(body), words, 0)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         return FrozenPortions(encoder.to(device).eval(), *self.texts(), self.precision)
 
     def make(self, encode: EncodeRemotely | None = None) -> None:
         """Make the file unless it exists; `encode` computes its portions in other processes."""
         if exists(self.path):
             return
-        here = self.portions()
+        here = self.portions(None if encode is None else "cpu")
         if not here.encoder.num_frozen:
             return
         counts = here.lengths + len(here.encoder.instruction)
@@ -109,7 +109,7 @@ class FrozenOutputs:
         LOG.info("frozen layers: computing the states of %d items, %.1f GB", len(counts), size)
 
         def portions(missing: list[int]) -> Iterator[tuple[int, np.ndarray]]:
-            found = here.encoded(missing) if encode is None else encode(self, missing)
+            found = here.encoded(missing) if encode is None else encode(self, width, missing)
             total = -(-len(counts) // PORTION)
             yield from tqdm(
                 found, total=total, initial=total - len(missing), unit="portion", disable=None
@@ -125,8 +125,8 @@ class FrozenOutputs:
             encoder.states = FrozenStates.open(self.path, counts)
 
 
-EncodeRemotely = Callable[[FrozenOutputs, list[int]], Iterator[tuple[int, np.ndarray]]]
-"""(outputs, numbers of portions) -> (number, states) of each, in any order."""
+EncodeRemotely = Callable[[FrozenOutputs, int, list[int]], Iterator[tuple[int, np.ndarray]]]
+"""(outputs, width, numbers of portions) -> (number, states) of each, in any order."""
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,7 @@ class Stage:
         """
         frozen = FrozenOutputs.of(self.config, self.items_uri, self._tokenizer_folder, cache)
         if frozen is not None:
-            frozen.make(encode)
+            frozen.make(encode if self.config.training.num_workers else None)
         return replace(self, frozen=frozen)
 
     def text_lengths(self) -> TextLengths:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -161,6 +162,9 @@ def test_a_killed_writer_continues_and_the_file_appears_whole(
     portions = FrozenPortions(karma.interest.item_encoder, *tiny.item_tokens(), "float32")
     arguments = (str(path), portions.lengths, DEEP.hidden_size, "float32")
 
+    def no_name(source: Path, target: Path) -> None:
+        raise KeyboardInterrupt
+
     def killed(numbers: list[int]) -> Iterator[tuple[int, np.ndarray]]:
         asked.append(numbers)
         for number in numbers:
@@ -172,7 +176,10 @@ def test_a_killed_writer_continues_and_the_file_appears_whole(
         with pytest.raises(KeyboardInterrupt):
             write_states(*arguments, killed)
         assert not path.exists()
-    write_states(*arguments, killed)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", no_name)
+        write_states(*arguments, killed)
+    write_states(*arguments, killed)  # all that is missing is the name
     assert asked == [[0, 1, 2, 3, 4], [2, 3, 4], [4]]
     whole = states(karma, tmp_path / "whole.npy")
     assert np.array_equal(np.load(path), whole.values)
