@@ -18,7 +18,6 @@ from karma_ray.runs.frozen_outputs import FrozenOutputs
 from karma_ray.runs.stages import with_checkpoints
 from tests import tiny_run
 
-
 CHANGES = ["model.item_encoder.train_layers=1", "training.precision=float32"]
 
 
