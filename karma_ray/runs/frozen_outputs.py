@@ -70,7 +70,7 @@ class FrozenOutputs:
         return {
             "version": VERSION,
             "items": content_hash(join(self.items_uri, "items")),
-            "weights": content_hash(checkpoint) if Path(checkpoint).is_dir() else checkpoint,
+            "weights": content_hash(checkpoint) if Path(checkpoint).exists() else checkpoint,
             "train_layers": self.encoder.train_layers,
             "tokenizer": tokenizer_hash(tokenizer := self.tokenizer()),
             "end_of_text": SpecialIds.of(tokenizer).end_of_text,
