@@ -27,10 +27,9 @@ train: install
 serve: install
 	$(BIN)/python jobs/serve.py $(RUN) $(ARGS)
 
-# The fast tier and the tier that shares one local Ray, in two processes.
+# The fast tier and the tier on a local Ray, in two processes that take a file of tests each.
 test: install
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadgroup --no-loadscope-reorder \
-		--durations=25 $(TESTS)
+	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --durations=25 $(TESTS)
 
 # The fast tier with the lowest versions that pyproject.toml allows: before a release.
 test-oldest:

@@ -23,4 +23,4 @@ torch="$(grep '^torch==' "$venv/oldest.txt")"
 "$python" -m uv pip install --quiet --python "$python" -r "$venv/oldest.txt"
 "$python" -m uv pip install --quiet --python "$python" --no-deps -e .
 
-"$python" -m pytest -q --durations=5 -n 2 --dist loadgroup "$@"
+"$python" -m pytest -q --durations=5 -n 2 --dist loadfile "$@"

@@ -2,7 +2,7 @@
 
     python benchmarks/bundles.py ACTION_ONLY KARMA [RUN ...] [--rounds 9] [--requests 100]
 
-Decoders train and do not serve (METHOD 1.11), so a KARMA bundle must be what an action-only one is.
+Decoders train and do not serve (method 1.11), so a KARMA bundle must be what an action-only one is.
 Requests (titles of drawn items as queries, histories of 1, 5 and 20 drawn items) are answered
 one at a time by each run in turn, so that whatever else the machine does meets all alike; the
 first run a second time, under the name `again`, says how much of a ratio is noise. JSON lines, one

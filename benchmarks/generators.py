@@ -3,7 +3,7 @@
     python benchmarks/generators.py RUN [--data URI] [--split valid|test] [--max-examples N]
 
 One step of flow matching or EDM is the conditional mean, more steps go to a mode; a mean of samples
-goes back to the mean, a union keeps several modes (METHOD 1.12). `h` searches with the interest
+goes back to the mean, a union keeps several modes (method 1.12). `h` searches with the interest
 vector itself. `spread` is the deviation of the samples of a request around their mean, as a share
 of the embedding's length. JSON lines; the last one holds the headline.
 """

@@ -1,6 +1,6 @@
 """The joint step as one would write it without our tricks: what the engine is measured against.
 
-The same mathematics (METHOD 1.2 to 1.8) on the same weights and the same batch, with stock
+The same mathematics (method 1.2 to 1.8) on the same weights and the same batch, with stock
 transformers bodies and stock PyTorch:
 
 * `Qwen3Model.forward` with SDPA on right-padded rows, no packing

@@ -51,7 +51,7 @@ class Slots:
 
 
 def encode_items(model: KarmaModel, tokens: Tensor, lengths: Tensor) -> Tensor:
-    """METHOD 1.2: tokens [R, L], lengths [R] -> e [R, D]."""
+    """Method 1.2: tokens [R, L], lengths [R] -> e [R, D]."""
     encoder = model.interest.item_encoder
     instruction = encoder.instruction.expand(len(tokens), -1)
     last = instruction.shape[1] + lengths - 1
@@ -81,7 +81,7 @@ def encode_uses(model: KarmaModel, batch: Batch, index: Tensor, mask: Tensor) ->
 
 
 def history_slots(model: KarmaModel, batch: Batch, items: Tensor) -> Slots:
-    """METHOD 1.3: [prompt][q_1, i_1] ... [q_T, i_T], padding included; items [B, T, D]."""
+    """Method 1.3: [prompt][q_1, i_1] ... [q_T, i_T], padding included; items [B, T, D]."""
     user, (rows, steps) = model.interest.user_decoder, batch.step_mask.shape
     layout, prompt = user.config.layout, user.prompt
     queries, used = _query_tokens(model, batch)  # [B, T, W, D], [B, T, W]

@@ -1,4 +1,4 @@
-"""The paper's tables: rows x seeds on Ray, each finished run a small committed file, one report.
+"""Run the paper's tables, rows and seeds on Ray, with a committed record per run, and a report.
 
     python jobs/ablate.py table1 --data DATA --seeds 3
     python jobs/ablate.py table2 --data DATA --seeds 3 --rows karma_text,ar_mse_add
@@ -6,8 +6,8 @@
     python jobs/ablate.py baselines --data DATA --search 4
     python jobs/ablate.py report
 
-A run that stands in --results with the same configuration and data is not made again, so a study
-can be stopped and continued, also on another machine. docs/ablations.md lists the rows.
+A run that has a record in --results with the same configuration and data is not repeated, so a
+study can be stopped and continued, also on another machine. docs/ablations.md lists the rows.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> None:
             number = arguments.search
             trials = search_trials(rows, seeds[0], data, assignments, number)
             outcomes = [_run(trials, data, arguments, begun)]
-            if not outcomes[0].left:  # nothing is chosen from a part of the candidates
+            if not outcomes[0].left:  # choose only after all candidates have run
                 results = Path(arguments.results)
                 trials = chosen_trials(rows, seeds, data, assignments, number, results)
                 outcomes.append(_run(trials, data, arguments, begun))
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def _run(trials: Sequence[Trial], data: Data, flags: argparse.Namespace, begun: float) -> Outcome:
-    """Run what is missing within what is left of --max-minutes, and tell how it ended."""
+    """Run what is missing in the rest of --max-minutes, and print how it ended."""
     minutes = flags.max_minutes
     if minutes and minutes > 0:
         minutes = max(1e-3, minutes - (time.monotonic() - begun) / 60)
@@ -97,7 +97,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     flags.add_argument(
         "--concurrent", type=int, metavar="N",
-        help="trials at a time (default: one a core, as far as memory goes)",
+        help="trials at a time (default: one per core, within the available memory)",
     )  # fmt: skip
     flags.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
@@ -107,9 +107,9 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
         "--results", default="docs/results", metavar="DIR",
         help="folder of the records (default: docs/results); the report is written there too",
     )  # fmt: skip
-    flags.add_argument("--report-only", action="store_true", help="run nothing")
+    flags.add_argument("--report-only", action="store_true", help="only write the report")
     flags.add_argument(
-        "--max-minutes", type=float, metavar="M", help="stop after M minutes, runs under way too"
+        "--max-minutes", type=float, metavar="M", help="stop after M minutes, also running trials"
     )
     return flags.parse_args(argv)
 

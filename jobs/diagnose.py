@@ -1,8 +1,8 @@
-"""Look for collapse: attention sinks, rank, what can still be read, beside the frozen beginning.
+"""Diagnose collapse: attention sinks, rank and decodable text, beside the starting weights.
 
-python jobs/diagnose.py runs/latest                          one run and what it began with
+python jobs/diagnose.py runs/latest                          one run and what it started from
 python jobs/diagnose.py ACTION KARMA --out OUT               the paper's Figure 2
-python jobs/diagnose.py RUN --layers 9:1,11:1,3              heads to show: LAYER:HEAD, or a LAYER
+python jobs/diagnose.py RUN --layers 9:1,11:1,3              heads to show: LAYER:HEAD or LAYER
 
 Writes diagnosis.html, diagnosis.json and the pictures. Layers and heads are counted from 0.
 Default heads: the paper's (9:1 and 11:1) where they exist, else head 1 of two layers.
@@ -23,7 +23,7 @@ from karma_ray.runs.model_comparison import diagnose_runs, parse_heads
 def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__)
     flags.add_argument("runs", metavar="RUN", nargs="+", help="run folders of jobs/train.py")
-    flags.add_argument("--data", help="prepared data (default: what the runs were trained on)")
+    flags.add_argument("--data", help="prepared data (default: the data the runs were trained on)")
     flags.add_argument("--out", help="folder of the report (default: that of the last run)")
     flags.add_argument("--layers", help="heads to show, for example 9:1,11:1")
     flags.add_argument(

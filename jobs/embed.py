@@ -1,4 +1,4 @@
-"""Bundle + catalogue -> item embeddings: makes RUN/item_embeddings with RUN/bundle."""
+"""Embed the catalogue: write RUN/item_embeddings with the model in RUN/bundle."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from karma_ray.retrieval.retriever import require_part
 
 
 def data_of(run_uri: str) -> str:
-    """The data folder that the run's manifest names."""
+    """Return the data folder that the run's manifest names."""
     manifest = RunFolder(run_uri).path("manifest.json")
     facts = read_manifest(run_uri) if exists(manifest) else {}
     data = facts.get("items") or facts.get("data")
     if not data:
-        raise InputError("--data", data, f"is needed: {run_uri} does not say where its data lies")
+        raise InputError("--data", data, f"is needed: {run_uri} does not name its data")
     return str(data)
 
 

@@ -1,8 +1,8 @@
-"""Measure a finished run again: metrics between floors, checks that it uses what it should.
+"""Evaluate a finished run again: its metrics, floors and ceilings, and checks of the model.
 
-Every metric, the floors, the ceilings where the truth is known, strangers' histories beside the
-true ones, and the effect of items that h must not see. On the data that the run was trained on,
-its metrics.json and report are replaced; what is measured on other data stands beside them.
+The checks compare true histories with those of other users, and measure the effect of items that
+the attention mask hides from h. On the data that the run was trained on, its metrics.json and
+report are replaced; an evaluation on other data is written beside them.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from karma_ray.runs.pipeline import evaluate_run
 def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__)
     flags.add_argument("run", metavar="RUN", help="run folder of jobs/train.py")
-    flags.add_argument("--data", help="prepared data (default: what the run was trained on)")
+    flags.add_argument("--data", help="prepared data (default: the data the run was trained on)")
     flags.add_argument(
-        "--out", help="folder of a measurement on other data (default: RUN/evaluations/NAME)"
+        "--out", help="folder of an evaluation on other data (default: RUN/evaluations/NAME)"
     )
     arguments = flags.parse_args(argv)
     folder, _ = evaluate_run(arguments.run, arguments.data, out=arguments.out)

@@ -1,4 +1,4 @@
-"""Item images -> DATA/visual_features: frozen features that the visual term reconstructs.
+"""Encode item images into DATA/visual_features: frozen features that the visual term reconstructs.
 
 python jobs/features.py DATA --encoder FOLDER --target grid:16
 """
@@ -18,7 +18,7 @@ from karma_ray.runs.features import DEFAULT_WIDTH, PATCH_PCA, FeaturesConfig
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Make the features and print what is in them."""
+    """Make the features and print their counts."""
     flags = parser(__doc__ or "")
     flags.add_argument("data", metavar="DATA", help="data folder with items/ that have images")
     flags.add_argument(
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument(
         "--width", type=int, help=f"components of {PATCH_PCA} (default {DEFAULT_WIDTH})"
     )
-    flags.add_argument("--seed", type=int, default=0, help="draws what patch_pca is fitted on")
+    flags.add_argument("--seed", type=int, default=0, help="seed of the sample for patch_pca")
     flags.add_argument(
         "--actors", type=int, default=1,
         help="encoders in parallel on Ray (default 1: this process, without Ray)",

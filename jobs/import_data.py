@@ -1,6 +1,6 @@
-r"""A public dataset, any row-per-exposure log, or a toy shop of your own -> a data folder.
+r"""Import a public data set, any log with a row per exposure, or a toy shop into a data folder.
 
-python jobs/import_data.py hm ../shared/data/hm DATA
+python jobs/import_data.py hm hm/ DATA
 python jobs/import_data.py long log.csv DATA --columns user_id=uid,item_id=sku,timestamp=ts \
     --items items.csv --item-columns item_id=sku,title=name
 python jobs/import_data.py toy_shop few_users.json DATA     # {"num_users": 1000}: docs/toy-shop.md
@@ -47,16 +47,16 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     )  # fmt: skip
     parser.add_argument(
         "--quotes", choices=QUOTES, default="auto",
-        help="long: whether a quote in CSV and TSV encloses a field (csv) or is a character like "
-        "any other (text); default auto: text in TSV, in CSV as its lines suggest",
+        help="long: whether a quote in CSV and TSV encloses a field (csv) or is an ordinary "
+        "character (text); auto: text for TSV, and for CSV as its lines suggest (default auto)",
     )  # fmt: skip
     parser.add_argument(
-        "--encoding", metavar="NAME", help="long: of CSV, TSV and JSON lines, for example latin-1 "
-        "(default: UTF-8, and UTF-16 where the file begins like it)",
+        "--encoding", metavar="NAME", help="long: encoding of CSV, TSV and JSON lines, for example "
+        "latin-1 (default: UTF-8, or UTF-16 if the file begins like it)",
     )  # fmt: skip
     parser.add_argument(
         "--time-format", metavar="FORMAT", help="long: how timestamps are written, for example "
-        "%%m/%%d/%%Y; ISO 8601 and epoch numbers need none",
+        "%%m/%%d/%%Y; not needed for ISO 8601 and epoch numbers",
     )  # fmt: skip
     arguments = parser.parse_args(argv)
     started = time.perf_counter()
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
 
 
 def summary(manifest: dict[str, Any], out: str, seconds: float) -> str:
-    """What was imported, what was left out, and the next command."""
+    """Return what was imported, what was left out, and the next command."""
     lines = [f"imported {manifest['name']} into {out} in {seconds:.1f} s"]
     counts = manifest["counts"]
     lines += [f"  {name.replace('_', ' '):<22}{count:>12,}" for name, count in counts.items()]
@@ -98,19 +98,19 @@ def summary(manifest: dict[str, Any], out: str, seconds: float) -> str:
 
 
 def _next(counts: dict[str, int], out: str) -> list[str]:
-    """The next command, and what has to be mended before it where preparing would refuse."""
+    """Return the next command, and what must be corrected first if preparation would refuse."""
     unknown, train = counts.get("clicks_on_unknown_items", 0), f"--data {shlex.quote(out)}"
     if counts.get("clicks", counts.get("training_clicks", 0)) == unknown:
-        return ["no click names a known item: nothing can be trained on this folder"]
+        return ["no click names a known item, so nothing can be trained on this folder"]
     train = f"python jobs/train.py {train} --recipe karma_text"
     allowed = PrepareConfig().max_bad_share
     bad, pages = counts.get("pages_with_unknown_clicks", 0), counts.get("events", 0)
     if bad <= allowed * pages:
         return [f"next: {train}"]
     return [
-        f"{bad:,} of {pages:,} pages have clicks on items that the item table lacks; preparing "
+        f"{bad:,} of {pages:,} pages have clicks on items that the item table lacks; preparation "
         f"allows {allowed:.0%}",
-        "next: import again with a fuller --items, or train without those clicks by:",
+        "next: import again with a more complete --items, or train without these clicks:",
         f"  {train} --set prepare.max_bad_share={math.ceil(100 * bad / pages) / 100:g}",
     ]
 

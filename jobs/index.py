@@ -1,4 +1,4 @@
-"""Item embeddings -> index: makes RUN/index from RUN/bundle and RUN/item_embeddings."""
+"""Build the index: write RUN/index from RUN/bundle and RUN/item_embeddings."""
 
 from __future__ import annotations
 

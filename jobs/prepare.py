@@ -1,4 +1,4 @@
-"""Events -> training sequences and evaluation examples, on Ray Data.
+"""Prepare events on Ray Data: write training sequences and evaluation examples.
 
 python jobs/prepare.py --data DATA --set prepare.max_history=50
 """
@@ -15,7 +15,7 @@ from karma_ray.cluster.sharding import prepare
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Prepare a data folder and print what is in it."""
+    """Prepare a data folder and print its counts."""
     flags = parser(__doc__ or "", config=True)
     flags.add_argument("--data", required=True, metavar="URI", help="folder with events/, items/")
     flags.add_argument("--out", metavar="URI", help="write here instead of into the data folder")

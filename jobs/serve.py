@@ -1,4 +1,4 @@
-"""The endpoint over a finished run, until Ctrl-C."""
+"""Serve a finished run over HTTP until Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train a recipe: tables (or the built-in toy shop) -> warm-up -> joint training -> metrics.
+"""Train a recipe on tables or the built-in toy shop: warm-up, joint training, index and metrics.
 
 python jobs/train.py                                     the toy shop, in minutes
 python jobs/train.py --data DATA --recipe karma_text     your own logs

@@ -1,8 +1,8 @@
-"""Search configuration fields with Ray Tune; early stopping on a validation metric.
+"""Search configuration fields with Ray Tune, with early stopping by a validation metric.
 
-A space file names dotted paths with Ray Tune domains, the metric and the recipe: see
-tune_spaces/lambdas.py. Without --data the built-in toy shop is used. The result is a table of
-trials and the best one as --set flags for jobs/train.py.
+A space file names dotted paths with Ray Tune domains, the metric and the recipe; see
+tune_spaces/lambdas.py. Without --data the built-in toy shop is used. The job prints a table of
+trials, and the best one as --set flags for jobs/train.py.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--seed", type=int, default=0, help="seed of the draws and of every trial")
     flags.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
-        help="hold a further field fixed, for example training.steps=500 (repeatable)",
+        help="fix another field, for example training.steps=500 (repeatable)",
     )  # fmt: skip
     arguments = flags.parse_args(argv)
     space = load_space(arguments.space)

@@ -1,8 +1,8 @@
-"""Where things lie: fsspec paths, Parquet tables, manifests and the run folder.
+"""Files and folders: fsspec paths, Parquet tables, JSON, manifests and the run folder.
 
-Every folder the platform writes carries `manifest.json` with a schema version, the
-configuration that made it and the content hashes of its parents, so that a mismatch between
-model, embeddings and index is refused instead of served.
+Every written folder has a `manifest.json` with a schema version, facts on its origin and the
+content hashes of its parents, so that a mismatch between model, embeddings and index is refused
+instead of served.
 """
 
 from __future__ import annotations
@@ -42,26 +42,26 @@ def join(uri: str, *parts: str) -> str:
 
 
 def from_home(text: str) -> str:
-    """A path from `~` written out: most programs below take `~` for a folder's name."""
+    """Expand `~` at the start of a path, because most libraries take it for a folder's name."""
     return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
 
 
 def absolute(uri: str) -> str:
-    """`uri`, with a local path made absolute: workers start in folders of their own."""
+    """Return `uri` with a local path made absolute, as workers have other working directories."""
     fs, path = open_filesystem(uri)
     return path if "file" in fs.protocol else uri
 
 
 def exists(uri: str) -> bool:
-    """Whether a file or folder stands at `uri`."""
+    """Whether a file or folder exists at `uri`."""
     fs, path = open_filesystem(uri)
     return bool(fs.exists(path))
 
 
 def locked(path: str) -> AbstractContextManager[Any]:
-    """Keep other processes of this machine from making `path` at the same time.
+    """Keep other processes of this machine from writing `path` at the same time.
 
-    Without effect on a URI: object stores have no locks, and each writer replaces whole files.
+    It has no effect on a URI: object stores have no locks, and each writer replaces whole files.
     """
     if "://" in path:
         return nullcontext()
@@ -79,11 +79,11 @@ def write_table(table: pa.Table, folder: str, part: str = "part-00000") -> None:
 
 
 def data_files(uri: str, endings: tuple[str, ...]) -> list[str]:
-    """Sorted paths, inside their filesystem, of the files below `uri` that end in `endings`.
+    """Return sorted paths, in their filesystem, of the files below `uri` that end in `endings`.
 
-    Files and folders whose name starts with `.` or `_` are left out: editors, notebooks and
-    cluster jobs leave them (`.ipynb_checkpoints/`, `_temporary/`, `.part.crc`). A file that
-    `uri` itself names is taken.
+    Files and folders whose name starts with `.` or `_` are left out, because editors, notebooks
+    and cluster jobs create them (`.ipynb_checkpoints/`, `_temporary/`, `.part.crc`). A file that
+    `uri` itself names is included.
     """
     fs, root = open_filesystem(uri)
     named = [name for name in fs.find(root) if name.lower().endswith(endings)]
@@ -91,7 +91,7 @@ def data_files(uri: str, endings: tuple[str, ...]) -> list[str]:
 
 
 def table_files(folder: str) -> list[str]:
-    """`data_files` of a Parquet table; raises InputError when it is missing or holds none."""
+    """Return `data_files` of a Parquet table; raises InputError if it is missing or has none."""
     if not exists(folder):
         raise InputError("table", folder, "does not exist")
     files = data_files(folder, (".parquet",))
@@ -105,7 +105,7 @@ def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:
 
     Raises InputError when the folder is missing or holds no Parquet file.
     """
-    # Named one by one: a manifest or an index beside the table is not Parquet.
+    # The files are listed, because a manifest or an index beside the table is not Parquet.
     files = table_files(folder)
     fs, path = open_filesystem(folder)
     dataset = ds.dataset(
@@ -115,12 +115,12 @@ def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:
 
 
 def write_json(value: Any, uri: str) -> None:
-    """Write indented JSON, replacing the file in one step on a local filesystem."""
+    """Write indented JSON, atomically on a local filesystem."""
     _replace(json.dumps(value, indent=2, sort_keys=False, default=str) + "\n", uri)
 
 
 def write_lines(values: Iterable[Any], uri: str) -> None:
-    """Write a JSON line per value, keys sorted, replacing the file as `write_json` does."""
+    """Write a JSON line per value with sorted keys, replacing the file as `write_json` does."""
     lines = (
         json.dumps(value, sort_keys=True, separators=(",", ":"), default=str) for value in values
     )
@@ -152,7 +152,7 @@ def read_json(uri: str) -> Any:
 
 
 def content_hash(uri: str) -> str:
-    """SHA-256 (16 hex digits) over names and bytes of all files below `uri` but manifests."""
+    """Return the SHA-256 (16 hex digits) over names and bytes of all files except manifests."""
     fs, path = open_filesystem(uri)
     digest = hashlib.sha256()
     files = sorted(fs.find(path)) if fs.isdir(path) else [path]
@@ -167,7 +167,7 @@ def content_hash(uri: str) -> str:
 
 
 def value_hash(value: Any) -> str:
-    """SHA-256 (16 hex digits) of a JSON-able value; the key of a cached step."""
+    """Return the SHA-256 (16 hex digits) of a JSON value, used as the key of a cached step."""
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -178,7 +178,7 @@ def write_manifest(
     parents: Mapping[str, str] | None = None,
     **facts: Any,
 ) -> dict[str, Any]:
-    """Write and return `folder/manifest.json`; `parents` maps a role to a content hash."""
+    """Write and return `folder/manifest.json`; `parents` maps roles to content hashes."""
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "kind": kind,
@@ -200,12 +200,12 @@ def read_manifest(folder: str, kind: str | None = None) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Paths inside one run folder."""
+    """The paths in a run folder."""
 
     root: str
 
     def path(self, *parts: str) -> str:
-        """Path of something inside the run."""
+        """Return a path inside the run folder."""
         return join(self.root, *parts)
 
     @property
@@ -241,7 +241,7 @@ class RunFolder:
         return self.path("report")
 
     def link_latest(self) -> None:
-        """Point `latest` beside a local run folder at it; what is no link is left alone."""
+        """Let `latest`, beside a local run folder, point to it, unless it is not a link."""
         if "://" in self.root:
             return
         root = Path(self.root).resolve()
@@ -253,7 +253,7 @@ class RunFolder:
 
 
 def read_lines(uri: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of a JSON-lines file; an absent file yields nothing.
+    """Yield the records of a JSON-lines file; a missing file yields nothing.
 
     Raises InputError with the number of a line that is not JSON.
     """

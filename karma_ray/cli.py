@@ -1,4 +1,4 @@
-"""What every job's command line shares: flags, exit codes, configuration."""
+"""The command line of all jobs: flags, exit codes and configuration."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 class _Parser(argparse.ArgumentParser):
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse; what starts with `~/` is a path, also behind `=`, and written out."""
+        """Parse as argparse does, and expand `~/` in every path, also after `=`."""
         found, rest = super().parse_known_args(args, namespace)
         for name, value in vars(found).items():
             if isinstance(value, str):
@@ -34,14 +34,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parser(description: str, *, config: bool = False) -> argparse.ArgumentParser:
-    """A parser; with `config` it takes --recipe, --seed, --set and --config, and documents them."""
+    """Return a parser; with `config` it has --recipe, --seed, --set and --config, with help."""
     result = _Parser(
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="fields for --set, with defaults:\n" + describe_fields() if config else None,
+        epilog=(
+            f"recipes:\n{recipes.describe_recipes()}\n\n"
+            f"fields for --set, with defaults:\n{describe_fields()}"
+            if config
+            else None
+        ),
     )
     if config:
-        result.add_argument("--recipe", help="one of: " + ", ".join(recipes.names()))
+        result.add_argument("--recipe", help="a recipe of the list below")
         result.add_argument("--seed", type=int, help="seed of the run (default 0)")
         result.add_argument(
             "--set",
@@ -56,7 +61,7 @@ def parser(description: str, *, config: bool = False) -> argparse.ArgumentParser
 
 
 def load_config(arguments: argparse.Namespace, default_recipe: str) -> Config:
-    """The configuration that the flags describe; raises InputError."""
+    """Return the configuration that the flags describe; raises InputError."""
     if arguments.config:
         if arguments.recipe:
             raise InputError("--recipe", arguments.recipe, "cannot be combined with --config")
@@ -69,13 +74,13 @@ def load_config(arguments: argparse.Namespace, default_recipe: str) -> Config:
 
 
 def default_out(recipe: str) -> str:
-    """`runs/<recipe>-<time>`."""
+    """Return `runs/<recipe>-<time>`."""
     return join("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
 def train(argv: list[str] | None, description: str, executor: Executor) -> None:
-    """A training run by flags: jobs/train.py with an executor on Ray, karma_ray.runs without."""
-    # Here, as they bring PyTorch with them, which other jobs' --help need not wait for.
+    """Train by flags, for jobs/train.py with an executor on Ray and karma_ray.runs without."""
+    # Imported here, because they import PyTorch, for which --help of other jobs need not wait.
     from karma_ray.report.terminal import summary
     from karma_ray.runs.continuation import Parent
     from karma_ray.runs.pipeline import train_run
@@ -85,7 +90,7 @@ def train(argv: list[str] | None, description: str, executor: Executor) -> None:
     flags.add_argument("--out", help="run folder or URI (default: runs/<recipe>-<time>)")
     flags.add_argument("--resume", action="store_true", help="continue the unfinished run in --out")
     flags.add_argument(
-        "--init-from", metavar="RUN", help="go on with the model (and configuration) of this run"
+        "--init-from", metavar="RUN", help="train the model (and configuration) of this run further"
     )
     flags.add_argument(
         "--profile", action="store_true", help="write a trace of three steps to RUN/profile"
@@ -105,7 +110,7 @@ def train(argv: list[str] | None, description: str, executor: Executor) -> None:
 
 
 def run(main: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> NoReturn:
-    """Run a job: exit 0 on success, 2 on bad input with its message, 1 on failure."""
+    """Run a job: exit code 0 on success, 2 on bad input with a message, 1 on failure."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         main(argv)

@@ -1,7 +1,7 @@
-"""The assembled configuration and its dotted overrides.
+"""The assembled configuration and its overrides by dotted paths.
 
-Parts own their configuration (a frozen dataclass beside the class); this module only puts
-them together. `recipes.py` returns a full `Config` per named run.
+Each part defines its own configuration (a frozen dataclass beside the class); this module combines
+them. `recipes.py` returns a full `Config` per named run.
 """
 
 from __future__ import annotations
@@ -30,39 +30,39 @@ from karma_ray.training.config import PretrainConfig, TrainingConfig, WarmupConf
 
 @dataclass(frozen=True)
 class Config:
-    """One run, whole."""
+    """The complete configuration of a run."""
 
     __pydantic_config__ = ConfigDict(extra="forbid")
 
     recipe: str = "karma_text"
-    """Name of the recipe this run started from."""
+    """Name of the recipe from which this run started."""
     seed: CountOrZero = 0
     """Seed of initialisation, data order, decoded positions and query dropping."""
     prepare: PrepareConfig = field(default_factory=PrepareConfig)
-    """Events -> sequences and examples."""
+    """How events become sequences and examples."""
     collate: CollateConfig = field(default_factory=CollateConfig)
-    """Rows -> batches."""
+    """How rows become batches."""
     model: ModelConfig = field(default_factory=ModelConfig)
-    """Item encoder, user decoder, score, train-only decoders."""
+    """Item encoder, user decoder, score, and decoders that exist only in training."""
     pretrain: PretrainConfig = field(default_factory=PretrainConfig)
     """Causal language modelling of the catalogue's text; only for the `tiny` backbone."""
     warmup: WarmupConfig = field(default_factory=WarmupConfig)
     """Stage 1: decode an item's text from its own embedding."""
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
-    """L = L_act + lambda_dec (L_gen + L_recon), equations 4 and 9."""
+    """L = L_act + lambda_dec (L_gen + L_recon + lambda_img L_img), equations 4 and 9."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Stage 2: the joint objective on behaviour sequences."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Metrics on the valid and test examples."""
+    """Metrics on the validation and test examples."""
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """The configuration as plain JSON-able values."""
+    """Return the configuration as plain JSON values."""
     return dataclasses.asdict(config)
 
 
 def flattened(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """`{"a": {"b": 1}}` -> ("a.b", 1)."""
+    """Yield the leaves with dotted names: `{"a": {"b": 1}}` -> ("a.b", 1)."""
     for name, inner in value.items():
         if isinstance(inner, Mapping):
             yield from flattened(inner, f"{path}{name}.")
@@ -73,7 +73,7 @@ def flattened(value: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, A
 def from_dict(value: Mapping[str, Any]) -> Config:
     """Build and validate a Config; raises InputError naming field, value and problem.
 
-    A text that starts with `~/` is a path, and written out.
+    In texts that start with `~/` the home folder is expanded.
     """
     _check_names(Config, value, "")
     return validated(Config, _from_home(value))
@@ -105,14 +105,14 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
                 node = node[part]
         if isinstance(node[parts[-1]], dict):
             raise InputError("--set", path, "is a group of fields", choices=list(node[parts[-1]]))
-        # A text is taken as it is: `none` and `1` are words where the field holds words.
+        # Text fields keep their text: `none` and `1` are words there.
         before = node[parts[-1]]
         node[parts[-1]] = text.strip() if isinstance(before, str) else _literal(text)
     return from_dict(value)
 
 
 def describe_fields() -> str:
-    """Every field with its default and its docstring's first line, for `--help`."""
+    """Return every field with its default and its docstring, for `--help`."""
     lines: list[str] = []
     _describe(Config, "", lines)
     return "\n".join(lines)

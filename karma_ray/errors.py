@@ -1,13 +1,13 @@
-"""The exceptions people meet.
+"""The exceptions that users meet.
 
 Exception
- └─ KarmaRayError          anything this package raises on purpose; a job exits with 1
+ └─ KarmaRayError          an error raised on purpose by this package; a job exits with 1
      ├─ InputError         the user's input is wrong; a job exits with 2
      ├─ TooManyBadRows     more rows than the stated share were quarantined
      ├─ LeakError          something of a later time reaches an earlier example
      ├─ NonFiniteLoss      a loss term became NaN or infinite; the batch was saved
-     ├─ StorageError       what the run is for could not be written, or not be read
-     ├─ TakenOver          another process continues the run; this one stopped
+     ├─ StorageError       a store could not be read or written, even after retries
+     ├─ TakenOver          another process continues the run, so this one stopped
      └─ SkewError          embeddings, index and bundle do not belong together
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Iterable
 
 
 class KarmaRayError(Exception):
-    """Base of all errors raised on purpose."""
+    """Base class of all errors that are raised on purpose."""
 
 
 class InputError(KarmaRayError):
@@ -50,7 +50,7 @@ class InputError(KarmaRayError):
 
 
 class TooManyBadRows(KarmaRayError):
-    """More rows than the stated share were quarantined."""
+    """More rows were quarantined than the allowed share."""
 
 
 class LeakError(KarmaRayError):
@@ -62,7 +62,7 @@ class NonFiniteLoss(KarmaRayError):
 
 
 class StorageError(KarmaRayError):
-    """A store failed for good. The message names what, where and why.
+    """A store finally failed. The message names what, where and why.
 
     >>> str(StorageError("final weights", "s3://b/run", "OSError: no route"))
     "final weights: no access to 's3://b/run' (OSError: no route)"
@@ -78,7 +78,7 @@ class StorageError(KarmaRayError):
 
 
 class TakenOver(KarmaRayError):
-    """Another process has begun to continue this run; two must not write into it."""
+    """Another process has started to continue this run, and two must not write to it."""
 
 
 class SkewError(KarmaRayError):

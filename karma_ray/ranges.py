@@ -1,7 +1,7 @@
-"""What a number in a configuration may be, as the type of its field.
+"""Types for the allowed numbers of configuration fields.
 
-`config.from_dict` checks them, so flags, files and searches all do; a part that is built by hand
-checks its own with `check_ranges`.
+`config.from_dict` checks them for flags, files and searches; a part that is built directly checks
+its fields with `check_ranges`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ T = TypeVar("T")
 Count = Annotated[int, Field(ge=1)]
 """At least 1."""
 CountOrZero = Annotated[int, Field(ge=0)]
-"""At least 0, where 0 says *none*, or *all*, or *decide yourself*."""
+"""At least 0, where 0 means *none*, *all*, or *automatic*."""
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 """At least 0."""
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -34,7 +34,7 @@ ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 def validated(kind: type[T], value: Mapping[str, Any], path: str = "") -> T:
-    """Build a configuration from plain values; `path` is where it stands in the whole.
+    """Build a configuration from plain values; `path` is its place in the whole configuration.
 
     Raises InputError naming field, value and problem.
     """
@@ -48,5 +48,5 @@ def validated(kind: type[T], value: Mapping[str, Any], path: str = "") -> T:
 
 
 def check_ranges(config: DataclassInstance, path: str) -> None:
-    """Raise InputError on a field that is not what its type says; `path` as in `validated`."""
+    """Raise InputError on a field outside its type's range; `path` as in `validated`."""
     validated(type(config), asdict(config), path)

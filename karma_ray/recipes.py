@@ -1,4 +1,4 @@
-"""Named runs: one function per row of the paper's tables, plus the floors and ceilings."""
+"""Recipes, the named runs: one function per row of the paper's tables, and floors and ceilings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _with_objective(name: str, generation: float, reconstruction: float) -> Conf
 
 
 def action_only() -> Config:
-    """L_act alone (Table 1's baseline), from the same pretrained and warmed-up weights."""
+    """L_act alone, Table 1's baseline, from the same pretrained and warmed-up weights."""
     return _with_objective("action_only", 0.0, 0.0)
 
 
@@ -38,24 +38,24 @@ def karma_text() -> Config:
 
 
 def karma_multimodal() -> Config:
-    """`karma_text` and the visual term; needs what `jobs/features.py` writes."""
+    """`karma_text` and the visual term; needs the features of `jobs/features.py`."""
     base = _with_objective("karma_multimodal", 1.0, 1.0)
     return replace(base, objective=replace(base.objective, lambda_img=0.3))
 
 
 def action_only_unwarmed() -> Config:
-    """Control: `action_only` without the warm-up that every other row starts from."""
+    """Control: `action_only` without the warm-up, with which all other rows start."""
     base = _with_objective("action_only_unwarmed", 0.0, 0.0)
     return replace(base, warmup=replace(base.warmup, skip=True))
 
 
 def null_detached() -> Config:
-    """Null: Task 2 cannot reach h_t, but still trains the decoder that both tasks share."""
+    """Null control: Task 2 has no gradient to h_t, but trains the decoder that tasks share."""
     return _with_null("null_detached", recon_detach_h=True)
 
 
 def null_detached_separate() -> Config:
-    """Null: Task 2 has a decoder and a projector of its own and reaches nothing that serves."""
+    """Null control: Task 2 has a separate decoder and projector, and trains no serving module."""
     return _with_null(
         "null_detached_separate", recon_detach_h=True, recon_decoder="separate",
         share_projector=False,
@@ -63,12 +63,12 @@ def null_detached_separate() -> Config:
 
 
 def null_shuffled() -> Config:
-    """Null: Task 2 with other items' texts, the same computation without its meaning."""
+    """Null control: Task 2 decodes other items' texts, the same computation without meaning."""
     return _with_null("null_shuffled", recon_text="shuffled")
 
 
 def null_both_shuffled() -> Config:
-    """Null of `karma_text`: Task 1 as it is, Task 2 with other items' texts."""
+    """Null control of `karma_text`: Task 1 unchanged, Task 2 with other items' texts."""
     return _with_null("null_both_shuffled", generation=1.0, recon_text="shuffled")
 
 
@@ -79,27 +79,27 @@ def _with_null(name: str, generation: float = 0.0, **changes: Any) -> Config:
 
 
 def ar_mse() -> Config:
-    """`karma_text` that searches with a regression of the clicked item's embedding (Table 2)."""
+    """`karma_text` that searches with a regression onto the clicked item's embedding (Table 2)."""
     return _with_generator("ar_mse", kind="mse")
 
 
 def ar_ddpm() -> Config:
-    """The same by a diffusion that predicts its noise (DDPM)."""
+    """`karma_text` that searches by a diffusion which predicts its noise (DDPM)."""
     return _with_generator("ar_ddpm", kind="ddpm_eps")
 
 
 def ar_ddpm_v() -> Config:
-    """DDPM that predicts the velocity."""
+    """`karma_text` that searches by a DDPM which predicts the velocity."""
     return _with_generator("ar_ddpm_v", kind="ddpm_v")
 
 
 def ar_edm() -> Config:
-    """EDM."""
+    """`karma_text` that searches by EDM."""
     return _with_generator("ar_edm", kind="edm")
 
 
 def ar_fm() -> Config:
-    """Flow matching."""
+    """`karma_text` that searches by flow matching."""
     return _with_generator("ar_fm", kind="fm")
 
 
@@ -112,7 +112,7 @@ def _with_generator(name: str, **changes: Any) -> Config:
 def hllm() -> Config:
     """HLLM-style (2409.12740): InfoNCE over cosines with a learned temperature, no decodability.
 
-    Layout, pooling, warm-up and negatives are those of `action_only`: the loss alone differs.
+    Layout, pooling, warm-up and negatives are those of `action_only`; only the loss differs.
     """
     base = _with_objective("hllm", 0.0, 0.0)
     return replace(
@@ -123,7 +123,7 @@ def hllm() -> Config:
 
 
 def frozen_encoder() -> Config:
-    """`action_only` with the item encoder as it was pretrained: the user decoder learns alone."""
+    """`action_only` with the pretrained item encoder frozen: only the user decoder is trained."""
     base = _with_objective("frozen_encoder", 0.0, 0.0)
     return replace(base, training=replace(base.training, encoder_grad="frozen"))
 
@@ -141,10 +141,10 @@ def hstu() -> Config:
 
 
 def toy() -> Config:
-    """`karma_text` at a size, and with a loss, that wins in minutes on two CPU cores.
+    """`karma_text` with a size and a loss that win within minutes on two CPU cores.
 
-    InfoNCE and the item's counted words as in docs/results.md; the paper's own pairwise loss is
-    what the tables of a study train the toy shop with (`studies/plan.py`).
+    It uses InfoNCE and the lexical block, as in docs/results.md. The tables of a study train the
+    toy shop with the paper's pairwise loss (`studies/plan.py`).
     """
     base = karma_text()
     tiny = TinyBackboneConfig(
@@ -164,8 +164,8 @@ def toy() -> Config:
         pretrain=replace(base.pretrain, steps=200),
         warmup=replace(base.warmup, steps=200),
         objective=replace(base.objective, action_loss="infonce", hard_ramp=0.05, lambda_dec=0.1),
-        # An encoder that begins with the decoder forgets the person, one that begins late leaves
-        # new items strangers (docs/log.md, L37).
+        # An encoder that starts with the decoder loses the user's taste; one that starts late
+        # does not learn to place new items (docs/log.md, L37).
         training=replace(
             base.training,
             steps=850,
@@ -200,19 +200,40 @@ TRAINED: dict[str, Callable[[], Config]] = {
     "hstu": hstu,
     "toy": toy,
 }
-FLOORS = ("popularity", "tfidf", "bm25", "query_filter", "query_filter_popular", "affinity")
+UNTRAINED = {
+    "popularity": "items by their training clicks",
+    "tfidf": "word overlap with the query, rare words weighing more",
+    "bm25": "word overlap with the query, by BM25",
+    "query_filter": "items that match the query, in random order",
+    "query_filter_popular": "items that match the query, by their training clicks",
+    "affinity": "items that match the query, by the attributes that the user clicked before",
+    "oracle": "the best ranking from query and history, where the truth is known",
+    "taste_oracle": "the ranking of someone who knows the user's taste, where the truth is known",
+}
+"""Floors and ceilings, with what each ranks by."""
 CEILINGS = ("oracle", "taste_oracle")
+FLOORS = tuple(name for name in UNTRAINED if name not in CEILINGS)
 
 
 def names() -> list[str]:
-    """Every recipe a job accepts."""
+    """Return the names of all recipes."""
     return [*TRAINED, *FLOORS, *CEILINGS]
 
 
 def build(name: str) -> Config:
-    """The full configuration of a recipe; raises InputError naming the choices."""
+    """Return the full configuration of a recipe; raises InputError naming the choices."""
     if name in TRAINED:
         return TRAINED[name]()
     if name in FLOORS or name in CEILINGS:
         return Config(recipe=name)
     raise InputError("--recipe", name, choices=names())
+
+
+def describe_recipes() -> str:
+    """A line for every recipe, for `--help`."""
+    width = max(map(len, names()))
+    lines = []
+    for name in names():
+        text = UNTRAINED.get(name) or (TRAINED[name].__doc__ or "").partition("\n")[0].rstrip(".")
+        lines.append(f"  {name:<{width}}  {text}")
+    return "\n".join(lines)

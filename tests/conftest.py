@@ -60,15 +60,3 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no datasets at {folder}; set KARMA_RAY_SHARED_DATA to their folder")
     return folder
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """For runs of several processes (`-n 2 --dist loadgroup`): a file's tests stay together, as
-    their fixtures do; those on Ray share one process, and come first because they take longest.
-    """
-    if not config.pluginmanager.hasplugin("xdist"):
-        return
-    for item in items:
-        group = "ray" if item.get_closest_marker("ray") else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
-    items.sort(key=lambda item: item.get_closest_marker("ray") is None)

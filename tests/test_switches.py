@@ -57,7 +57,7 @@ SEARCHED: dict[str, tuple[Any, ...]] = {
     "model.generator.steps": (0, 1),
     "model.peft": ("full", "lora:8"),
 }
-"""METHOD section 2: field -> values, the default first."""
+"""The open choices (docs/switches.md): field -> values, the default first."""
 MEASURED: dict[str, tuple[Any, ...]] = {
     "evaluation.gauc_weight": ("impressions", "positives", "uniform"),
     "evaluation.hr_unit": ("click", "any_hit"),

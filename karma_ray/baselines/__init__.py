@@ -1,1 +1,1 @@
-"""Rankers that train nothing: the floors and the toy shop's ceilings."""
+"""Baselines: floors without training, the toy shop's ceilings, and models over item ids."""

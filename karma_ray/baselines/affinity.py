@@ -1,6 +1,6 @@
-"""Floor: the attributes this user clicked before, behind a hard match of the query.
+"""A personal floor: items with attributes that the user clicked before, among matching items.
 
-The honest personal floor (SCIENCE): no training, only counting.
+It only counts and needs no training.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ _POPULARITY_EPSILON = 1e-6
 
 
 def attribute_columns(table: pa.Table) -> list[str]:
-    """`attr_*` if the catalogue has them, else brand, category and small string columns.
+    """Return the `attr_*` columns if there are any, else brand, category and small text columns.
 
-    Columns with fewer than two values tell nobody's taste and are left out.
+    Columns with fewer than two values cannot express a taste and are left out.
     """
     values = {n: pc.count_distinct(table.column(n)).as_py() for n in _candidates(table)}
     return [
@@ -48,9 +48,9 @@ def _candidates(table: pa.Table) -> list[str]:
 class AffinityRanker:
     """sum over attributes of log((n_v + a p_v) / ((n + a) p_v)), n_v the history's count of v.
 
-    p_v is the value's share of the training clicks (every item once more, so that none is 0):
-    log-odds against the base rate, shrunk by a = 5 imagined steps. A value the item lacks adds
-    0; ties go by popularity.
+    p_v is the value's share of the training clicks (with one more click per item, so that none is
+    0). The sum is the log-odds against the base rate, shrunk by a = 5 imagined steps. A value that
+    the item lacks adds 0; ties are ordered by popularity.
     """
 
     def __init__(self, catalog: Catalog, matches: QueryMatches, clicks: NDArray[np.int64]) -> None:
@@ -65,7 +65,7 @@ class AffinityRanker:
             self._base.append(mass / max(mass.sum(), 1.0))
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
-        """Dense ranks of the affinity, the matching items' lifted above all others."""
+        """Return dense ranks of the affinity, with matching items above all others."""
         values = self._affinity(history_counts(examples, self._catalog))
         queries = examples.column("query").to_pylist()
         rows = [

@@ -1,4 +1,4 @@
-"""Floor: Okapi BM25 of the items' text for the query's words and the history's items."""
+"""A floor: Okapi BM25 of item texts for the words of the query and of the history's items."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ class Bm25Ranker:
     """score = mean over the query's terms of w(t, item) + mean over the history of the same.
 
     w(t, d) = log(1 + (N - n_t + .5) / (n_t + .5)) f (k1 + 1) / (f + k1 (1 - b + b |d| / mean |d|))
-    (Robertson and Zaragoza, The Probabilistic Relevance Framework, 2009), with the 1 inside the
-    logarithm that keeps frequent terms above 0. A history item asks with the terms of its text.
-    Every asking text counts by its mean, so query and history weigh the same, as in `tfidf`;
-    a query alone ranks as it does by the usual sum.
+    (Robertson and Zaragoza, The Probabilistic Relevance Framework, 2009); the 1 in the logarithm
+    keeps frequent terms above 0. A history item searches with the terms of its text. The scores of
+    every searching text are averaged over its terms, so query and history have the same weight,
+    as in `tfidf`; a query alone ranks as with the usual sum.
     """
 
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._vectorizer = CountVectorizer(analyzer=terms, dtype=np.float32)
         counts = self._vectorizer.fit_transform(catalog.texts()).tocsr()  # [I, V]
-        self._texts = normalize(counts, norm="l1")  # [I, V] an item that asks
-        self._items = _weights(counts)  # [I, V] an item that answers
+        self._texts = normalize(counts, norm="l1")  # [I, V] items as queries
+        self._items = _weights(counts)  # [I, V] items as documents
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
-        """BM25 per asking term; a request without query and history scores every item 0."""
+        """Return BM25 per search term; a request without query and history scores 0."""
         asked = self._requests(examples)  # [b, V]
         scores = np.zeros((examples.num_rows, self._catalog.num_items), dtype=np.float32)
         for start in range(0, examples.num_rows, _BLOCK):
@@ -51,7 +51,7 @@ class Bm25Ranker:
 
 
 def _weights(counts: sp.csr_matrix) -> sp.csr_matrix:
-    """Term counts [I, V] -> w(t, d) [I, V], at the same places."""
+    """Convert term counts [I, V] to w(t, d) [I, V] with the same sparsity."""
     lengths = np.asarray(counts.sum(axis=1)).ravel()
     found = np.bincount(counts.indices, minlength=counts.shape[1])
     rarity = np.log1p((len(lengths) - found + 0.5) / (found + 0.5))

@@ -1,4 +1,4 @@
-"""Floors and ceilings by the name of their recipe."""
+"""Construction of floors and ceilings by the name of their recipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ NAMES = (
 
 
 def build_floor(name: str, data: PreparedData, seed: int = 0) -> Ranker:
-    """The ranker of a floor or ceiling recipe; only `query_filter` draws from `seed`.
+    """Build the ranker of a floor or ceiling recipe; only `query_filter` draws from `seed`.
 
     Raises InputError on an unknown name, and for a ceiling on data without known truth.
     """

@@ -1,4 +1,4 @@
-"""Histories of a block of requests as one sparse matrix."""
+"""Histories of several requests as a sparse matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from karma_ray.data.catalog import Catalog
 
 
 def history_counts(examples: pa.Table, catalog: Catalog) -> sp.csr_matrix:  # -> [b, I]
-    """How often each catalogue item stands in each request's history; unknown ids are skipped."""
+    """Count each catalogue item in each request's history; unknown ids are skipped."""
     rows = [catalog.rows(ids or []) for ids in examples.column("history_item_ids").to_pylist()]
     known = [row[row >= 0] for row in rows]
     ends = np.cumsum([0, *(len(row) for row in known)])

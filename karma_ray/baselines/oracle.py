@@ -1,8 +1,8 @@
-"""The toy shop's two ceilings: what could be known, and what may be known (METHOD 1.14).
+"""The toy shop's two ceilings (method 1.14).
 
-`TasteOracle` knows who the user is; `PosteriorOracle` only what a model may see: the query and
-the history, with the rules of the shop as a perfectly trained model would have learned them.
-Neither knows positions or exposures, and neither looks at anything later than the request.
+`TasteOracle` knows the user's persona. `PosteriorOracle` knows only what a model may read, the
+query and the history, and the rules of the shop as a perfectly trained model would learn them.
+Neither knows positions, exposures or anything later than the request.
 
 Legend: Z personas, I items, M items of a query, C clicks of one page, R example pages.
 """
@@ -25,16 +25,16 @@ from karma_ray.errors import InputError
 Floats = NDArray[np.float64]
 _MEMO_LIMIT = 200_000
 NUM_PAGES = 64
-"""Example pages R a query's unknown pages are averaged over."""
+"""Number R of example pages over which the unknown pages of a query are averaged."""
 MAX_CLICKS = 3
-"""Most clicks of a page."""
+"""Largest number of clicks on a page."""
 
 
 @dataclass(frozen=True)
 class ExamplePages:
-    """Seeded pages of a query: what may stand beside an item on its result page."""
+    """Random pages of a query: the items that may be shown beside an item."""
 
-    rows: NDArray[np.int64]  # [R, K] catalogue rows, each line without repeats
+    rows: NDArray[np.int64]  # [R, K] catalogue rows, without repeats in a row
     odds: Floats  # [Z, R, K]: taste and promotion
     size: int  # items of a page
 
@@ -42,16 +42,16 @@ class ExamplePages:
 class ClickRules:
     """P(clicks | persona) of the shop's pages.
 
-    Which other items stood on a page, and where, is not in a history: both are averaged out
-    over R seeded example pages of the same query. On a page one click after the other is drawn
-    in proportion to the odds taste x promotion x familiarity x position.
+    A history does not contain the other items of a page or positions, so both are averaged over R
+    example pages of the same query. Clicks of a page are drawn one after another in proportion
+    to the odds taste x promotion x familiarity x position.
     """
 
     def __init__(self, truth: ToyTruth) -> None:
         self.truth = truth
         self._all = np.arange(truth.weights.shape[1])
         self._pages: dict[tuple[int, int, bool], ExamplePages] = {}
-        numbers: dict[bytes, int] = {}  # wordings of one need share their example pages
+        numbers: dict[bytes, int] = {}  # wordings of one need share example pages
         self._need = {
             query: numbers.setdefault(rows.tobytes(), len(numbers))
             for query, rows in truth.matches.items()
@@ -62,13 +62,13 @@ class ClickRules:
         self._positions = POSITION_FACTORS[np.argsort(keys, axis=1, kind="stable")]  # [R, S]
 
     def rows(self, query: str | None) -> NDArray[np.int64]:
-        """Catalogue rows of a query [M]; of an unknown or empty one all."""
+        """Return the catalogue rows of a query [M]; all rows for an unknown or empty one."""
         return self.truth.matches.get(query or "", self._all)
 
     def first_click(self, query: str | None, time: int, known: NDArray[np.int64]) -> Floats:
         """P(item is clicked first | it is shown, persona) without promotion, [Z, M].
 
-        `known` are the rows clicked before.
+        `known` are the rows that were clicked before.
         """
         rows, pages = self.rows(query), self._example_pages(query, time, promotion=False)
         familiar = np.where(np.isin(rows, known), self.truth.config.familiar_factor, 1.0)
@@ -87,14 +87,14 @@ class ClickRules:
     ) -> Floats:
         """P(these rows are the clicked ones | shown, persona), [C] -> [Z].
 
-        `known` are the rows clicked on earlier pages; the order of the clicks is unknown, so
-        all orders are summed.
+        `known` are the rows clicked on earlier pages. The order of the clicks is unknown, so the
+        probabilities of all orders are summed.
         """
         pages = self._example_pages(query, time, promotion=time < self.truth.valid_start)
         familiar = self.truth.config.familiar_factor
         num_others = max(pages.size - len(clicked), 0)
         other = ~np.isin(pages.rows, clicked)
-        other &= np.cumsum(other, axis=1) <= num_others  # [R, K]: the rest of the page
+        other &= np.cumsum(other, axis=1) <= num_others  # [R, K]: the other items of the page
         slot = np.minimum(np.cumsum(other, axis=1) - 1, len(POSITION_FACTORS) - 1)
         place = np.take_along_axis(self._positions, np.maximum(slot, 0), axis=1)
         factor = other * place * np.where(np.isin(pages.rows, known), familiar, 1.0)
@@ -112,7 +112,7 @@ class ClickRules:
         return odds
 
     def _example_pages(self, query: str | None, time: int, promotion: bool) -> ExamplePages:
-        """Of the items of the query on sale at `time`; the same for all times between changes."""
+        """Return pages of the query's items on sale at `time`, cached between changes."""
         era = int(np.searchsorted(self._eras, time, side="right"))
         need = self._need.get(query or "", -1)
         key = (need, era, promotion)
@@ -143,10 +143,10 @@ def _unordered_chance(odds: Floats, rest: Floats) -> Floats:
 class PosteriorOracle:
     """The best ranking from (query, history): sum over z of P(z | history) P(click i | z, query).
 
-    P(z | history) is the forward filter of the persona chain: uniform at the start, drawn anew
-    with `switch_per_day` at midnight, updated by `ClickRules` at each page with clicks. Pages
-    without clicks are not in a history and, as the number of clicks does not depend on the
-    persona, would say nothing. It looks at `query`, `timestamp` and `history_*` alone.
+    P(z | history) is the forward filter of the persona chain: uniform at the start, redrawn with
+    probability `switch_per_day` at midnight, and updated by `ClickRules` at each page with clicks.
+    Pages without clicks are not in a history; they would not help, since the number of clicks does
+    not depend on the persona. Only `query`, `timestamp` and `history_*` are read.
     """
 
     def __init__(self, truth: ToyTruth, item_ids: Sequence[str]) -> None:
@@ -156,11 +156,11 @@ class PosteriorOracle:
 
     @classmethod
     def load(cls, data_uri: str, catalog: Catalog) -> PosteriorOracle:
-        """Read the toy shop's truth; scores follow the catalogue's rows."""
+        """Read the toy shop's truth; scores are in the order of the catalogue."""
         return cls(ToyTruth.load(data_uri, catalog.item_ids), catalog.item_ids)
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
-        """Chance of a click given that the item is shown; 0 for items the query does not name."""
+        """Return P(click | item is shown); 0 for items that do not match the query."""
         truth = self.rules.truth
         scores = np.zeros((examples.num_rows, truth.weights.shape[1]), dtype=np.float32)
         times = examples.column("timestamp").cast(pa.int64()).to_pylist()
@@ -178,7 +178,7 @@ class PosteriorOracle:
         times: NDArray[np.int64],
         now: int,
     ) -> Floats:
-        """P(persona at `now` | history), [Z]: older clicks first, equal times are one page."""
+        """P(persona at `now` | history), [Z]; clicks in time order, equal times are one page."""
         truth = self.rules.truth
         num_personas = truth.weights.shape[0]
         belief = np.full(num_personas, 1.0 / num_personas)
@@ -204,7 +204,7 @@ class PosteriorOracle:
         start: int,
         stop: int,
     ) -> Floats:
-        """Likelihood of the page items[start:stop], remembered: examples share histories."""
+        """Return the likelihood of the page items[start:stop], cached for equal histories."""
         time, clicked, known = int(times[start]), items[start:stop], np.unique(items[:start])
         key = (query, time, clicked.tobytes(), known.tobytes())
         if key not in self._memo:
@@ -215,23 +215,23 @@ class PosteriorOracle:
 
 
 class TasteOracle:
-    """The ranking of someone who knows the user's persona: true odds, no position, no promotion."""
+    """The ranking by the true odds of the user's persona, without position and promotion."""
 
     def __init__(self, truth: ToyTruth, states: PersonaStates, item_ids: Sequence[str]) -> None:
         self.rules, self._states = ClickRules(truth), states
         self._rows = {item_id: row for row, item_id in enumerate(item_ids)}
-        # Items of the same odds tie, and ties count against a ranker: a hair decides them.
+        # Items with equal odds would tie, and ties count against a ranker: tiny factors break them.
         random = random_stream(truth.config.seed, "ties")
         self._ties = 1.0 + 1e-5 * random.random(len(item_ids))  # [I]
 
     @classmethod
     def load(cls, data_uri: str, catalog: Catalog) -> TasteOracle:
-        """Read the toy shop's truth; scores follow the catalogue's rows."""
+        """Read the toy shop's truth; scores are in the order of the catalogue."""
         ids = catalog.item_ids
         return cls(ToyTruth.load(data_uri, ids), PersonaStates.load(data_uri), ids)
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
-        """As PosteriorOracle.score, with the true persona; raises InputError for a stranger."""
+        """As PosteriorOracle.score, with the true persona; raises InputError on unknown users."""
         truth = self.rules.truth
         scores = np.zeros((examples.num_rows, truth.weights.shape[1]), dtype=np.float32)
         times = examples.column("timestamp").cast(pa.int64()).to_pylist()
@@ -249,7 +249,7 @@ class TasteOracle:
 def histories(
     examples: pa.Table, rows: dict[str, int]
 ) -> list[tuple[list[str | None], NDArray[np.int64], NDArray[np.int64]]]:
-    """Per example: queries, catalogue rows and times (microseconds) of its known clicks."""
+    """Return, per example, queries, catalogue rows and times (microseconds) of known clicks."""
     times = examples.column("history_timestamps").cast(pa.list_(pa.int64())).to_pylist()
     items = examples.column("history_item_ids").to_pylist()
     queries = examples.column("history_queries").to_pylist()

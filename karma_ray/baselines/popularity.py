@@ -1,4 +1,4 @@
-"""Floor: training clicks, recency-free. Also the counts that other parts need of the logs."""
+"""A floor: popularity, the number of training clicks; also click counts for other parts."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from karma_ray.data.catalog import Catalog
 
 
 def training_clicks(sequences: pa.Table, catalog: Catalog) -> NDArray[np.int64]:  # -> [I]
-    """Training clicks of every item: steps with `loss_mask`, so each click counts once."""
+    """Count the training clicks of every item: steps with `loss_mask`, so each counts once."""
     items, mask = _flat(sequences, "item_ids"), _flat(sequences, "loss_mask")
     return _counts(items.filter(pc.fill_null(mask, False)), catalog)
 
 
 def click_shares(sequences: pa.Table, catalog: Catalog) -> NDArray[np.float32]:  # -> [I]
-    """Share of the training clicks that is on each item's content, on one click at least."""
+    """Return the share of training clicks on each item's content, of at least one click."""
     clicks, content = training_clicks(sequences, catalog), catalog.content_ids
     counts = np.bincount(content, weights=clicks)[content]
     shares: NDArray[np.float32] = np.maximum(counts, 1) / max(clicks.sum(), 1)
@@ -25,18 +25,18 @@ def click_shares(sequences: pa.Table, catalog: Catalog) -> NDArray[np.float32]: 
 
 
 def warm_mask(sequences: pa.Table, catalog: Catalog) -> NDArray[np.bool_]:  # -> [I]
-    """Items with a training click, in a loss or as context; the others are cold."""
+    """Return the mask of items with a training click, as target or context; others are cold."""
     return _counts(_flat(sequences, "item_ids"), catalog) > 0
 
 
 class PopularityRanker:
-    """The same list for everybody: most clicked in training first."""
+    """The same list for every request: the most clicked items in training first."""
 
     def __init__(self, clicks: NDArray[np.int64]) -> None:
         self._scores = clicks.astype(np.float32)  # [I]
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:
-        """[b, I], a read-only view of one row."""
+        """Return scores [b, I], a read-only view of one row."""
         return np.broadcast_to(self._scores, (examples.num_rows, len(self._scores)))
 
 

@@ -1,6 +1,6 @@
-"""Floors behind a hard match of the query: in random order, or by popularity.
+"""Floors among items that match the query, in random order or by popularity.
 
-A model that has not passed them has shown nothing of the person (SCIENCE: trivial floors win).
+A model that does not beat them has not shown that it uses the history.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 def behind_match(
     values: NDArray[np.floating] | NDArray[np.int64], rows: NDArray[np.int64]
 ) -> NDArray[np.float32]:  # [I], [M] -> [I]
-    """Scores that put `rows` first and keep the order, and the ties, of `values` in both parts.
+    """Return scores that rank `rows` first and otherwise keep the order and ties of `values`.
 
-    Dense ranks are whole numbers, so float32 keeps them apart (up to 8 million items).
+    Dense ranks are whole numbers, which float32 represents exactly (up to 8 million items).
     """
     ranks: NDArray[np.float32] = np.unique(values, return_inverse=True)[1].astype(np.float32)
     ranks[rows] += len(values)
@@ -31,10 +31,10 @@ def behind_match(
 
 
 class QueryFilterRanker:
-    """Matching items first, each part in an order drawn per request and seed.
+    """Matching items first, in an order that is drawn per request and seed.
 
-    The order depends on the request's and the items' own keys, so neither the block size nor
-    the order of examples or catalogue changes it.
+    The order depends on keys of the request and the items, so it does not depend on the block
+    size or on the order of examples or catalogue.
     """
 
     def __init__(self, catalog: Catalog, matches: QueryMatches, seed: int = 0) -> None:
@@ -42,7 +42,7 @@ class QueryFilterRanker:
         self._item_keys = np.array([_key(item_id) for item_id in catalog.item_ids], np.uint64)
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
-        """Noise in [0, 1) on matching items and in [-1, 0) on the others."""
+        """Return random numbers in [0, 1) for matching items and in [-1, 0) for others."""
         scores = np.empty((examples.num_rows, len(self._item_keys)), dtype=np.float32)
         names = ("user_id", "timestamp", "query", "history_item_ids")
         columns = [examples.column(name).to_pylist() for name in names]
@@ -55,13 +55,13 @@ class QueryFilterRanker:
 
 
 class PopularQueryFilterRanker:
-    """Matching items first, each part by training clicks."""
+    """Matching items first, ordered by training clicks."""
 
     def __init__(self, clicks: NDArray[np.int64], matches: QueryMatches) -> None:
         self._clicks, self._matches = clicks, matches
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
-        """Dense popularity ranks, the matching items' lifted above all others."""
+        """Return dense popularity ranks, with matching items above all others."""
         queries = examples.column("query").to_pylist()
         rows = [behind_match(self._clicks, self._matches.rows(query)) for query in queries]
         return np.stack(rows) if rows else np.zeros((0, len(self._clicks)), dtype=np.float32)
@@ -72,7 +72,7 @@ def _key(text: str) -> int:
 
 
 def _uniform(keys: NDArray[np.uint64]) -> NDArray[np.float32]:  # [I] -> [I] in [0, 1)
-    """SplitMix64's finaliser: neighbouring keys give independent-looking numbers."""
+    """Apply SplitMix64's finaliser, so that similar keys give independent-looking numbers."""
     mixed = (keys ^ (keys >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)

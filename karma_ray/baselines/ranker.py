@@ -1,4 +1,4 @@
-"""What every ranker is: floors, ceilings and models answer the same call."""
+"""The interface of every ranker: floors, ceilings and models."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ class Ranker(Protocol):
     """Scores the whole catalogue for a few requests."""
 
     def score(self, examples: pa.Table) -> NDArray[np.floating]:
-        """Scores [b, I], columns in catalogue row order, higher is better, no NaN.
+        """Return scores [b, I], columns in catalogue order, higher is better, no NaN.
 
-        May look only at `query`, `user_id`, `timestamp` and the `history_*` columns: the
-        others are what is being asked.
+        Only `query`, `user_id`, `timestamp` and the `history_*` columns may be read; the others
+        contain the answer.
         """
         ...

@@ -18,8 +18,8 @@ from karma_ray.model.config import IdModelConfig
 class SasRec(nn.Module):
     """x = tokens sqrt(D) + P;  x = x + Drop(Att(Norm(x)));  x = x + Drop(FFN(Norm(x)));  Norm(x).
 
-    Section III: residual, norm and dropout as in its equation g(x), a point-wise feed-forward
-    network of two D x D layers with ReLU. The factor sqrt(D) is the authors' code's.
+    Section III: residual, norm and dropout as in its equation g(x), and a point-wise feed-forward
+    network of two D x D layers with ReLU. The factor sqrt(D) is from the authors' code.
     """
 
     def __init__(self, config: IdModelConfig, num_slots: int) -> None:
@@ -31,7 +31,7 @@ class SasRec(nn.Module):
         self.norm = nn.LayerNorm(config.width, eps=1e-8)
 
     def forward(self, tokens: Tensor, visible: Tensor, positions: Tensor) -> Tensor:
-        """[B, S, D], row sees column [B, S, S], [B, S] -> states [B, S, D]."""
+        """[B, S, D], attention mask [B, S, S], [B, S] -> states [B, S, D]."""
         x = tokens * math.sqrt(self.config.width) + self.positions(positions)
         x = functional.dropout(x, self.config.dropout, self.training)
         for block in self.blocks:

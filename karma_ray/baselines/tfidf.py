@@ -1,4 +1,4 @@
-"""Floor: TF-IDF of the items' text against the query's words and the history's items."""
+"""A floor: TF-IDF of item texts for the words of the query and the history's items."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _BLOCK = 64
 class TfidfRanker:
     """score = (tfidf(query) + mean over the history of tfidf(item)) . tfidf(candidate).
 
-    Every text is a unit vector, so query and history weigh the same; terms are those of JS@50.
+    Every text is a unit vector, so query and history have the same weight; terms are as in JS@50.
     """
 
     def __init__(self, catalog: Catalog) -> None:
@@ -27,7 +27,7 @@ class TfidfRanker:
         self._items = self._vectorizer.fit_transform(catalog.texts()).tocsr()  # [I, V]
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
-        """Cosine-like scores; a request without query and history scores every item 0."""
+        """Return scores like cosines; a request without query and history scores 0."""
         vectors = self._requests(examples)  # [b, V]
         scores = np.zeros((examples.num_rows, self._catalog.num_items), dtype=np.float32)
         for start in range(0, examples.num_rows, _BLOCK):

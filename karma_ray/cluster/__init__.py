@@ -1,1 +1,1 @@
-"""The only room that imports ray: sharding, embedding, training, tuning, serving."""
+"""Everything on Ray: preparation, embedding, training, tuning, studies and serving."""

@@ -1,12 +1,12 @@
 """The rows of training batches, streamed from Ray Data.
 
-One Ray Data pipeline per worker covers the whole training: its input is the list of shuffle
-windows of `training/order.py`, its map tasks read and shuffle them, the worker receives the rows
-in order, a bounded number ahead. A new epoch is the next window of a running stream and costs
-nothing; a Ray Dataset executed anew per epoch takes 1-2 s before its first batch.
+Each worker has one Ray Data pipeline for the whole training. Its input is the list of shuffle
+windows of `training/order.py`; its map tasks read and shuffle them, and the worker receives rows
+in order, a bounded number ahead. A new epoch is just the next window of a running stream, whereas
+executing a Ray Dataset again per epoch takes 1-2 s before the first batch.
 
 A global `random_shuffle` or `sort` per epoch would cost 5-25 s each, and `streaming_split` assigns
-blocks to whichever worker asks first.
+blocks to the worker that asks first.
 """
 
 from __future__ import annotations
@@ -30,15 +30,15 @@ def ray_blocks(order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
             for window in units[unit]:
                 yield source.read(window)
 
-    # From items, whose blocks are made here: the tasks behind `from_arrow` and `range` each want a
-    # CPU, and wait for ever where the training workers hold them all.
+    # Built from items, whose blocks are made here: the tasks of `from_arrow` and `range` each need
+    # a CPU, and would wait for ever if the training workers hold all of them.
     items = [{"id": unit} for unit in range(len(units))]
     dataset = ray.data.from_items(items, override_num_blocks=len(units))
     dataset = dataset.map_batches(
         read,
         batch_size=None,
         batch_format="pyarrow",
-        # Reading is light; a reserved CPU could starve when training workers hold them all.
+        # Reading is cheap, and a reserved CPU may not be available beside training workers.
         num_cpus=0,
         concurrency=1,
     )
@@ -48,7 +48,7 @@ def ray_blocks(order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
 
 
 def _group(windows: Sequence[Window], rows: int) -> tuple[tuple[Window, ...], ...]:
-    """Consecutive windows in units of about `rows` rows: a small table is not a task an epoch."""
+    """Group consecutive windows into units of about `rows` rows, to avoid a task per epoch."""
     units: list[list[Window]] = []
     size = rows
     for window in windows:

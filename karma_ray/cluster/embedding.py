@@ -1,6 +1,6 @@
-"""Catalogue -> item embeddings on Ray Data: a pool of encoders over ranges of rows.
+"""Embedding of the catalogue on Ray Data, by a pool of encoders over ranges of rows.
 
-Workers read the text from the node's memory-mapped catalogue, so only row numbers travel.
+Workers read texts from the node's memory-mapped catalogue, so only row numbers are sent to them.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from karma_ray.retrieval.export import load_bundle
 LOG = logging.getLogger(__name__)
 
 BLOCK_BATCHES = 16
-"""Encoder batches per Ray batch: enough items to sort by length and waste little on padding."""
+"""Encoder batches per Ray batch: enough items to sort by length and need little padding."""
 
 
 class CatalogEncoder:
-    """One actor: a bundle's item encoder and the node's catalogue."""
+    """An actor with a bundle's item encoder and the node's catalogue."""
 
     def __init__(self, bundle: str, data: str, batch_size: int, precision: str) -> None:
         torch.set_num_threads(1)
@@ -39,7 +39,7 @@ class CatalogEncoder:
         self.batch_size, self.precision = batch_size, precision
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> pa.Table:
-        """Row numbers {"id": [n]} -> `item_embeddings` rows."""
+        """Encode row numbers {"id": [n]} into `item_embeddings` rows."""
         part = Catalog(self.catalog.table.take(pa.array(batch["id"])))
         config = self.bundle.collate_config
         tokens, lengths = encode_texts(self.bundle.tokenizer, part.texts(), config.max_item_tokens)
@@ -59,14 +59,14 @@ def embed_items(
 ) -> dict[str, Any]:
     """Embed every item of `data` with a bundle and write `out`; returns its manifest.
 
-    `out` is replaced; its manifest comes last, so an interrupted job leaves no folder that
-    could be taken for a finished one. Raises InputError on a missing bundle or catalogue.
+    `out` is replaced. Its manifest is written last, so an interrupted job leaves no folder that
+    looks complete. Raises InputError on a missing bundle or catalogue.
     """
     for name, value in (("--actors", num_actors), ("--batch", batch_size)):
         if value < 1:
             raise InputError(name, value, "must be at least 1")
     if not exists(join(data, "items")):
-        raise InputError("--data", data, "holds no items/")
+        raise InputError("--data", data, "has no folder items/")
     manifest = read_manifest(bundle, "bundle")
     catalog = Catalog.load(data)
     bundle, data = absolute(bundle), absolute(data)

@@ -1,4 +1,4 @@
-"""What an endpoint is to its machine: the port that it holds, and how a signal ends it."""
+"""The process of an endpoint: reserving its port, and ending on a signal."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ LOG = logging.getLogger(__name__)
 
 @contextmanager
 def held_port(host: str, port: int) -> Iterator[None]:
-    """Hold `port` of `host` for the endpoint that the block starts on it.
+    """Reserve `port` of `host` for the endpoint that is started in the block.
 
-    Serve opens its port as shareable, so a second endpoint would start without a word and the
-    two would answer in turn. Binding it alone first fails where anyone listens. A name beside
-    the port, free again when this process is gone, tells of an endpoint that is still starting.
-    Raises InputError.
+    Serve opens its port as shareable, so a second endpoint would start silently and both would
+    answer in turn. Binding the port exclusively first fails if any program listens on it. A name
+    that belongs to the port, and is freed when this process ends, shows that an endpoint is still
+    starting. Raises InputError.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except OSError as error:
-        raise InputError("--host", host, f"is no address ({error})") from None
+        raise InputError("--host", host, f"is not an address ({error})") from None
     with socket.socket(socket.AF_UNIX) as name, socket.socket(family) as probe:
-        # Connections of an endpoint that has just ended linger on its port and do not count.
+        # Ignore connections of an endpoint that has just ended, which linger on its port.
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             if sys.platform == "linux":
@@ -47,11 +47,11 @@ def held_port(host: str, port: int) -> Iterator[None]:
 def run_until_signal(
     start: Callable[[], None], take_down: Callable[[], None], within_s: float
 ) -> NoReturn:
-    """`start`, wait for SIGINT or SIGTERM, `take_down`; then this process ends.
+    """Call `start`, wait for SIGINT or SIGTERM, call `take_down`, and end this process.
 
-    The exit code is 0 once `start` has returned and 128 + signal before. A signal to the whole
-    process group ends Ray's processes too, and taking down would wait a minute for their answer
-    and abort: what is not taken down `within_s` seconds is left to end with this process.
+    The exit code is 0 after `start` has returned, and 128 + signal before. A signal to the whole
+    process group also ends Ray's processes; `take_down` would then wait a minute for their answer
+    and abort. It is therefore given `within_s` seconds, and the rest ends with this process.
     """
     raise_on_signals()
     code = 0
@@ -73,9 +73,9 @@ def run_until_signal(
 
 
 def raise_on_signals() -> None:
-    """SIGINT raises KeyboardInterrupt and SIGTERM SystemExit; again after Ray is up.
+    """Let SIGINT raise KeyboardInterrupt and SIGTERM SystemExit; call it again after Ray starts.
 
-    Ray puts a handler of its own in place, which aborts with a stack of addresses.
+    Ray installs a handler that aborts with a stack of addresses.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
@@ -90,14 +90,14 @@ def _wait() -> None:
 
 
 def _ignore_signals() -> None:
-    """`timeout` signals its child and then the child's group: the second comes on top."""
+    """Ignore further signals: `timeout` signals its child first and then the child's group."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
 
 def _refusal(host: str, port: int, error: OSError) -> InputError:
     if error.errno == errno.EADDRINUSE:
-        return InputError("--port", port, f"is held by another program on {host}; name a free one")
+        return InputError("--port", port, f"is used by another program on {host}; name a free one")
     if error.errno == errno.EACCES:
-        return InputError("--port", port, "may not be opened by this user; name one above 1023")
+        return InputError("--port", port, "may not be opened by this user; use one above 1023")
     return InputError("--host", host, f"cannot be listened on ({error.strerror})")

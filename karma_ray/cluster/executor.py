@@ -1,4 +1,4 @@
-"""The heavy parts of a run on Ray: Data prepares and embeds, Train trains."""
+"""The executor of a run on Ray: Ray Data prepares and embeds, Ray Train trains."""
 
 from __future__ import annotations
 
@@ -9,4 +9,4 @@ from karma_ray.cluster.training import train_on_ray
 from karma_ray.runs.executor import Executor
 
 ON_RAY = Executor(prepare=RayShuffle(), train=train_on_ray, freeze=encode_on_ray, embed=embed_items)
-"""Joins the cluster this process belongs to, or starts a local one, when a part needs it."""
+"""Joins the cluster of this process, or starts a local one, when a part needs it."""

@@ -1,4 +1,4 @@
-"""Visual features of item images with a pool of encoders on Ray Data."""
+"""Visual features of item images, computed by a pool of encoders on Ray Data."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from karma_ray.runs.features import FeaturesConfig, Fitted, Loaded, encode_here,
 def make_features(
     data: str, config: FeaturesConfig, out: str | None = None, num_actors: int = 1
 ) -> dict[str, Any]:
-    """`karma_ray.runs.features.make_features` with so many encoders.
+    """Call `karma_ray.runs.features.make_features` with `num_actors` encoders.
 
     Raises InputError as it does, and on a number of actors below 1.
     """
@@ -35,7 +35,7 @@ def make_features(
 
 
 class FeatureEncoder:
-    """One actor: an encoder, and what each row of items/ is."""
+    """An actor with an encoder and the kind of each row of items/."""
 
     def __init__(self, make: Fitted | Loaded, items: str, kinds: ray.ObjectRef, work: str) -> None:
         torch.set_num_threads(1)
@@ -43,7 +43,7 @@ class FeatureEncoder:
         self.kinds = ray.get(kinds)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """The place of one row group -> its part, as JSON."""
+        """Encode one row group, given by its reference, and return its part as JSON."""
         (described,) = batch.to_pylist()
         fragment = Fragment(**described)
         part = encode_fragment(
@@ -56,7 +56,7 @@ def encode_on_ray(
     make: Fitted | Loaded, fragments: list[Fragment], items: str, kinds: np.ndarray,
     work: str, num_actors: int,
 ) -> Iterator[Part]:  # fmt: skip
-    """Encode the row groups with a pool of actors; in this process when one is enough."""
+    """Encode the row groups with a pool of actors, or in this process if one is enough."""
     num_actors = min(num_actors, len(fragments))
     if num_actors == 1:
         yield from encode_here(make, fragments, items, kinds, work)

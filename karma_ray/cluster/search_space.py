@@ -1,4 +1,4 @@
-"""The files of `tune_spaces/`: what a search draws, what it maximises, what it holds fixed."""
+"""Search spaces of `tune_spaces/`: drawn fields, the maximised metric and fixed fields."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from karma_ray.errors import InputError
 
 @dataclass(frozen=True)
 class Space:
-    """What a file of `tune_spaces/` says."""
+    """The content of a file of `tune_spaces/`."""
 
     path: str
     domains: Mapping[str, Domain]
@@ -26,12 +26,12 @@ class Space:
     fixed: tuple[str, ...]
 
     def base(self) -> Config:
-        """The configuration that every trial shares."""
+        """Return the configuration that all trials share."""
         return override(recipes.build(self.base_recipe), self.fixed)
 
 
 def load_space(path: str) -> Space:
-    """Read a space file; raises InputError when it, or what it names, does not exist."""
+    """Read a space file; raises InputError when it, or a field that it names, does not exist."""
     if not Path(path).is_file():
         choices = sorted(str(file) for file in Path(path).parent.glob("*.py"))
         raise InputError("SPACE", path, "is not a file", choices=choices or None)
@@ -55,13 +55,13 @@ def load_space(path: str) -> Space:
 
 
 def assignments(values: Mapping[str, Any]) -> list[str]:
-    """Drawn values as `dotted.path=value` strings, which `--set` reads back exactly."""
+    """Return drawn values as `dotted.path=value` strings, which `--set` reads back exactly."""
     return [f"{path}={value}" for path, value in values.items()]
 
 
 def _check(space: Space) -> None:
     if not isinstance(space.domains, dict) or not space.domains:
-        raise InputError("SPACE", space.path, "holds no SPACE: {dotted path: Ray Tune domain}")
+        raise InputError("SPACE", space.path, "has no SPACE: {dotted path: Ray Tune domain}")
     if not space.metric.startswith("valid/"):
         raise InputError(
             "METRIC", space.metric, "must be a validation metric, such as valid/HR@50: a search "

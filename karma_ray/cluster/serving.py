@@ -1,7 +1,7 @@
-"""The endpoint: one Ray Serve deployment that holds the model and the index.
+"""The endpoint: one Ray Serve deployment that contains the model and the index.
 
-Encoder and index share a replica because every hop between deployments costs milliseconds.
-`build_app` is the whole HTTP surface and needs no cluster; Serve only hosts it.
+Encoder and index are in the same replica, because each hop between deployments costs milliseconds.
+`build_app` is the whole HTTP interface and needs no cluster; Serve only hosts it.
 """
 
 from __future__ import annotations
@@ -35,29 +35,29 @@ from karma_ray.retrieval.retriever import Retriever, check_run
 
 APPLICATION = "karma_ray"
 MAX_K = 5000
-"""Deepest recall; METHOD 1.13 measures HR@5000."""
+"""Largest number of retrieved items; the paper measures HR@5000 (method 1.13)."""
 MAX_ONGOING = 4
-"""Requests a replica holds at once: one computes, the others are parsed and waiting."""
+"""Requests in a replica at once: one is computed while the others are parsed and wait."""
 MAX_QUEUED = 64
-"""Requests that may wait in front of the replicas; further ones get 503."""
+"""Requests that may wait for a replica; further ones get the status 503."""
 RETRY_AFTER_S = 1.0
 """Value of `Retry-After` on a 503."""
 STOP_LOCAL_S = 5.0
-"""Seconds that Ray of our own has to answer the last requests and end."""
+"""Seconds in which a local Ray must answer the last requests and end."""
 STOP_CLUSTER_S = 30.0
-"""Seconds that a cluster which goes on has to take the application down."""
+"""Seconds in which a shared cluster must remove the application."""
 
 ItemId = Annotated[str, Field(min_length=1, max_length=512)]
 Query = Annotated[str | None, Field(max_length=4096)]
 
 
 class _Body(BaseModel):
-    # An unknown field is refused: a misspelt `exclude_histroy` must not be silently ignored.
+    # Unknown fields are refused, so that a misspelt `exclude_histroy` is not silently ignored.
     model_config = ConfigDict(extra="forbid")
 
 
 class HistoryEntry(_Body):
-    """One past click; oldest first, or in any order when every entry has a timestamp."""
+    """One past click. Oldest first, or in any order if every entry has a timestamp."""
 
     item_id: ItemId
     query: Query = None
@@ -68,27 +68,27 @@ class _RequestBody(_Body):
     query: Query = None
     history: Annotated[list[HistoryEntry], Field(max_length=10_000)] = []
     user_id: str | None = None
-    """Accepted for the caller's logs; the answer depends on query and history only."""
+    """Accepted for the caller's logs; the answer depends only on query and history."""
 
     def items(self) -> list[HistoryItem]:
         return [HistoryItem(e.item_id, e.query, _utc(e.timestamp)) for e in self.history]
 
 
 class RecallRequest(_RequestBody):
-    """What a user asks now and what they clicked before."""
+    """The current query of a user, and past clicks."""
 
     k: Annotated[int, Field(ge=1, le=MAX_K)] = 10
     exclude_history: bool = False
 
 
 class ScoreRequest(_RequestBody):
-    """Candidates to be scored for a user."""
+    """Candidates to score for a user."""
 
     item_ids: Annotated[list[ItemId], Field(min_length=1, max_length=20_000)]
 
 
 class Item(BaseModel):
-    """One recalled item."""
+    """One retrieved item."""
 
     item_id: str
     score: float
@@ -96,7 +96,7 @@ class Item(BaseModel):
 
 
 class Version(BaseModel):
-    """Content hashes of what answered."""
+    """Content hashes of the model and the index that answered."""
 
     model_config = ConfigDict(protected_namespaces=())
 
@@ -112,14 +112,14 @@ class RecallResponse(Version):
 
 
 class ScoreResponse(Version):
-    """One score per asked item, in order; null where the item is unknown."""
+    """One score per requested item, in order; null for an unknown item."""
 
     scores: list[float | None]
     ignored_item_ids: list[str]
 
 
 class _JsonBodies:
-    """Read every body as JSON: `curl -d` without a header says it sends a form."""
+    """Reads every body as JSON, because `curl -d` without a header claims to send a form."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -132,24 +132,24 @@ class _JsonBodies:
 
 
 class Health(BaseModel):
-    """Answered once model and index are loaded."""
+    """The answer once model and index are loaded."""
 
     status: str
     num_items: int
 
 
 class Versions(Version):
-    """What runs here."""
+    """The versions of the running endpoint."""
 
     karma_ray: str
     index_kind: str
 
 
 def build_app(retriever: Retriever) -> FastAPI:
-    """The HTTP surface over a loaded retriever.
+    """Build the HTTP application for a loaded retriever.
 
-    Handlers are coroutines that compute in place: a replica has one compute thread, and the
-    tokenizer may not be entered by two threads at once.
+    Handlers are coroutines that compute directly: a replica has one compute thread, and the
+    tokenizer must not be used by two threads at once.
     """
     app = FastAPI(title="karma_ray", version=__version__, description="Personalized recall.")
     app.add_exception_handler(RequestValidationError, _name_the_field)
@@ -162,14 +162,14 @@ def build_app(retriever: Retriever) -> FastAPI:
 
     @app.post("/v1/recall")
     async def recall(body: RecallRequest) -> RecallResponse:
-        """The k best items of the whole catalogue for a query and a history."""
+        """Return the k best items of the whole catalogue for a query and a history."""
         answer = retriever.recall(body.query, body.items(), body.k, body.exclude_history)
         items = [Item(item_id=i.item_id, score=i.score, title=i.title) for i in answer.items]
         return RecallResponse(items=items, ignored_item_ids=answer.ignored_item_ids, **version)
 
     @app.post("/v1/score")
     async def score(body: ScoreRequest) -> ScoreResponse:
-        """Scores of given candidates (pre-ranking): the same numbers that recall sorts by."""
+        """Score given candidates (pre-ranking) with the same scores that recall sorts by."""
         answer = retriever.score_items(body.query, body.items(), body.item_ids)
         return ScoreResponse(
             scores=answer.scores, ignored_item_ids=answer.ignored_item_ids, **version
@@ -177,12 +177,12 @@ def build_app(retriever: Retriever) -> FastAPI:
 
     @app.get("/v1/healthz")
     async def healthz() -> Health:
-        """Whether requests are answered."""
+        """Return `ok` if requests are answered."""
         return Health(status="ok", num_items=retriever.index.num_items)
 
     @app.get("/v1/version")
     async def versions() -> Versions:
-        """Content hashes of model and index."""
+        """Return the content hashes of model and index."""
         return Versions(karma_ray=__version__, index_kind=retriever.index.kind, **version)
 
     return app
@@ -198,25 +198,25 @@ def serve_run(
     max_queued_requests: int = MAX_QUEUED,
     on_ready: Callable[[str], None] | None = None,
 ) -> str:
-    """Serve a finished run; returns its base URL, or stays until Ctrl-C when `blocking`.
+    """Serve a finished run; returns its base URL, or runs until Ctrl-C when `blocking`.
 
-    `on_ready` is called with the URL once it answers. The run and the port are checked here
-    first, so that a missing part, a skew between model and index or a port that is held is an
-    error message and not a replica that keeps dying. When `blocking`, SIGINT or SIGTERM ends
-    this process. Raises KarmaRayError.
+    `on_ready` is called with the URL once the endpoint answers. The run and the port are checked
+    first, so that a missing part, a mismatch of model and index or a used port gives an error
+    message instead of a replica that fails again and again. When `blocking`, SIGINT or SIGTERM
+    ends this process. Raises KarmaRayError.
     """
     if not 0 < port < 65536:
         raise InputError("--port", port, "must lie between 1 and 65535")
     if num_replicas < 1:
         raise InputError("--replicas", num_replicas, "must be at least 1")
     check_run(run)
-    load_embeddings(RunFolder(run).item_embeddings)  # refused here, not in a dying replica
-    # Replicas start in a folder of their own, so a relative path would not be found there.
+    load_embeddings(RunFolder(run).item_embeddings)  # fails here instead of in a replica
+    # Replicas have another working directory, where a relative path would not be found.
     run = run if "://" in run else str(Path(run).resolve())
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
     def start() -> None:
-        # Of a cluster that runs already, the port is opened by the head node, whoever asks.
+        # In an existing cluster the head node opens the port, whichever node asks.
         with nullcontext() if joins_a_cluster() else held_port(host, port):
             connect()
             if blocking:
@@ -245,21 +245,21 @@ def _start(host: str, port: int, application: serve.Application) -> None:
 
 
 def _take_down() -> None:
-    """Only this application: what else runs on the cluster goes on."""
-    if ray.is_initialized():  # deleting would start Ray when the signal came before it was up
+    """Remove this application only; other applications of the cluster stay."""
+    if ray.is_initialized():  # otherwise deleting would start Ray
         serve.delete(APPLICATION)
         ray.shutdown()
 
 
 def curl_example(url: str, item_ids: list[str]) -> str:
-    """A command that can be pasted, asking with a history of `item_ids`."""
+    """Return a command to paste that sends a request with a history of `item_ids`."""
     body = {"query": "", "history": [{"item_id": i} for i in item_ids], "k": 10}
     return f"curl -s -X POST {url}/v1/recall -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
 
 
 def _application(run: str, num_replicas: int, max_queued_requests: int) -> serve.Application:
     def build() -> FastAPI:
-        # Runs in the replica: replicas are the unit of parallelism, one thread each.
+        # Runs in the replica. Parallelism comes from replicas, with one thread each.
         torch.set_num_threads(1)
         return build_app(Retriever.load(run))
 
@@ -276,19 +276,19 @@ def _application(run: str, num_replicas: int, max_queued_requests: int) -> serve
 
 
 def _utc(moment: datetime | None) -> datetime | None:
-    """A time without a zone is taken as UTC."""
+    """Treat a time without a zone as UTC."""
     if moment is not None and moment.tzinfo is None:
         return moment.replace(tzinfo=UTC)
     return moment
 
 
 async def _say_why(_: Request, error: Exception) -> JSONResponse:
-    """500 with the sentence, as a model whose answer is not finite has no items to name."""
+    """Answer 500 with the error message, for instance if the model's output is not finite."""
     return JSONResponse({"detail": str(error)}, status_code=500)
 
 
 async def _name_the_field(_: Request, error: Exception) -> JSONResponse:
-    """422 without the refused value: it may be large, private, or not even valid UTF-8."""
+    """Answer 422 without the refused value: it may be large, private, or not valid UTF-8."""
     assert isinstance(error, RequestValidationError)
     detail = [{name: e[name] for name in ("loc", "msg", "type")} for e in error.errors()]
     return JSONResponse({"detail": detail}, status_code=422)

@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting a local one that answers on loopback only."""
+"""Joining a Ray cluster, or starting a local one that listens on loopback only."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ _QUIET = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray trains in a thread of the worker, and glibc's heaps of threads give back all they free:
-    # without this, every step would fault its memory in anew.
+    # Ray trains in a thread of the worker, and glibc's heaps of threads return all freed memory:
+    # without this setting every step would pay for page faults again.
     "MALLOC_ARENA_MAX": "1",
 }
 _ALONE = {
-    # Nobody takes this machine away with a warning; every process that Ray adds wakes a hundred
-    # times a second, between two parts of a step.
+    # A single machine is not preempted with a warning, and every further process of Ray wakes up a
+    # hundred times a second.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
 }
 
 
 def connect(num_cpus: int | None = None) -> None:
-    """Join the cluster this process belongs to, or start a local one; idempotent.
+    """Join the cluster of this process, or start a local one; does nothing if connected.
 
-    Inside `ray job submit`, or with RAY_ADDRESS set, the existing cluster is joined.
-    `num_cpus` counts logical CPUs of a local cluster (default: the machine's, at least 4).
+    Inside `ray job submit`, or with RAY_ADDRESS set, the existing cluster is joined. `num_cpus` is
+    the number of logical CPUs of a local cluster (default: the machine's, at least 4).
     """
     _quiet_data()
     if ray.is_initialized():
@@ -47,7 +47,7 @@ def connect(num_cpus: int | None = None) -> None:
         return
     LOG.info("starting a local Ray (about 10 seconds)")
     ray.init(
-        address="local",  # never somebody else's cluster that happens to run on this machine
+        address="local",  # never join a cluster of another user on this machine
         num_cpus=num_cpus or max(4, os.cpu_count() or 4),
         include_dashboard=False,
         runtime_env=environment,
@@ -58,12 +58,12 @@ def connect(num_cpus: int | None = None) -> None:
 
 
 def joins_a_cluster() -> bool:
-    """Whether `connect` joins a cluster that goes on when this process ends."""
+    """Whether `connect` joins a cluster that outlives this process."""
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
 
 
 def _quiet_data() -> None:
-    """Ray Data's progress: bars for a person at a terminal, not a page of log lines a second."""
+    """Show Ray Data's progress as bars on a terminal instead of many log lines a second."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.enable_progress_bars and sys.stderr.isatty()
     for name in ("ray.data", "ray.train"):

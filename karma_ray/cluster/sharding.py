@@ -1,7 +1,7 @@
-"""Preparing on Ray Data: fragments are checked, and partitions of users built, by its tasks.
+"""Preparation on Ray Data, whose tasks check fragments and build partitions of users.
 
-The catalogue's ids are broadcast once, and nothing is mapped over single users. A shuffle costs
-5-15 seconds on a small machine whatever the size.
+The catalogue's ids are broadcast once, and no task handles single users. On a small machine a
+shuffle costs 5-15 seconds for any amount of data.
 """
 
 from __future__ import annotations
@@ -24,25 +24,25 @@ from karma_ray.runs.preparation import FragmentCheck, PartitionBuild
 
 
 def ensure_prepared(data_uri: str, config: PrepareConfig) -> PreparedData:
-    """`karma_ray.runs.preparation.ensure_prepared` on Ray Data."""
+    """Call `karma_ray.runs.preparation.ensure_prepared` on Ray Data."""
     return preparation.ensure_prepared(data_uri, config, RayShuffle())
 
 
 def prepare(
     data_uri: str, config: PrepareConfig, out: str | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """`karma_ray.runs.preparation.prepare` on Ray Data, with its bars on a terminal."""
+    """Call `karma_ray.runs.preparation.prepare` on Ray Data, with progress bars on a terminal."""
     return preparation.prepare(data_uri, config, out, RayShuffle(progress))
 
 
 class RayShuffle:
-    """Clean events are held in the object store between the two steps: both need them."""
+    """A shuffle on Ray Data that keeps the clean events in the object store."""
 
     def __init__(self, progress: bool = True) -> None:
         self._progress = progress
 
     def check(self, fragments: Sequence[Fragment], check: FragmentCheck, partitions: int) -> Any:
-        """A task per fragment; returns a materialised Ray Dataset."""
+        """Run a task per fragment; returns a materialised Ray Dataset."""
         connect()
         _show_progress(self._progress)
         described = [asdict(fragment) for fragment in fragments]
@@ -61,7 +61,7 @@ class RayShuffle:
         )
 
     def build(self, clean: Any, build: PartitionBuild, partitions: int) -> list[dict[str, Any]]:
-        """One shuffle by partition, then a task per partition."""
+        """Shuffle by partition once, then run a task per partition."""
         built = clean.groupby("partition", num_partitions=partitions).map_groups(
             _build, batch_format="pyarrow", fn_kwargs={"build": build}
         )
@@ -69,13 +69,13 @@ class RayShuffle:
 
 
 def _check_fragment(batch: pa.Table, check: FragmentCheck, item_ids: ray.ObjectRef) -> pa.Table:
-    """Task: the place of one fragment -> its clean rows."""
+    """Run as a task: return the clean rows of one fragment, given by its reference."""
     (described,) = batch.to_pylist()
     return replace(check, item_ids=ray.get(item_ids))(Fragment(**described))
 
 
 def _build(group: pa.Table, build: PartitionBuild) -> pa.Table:
-    """Task: the clean events of one partition -> its files and counts."""
+    """Run as a task: write the files of one partition and return its counts."""
     return build(group)
 
 
@@ -83,6 +83,6 @@ def _show_progress(progress: bool) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = progress and sys.stderr.isatty()
     context.print_on_execution_start = False
-    # Otherwise every execution says that it ended, and that it shows no bar.
+    # Otherwise every execution logs that it ended and that it shows no bar.
     logging.getLogger("ray.data").setLevel(logging.WARNING)
     logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

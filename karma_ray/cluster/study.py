@@ -1,8 +1,8 @@
-"""A study: rows of a table x seeds on one data set, on Ray; every finished run leaves a record.
+"""A study on Ray: rows of a table and seeds on one data set; every finished run writes a record.
 
-Trials share the first stages of their seed, which are therefore made before them. A record that
-is there is not made again, and a run that was cut off goes on from its newest checkpoint, so a
-study can be stopped at any time and continued, also elsewhere.
+Trials of a seed share their first stages, which are computed before them. Runs with a record are
+not repeated, and an interrupted run continues from its newest checkpoint, so a study can be
+stopped at any time and continued, also on another machine.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ from karma_ray.studies.trial import Trial, first_stage, first_stage_key, train_t
 LOG = logging.getLogger(__name__)
 STATUS_SECONDS = 60.0
 TRIAL_GIB = 4.0
-"""Memory that a trial of the sizes studied here is expected to need at most."""
+"""Memory in GiB that a trial of a usual size needs at most."""
 
 
 @dataclass
 class Outcome:
-    """How a study ended: names of trials."""
+    """The end of a study: names of trials that existed, finished, failed, or are left."""
 
     there: list[str] = field(default_factory=list)
     done: list[str] = field(default_factory=list)
@@ -49,8 +49,8 @@ class Outcome:
     left: list[str] = field(default_factory=list)
 
     def told(self) -> str:
-        """One line."""
-        parts = [f"{len(self.done)} made", f"{len(self.there)} were there"]
+        """Return a summary in one line."""
+        parts = [f"{len(self.done)} made", f"{len(self.there)} already there"]
         parts += [f"{len(self.failed)} failed"] if self.failed else []
         parts += [f"{len(self.left)} left: {', '.join(self.left)}"] if self.left else []
         return "; ".join(parts)
@@ -66,17 +66,17 @@ def run_study(
     concurrent: int | None = None,
     max_minutes: float | None = None,
 ) -> Outcome:
-    """Run what has no record yet, `concurrent` trials at a time (default: `possible_trials`).
+    """Run trials without a record, `concurrent` at a time (default: `possible_trials`).
 
     After `max_minutes` running trials are stopped too; the next call continues them. Raises
-    InputError on a limit that is no limit.
+    InputError on limits that are not positive.
     """
     if concurrent is not None and concurrent < 1:
         raise InputError("--concurrent", concurrent, "must be at least 1")
     if max_minutes is not None and max_minutes <= 0:
         raise InputError("--max-minutes", max_minutes, "must be above 0")
     results, outcome = Path(results), Outcome()
-    commit()  # what is loaded now, whatever is committed while this runs
+    commit()  # cached now, because commits may be made while this runs
     known = read_records(results)
     missing: list[Trial] = []
     for trial in trials:
@@ -86,7 +86,7 @@ def run_study(
             continue
         if record["row"] != trial.row:
             write_found(trial, {k: v for k, v in record.items() if k != "searched"}, data, results)
-        LOG.info("%s is there", trial.name)
+        LOG.info("%s already has a record", trial.name)
         outcome.there.append(trial.name)
     if missing:
         connect()
@@ -98,20 +98,20 @@ def run_study(
 
 
 def prepare(trials: Iterable[Trial], data: Data) -> None:
-    """Sequences and examples, and every configuration held against them; raises InputError."""
+    """Prepare the data and check every configuration against them; raises InputError."""
     for trial in trials:
         source = ensure_prepared(data.uri, trial.config.prepare)
         check_sizes(trial.config, source, with_warmup=True)
 
 
 def possible_trials() -> int:
-    """Trials at a time: one a core, as far as memory goes."""
+    """Return how many trials run at a time: one per core, within the available memory."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     return max(1, min(os.cpu_count() or 1, int(memory / TRIAL_GIB)))
 
 
 class _Queue:
-    """First stages and trials, as many at a time as there are slots."""
+    """Runs first stages and trials, as many at a time as there are slots."""
 
     def __init__(
         self, trials: Sequence[Trial], data: Data, results: Path, runs: str, cache: str,
@@ -127,7 +127,7 @@ class _Queue:
         self.seconds: list[float] = []
 
     def work(self, max_minutes: float | None) -> None:
-        """Until nothing waits, or the time is over."""
+        """Run until no trial waits, or the time is over."""
         import ray
 
         deadline = time.monotonic() + 60 * max_minutes if max_minutes else float("inf")
@@ -147,7 +147,7 @@ class _Queue:
         self.outcome.left = [trial.name for trial in [*stopped, *self.waiting]]
 
     def _start(self) -> bool:
-        """Start the first trial whose first stage is made, or a first stage that is not."""
+        """Start the first trial whose first stage is ready, or a first stage; False if neither."""
         for trial in self.waiting:
             key = self.keys[trial.name]
             if key not in self.stages:
@@ -188,7 +188,7 @@ class _Queue:
             return
         if stage:
             self.stages[stage] = True
-            LOG.info("first stages of seed %d are made, %.0f s", trial.config.seed, took)
+            LOG.info("first stages of seed %d are ready, %.0f s", trial.config.seed, took)
             return
         self.seconds.append(took)
         self.outcome.done.append(trial.name)
@@ -203,7 +203,7 @@ class _Queue:
         return sum(not stage for stage, _, _ in self.running.values())
 
     def _left(self) -> float:
-        """Seconds until the end if all trials are like the finished ones."""
+        """Estimate the remaining seconds from the mean of the finished trials."""
         mean = sum(self.seconds) / max(1, len(self.seconds))
         now = time.monotonic()
         begun = sum(min(mean, now - t) for stage, _, t in self.running.values() if not stage)
@@ -219,14 +219,14 @@ class _Queue:
         return run_folder(trial, self.data, self.runs)
 
     def _placed(self, trial: Trial) -> Config:
-        """With its share of the cores, unless the caller has said how many threads."""
+        """Return the trial's configuration with its share of the cores, unless threads are set."""
         field = "training.threads_per_worker"
         if any(assignment.startswith(f"{field}=") for assignment in trial.extra):
             return trial.config
         return override(trial.config, [f"{field}={self.threads}"])
 
     def _remote(self, function: Any) -> Any:
-        """A task in a process of its own, so that its peak memory is that of one trial."""
+        """Wrap a task in its own process, so that its peak memory is that of one trial."""
         import ray
 
         resources = ray.cluster_resources()

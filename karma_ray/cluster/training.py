@@ -1,7 +1,7 @@
 """Training on Ray Train.
 
-Ray Train is told metrics only: what a restart continues from is what lies in the run folder, the
-same as that of a training without Ray.
+Ray Train gets metrics only. A restart continues from the checkpoints in the run folder, which are
+the same as without Ray.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from karma_ray.runs.worker import TrainJob, run_worker
 from karma_ray.training.loop import Record
 from karma_ray.training.order import Order, Window
 
-COLLECTIVE_TIMEOUT_S = 1800  # an evaluation on rank 0 keeps the others waiting
+COLLECTIVE_TIMEOUT_S = 1800  # the other workers wait during an evaluation on rank 0
 
 
 class RayChannel:
-    """A worker inside Ray Train."""
+    """The channel of a worker inside Ray Train."""
 
     in_driver = False
 
@@ -36,27 +36,27 @@ class RayChannel:
         self.device = ray.train.torch.get_device()
 
     def read_blocks(self, order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
-        """Rows of training batches."""
+        """Read the rows of training batches."""
         return ray_blocks(order, windows)
 
     def report(self, record: Record) -> None:
-        """`ray.train.report`: Tune's schedulers listen."""
+        """Call `ray.train.report`, which Tune's schedulers read."""
         import ray.train
 
         ray.train.report(dict(record))
 
 
 def run_training(job: TrainJob, **options: Any) -> dict[str, Any]:
-    """`karma_ray.runs.training.run_training` whose workers are Ray Train's."""
+    """Call `karma_ray.runs.training.run_training` with Ray Train's workers."""
     return runs.run_training(job, distribute=train_on_ray, **options)
 
 
 def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
     """Train one stage with Ray Train's workers; returns the summary of rank 0.
 
-    With `training.min_workers` it starts with those that are there and goes on with fewer when
-    machines are lost; every minute Ray looks whether there are more, and restarts with them from
-    the newest checkpoint. Raises whatever error of this package a worker raised.
+    With `training.min_workers` it starts with the available workers and continues with fewer when
+    machines are lost; every minute Ray checks whether there are more, and restarts with them from
+    the newest checkpoint. Raises any error of this package that a worker raised.
     """
     import ray
     import ray.train
@@ -65,12 +65,12 @@ def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
     connect()
     workers, fewest = job.training.num_workers, job.training.min_workers
     use_gpu = ray.cluster_resources().get("GPU", 0) >= (fewest or workers)
-    # Ray keeps its own state in a folder that nobody needs afterwards: nothing of it is in the
-    # run's store, whose outages therefore do not reach Ray.
+    # Ray's own state is in a temporary folder instead of the run's store, because it is not needed
+    # afterwards, and outages of the store then do not affect Ray.
     with tempfile.TemporaryDirectory(prefix="karma-ray-") as folder:
         trainer = TorchTrainer(
-            # Bound, not in train_loop_config: the controller would unpickle that and import the
-            # model.
+            # Bound instead of passed in train_loop_config, which the controller would unpickle,
+            # importing the model.
             partial(_ray_worker, job),
             torch_config=TorchConfig(
                 backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
@@ -80,7 +80,7 @@ def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
                 use_gpu=use_gpu,
             ),
             run_config=ray.train.RunConfig(
-                name=f"{job.stage}-{uuid.uuid4().hex[:8]}",  # a known name would be continued
+                name=f"{job.stage}-{uuid.uuid4().hex[:8]}",  # a known name would be resumed
                 storage_path=folder,
                 failure_config=ray.train.FailureConfig(max_failures=max_failures),
             ),
@@ -100,12 +100,12 @@ def _ray_worker(job: TrainJob) -> dict[str, Any]:
     try:
         return run_worker(job, RayChannel())
     except (NonFiniteLoss, StorageError, TakenOver) as error:
-        # Returned, not raised: all workers stop here, and a restart would only meet it again.
+        # Returned instead of raised: all workers stop, and a restart would meet the same error.
         return {"error": error}
 
 
 def _own_error(error: Exception) -> KarmaRayError | None:
-    """The error of this package that workers raised, out of Ray's wrappers."""
+    """Return the error of this package inside Ray's wrappers, or None."""
     pending: list[Any] = list(getattr(error, "worker_failures", {}).values())
     while pending:
         found = pending.pop(0)

@@ -1,8 +1,8 @@
-"""A search over configuration fields with Ray Tune: Optuna proposes, ASHA stops early.
+"""A search over configuration fields with Ray Tune: Optuna proposes values, ASHA stops trials.
 
-Each trial is a whole run inside its own worker process (`training.num_workers=0`) that reports
-every validation. What is compared, and so what is chosen, is a metric of the validation examples;
-the test examples play no part.
+Each trial is a whole run in its own worker process (`training.num_workers=0`) that reports every
+validation. Trials are compared by a metric of the validation examples; the test examples have no
+influence.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from karma_ray.config import Config, override, to_dict
 from karma_ray.errors import InputError, KarmaRayError
 
 if TYPE_CHECKING:
-    # An injected objective's worker needs neither PyTorch nor the stages.
+    # A replaced objective needs neither PyTorch nor the stages.
     from karma_ray.runs.joint import OnValidate
 
 LOG = logging.getLogger(__name__)
 
 
 class Train(Protocol):
-    """A whole run: `karma_ray.runs.pipeline.train_run`, or a smaller objective."""
+    """A whole run, `karma_ray.runs.pipeline.train_run`, or a smaller objective."""
 
     def __call__(
         self, config: Config, data: str | None, out: str, /, *, on_validate: OnValidate
@@ -44,7 +44,7 @@ class Train(Protocol):
 
 @dataclass(frozen=True)
 class Trial:
-    """One trial as it ended."""
+    """The result of one trial."""
 
     name: str
     values: dict[str, Any]
@@ -56,14 +56,14 @@ class Trial:
 
 @dataclass(frozen=True)
 class Search:
-    """A finished search; `best` reached the last step unless no trial did."""
+    """A finished search; `best` reached the last step, unless no trial did."""
 
     metric: str
     trials: list[Trial]
     best: Trial
 
     def flags(self) -> str:
-        """The best configuration as flags of `jobs/train.py`."""
+        """Return the best configuration as flags of `jobs/train.py`."""
         return " ".join(
             f"--set {shlex.quote(assignment)}" for assignment in assignments(self.best.values)
         )
@@ -81,16 +81,16 @@ def search(
 ) -> Search:
     """Run `trials` trials of `base` with values drawn from `space`; write `out/trials.json`.
 
-    `base` already carries the space's fixed fields. A started Ray is expected. `train` replaces
-    the whole run (for a smaller objective). Raises InputError on a count below 1 and
-    KarmaRayError when every trial failed.
+    `base` already contains the space's fixed fields. Ray must have been started. `train` replaces
+    the whole run by a smaller objective. Raises InputError on a count below 1, and KarmaRayError
+    when every trial failed.
     """
     for flag, count in (("--trials", trials), ("--concurrent", max_concurrent)):
         if count < 1:
             raise InputError(flag, count, "must be at least 1")
     if base.recipe not in recipes.TRAINED:
         raise InputError("--recipe", base.recipe, "trains nothing", choices=list(recipes.TRAINED))
-    # Of Ray's own loggers only the JSON lines: TensorBoard refuses a metric's @.
+    # Of Ray's loggers only the JSON lines are used, as TensorBoard refuses the @ in metric names.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     base, out, data = _in_process(base), absolute(out), data and absolute(data)
     if train is None:
@@ -121,7 +121,7 @@ def search(
 
 
 def describe(result: Search) -> str:
-    """The table of trials, best first, and the flags that repeat the best one."""
+    """Return the table of trials, best first, and the flags that repeat the best one."""
     names = list(result.best.values)
     rows = [["trial", *names, result.metric, "step", "ended"]]
     for trial in sorted(result.trials, key=_rank, reverse=True):
@@ -138,7 +138,7 @@ def describe(result: Search) -> str:
 
 
 def reported_value(metric: str, metrics: Mapping[str, float]) -> float:
-    """The value of `valid/NAME` in a validation's metrics, with or without the prefix."""
+    """Return the value of `valid/NAME` in a validation's metrics, with or without the prefix."""
     for name in (metric, metric.removeprefix("valid/")):
         if name in metrics:
             return float(metrics[name])
@@ -146,7 +146,7 @@ def reported_value(metric: str, metrics: Mapping[str, float]) -> float:
 
 
 def _in_process(base: Config) -> Config:
-    """Trials train inside their own process, and validate often enough to be stopped early."""
+    """Let trials train in their own process and validate often enough to be stopped early."""
     changes = ["training.num_workers=0", "training.threads_per_worker=1"]
     if base.training.validate_every < 1:
         changes.append(f"training.validate_every={max(1, base.training.steps // 5)}")
@@ -157,8 +157,8 @@ def _trainable(space: Space, base: Config, data: str | None, out: str, train: Tr
     start = os.getcwd()
 
     def trial(values: dict[str, Any]) -> None:
-        # Ray Tune moves each trial into a folder of its own; relative paths (a checkpoint's, the
-        # cache's) mean the place where the search was started.
+        # Ray Tune changes the working directory of each trial; relative paths (of a checkpoint or
+        # the cache) refer to the folder where the search was started.
         if os.path.isdir(start):
             os.chdir(start)
         run = join(out, "trials", tune.get_context().get_trial_id())
@@ -173,14 +173,14 @@ def _trainable(space: Space, base: Config, data: str | None, out: str, train: Tr
 
 
 def _whole_run() -> Train:
-    # Imported here: an injected objective needs nothing of the pipeline.
+    # Imported here, because a replaced objective does not need the pipeline.
     from karma_ray.runs.pipeline import train_run
 
     return train_run
 
 
 def _share_first_stages(base: Config, data: str | None) -> None:
-    """Data, pretraining and warm-up once, into the cache: trials would race for them."""
+    """Make data, pretraining and warm-up once, in the cache, before trials compete for them."""
     from karma_ray.cluster.sharding import ensure_prepared
     from karma_ray.runs.first_stages import start_stage
     from karma_ray.runs.sources import CACHE, toy_shop
@@ -191,7 +191,7 @@ def _share_first_stages(base: Config, data: str | None) -> None:
 
 
 def _scheduler(base: Config) -> ASHAScheduler:
-    # max_t lies past the last step, so that a trial which gets there ends by itself, exported.
+    # max_t is after the last step, so that a trial which gets there ends by itself with its bundle.
     return ASHAScheduler(
         time_attr="step",
         max_t=base.training.steps + 1,
@@ -201,7 +201,7 @@ def _scheduler(base: Config) -> ASHAScheduler:
 
 
 class _Progress(tune.Callback):
-    """One line per validation and per ended trial."""
+    """Logs one line per validation and per failed trial."""
 
     def __init__(self, metric: str) -> None:
         self.metric = metric
@@ -247,12 +247,12 @@ def best_of(trials: list[Trial], metric: str) -> Trial:
 
 
 def _is_number(value: float | None) -> bool:
-    """NaN compares as neither more nor less, so it could win a search."""
+    """Whether a value can be compared; comparisons with NaN are always false."""
     return value is not None and math.isfinite(value)
 
 
 def _rank(trial: Trial) -> tuple[bool, bool, float]:
-    """Failed last; a trial that ran to its end before one that was stopped; then the metric."""
+    """Sort key: failed trials last, completed ones before stopped ones, then by the metric."""
     value = trial.value if trial.value is not None and _is_number(trial.value) else -math.inf
     return trial.error is None, not trial.stopped_early, value
 
@@ -268,7 +268,7 @@ def _write(result: Search, space: Space, base: Config, out: str) -> None:
         },
         join(out, "trials.json"),
     )
-    # The trials are whole runs with manifests of their own; the search's content is its table.
+    # The trials are whole runs with their own manifests; the search consists of its table.
     manifest = {
         "schema_version": SCHEMA_VERSION,
         "kind": "search",
@@ -285,5 +285,5 @@ def _show(value: object) -> str:
 
 
 def _local(out: str) -> str:
-    """Ray Tune's own state: in the output folder, or in Ray's default when that is remote."""
+    """Return the folder of Ray Tune's state: the output folder, or Ray's default if remote."""
     return str(Path.home() / "ray_results") if "://" in out else out

@@ -1,1 +1,1 @@
-"""Tables, importers, sessions, splits, the catalogue, the collator and the toy shop."""
+"""Table schemas, importers, sessions, splits, the catalogue, the collator and the toy shop."""

@@ -1,8 +1,8 @@
-"""The catalogue: every item's id, title and text, memory-mapped once per node.
+"""The catalogue: id, title and text of every item, memory-mapped once per node.
 
-Examples carry ids, not text; the collator looks ids up here. Row order is the order of
-`DATA/items`, after dropping rows that cannot be items (no id, no title, a repeated id: the
-first one stays), so a row number means the same thing in every process.
+Examples contain ids without texts; the collator looks the ids up here. Rows are in the order of
+`DATA/items`, without invalid ones (no id, no title, or a repeated id after its first row), so that
+a row number has the same meaning in every process.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from karma_ray.errors import InputError
 
 
 def usable_items(table: pa.Table) -> np.ndarray:
-    """Mask [rows] of items with an id and a title, first occurrence of each id only."""
+    """Return the mask [rows] of items with id and title, for the first occurrence of each id."""
     ids = table.column("item_id")
     titled = pc.greater(pc.utf8_length(pc.utf8_trim_whitespace(table.column("title"))), 0)
     named = pc.invert(pc.is_in(pc.utf8_trim_whitespace(ids), value_set=pa.array([None, *MISSING])))
@@ -42,7 +42,7 @@ def usable_items(table: pa.Table) -> np.ndarray:
 
 
 class Catalog:
-    """Items by row number. Images stay on disk: nothing here reads them."""
+    """The items by row number. It never reads images."""
 
     def __init__(self, table: pa.Table, copy: Path | None = None) -> None:
         """`copy` is the Arrow file that the table is mapped from, if there is one."""
@@ -58,9 +58,9 @@ class Catalog:
     def load(cls, data_uri: str, cache_dir: str | None = None) -> Catalog:
         """Memory-map the catalogue of a data folder.
 
-        The Arrow copy lies in `cache_dir` (default: a private folder of this user in the system's
-        temporary one) under the content hash of the items, so all workers of a node share its
-        pages.
+        The Arrow copy is kept in `cache_dir` (default: a private folder of this user in the
+        system's temporary folder) under the content hash of the items, so all workers of a node
+        share its pages.
         """
         source = join(data_uri, "items")
         folder = Path(cache_dir) if cache_dir else _private_folder()
@@ -75,15 +75,15 @@ class Catalog:
         return len(self.item_ids)
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
-        """Row numbers [n] int64 of item ids; -1 where unknown."""
+        """Return the row numbers [n] int64 of item ids; -1 for unknown ones."""
         return np.fromiter(map(self._row_of.get, ids, repeat(-1)), dtype=np.int64, count=len(ids))
 
     def column(self, name: str) -> list[Any] | None:
-        """A column as a list, or None when the catalogue does not have it."""
+        """Return a column as a list, or None if the catalogue does not have it."""
         return self.table.column(name).to_pylist() if name in self.table.column_names else None
 
     def texts(self, start: int = 0, stop: int | None = None, step: int = 1) -> list[str]:
-        """`title | brand | category | text` of every item, or of a slice of the rows.
+        """Return `title | brand | category | text` of every item, or of a slice of the rows.
 
         Empty parts are left out.
         """
@@ -93,7 +93,7 @@ class Catalog:
 
     @property
     def content_ids(self) -> np.ndarray:
-        """Ids [I] int64, equal for items of equal normalised text (frozen near-duplicates)."""
+        """Ids [I] int64, equal for items with equal normalised texts (near-duplicates)."""
         if self._content_ids is None:
             seen: dict[str, int] = {}
             normal = (" ".join(text.lower().split()) for text in self.texts())
@@ -105,7 +105,7 @@ _TEXT_COLUMNS = ("title", "brand", "category", "text")
 
 
 def _private_folder() -> Path:
-    """The same for all processes of a user on a node; others can neither read nor plant in it."""
+    """Return a folder shared by all processes of the user, and closed to other users."""
     folder = Path(tempfile.gettempdir(), f"karma_ray-catalogues-{os.getuid()}")
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -126,7 +126,7 @@ def _write_arrow(source: str, path: Path) -> None:
 
 
 def _read_items(folder: str) -> pa.Table:
-    """All item rows without their images. The files may differ in the type of an id."""
+    """Read all item rows without images. The files may have different types of ids."""
     fragments, schemas = list_fragments(folder)
     names = list(dict.fromkeys(name for _, schema in schemas for name in schema.names))
     wanted = [name for name in names if name != "image"]
@@ -137,5 +137,5 @@ def _read_items(folder: str) -> pa.Table:
     try:
         table = pa.concat_tables(tables, promote_options="permissive")
     except pa.ArrowTypeError as error:
-        raise InputError("items", folder, f"holds files of different columns ({error})") from None
+        raise InputError("items", folder, f"has files with different columns ({error})") from None
     return table.drop_columns(["image"])

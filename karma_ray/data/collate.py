@@ -1,8 +1,8 @@
-"""Rows -> batches with a batch-local table of unique items: one encoder call per step.
+"""Collation of rows into batches with a table of unique items, so that each is encoded once.
 
 Legend: B windows, T steps, U unique items, V unique queries, H hard negatives, L tokens,
-M decoded positions per window, N_v tokens of width d_v of an image. Everything but the tables
-of tokens is an index into them.
+M decoded positions per window, N_v tokens of width d_v of an image. Everything except the token
+tables is an index into them.
 """
 
 from __future__ import annotations
@@ -35,28 +35,28 @@ from karma_ray.ranges import Count, CountOrZero, Share
 
 @dataclass(frozen=True)
 class CollateConfig:
-    """Sizes of a batch."""
+    """Sizes of a batch, and its random parts."""
 
     max_history: CountOrZero = 20
-    """History steps in front of the current query."""
+    """Largest number of history steps before the current query."""
     max_item_tokens: Count = 24
-    """Tokens of an item's text that are read, its end token included; a run tells how long the
+    """Tokens that are read of an item's text, including the end token; a run prints how long the
     texts are."""
     max_query_tokens: Count = 12
-    """Tokens of a query."""
+    """Tokens that are read of a query."""
     num_hard_negatives: CountOrZero = 2
-    """Hard negatives per step, drawn anew each epoch."""
+    """Hard negatives per step, drawn again in every epoch."""
     drop_query: Share = 0.1
-    """Share of the training queries replaced by the learned `no_query` vector."""
+    """Share of the training queries that are replaced by the learned `no_query` vector."""
     num_decoded: CountOrZero = 2
-    """Positions per window decoded into text: the last and random others; 0: all of them."""
+    """Positions per window that are decoded into text: the last and random others; 0: all."""
     visual_features: str = ""
-    """Folder that `jobs/features.py` wrote, for runs with `objective.lambda_img`; empty:
+    """Folder written by `jobs/features.py`, for runs with `objective.lambda_img`; empty:
     `visual_features` in the data folder."""
 
 
 class Collator:
-    """Builds batches of training windows, and of requests (evaluation and serving)."""
+    """Builds batches from training windows, and from requests (evaluation and serving)."""
 
     def __init__(
         self,
@@ -67,25 +67,25 @@ class Collator:
         item_lengths: np.ndarray | None = None,
         visual: VisualFeatures | None = None,
     ) -> None:
-        """`item_tokens` [I, L] and `item_lengths` [I] are needed for training batches only;
-        `visual` by runs with a visual term."""
+        """`item_tokens` [I, L] and `item_lengths` [I] are needed for training batches only, and
+        `visual` for runs with a visual term."""
         self.catalog, self.tokenizer, self.config = catalog, tokenizer, config
         self.item_tokens, self.item_lengths = item_tokens, item_lengths
         self.visual = visual
         self._queries = TextMemory(tokenizer, config.max_query_tokens)
 
     def catalog_tokens(self) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [I, L] and lengths [I] of the whole catalogue; not there at serving."""
+        """Return tokens [I, L] and lengths [I] of the catalogue; not available in serving."""
         assert self.item_tokens is not None and self.item_lengths is not None
         return self.item_tokens, self.item_lengths
 
     def training(self, rows: pa.Table, keys: np.ndarray) -> Batch:
-        """A batch from `sequences` rows and a key [B] for the random draws of each.
+        """Build a batch from `sequences` rows and a key [B] for the random draws of each row.
 
-        Hard negatives, dropped queries and decoded positions are drawn apart, so that variants
-        which ignore one of them still see the same batches.
+        Hard negatives, dropped queries and decoded positions have independent draws, so variants
+        that ignore one of them get the same batches otherwise.
         """
-        # The newest step of a window has a full history behind it, as a request has.
+        # The newest step of a window has a full history before it, as a request has.
         steps = Steps.of(rows, TRAINING, self.catalog, self.config.max_history + 1)
         wanted = elements(rows.column("loss_mask"), steps.sizes).fill_null(False)
         loss_mask = np.zeros_like(steps.step_mask)
@@ -99,10 +99,10 @@ class Collator:
         )
 
     def requests(self, examples: pa.Table) -> Batch:
-        """A batch whose last step is the current query; its item is not part of the input.
+        """Build a batch whose last step is the current query, without an item.
 
         Needs `query`, `history_queries`, `history_item_ids` and `history_timestamps`. History
-        items unknown to the catalogue are left out.
+        items that are not in the catalogue are left out.
         """
         steps = Steps.of(examples, REQUEST, self.catalog, self.config.max_history)
         empty = np.zeros((*steps.step_mask.shape, 0))
@@ -124,7 +124,7 @@ class Collator:
             exposed = exposed.take(pa.array(steps.kept))
         owner = np.repeat(np.arange(len(exposed)), list_sizes(exposed))  # into the K steps
         found = catalog_rows(self.catalog, flattened(exposed))
-        # an exposed item that this user clicks elsewhere in the window is no negative
+        # An exposed item that this user clicks elsewhere in the window is not a negative.
         content, span = self.catalog.content_ids, len(self.catalog.content_ids) + 1
         clicked = steps.window * span + content[steps.items[steps.window, steps.step]]
         pairs = steps.window[owner] * span + content[found]
@@ -190,7 +190,7 @@ class Collator:
     def _images(
         self, steps: Steps, decode_step: np.ndarray, decode_mask: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Features [B, M, N_v, d_v] of the decoded items, zero where there is none, and [B, M]."""
+        """Return features [B, M, N_v, d_v] of the decoded items, or zeros, and a mask [B, M]."""
         shape = decode_step.shape
         if self.visual is None:
             return np.zeros((*shape, 0, 0), np.float32), np.zeros(shape, bool)
@@ -208,13 +208,13 @@ def _tensor(value: np.ndarray) -> Tensor:
 
 
 def _decoded(loss_mask: np.ndarray, count: int, keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The last loss step and random others [B, M]; M = `count`, or all steps when it is 0."""
+    """Choose the last loss step and random others [B, M]; M = `count`, or all steps if 0."""
     total = loss_mask.sum(1)
     width = count or max(1, int(total.max(initial=0)))
     order = np.arange(loss_mask.shape[1])
     last = np.where(loss_mask, order, -1).max(1, initial=-1)
     drawn = uniform(keys[:, None], DECODED, order)
-    drawn = np.where(order == last[:, None], -1.0, drawn)  # the last one is always taken
+    drawn = np.where(order == last[:, None], -1.0, drawn)  # the last one is always chosen
     drawn = np.where(loss_mask, drawn, 2.0)
     taken = np.minimum(total, width)
     chosen = np.argsort(drawn, axis=1, kind="stable")[:, :width]

@@ -1,8 +1,8 @@
-"""Random draws as a function of what they are for: no stream, no order, no worker.
+"""Random draws as a hash of their purpose, independent of any random stream or worker.
 
-A counter-based generator (1110.2017's idea with SplitMix64 as the mixer): the draw for a row, a
-purpose and a place is a hash of the three, so that whoever collates the row, and whatever else is
-drawn, the draw is the same.
+It is a counter-based generator (the idea of 1110.2017, with SplitMix64 as the mixer): a draw is the
+hash of a row's key, a purpose and a position. It is therefore the same for every worker that
+collates the row, and does not depend on other draws.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 HARD, DROP, DECODED, TOKENS, TEXTS, LEVEL, NOISE, GEN_LEVEL, GEN_NOISE, SERVED = range(10)
-"""Purposes of a row's draws: hard negatives, dropped queries, decoded steps, dropped tokens,
-strangers' texts, noise levels of images, their noise, both of generated embeddings in training,
-and the noise that a request is served with."""
+"""Purposes of draws: hard negatives, dropped queries, decoded steps, dropped tokens, exchanged
+texts, noise levels and noise of images, the same for generated embeddings in training, and the
+noise for serving a request."""
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
 def hashed(*parts: Any) -> np.ndarray:
-    """One int64 hash for integers, or arrays of them that broadcast against each other."""
+    """Return an int64 hash of integers, or of arrays that broadcast against each other."""
     state = np.uint64(0)
     with np.errstate(over="ignore"):
         for part in parts:
@@ -35,15 +35,15 @@ def hashed(*parts: Any) -> np.ndarray:
 
 
 def uniform(*parts: Any) -> np.ndarray:
-    """Numbers in [0, 1) for the same."""
+    """Return hashed numbers in [0, 1) for the same arguments."""
     return (hashed(*parts).view(np.uint64) >> np.uint64(11)) * 2.0**-53
 
 
 def normal(keys: np.ndarray, shape: tuple[int, ...], device: torch.device | str) -> Tensor:
-    """N(0, 1) for keys [N] -> [N, *shape], each key with a generator of its own on `device`.
+    """Draw N(0, 1) for keys [N] -> [N, *shape], with one generator on `device` per key.
 
-    Hashing every number would cost more than all else that is done with it. The same on every
-    worker, though not on every kind of device.
+    Hashing every number would be much slower. The draws are the same on every worker, but differ
+    between kinds of devices.
     """
     found = torch.empty((len(keys), *shape), device=device)
     generator = torch.Generator(device)
@@ -53,13 +53,13 @@ def normal(keys: np.ndarray, shape: tuple[int, ...], device: torch.device | str)
 
 
 def text_keys(texts: Sequence[str]) -> np.ndarray:
-    """Keys [N] int64 of texts, the same on every machine."""
+    """Return keys [N] int64 of texts, the same on every machine."""
     digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     return np.frombuffer(b"".join(digests), "<i8")
 
 
 def row_keys(count: int, seed: int) -> np.ndarray:
-    """Keys [count] of rows outside a training stream."""
+    """Return keys [count] of rows outside a training stream."""
     return hashed(seed, np.arange(count))
 
 

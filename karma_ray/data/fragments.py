@@ -1,7 +1,7 @@
-"""Folders of Parquet files as fragments (row groups) that know their file and first row.
+"""Fragments (row groups) of Parquet folders, with their file and the number of their first row.
 
-Reading by fragment keeps two things that a plain dataset read loses: where a rejected row came
-from, and the input order, which breaks ties between pages of one time.
+Reading by fragment keeps two facts that a plain dataset loses: the origin of a rejected row, and
+the input order, which decides between pages with equal times.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ class Fragment:
     """One row group of one file."""
 
     path: str
-    """File path inside its filesystem."""
+    """Path of the file in its filesystem."""
     row_group: int
-    """Row group inside the file."""
+    """Number of the row group in the file."""
     first_row: int
-    """Row number inside the file of the fragment's first row."""
+    """Number of the fragment's first row in the file."""
     order: int
-    """Row number inside the whole folder (files sorted by name) of the first row."""
+    """Number of the fragment's first row in the whole folder (files sorted by name)."""
     num_rows: int
-    """Rows of the fragment."""
+    """Number of rows."""
 
 
 def list_fragments(folder: str) -> tuple[list[Fragment], list[tuple[str, pa.Schema]]]:
-    """The fragments of every Parquet file below `folder`, and each file's schema.
+    """Return the fragments of all Parquet files below `folder`, and the schema of each file.
 
-    Raises InputError when the folder is missing, holds no Parquet file or a broken one.
+    Raises InputError when the folder is missing, has no Parquet file or a broken one.
     """
     paths = table_files(folder)
     fs, _ = open_filesystem(folder)
@@ -60,9 +60,9 @@ def list_fragments(folder: str) -> tuple[list[Fragment], list[tuple[str, pa.Sche
 def read_fragment(
     folder: str, path: str, row_group: int, columns: list[str] | None = None
 ) -> pa.Table:
-    """The rows of one fragment of `folder`; columns the file does not have are left out.
+    """Read the rows of one fragment of `folder`; columns that are not in the file are left out.
 
-    What the folders above the file name (`category=shoes/`) is a column where the file has none.
+    Folder names above the file (`category=shoes/`) become columns, unless the file has them.
     """
     fs, root = open_filesystem(folder)
     with fs.open(path, "rb") as source:
@@ -78,7 +78,7 @@ def read_fragment(
 
 
 def folder_columns(path: str, root: str) -> dict[str, str | None]:
-    """The columns that Hive-like folders between `root` and a file name: `dt=2024-05-01/`."""
+    """Return the columns of Hive-style folders between `root` and a file: `dt=2024-05-01/`."""
     parts = path.removeprefix(root).split("/")[:-1]
     pairs = [part.split("=", 1) for part in parts if "=" in part]
     return {

@@ -1,4 +1,4 @@
-"""Hard negatives of a page: what was shown and neither clicked nor bought."""
+"""Hard negatives of a page: items that were shown, but neither clicked nor bought."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pyarrow as pa
 
 
 def page_negatives(pages: pl.DataFrame, scope: str, cap: int | None, seed: int) -> pa.ListArray:
-    """Per page [P]: the exposed items that nobody clicked or bought within `scope`.
+    """Return, per page [P], the exposed items without a click or purchase within `scope`.
 
-    Beyond `cap` the items of lowest seeded hash stay, in the order they were shown.
+    If there are more than `cap`, the items with the lowest seeded hashes are kept, in page order.
     """
     place = pages.select(pl.int_range(pl.len()).alias("place"), pl.all())
     shown = place.select("place", scope, item="exposed").explode("item").drop_nulls("item")
@@ -37,7 +37,7 @@ def page_negatives(pages: pl.DataFrame, scope: str, cap: int | None, seed: int) 
 
 
 def _hash(negatives: pl.DataFrame, page_ids: pl.Series, seed: int) -> np.ndarray:
-    """A 64-bit hash [n] of (page, item, seed) that no library version changes."""
+    """Return a 64-bit hash [n] of (page, item, seed) that does not depend on library versions."""
     items = negatives["item"].to_arrow().cast(pa.string()).dictionary_encode()
     item = _crc(items.dictionary.to_pylist())[items.indices.to_numpy(zero_copy_only=False)]
     page = _crc(page_ids.to_list())[negatives["place"].to_numpy()]

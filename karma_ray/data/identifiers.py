@@ -1,7 +1,8 @@
-"""Ids as text, whatever type a file gives them: `7`, `7.0` and `"7"` are one id.
+"""Ids as text, for any type in a file: `7`, `7.0` and `"7"` are the same id.
 
-A column of integers with one gap is often written as floats, and a gap as NaN or as a word for
-it. A float beyond 2^53 stands for several integers, so two people would become one: refused.
+Integer columns with missing values are often written as floats, and missing values as NaN or a
+word. A float beyond 2^53 stands for several integers, so that several users would become one;
+such ids are refused.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import polars as pl
 from karma_ray.errors import InputError
 
 MISSING = ("", "nan", "NaN", "null", "NULL", "None", "\\N", "<NA>")
-"""Texts that programs write where there is no value."""
+"""Texts that programs write for a missing value."""
 _EXACT, _EXACT_SINGLE = 2**53, 2**24
 _WHOLE = r"^(-?\d+)\.0+$"
 _ROUNDED = r"^-?\d(?:\.\d+[eE]\+?|[eE]\+)\d+$"
 
 
 def id_text(values: pl.Series, field: str) -> pl.Series:
-    """Ids as text without outer spaces; missing ones, also NaN and words for it, are null.
+    """Convert ids to text without outer spaces; missing values, NaN and words for it become null.
 
-    Integral floats are their integer's text; lists keep their shape. Raises InputError naming
-    `field` and the value of a float beyond 2^53, or the type that is no id.
+    Integral floats become the text of the integer; lists stay lists. Raises InputError, which
+    names `field`, on floats beyond 2^53 and on types that cannot be ids.
     """
     kind = values.dtype
     if isinstance(kind, pl.List):
@@ -40,7 +41,7 @@ def id_text(values: pl.Series, field: str) -> pl.Series:
         filled = pl.when("none").then(None).otherwise(pl.col("ids").fill_null(empty))
         return joined.select(filled.alias(values.name)).to_series()
     if kind.is_nested():
-        raise InputError(field, str(kind), "is no type of an id; write text or integers")
+        raise InputError(field, str(kind), "cannot be an id; write text or integers")
     if kind.is_float():
         values = values.fill_nan(None)
         exact = _EXACT if kind == pl.Float64 else _EXACT_SINGLE
@@ -50,7 +51,7 @@ def id_text(values: pl.Series, field: str) -> pl.Series:
     text = values.cast(pl.String, strict=False).str.strip_chars()
     rounded = text.str.contains(_ROUNDED)
     whole = text.str.extract(_WHOLE, 1)
-    if not kind.is_decimal():  # whose digits are all there
+    if not kind.is_decimal():  # a decimal has all its digits
         rounded |= whole.cast(pl.Float64, strict=False).abs() >= _EXACT
     if (lost := text.filter(rounded)).len():
         _refuse(field, lost[0])
@@ -59,7 +60,7 @@ def id_text(values: pl.Series, field: str) -> pl.Series:
 
 
 def one_id(value: Any, field: str) -> str | None:
-    """`id_text` of one value of a JSON record."""
+    """Apply `id_text` to one value of a JSON record."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if isinstance(value, float):
@@ -71,7 +72,7 @@ def one_id(value: Any, field: str) -> str | None:
 
 
 def known_text(name: str) -> pl.Expr:
-    """Column `name` as text without outer spaces; words for a missing value are null."""
+    """Return column `name` as text without outer spaces, with words for missing values as null."""
     text = pl.col(name).cast(pl.String).str.strip_chars()
     return pl.when(~text.is_in(MISSING)).then(text).alias(name)
 
@@ -79,6 +80,6 @@ def known_text(name: str) -> pl.Expr:
 def _refuse(field: str, value: object) -> NoReturn:
     raise InputError(
         field, value,
-        "is a rounded number, which several ids share (floats are exact up to 2^53, 32-bit ones "
-        "up to 2^24); write ids as text or as integers, a missing one as null",
+        "is a rounded number, which may stand for several ids (floats are exact up to 2^53, "
+        "32-bit ones up to 2^24); write ids as text or integers, and missing ones as null",
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Proof that no later click reaches an earlier example; runs at the end of every prepare."""
+"""Checks that no later click reaches an earlier example; every preparation ends with them."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from karma_ray.errors import LeakError
 
 
 def check_no_leak(sequences: pa.Table, examples: Mapping[str, pa.Table], cutoffs: Cutoffs) -> None:
-    """Raise LeakError when something of a later time reaches an earlier example.
+    """Raise LeakError if something of a later time reaches an earlier example.
 
-    sequences: every step lies before `valid_start`; no step is older than the one before it;
-    no page of an example is trained on. examples: each lies in its split's span; its history
-    holds only clicks strictly before it (a click of the same page has the same time, so this
-    excludes it too), oldest first; a page has one time; no hard negative was clicked on it.
+    sequences: every step is before `valid_start`; steps are in time order; no page of an example
+    is trained on. examples: each is in the time span of its split; its history has only clicks
+    strictly before it (which excludes clicks of the same page) in time order; a page has one
+    time; no hard negative was clicked on the page.
     """
     trained_pages = _check_sequences(sequences, cutoffs)
     spans = {
@@ -43,7 +43,7 @@ def check_no_leak(sequences: pa.Table, examples: Mapping[str, pa.Table], cutoffs
 
 
 def _check_sequences(sequences: pa.Table, cutoffs: Cutoffs) -> pl.DataFrame:
-    """Raise on a late or disordered step; return the trained (user_id, page_id) pairs."""
+    """Raise LeakError on a late or unordered step; return trained (user_id, page_id) pairs."""
     frame = pl.DataFrame(pl.from_arrow(sequences.select(["user_id", "timestamps", "page_ids"])))
     steps = (
         frame.with_row_index("row")

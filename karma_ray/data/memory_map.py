@@ -1,4 +1,4 @@
-"""An array that a node makes once, in a file that all its processes map into memory."""
+"""Arrays that a node computes once, in files that all its processes map into memory."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from karma_ray.artifacts import locked
 def mapped_array(
     path: Path, kind: DTypeLike, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]
 ) -> np.ndarray:
-    """The array in the file at `path`, read-only; where there is none, `fill` is given it to write.
+    """Return the array in the file at `path`, read-only; if it is missing, `fill` writes it.
 
-    One process writes while the others wait: the workers of a node start together. The file
-    appears whole or not at all.
+    One process writes while the others wait, because the workers of a node start together. The
+    file appears only when it is complete.
     """
     if not path.exists():
         with locked(str(path)):

@@ -1,8 +1,8 @@
-"""patch_pca: whitened principal components of image patches, for where no weights can be had.
+"""patch_pca: whitened principal components of image patches, an encoder without any weights.
 
-An image is cut into a grid; each cell's colours are projected on the leading components of
-all cells of the training catalogue and divided by their deviations. Linear and frozen, it keeps
-colour, shading and coarse shape, and knows nothing of what is shown.
+An image is divided into a grid. The colours of each cell are projected on the leading components
+of all cells of the training catalogue and divided by their standard deviations. The encoder is
+linear and frozen; it keeps colour, shading and coarse shape, but no meaning.
 
 Legend: n images, S pixels of a side, G cells on a side, N_v = G * G, P numbers of a cell,
 d_v components.
@@ -21,15 +21,15 @@ from karma_ray.data.visual import grid_of
 from karma_ray.errors import InputError
 
 SIDES = {1: 32, 4: 64, 8: 64}
-"""Cells on a side -> pixels S: a pooled cell is the whole image, kept small for its covariance."""
+"""Cells per side -> pixels S per side; a pooled cell is the whole, small image."""
 SAMPLE_IMAGES = 4096
 SAMPLE_CELLS = 65_536
-"""Cells behind the components: some hundred for each of the numbers they are estimated from."""
+"""Cells for fitting the components: some hundred for each estimated number."""
 ROUNDING = (1 / 255) ** 2 / 12
-"""Variance of an 8-bit colour's rounding; a component below it is noise, and whitening would
-blow it up."""
+"""Variance of rounding an 8-bit colour; a component below it is noise that whitening would
+amplify."""
 SINGLE = 1e-6
-"""Share of the largest variance that single precision can tell from nothing."""
+"""Smallest share of the largest variance that single precision can resolve."""
 
 
 @dataclass(frozen=True)
@@ -37,17 +37,17 @@ class PatchPca:
     """Images [n, S, S, 3] uint8 -> features [n, N_v, d_v] float32."""
 
     grid: int
-    """G."""
+    """Cells per side, G."""
     mean: np.ndarray  # [P] float32
     projection: np.ndarray  # [P, d_v] float32, components over their deviations
     explained: float
-    """Share of the cells' variance that the components hold."""
+    """Share of the variance of the cells that the components explain."""
 
     @classmethod
     def fit(cls, images: np.ndarray, target: str, width: int, seed: int) -> PatchPca:
-        """Fit on pictures [n, S, S, 3] of side `side_of(target)`.
+        """Fit on pictures [n, S, S, 3] with side `side_of(target)`.
 
-        Fewer than `width` components are kept where the pictures hold no more.
+        Fewer than `width` components are kept if the pictures have no more.
         """
         if width < 1:
             raise InputError("--width", width, "must be at least 1")
@@ -67,7 +67,7 @@ class PatchPca:
         if not real.any():
             raise InputError("items", f"{len(images)} images", "all look alike: nothing to encode")
         variances, axes = variances[real], axes[:, real]
-        # An eigenvector's sign is a matter of the library; its largest number is made positive.
+        # The sign of an eigenvector is arbitrary; its largest number is made positive.
         signs = np.sign(axes[np.abs(axes).argmax(0), np.arange(axes.shape[1])])
         projection = axes * signs / np.sqrt(variances)
         explained = float(variances.sum() / np.trace(covariance))
@@ -75,11 +75,11 @@ class PatchPca:
 
     @property
     def side(self) -> int:
-        """S."""
+        """Pixels per side, S."""
         return SIDES[self.grid]
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Encode a batch."""
+        """Encode a batch of images."""
         encoded: np.ndarray = (_cells(images, self.grid) - self.mean) @ self.projection
         return encoded
 
@@ -88,17 +88,17 @@ class PatchPca:
         fs, path = open_filesystem(uri)
         tensors = {"mean": self.mean, "projection": np.ascontiguousarray(self.projection)}
         with fs.open(path, "wb") as sink:
-            # One entry: safetensors orders several at random, and folders are told by their bytes.
+            # Only one entry: safetensors orders several at random, and folders are hashed.
             sink.write(save(tensors, {"grid": str(self.grid)}))
 
 
 def side_of(target: str) -> int:
-    """Pixels S of the square that `target` is computed from."""
+    """Return the side S, in pixels, of the square from which `target` is computed."""
     return SIDES[grid_of(target)]
 
 
 def _cells(images: np.ndarray, grid: int) -> np.ndarray:
-    """[n, S, S, 3] uint8 -> cells row by row [n, G * G, P] float32 in 0..1."""
+    """Cut [n, S, S, 3] uint8 into cells, row by row, [n, G * G, P] float32 in 0..1."""
     number, side = images.shape[:2]
     cell = side // grid
     cut = images.reshape(number, grid, cell, grid, cell, 3).transpose(0, 1, 3, 2, 4, 5)

@@ -1,6 +1,6 @@
-"""Item images -> square pixels -> encoded parts of the `visual_features` table.
+"""Decoding of item images into square pixels, and encoding into the `visual_features` table.
 
-An image that cannot be read stops nothing: it is set aside with its file, row and reason.
+An image that cannot be read stops nothing; it is quarantined with its file, row and reason.
 
 Legend: n images, S pixels of a side, N_v tokens of an image, d_v width of a token.
 """
@@ -38,15 +38,15 @@ from karma_ray.data.visual import Moments, feature_rows
 from karma_ray.errors import InputError
 
 READ_ROWS = 256
-"""Rows read at once: bounds the memory that images take before they are made small."""
+"""Rows read at once, which bounds the memory of images before they are scaled down."""
 MAX_PIXELS = 50_000_000
-"""A larger image is a mistake, or a bomb that takes the node's memory when it is unpacked."""
+"""Largest number of pixels; a larger image is a mistake or an attack on the node's memory."""
 UNUSED, USABLE, FITTED = 0, 1, 2
-"""What a row of items/ is: no item; an item; an item that statistics are fitted on."""
+"""Kinds of rows in items/: not an item, an item, an item that statistics are fitted on."""
 
 
 class BrokenImage(ValueError):
-    """Bytes that are no readable image; the message is the reason."""
+    """Raised for bytes that are not a readable image; the message is the reason."""
 
 
 class ImageEncoder(Protocol):
@@ -54,16 +54,16 @@ class ImageEncoder(Protocol):
 
     @property
     def side(self) -> int:
-        """S."""
+        """Pixels per side, S."""
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Encode a batch."""
+        """Encode a batch of images."""
 
 
 def decode(data: bytes, side: int) -> np.ndarray:
-    """Bytes of any format Pillow reads -> pixels [S, S, 3] uint8; raises BrokenImage.
+    """Decode bytes of any format of Pillow into pixels [S, S, 3] uint8; raises BrokenImage.
 
-    The whole picture is kept: it is squeezed into the square. Transparent parts become white.
+    The whole picture is kept and squeezed into the square. Transparent parts become white.
     """
     try:
         with warnings.catch_warnings():
@@ -71,7 +71,7 @@ def decode(data: bytes, side: int) -> np.ndarray:
             image: Image.Image = Image.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise BrokenImage(f"{image.width} x {image.height} pixels are too many")
-            image.draft("RGB", (2 * side, 2 * side))  # JPEG is unpacked at an eighth to a half
+            image.draft("RGB", (2 * side, 2 * side))  # JPEG can be decoded at a smaller size
             image.load()
             if image.has_transparency_data:
                 image = image.convert("RGBA")
@@ -81,9 +81,9 @@ def decode(data: bytes, side: int) -> np.ndarray:
             return np.asarray(square)
     except BrokenImage:
         raise
-    except UnidentifiedImageError:  # whose message holds an address of memory
+    except UnidentifiedImageError:  # its message contains a memory address
         raise BrokenImage("in no known format") from None
-    except Exception as error:  # Pillow's decoders raise whatever their format brings
+    except Exception as error:  # Pillow's decoders raise many kinds of errors
         raise BrokenImage(f"{type(error).__name__}: {error}") from None
 
 
@@ -98,9 +98,9 @@ def has_images(data_uri: str) -> bool:
 
 
 def source_rows(items_uri: str, fitted_ids: pa.Array | None) -> np.ndarray:
-    """What each row [rows] uint8 of items/ is (UNUSED, USABLE, FITTED), by the catalogue's rules.
+    """Return the kind [rows] uint8 of each row of items/, by the catalogue's rules.
 
-    With `fitted_ids` statistics are fitted on those items, without on all. Raises InputError
+    With `fitted_ids` statistics are fitted on those items, otherwise on all. Raises InputError
     on wrong columns, and when no file has a column `image`.
     """
     fragments, schemas = list_fragments(items_uri)
@@ -124,11 +124,11 @@ def source_rows(items_uri: str, fitted_ids: pa.Array | None) -> np.ndarray:
 
 
 Row = tuple[int, str, bytes | None]
-"""Row number inside the fragment, item id, image."""
+"""(row number in the fragment, item id, image)."""
 
 
 def read_images(fragment: Fragment, folder: str) -> Iterator[list[Row]]:
-    """The rows of a fragment, READ_ROWS at a time."""
+    """Yield the rows of a fragment, READ_ROWS at a time."""
     fs, _ = open_filesystem(folder)
     start = 0
     with fs.open(fragment.path, "rb") as source:
@@ -147,10 +147,10 @@ def read_images(fragment: Fragment, folder: str) -> Iterator[list[Row]]:
 def sample_images(
     items_uri: str, kinds: np.ndarray, side: int, count: int, seed: int, max_fragments: int = 64
 ) -> np.ndarray:
-    """At most `count` readable pictures [n, S, S, 3] of FITTED items, drawn with `seed`.
+    """Return at most `count` readable pictures [n, S, S, 3] of FITTED items, drawn with `seed`.
 
-    They come from at most `max_fragments` row groups, as many from each, so that a large
-    catalogue is not read whole.
+    They come from at most `max_fragments` row groups, equally many from each, so that a large
+    catalogue is not read completely.
     """
     generator = np.random.default_rng(seed)
     fragments, _ = list_fragments(items_uri)
@@ -163,7 +163,7 @@ def sample_images(
         for row, _, data in chain.from_iterable(read_images(fragment, items_uri)):
             if row not in drawn or not data:
                 continue
-            # A broken one is set aside and counted when its part is encoded.
+            # A broken image is quarantined and counted when its part is encoded.
             with suppress(BrokenImage):
                 pictures.append(decode(data, side))
     if not pictures:
@@ -173,10 +173,10 @@ def sample_images(
 
 @dataclass(frozen=True)
 class Part:
-    """What became of one row group of items/."""
+    """The result of encoding one row group of items/."""
 
     order: int
-    """Row number inside items/ of its first row; names its files."""
+    """Number of its first row in items/, which names its files."""
     with_image: int
     without_image: int
     broken: list[dict[str, Any]]
@@ -184,23 +184,23 @@ class Part:
     shape: list[int]
     """(N_v, d_v); empty when no item has an image."""
     fitted: int
-    """Tokens of FITTED items behind the sums."""
+    """Number of tokens of FITTED items in the sums."""
     total: list[float]
     squares: list[float]
 
     @property
     def moments(self) -> Moments:
-        """Sums over FITTED items."""
+        """The sums over FITTED items."""
         return Moments(self.fitted, np.array(self.total), np.array(self.squares))
 
 
 def part_name(fragment: Fragment) -> str:
-    """Name of a fragment's part, the same in every attempt."""
+    """Return the name of a fragment's part, the same in every attempt."""
     return f"part-{fragment.order:012d}"
 
 
 def standing_part(fragment: Fragment, work: str) -> Part | None:
-    """The part of an earlier attempt, or None: its facts are written after its rows."""
+    """Return the finished part of an earlier attempt, or None; its JSON file is written last."""
     facts = join(work, f"{part_name(fragment)}.json")
     return Part(**read_json(facts)) if exists(facts) else None
 
@@ -208,9 +208,9 @@ def standing_part(fragment: Fragment, work: str) -> Part | None:
 def encode_fragment(
     fragment: Fragment, items_uri: str, kinds: np.ndarray, encoder: ImageEncoder, work: str
 ) -> Part:
-    """Encode the images of one row group and write its part below `work`.
+    """Encode the images of one row group and write its part to `work`.
 
-    `kinds` [fragment rows] as from `source_rows`. Statistics are of FITTED items.
+    `kinds` [fragment rows] come from `source_rows`. Statistics cover FITTED items.
     """
     tables: list[pa.Table] = []
     broken: list[dict[str, Any]] = []
@@ -241,7 +241,7 @@ def encode_fragment(
 def _decoded(
     rows: list[Row], side: int, fragment: Fragment
 ) -> tuple[list[Row], list[np.ndarray], list[dict[str, Any]]]:
-    """Rows with a readable image, their pixels, and the others for the quarantine."""
+    """Return rows with a readable image, their pixels, and records for the quarantine."""
     kept, pictures, broken = [], [], []
     for row in rows:
         number, item_id, data = row

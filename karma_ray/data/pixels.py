@@ -1,5 +1,6 @@
-"""The catalogue's pictures as small squares: decoded once per node, memory-mapped by all its
-processes. For item encoders that see; frozen features of pictures are data/visual.py.
+"""The catalogue's pictures as small squares, decoded once per node and memory-mapped.
+
+They are the input of multimodal item encoders; frozen visual features are in data/visual.py.
 
 Legend: I items, n rows, S pixels of a side.
 """
@@ -18,35 +19,34 @@ from karma_ray.data.memory_map import mapped_array
 from karma_ray.data.pictures import UNUSED, BrokenImage, decode, read_images, source_rows
 
 NO_PICTURE = -1
-"""Catalogue row of what has no picture: a query, or text alone."""
+"""Catalogue row of a text without a picture, such as a query."""
 FORMAT = 1
-"""Raised when the code makes other pixels of the same image: older files are then not found."""
+"""Raised when the code computes other pixels from the same image, so that old files are ignored."""
 
 
 @dataclass(frozen=True)
 class PixelTable:
-    """Pictures by catalogue row; an item without a readable one has none."""
+    """Pictures by catalogue row; an item without a readable picture has none."""
 
     values: np.ndarray  # [I, 1 + S * S * 3] uint8: 1 where there is a picture, then its pixels
 
     @property
     def side(self) -> int:
-        """S."""
+        """Pixels per side, S."""
         return math.isqrt((self.values.shape[1] - 1) // 3)
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Catalogue rows [n] int64 -> which have a picture [n] bool, and those pixels
-        [pictures, S, S, 3] uint8. Row NO_PICTURE has none."""
+        """Return, for catalogue rows [n] int64, the mask [n] of those with a picture, and their
+        pixels [pictures, S, S, 3] uint8. Row NO_PICTURE has none."""
         pictured = (rows >= 0) & self.values[rows, 0].astype(bool)
         found = self.values[rows[pictured], 1:]
         return pictured, found.reshape(-1, self.side, self.side, 3)
 
 
 def catalog_pixels(catalog: Catalog, data_uri: str, side: int) -> PixelTable:
-    """The pictures of the data folder that `catalog` was loaded from.
+    """Load the pictures of the data folder that `catalog` was loaded from.
 
-    Raises InputError when its items have no column `image`. Pictures that cannot be read count
-    as absent.
+    Raises InputError when its items have no column `image`. Unreadable pictures count as absent.
     """
     if catalog.copy is None:
         values = np.zeros(_shape(catalog, side), np.uint8)

@@ -1,4 +1,4 @@
-"""One partition of users, and whole tables in memory: what `prepare` does, without Ray.
+"""Preparation of one partition of users, or of whole tables in memory, without Ray.
 
 items  -> check_items  -> ids --+
 events -> check_events ---------+-> choose_cutoffs -> build_partition -> check_no_leak
@@ -24,7 +24,7 @@ from karma_ray.data.validation import check_events, check_items, check_share, co
 from karma_ray.errors import InputError
 
 CLICK_TIMES = pa.schema([pa.field("time", pa.int64()), pa.field("clicks", pa.int64())])
-"""Clicks per microsecond; what the cut points are chosen from."""
+"""Clicks per microsecond, from which the cutoffs are chosen."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Partition:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything `prepare` writes, in memory; `facts` is the content of prepared.json."""
+    """Everything that `prepare` writes, in memory; `facts` is the content of prepared.json."""
 
     sequences: pa.Table
     examples: dict[str, pa.Table]
@@ -52,9 +52,9 @@ def prepare_tables(
     config: PrepareConfig,
     manifest: Mapping[str, Any] | None = None,
 ) -> Prepared:
-    """Prepare tables in memory; `manifest` is the data folder's, for planned cut points.
+    """Prepare tables in memory; `manifest` is the data folder's, with planned cutoffs.
 
-    Raises InputError, TooManyBadRows and LeakError like the job does.
+    Raises InputError, TooManyBadRows and LeakError as the job does.
     """
     config.check()
     checked_items = check_items(check_columns(items, ITEMS, "items"))
@@ -75,14 +75,14 @@ def prepare_tables(
 
 
 def catalogue_ids(items: pa.Table) -> pa.Array:
-    """The ids of validated items; raises InputError when there are none."""
+    """Return the ids of validated items; raises InputError when there are none."""
     if items.num_rows == 0:
         raise InputError("items", 0, "rows: the catalogue is empty")
     return pa.array(items.column("item_id").to_pylist(), pa.string())
 
 
 def click_times(clean: pa.Table) -> pa.Table:
-    """Clicks of clean events per distinct time (CLICK_TIMES)."""
+    """Return the number of clicks per distinct time of clean events (CLICK_TIMES)."""
     times = clean.column("timestamp").cast(pa.int64())
     clicks = pc.list_value_length(clean.column("clicked_item_ids")).cast(pa.int64())
     grouped = pa.table({"time": times, "clicks": clicks}).group_by("time")
@@ -93,7 +93,7 @@ def click_times(clean: pa.Table) -> pa.Table:
 def cutoffs_of(
     times: Iterable[pa.Table], config: PrepareConfig, manifest: Mapping[str, Any] | None
 ) -> Cutoffs:
-    """The cut points of all clicks, from every fragment's `click_times`."""
+    """Choose the cutoffs for all clicks, from every fragment's `click_times`."""
     whole = pa.concat_tables([CLICK_TIMES.empty_table(), *times])
     return choose_cutoffs(
         whole["time"].to_numpy(),
@@ -105,7 +105,7 @@ def cutoffs_of(
 
 
 def build_partition(clean: pa.Table, cutoffs: Cutoffs, config: PrepareConfig) -> Partition:
-    """Sequences and examples of a partition of whole users, checked for leaks."""
+    """Build sequences and examples of a partition of whole users, and check them for leaks."""
     pages = build_pages(clean)
     sequences = build_sequences(pages, cutoffs, config)
     examples = {
@@ -137,9 +137,11 @@ def make_facts(
     quarantined: Mapping[str, int],
     manifest: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """The content of prepared.json. Without a manifest the sources of queries and negatives are
-    what the logs show: an events table of one's own holds real queries and items that were shown
-    and not clicked, or none."""
+    """Return the content of prepared.json.
+
+    Without a manifest the sources of queries and negatives are inferred from the events: real
+    queries, and items that were shown but not clicked, or none.
+    """
     known = manifest or {}
     query = "real" if counts["pages_with_query"] else "none"
     negative = "exposed" if counts["pages_with_negatives"] else "none"
@@ -155,7 +157,7 @@ def make_facts(
 
 
 def add_up(counts: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    """The sum per name, names in order of first appearance."""
+    """Return the sum per name, with names in order of first appearance."""
     total: Counter[str] = Counter()
     for part in counts:
         for name, count in part.items():

@@ -1,4 +1,4 @@
-"""Prepared data as the rest of the platform reads it, and what a query matches."""
+"""Access to prepared data, and to the items that a query matches."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from karma_ray.errors import InputError
 
 SPLITS = ("valid", "test")
 PREPARE_VERSION = 3
-"""Raised when code changes what `prepare` makes of the same input: it is then made anew."""
+"""Raised when the code of `prepare` changes its output, so that data are prepared again."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """A folder with sequences/, examples/ and prepared.json; `facts` is the latter."""
+    """A folder with sequences/, examples/ and prepared.json, whose content is `facts`."""
 
     uri: str
     facts: dict[str, Any]
@@ -43,33 +43,33 @@ class PreparedData:
         """Open prepared data; raises InputError when the folder is missing or not prepared."""
         require_data(uri)
         if not exists(join(uri, "prepared.json")):
-            how = f"make it by: python jobs/prepare.py --data {shlex.quote(uri)}"
+            how = f"make it with: python jobs/prepare.py --data {shlex.quote(uri)}"
             raise InputError("--data", uri, f"is not prepared: it has no prepared.json; {how}")
         return cls(uri, read_json(join(uri, "prepared.json")))
 
     @property
     def items_uri(self) -> str:
-        """The data folder that holds items/; another one when `prepare` wrote elsewhere."""
+        """The data folder with items/; it differs from `uri` if `prepare` wrote elsewhere."""
         return str(self.facts.get("data") or self.uri)
 
     def sequences(self) -> pa.Table:
-        """Training windows (SEQUENCES)."""
+        """Read the training windows (SEQUENCES)."""
         table = read_table(join(self.uri, "sequences"))
         return check_columns(table, SEQUENCES, "sequences").select(SEQUENCES.names)
 
     def examples(self, split: str) -> pa.Table:
-        """Examples (EXAMPLES) of `valid` or `test`, one per click."""
+        """Read the examples (EXAMPLES) of `valid` or `test`, one per click."""
         if split not in SPLITS:
             raise InputError("split", split, choices=SPLITS)
         table = read_table(join(self.uri, "examples", f"split={split}"))
         return check_columns(table, EXAMPLES, "examples").select(EXAMPLES.names)
 
     def catalog(self) -> Catalog:
-        """The catalogue these data refer to."""
+        """Load the catalogue of these data."""
         return Catalog.load(self.items_uri)
 
     def query_matches(self, catalog: Catalog | None = None) -> QueryMatches:
-        """What queries match in `catalog` (loaded when not given)."""
+        """Return the matches of queries in `catalog` (loaded if not given)."""
         folder = join(self.items_uri, "query_matches")
         truth = None
         if exists(folder):
@@ -84,8 +84,8 @@ def require_data(uri: str) -> None:
 
 
 def fingerprint(uri: str) -> str:
-    """A cheap hash of the input: the data manifest's content hash, names and sizes of the files
-    below events/ and items/, and the version of what is made of them."""
+    """Return a cheap hash of the input: the manifest's content hash, names and sizes of the files
+    in events/ and items/, and PREPARE_VERSION."""
     fs, root = open_filesystem(uri)
     sizes = []
     for table in ("events", "items"):
@@ -96,15 +96,15 @@ def fingerprint(uri: str) -> str:
 
 
 def read_data_manifest(uri: str) -> dict[str, Any]:
-    """DATA/manifest.json, or {} when there is none (tables of one's own)."""
+    """Read DATA/manifest.json, or return {} if there is none."""
     path = join(uri, "manifest.json")
     return dict(read_json(path)) if exists(path) else {}
 
 
 def differences(facts: Mapping[str, Any], config: PrepareConfig) -> dict[str, tuple[Any, Any]]:
-    """Fields of `config` that `facts` was prepared with another value of: (there, wanted).
+    """Return the fields in which `facts` and `config` differ: name -> (there, wanted).
 
-    `num_partitions` is left out: it does not change a row.
+    `num_partitions` is ignored, as it does not change any row.
     """
     made_with = facts.get("prepare") or {}
     wanted = {name: value for name, value in asdict(config).items() if name != "num_partitions"}
@@ -120,20 +120,21 @@ _CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff]")
 
 
 def terms(text: str) -> set[str]:
-    """Lower-cased words of letters and digits; Chinese and Japanese text is cut by jieba."""
+    """Return the lower-cased words of a text; jieba segments Chinese and Japanese."""
     text = text.lower()
     if not _CJK.search(text):
         return set(_WORD.findall(text))
-    import jieba  # loading its dictionary takes a second, and most shops never need it
+    import jieba  # loaded only if needed, because its dictionary takes a second
 
     return {word for piece in jieba.cut_for_search(text) for word in _WORD.findall(piece)}
 
 
 class QueryMatches:
-    """The catalogue rows "of a query".
+    """The catalogue rows that match a query.
 
-    The truth table's items when it names the query; else the items whose title, brand,
-    category and text hold every term of it; all rows when the query is empty or matches none.
+    If the truth table has the query, these are its items; otherwise the items whose title, brand,
+    category and text contain every term of it. An empty query, or one that matches nothing,
+    matches all rows.
     """
 
     def __init__(self, catalog: Catalog, truth: pa.Table | None = None) -> None:
@@ -148,7 +149,7 @@ class QueryMatches:
                 self._truth.setdefault(query, []).extend(item_ids)
 
     def rows(self, query: str | None) -> np.ndarray:
-        """Rows [m] int64, ascending, of the items that `query` matches."""
+        """Return the rows [m] int64, ascending, of the items that `query` matches."""
         if not query or not query.strip():
             return self._all
         if query not in self._cache:

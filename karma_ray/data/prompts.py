@@ -1,4 +1,4 @@
-"""Text -> token ids. The tokenizer is passed in, and says what its special tokens are called."""
+"""Tokenisation of texts, with the special tokens that the given tokenizer names."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 
 
 class SpecialTokens(NamedTuple):
-    """What a family of language models calls the tokens that are not text."""
+    """Names of the special tokens in a family of language models."""
 
     end_of_text: str
-    """Ends an item's text (its state is the item's embedding), and pads."""
+    """Ends an item's text (its state becomes the item's embedding), and is used for padding."""
     text_start: str
-    """The paper's `<s>`, in front of decoded text."""
+    """The paper's `<s>`, before decoded text."""
     text_end: str
-    """The paper's `<e>`, behind it."""
+    """The paper's `<e>`, after decoded text."""
 
 
 class Tokenizer(Protocol):
-    """What is used of a Hugging Face tokenizer, and its `text_marks`."""
+    """The used part of a Hugging Face tokenizer, with its `text_marks`."""
 
     text_marks: SpecialTokens
 
@@ -45,16 +45,16 @@ class SpecialIds:
 
     @classmethod
     def of(cls, tokenizer: Tokenizer) -> SpecialIds:
-        """Look them up in a tokenizer."""
+        """Look up the ids in a tokenizer."""
         return cls(*(tokenizer.convert_tokens_to_ids(token) for token in tokenizer.text_marks))
 
 
 def encode_texts(
     tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, *, end: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids [N, L] int32, right-padded with the end of text, and lengths [N] int64.
+    """Return token ids [N, L] int32, right-padded with the end of text, and lengths [N] int64.
 
-    With `end`, every text is cut to max_tokens - 1 and closed by the end of text.
+    With `end`, every text is cut to max_tokens - 1 and followed by the end of text.
     """
     eos = SpecialIds.of(tokenizer).end_of_text
     room = max_tokens - 1 if end else max_tokens
@@ -70,7 +70,7 @@ def encode_texts(
 
 
 class TextMemory:
-    """Tokens of short texts that come again and again, as queries do."""
+    """A cache of the tokens of short, recurring texts such as queries."""
 
     def __init__(self, tokenizer: Tokenizer, max_tokens: int, capacity: int = 65_536) -> None:
         self._tokenizer, self._max_tokens, self._capacity = tokenizer, max_tokens, capacity
@@ -78,7 +78,7 @@ class TextMemory:
         self._pad = SpecialIds.of(tokenizer).end_of_text
 
     def encode(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [N, L] int32 and lengths [N] int64: `encode_texts` without an end."""
+        """Return tokens [N, L] int32 and lengths [N] int64: `encode_texts` without an end."""
         known = {text: self._known.get(text) for text in texts}
         new = [text for text, ids in known.items() if ids is None]
         if new:

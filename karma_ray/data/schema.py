@@ -1,4 +1,4 @@
-"""The tables on disk: one pyarrow schema each, and the names of what is in them.
+"""Schemas of the tables on disk.
 
 Legend: `events` and `items` are input, `sequences` trains, `examples` evaluates.
 """
@@ -25,7 +25,7 @@ EVENTS = pa.schema(
         pa.field("session_id", pa.string()),
     ]
 )
-"""One row per result page; `exposed_item_ids` may be empty when unknown."""
+"""One row per result page; `exposed_item_ids` may be empty if unknown."""
 
 ITEMS = pa.schema(
     [
@@ -37,7 +37,7 @@ ITEMS = pa.schema(
         pa.field("image", pa.binary()),
     ]
 )
-"""One row per item; further columns ride along."""
+"""One row per item; further columns are kept."""
 
 SEQUENCES = pa.schema(
     [
@@ -50,7 +50,7 @@ SEQUENCES = pa.schema(
         pa.field("loss_mask", pa.list_(pa.bool_())),
     ]
 )
-"""One row per user window; each training click has `loss_mask` true in exactly one row."""
+"""One row per window of a user; each training click has `loss_mask` true in exactly one row."""
 
 EXAMPLES = pa.schema(
     [
@@ -69,8 +69,8 @@ EXAMPLES = pa.schema(
 """One row per click, path-partitioned by `split=valid|test`."""
 
 QUERY_MATCHES = pa.schema([pa.field("query", pa.string()), pa.field("item_ids", STRINGS)])
-"""Optional truth: the items a query names. Written by importers that derive queries and by
-the toy shop; without it a query matches the items whose text holds all of its terms."""
+"""Optional truth: the items that a query names. Written by the toy shop and by importers that
+derive queries; otherwise a query matches the items whose text contains all its terms."""
 
 QUARANTINE = pa.schema(
     [
@@ -80,15 +80,15 @@ QUARANTINE = pa.schema(
         pa.field("reason", pa.string()),
     ]
 )
-"""Rejected rows as JSON text, with where they came from and why."""
+"""Rejected rows as JSON text, with their origin and the reason."""
 
 
 def check_columns(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
-    """Cast `table` to `schema`, keeping further columns after it.
+    """Cast `table` to `schema`; further columns are kept after its columns.
 
-    Missing nullable columns are filled with nulls; floats where text belongs are read as ids
-    (`identifiers.id_text`): NaN is null and 7.0 is 7. Raises InputError naming the column, its
-    type and what was expected when a required column is missing or cannot be cast.
+    Missing nullable columns are filled with nulls. Floats in a text column are read as ids
+    (`identifiers.id_text`): NaN is null and 7.0 is 7. Raises InputError that names the column,
+    its type and the expected one when a required column is missing or cannot be cast.
     """
     columns: dict[str, pa.ChunkedArray] = {}
     for field in schema:

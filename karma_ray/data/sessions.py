@@ -1,11 +1,11 @@
-"""Events -> training sequences and evaluation examples (equation 1).
+"""Training sequences and evaluation examples from events (equation 1).
 
-Legend: P pages, C clicks, W windows. A page is one (user, time, query, session); event rows
-equal in all four are one page (a log line delivered twice changes nothing). Clicks are ordered
-by user, time, input row and place on the page, so **ties in time keep the input's row order**;
-ties never see each other's items, so that order carries no information.
+Legend: P pages, C clicks, W windows. A page is one (user, time, query, session); event rows that
+are equal in all four are one page, so that a log line delivered twice changes nothing. Clicks are
+ordered by user, time, input row and position on the page: **clicks with equal times keep the
+input's row order**. They are hidden from each other, so this order carries no information.
 
-Everything works on whole partitions of users, vectorised: a user is never split.
+All functions are vectorised over partitions of users; a user is never divided.
 """
 
 from __future__ import annotations
@@ -24,37 +24,36 @@ from karma_ray.ranges import Count, CountOrZero, Share, ShareBelowOne, check_ran
 
 @dataclass(frozen=True)
 class PrepareConfig:
-    """How raw events become sequences and examples."""
+    """How events become sequences and examples."""
 
     max_history: Count = 20
-    """History steps behind the newest step of a window."""
+    """Largest number of history steps before the newest step of a window."""
     num_hard_negatives: CountOrZero = 8
-    """Exposed-unclicked items kept per training click; examples keep them all."""
+    """Exposed but unclicked items kept per training click; examples keep all of them."""
     valid_share: ShareBelowOne = 0.1
-    """Share of the clicks, in time, that validates."""
+    """Share of the clicks, before those of the test, that is used for validation."""
     test_share: ShareBelowOne = 0.1
-    """Share of the clicks, last in time, that tests."""
+    """Share of the clicks, the last in time, that is used for the test."""
     max_bad_share: Share = 0.2
-    """The job stops when a larger share of rows is quarantined."""
+    """Largest share of quarantined rows; with more, preparation stops."""
     num_partitions: Count = 4
-    """Partitions of the shuffle by user; the result is the same for any number."""
+    """Partitions of the shuffle by user; the result does not depend on it."""
     seed: CountOrZero = 0
-    """Seed of which exposed-unclicked items stay when a page has more than are kept."""
+    """Seed for choosing unclicked items when a page has more than are kept."""
 
     def check(self) -> None:
-        """Raise InputError on a size or share that cannot be."""
+        """Raise InputError on sizes and shares out of range."""
         check_ranges(self, "prepare")
         check_shares(self.valid_share, self.test_share)
 
 
 def build_pages(events: pa.Table) -> pl.DataFrame:
-    """Clean events (CLEAN_EVENTS) of whole users -> pages, ordered by user, time, input row.
+    """Build pages from clean events (CLEAN_EVENTS) of whole users, by user, time, input row.
 
     Columns: user_id, timestamp, query, exposed, clicked, purchased (lists without repeats),
-    page_id `user-microseconds-ordinal` (the ordinal counts pages of one user and time by query
-    and session, so an id depends on neither input order nor partition), `time` in
-    microseconds, `page` 0..P-1 and `session` (the first page of the user's session, or the
-    page itself).
+    page_id `user-microseconds-ordinal` (the ordinal numbers a user's pages of one time by query
+    and session, so that ids depend on neither input order nor partition), `time` in microseconds,
+    `page` 0..P-1 and `session` (the first page of the session, or the page itself).
     """
     frame = pl.DataFrame(pl.from_arrow(events.rename_columns(_SHORT)))
     frame = frame.with_columns(
@@ -80,12 +79,12 @@ def build_pages(events: pa.Table) -> pl.DataFrame:
 
 
 def build_sequences(pages: pl.DataFrame, cutoffs: Cutoffs, config: PrepareConfig) -> pa.Table:
-    """Training windows (SEQUENCES) over the clicks before `valid_start`; sees nothing later.
+    """Build training windows (SEQUENCES) from the clicks before `valid_start` only.
 
-    A window holds size = max_history + 1 clicks: its last step has as long a history as a request
-    may have. A user of n <= size clicks is one window. A longer one is cut into a first window of
-    that size and further ones moved by size // 2: the part of a window that an earlier one holds
-    is context, so every click has `loss_mask` true in exactly one window.
+    A window has size = max_history + 1 clicks, so that its last step has as long a history as a
+    request may have. A user with n <= size clicks has one window. More clicks are divided into a
+    first window of that size and further ones shifted by size // 2. The part of a window that an
+    earlier one contains is context, so every click has `loss_mask` true in exactly one window.
     """
     pages = pages.filter(pl.col("time") < cutoffs.valid_start).drop("page").with_row_index("page")
     clicks = _Clicks.of(pages)
@@ -112,10 +111,10 @@ def build_sequences(pages: pl.DataFrame, cutoffs: Cutoffs, config: PrepareConfig
 def build_examples(
     pages: pl.DataFrame, start: int, end: int | None, config: PrepareConfig
 ) -> pa.Table:
-    """One row (EXAMPLES) per click with start <= time < end, in microseconds; no end: all later.
+    """Build one row (EXAMPLES) per click with start <= time < end, in microseconds.
 
-    The history is the user's last max_history clicks strictly before the click's time: clicks
-    of the same page and of any tied page are not among them.
+    The history is the user's last max_history clicks strictly before the click's time, so clicks
+    of the same page, or of another page at the same time, are not part of it.
     """
     clicks = _Clicks.of(pages)
     wanted = clicks.time >= start
@@ -131,7 +130,7 @@ def build_examples(
         else pl.col("time").is_between(start, end, closed="left")
     )
     asked = pages.filter(span)
-    # Pages without a row in `asked` are outside the span and never looked up.
+    # Pages outside the span have no row in `asked` and are never looked up.
     place = np.full(pages.height, -1)
     place[asked["page"].to_numpy()] = np.arange(asked.height)
     negatives = page_negatives(asked, "page", None, config.seed)
@@ -161,7 +160,7 @@ _SHORT = {
 
 @dataclass(frozen=True)
 class _Clicks:
-    """All clicks [C], in order; `*_start` are the first click of the same user / moment."""
+    """All clicks [C], in order; `*_start` is the first click of the same user or time."""
 
     users: pa.Array
     queries: pa.Array
@@ -202,7 +201,7 @@ def _start_of_run(is_first: np.ndarray) -> np.ndarray:
 
 
 def _windows(user_start: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """First click, end and first click in the loss of every window [W], users in order."""
+    """Return first click, end and first click with a loss of every window [W], by user."""
     first, count = np.unique(user_start, return_counts=True)
     stride = max(1, size // 2)
     num_windows = 1 + -(-np.maximum(count - size, 0) // stride)
@@ -226,7 +225,7 @@ def _gather(start: np.ndarray, end: np.ndarray) -> np.ndarray:
 
 
 def _slices(values: pa.Array, start: np.ndarray, end: np.ndarray) -> pa.ListArray:
-    """List array [W] of values[start:end]."""
+    """Return a list array [W] of values[start:end]."""
     offsets = np.concatenate([[0], np.cumsum(end - start)]).astype(np.int32)
     return pa.ListArray.from_arrays(pa.array(offsets), values.take(pa.array(_gather(start, end))))
 

@@ -1,6 +1,6 @@
-"""The global chronological split: two cut points in time, the same for every user.
+"""The global chronological split: two cutoff times that are the same for all users.
 
-A page has one time, so no page straddles a cut; nothing here is random or asks for the date.
+A page has one time, so a cutoff never divides it. Nothing depends on chance or today's date.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Cutoffs:
     test_start: int
 
     def iso(self) -> dict[str, str]:
-        """Both cut points as ISO 8601 strings."""
+        """Return both cutoffs as ISO 8601 strings."""
         return {
             "valid_start": to_datetime(self.valid_start).isoformat(),
             "test_start": to_datetime(self.test_start).isoformat(),
@@ -34,12 +34,12 @@ class Cutoffs:
 
 
 def to_datetime(microseconds: int) -> datetime:
-    """Microseconds since 1970 as a UTC datetime."""
+    """Convert microseconds since 1970 to a UTC datetime."""
     return _EPOCH + microseconds * _MICROSECOND
 
 
 def to_microseconds(value: object, field: str) -> int:
-    """An ISO 8601 string or datetime (no zone: UTC) as microseconds; raises InputError."""
+    """Convert an ISO 8601 string or datetime (default zone UTC) to microseconds."""
     try:
         moment = value if isinstance(value, datetime) else datetime.fromisoformat(str(value))
     except ValueError:
@@ -56,11 +56,12 @@ def choose_cutoffs(
     test_share: float,
     planned: Mapping[str, Any] | None = None,
 ) -> Cutoffs:
-    """Cut points from the clicks' times [n] int64 and the number of clicks at each [n].
+    """Choose the cutoffs from the times [n] int64 of clicks and the number of clicks at each.
 
-    The last `test_share` of the clicks tests and the `valid_share` before it validates; clicks
-    tied with a cut all fall after it. `planned` (a data manifest) overrides the quantiles by
-    its `valid_start` and `test_start`. Raises InputError when no click is left to train on.
+    The last `test_share` of the clicks is the test set, and the `valid_share` before it the
+    validation set; clicks at the time of a cutoff are all after it. `valid_start` and `test_start`
+    in `planned` (a data manifest) take precedence. Raises InputError when no click is left to
+    train on.
     """
     check_shares(valid_share, test_share)
     if times.size == 0:
@@ -73,7 +74,7 @@ def choose_cutoffs(
         "test_start": _quantile(times, reached, 1.0 - test_share),
     }
     if valid_share > 0 and cuts["valid_start"] == cuts["test_start"]:
-        # One moment holds both quantiles: the moment before it validates, or nothing would.
+        # Both quantiles fall on one time: validate on the time before it, to have any example.
         earlier = times[times < cuts["test_start"]]
         cuts["valid_start"] = int(earlier[-1]) if earlier.size else cuts["valid_start"]
     for name in cuts:
@@ -101,7 +102,7 @@ def check_shares(valid_share: float, test_share: float) -> None:
 
 
 def _quantile(times: np.ndarray, reached: np.ndarray, share: float) -> int:
-    """Time of the first click beyond `share` of them; one past the last when there is none."""
-    # Rounding first: 1 - .1 - .1 of 10 clicks must be 8 of them, not 7.999...
+    """Return the time of the first click beyond a share, or one past the last click."""
+    # Rounded first: 1 - 0.1 - 0.1 of 10 clicks must be 8 clicks, not 7.999...
     place = int(np.searchsorted(reached, round(share * float(reached[-1]), 6), side="right"))
     return int(times[place]) if place < times.size else int(times[-1]) + 1

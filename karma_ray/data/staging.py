@@ -1,8 +1,8 @@
-"""The data folder before and after `prepare`: input checked, output put in place.
+"""The data folder before and after `prepare`: checking the input, and publishing the output.
 
-New tables grow in `DATA/prepare-work/` and take the old ones' place only when all are written.
-`prepared.json` is removed first and written last, so a half-replaced folder is never taken for
-a prepared one.
+New tables are written to `DATA/prepare-work/` and replace the old ones only when all are complete.
+`prepared.json` is removed first and written last, so that a half-replaced folder is never taken
+for a prepared one.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from karma_ray.data.validation import (
 from karma_ray.errors import InputError, TooManyBadRows
 
 WORK = "prepare-work"
-"""Folder inside the target where new tables grow."""
+"""Folder in the target in which new tables are written."""
 
 
 def event_fragments(data_uri: str) -> list[Fragment]:
-    """The row groups of events/; raises InputError on wrong columns before anything starts."""
+    """List the row groups of events/; raises InputError on wrong columns before work starts."""
     folder = join(data_uri, "events")
     fragments, schemas = list_fragments(folder)
     for path, schema in schemas:
@@ -44,7 +44,7 @@ def event_fragments(data_uri: str) -> list[Fragment]:
 def read_catalogue(
     data_uri: str, target: str, max_bad_share: float
 ) -> tuple[pa.Array, dict[str, int]]:
-    """The catalogue's ids and counts; bad items go to the quarantine in `target`'s work folder.
+    """Return the catalogue's ids and counts, and quarantine bad items in `target`'s work folder.
 
     Raises InputError on wrong columns or an empty catalogue, and TooManyBadRows.
     """
@@ -67,7 +67,7 @@ def read_catalogue(
 
 
 def count_quarantined(target: str, event_rows: int, max_bad_share: float) -> dict[str, int]:
-    """Quarantined rows per reason, of items and events; raises TooManyBadRows for the events."""
+    """Count quarantined rows of items and events per reason; raises TooManyBadRows on events."""
     reasons = count_reasons(read_table(join(target, WORK, "quarantine")))
     of_events = {reason: n for reason, n in reasons.items() if reason not in ITEM_REASONS}
     _check_share(target, of_events, event_rows, max_bad_share, "events")
@@ -75,13 +75,13 @@ def count_quarantined(target: str, event_rows: int, max_bad_share: float) -> dic
 
 
 def publish(target: str, facts: dict[str, Any]) -> None:
-    """Put the finished tables in place of the old ones and write prepared.json."""
+    """Replace the old tables by the new ones and write prepared.json."""
     work = join(target, WORK)
     empty = [("sequences", SEQUENCES)]
     empty += [(f"examples/split={split}", EXAMPLES) for split in ("valid", "test")]
     for name, schema in empty:
         fs, path = open_filesystem(join(work, name))
-        if not fs.exists(path):  # no partition has a user
+        if not fs.exists(path):  # no partition had a user
             write_table(schema.empty_table(), join(work, name))
     remove(join(target, "prepared.json"))
     for table in ("sequences", "examples", "quarantine"):
@@ -90,7 +90,7 @@ def publish(target: str, facts: dict[str, Any]) -> None:
 
 
 def remove(uri: str) -> None:
-    """Remove a file or folder if it is there."""
+    """Remove a file or folder if it exists."""
     fs, path = open_filesystem(uri)
     if fs.exists(path):
         fs.rm(path, recursive=True)
@@ -99,7 +99,7 @@ def remove(uri: str) -> None:
 def _check_share(
     target: str, reasons: dict[str, int], rows: int, max_bad_share: float, source: str
 ) -> None:
-    """Like check_share, but leaves the quarantine in place to be looked at."""
+    """Apply check_share, but keep the quarantine for inspection."""
     try:
         check_share(reasons, rows, max_bad_share, source)
     except TooManyBadRows as error:
@@ -116,7 +116,7 @@ def _replace(target: str, table: str) -> None:
 
 
 def _with_files(quarantine: pa.Table, fragments: list[Fragment]) -> pa.Table:
-    """Row numbers of the whole folder -> the file and the row inside it."""
+    """Replace row numbers in the whole folder by files and row numbers in them."""
     rows = quarantine["row"].to_numpy()
     starts = np.array([fragment.order for fragment in fragments], dtype=np.int64)
     found = [fragments[place] for place in np.searchsorted(starts, rows, side="right") - 1]

@@ -1,4 +1,4 @@
-"""List columns -> padded arrays of steps, all windows at once: nothing loops over rows in Python.
+"""Conversion of list columns to padded arrays of steps, vectorised over all windows.
 
 Legend: B windows, T steps, N list elements of all windows, K of them that became steps.
 """
@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 
 class ItemRows(Protocol):
-    """What the collator needs of a catalogue; an embedding table satisfies it at serving."""
+    """The used part of a catalogue; in serving, an embedding table takes its place."""
 
     @property
     def content_ids(self) -> np.ndarray: ...
@@ -31,7 +31,7 @@ class StepColumns:
     queries: str
     times: str
     pages: str | None = None
-    current: str | None = None  # the query behind the last step, if it is a column of its own
+    current: str | None = None  # column of the query after the last step, if there is one
 
 
 TRAINING = StepColumns("item_ids", "queries", "timestamps", pages="page_ids")
@@ -40,25 +40,25 @@ REQUEST = StepColumns("history_item_ids", "history_queries", "history_timestamps
 
 @dataclass(frozen=True)
 class Steps:
-    """Padded arrays of the steps, and where in the lists each came from."""
+    """Padded arrays of steps, and the list element that each step comes from."""
 
     items: np.ndarray  # [B, T] catalogue rows, 0 at padding
     item_mask: np.ndarray  # [B, T]
     step_mask: np.ndarray  # [B, T]
-    group: np.ndarray  # [B, T] equal for steps of one page or one instant, -1 at padding
+    group: np.ndarray  # [B, T] equal for steps of one page or time, -1 for padding
     query: np.ndarray  # [B, T] into `texts`; 0: none
     texts: list[str]  # the distinct queries; the first is empty
     sizes: np.ndarray  # [B] list elements of each window
-    kept: np.ndarray  # [K] which of the N list elements became steps
+    kept: np.ndarray  # [K] indices of the list elements that became steps
     window: np.ndarray  # [K]
     step: np.ndarray  # [K]
 
     @classmethod
     def of(cls, rows: pa.Table, columns: StepColumns, catalog: ItemRows, limit: int) -> Steps:
-        """The last `limit` steps of each window whose items the catalogue knows.
+        """Return the last `limit` steps of each window whose items are in the catalogue.
 
-        With a current query it becomes one more step, which has no item. Raises ValueError when
-        the lists of a row differ in length.
+        A current query becomes one more step, without an item. Raises ValueError when the lists
+        of a row differ in length.
         """
         sizes = list_sizes(rows.column(columns.items))
         ids = elements(rows.column(columns.items), sizes)
@@ -68,7 +68,7 @@ class Steps:
         counts = np.bincount(window, minlength=len(sizes))
         step = places(counts) - np.maximum(counts - limit, 0)[window]
         kept, window, step = kept[step >= 0], window[step >= 0], step[step >= 0]
-        # A training batch without any known step still has one, which is padding.
+        # A training batch without any known item still has one step, which is padding.
         fewest = 1 if columns.current is None else 0
         shape = (len(sizes), max(fewest, int(step.max(initial=-1)) + 1))
 
@@ -96,7 +96,7 @@ class Steps:
         return steps if current is None else steps._followed_by(codes[len(queries) :])
 
     def _followed_by(self, query: np.ndarray) -> Steps:
-        """One more step at the end of each window, in a group of its own."""
+        """Add one step at the end of each window, in its own group."""
 
         def grown(values: np.ndarray, fill: Any) -> np.ndarray:
             return np.pad(values, ((0, 0), (0, 1)), constant_values=fill)
@@ -111,26 +111,26 @@ class Steps:
             query=grown(self.query, 0),
         )
         longer.step_mask[at] = True
-        # group numbers have gaps (steps left out) and may pass the number of steps
+        # Group numbers have gaps where steps are left out, and may exceed the number of steps.
         longer.group[at] = longer.group.max(initial=-1) + 1
         longer.query[at] = query
         return longer
 
 
 def list_sizes(column: Any) -> np.ndarray:
-    """Elements [B] int64 of the lists of a column; 0 where there is no list."""
+    """Return the lengths [B] int64 of the lists of a column; 0 for a missing list."""
     sizes = pc.fill_null(pc.list_value_length(column), 0)
     return np.asarray(sizes.to_numpy(zero_copy_only=False), np.int64)
 
 
 def flattened(column: Any) -> pa.Array:
-    """The elements [N] of all lists of a column, one behind the other."""
+    """Return the elements [N] of all lists of a column, concatenated."""
     values = pc.list_flatten(column)
     return values.combine_chunks() if isinstance(values, pa.ChunkedArray) else values
 
 
 def elements(column: Any, sizes: np.ndarray) -> pa.Array:
-    """One element [N] for each of `sizes` [B]; null in windows that have no list.
+    """Return the elements [N] of a column with `sizes` [B]; null for windows without a list.
 
     Raises ValueError when a list is neither empty nor as long as its window.
     """
@@ -145,14 +145,14 @@ def elements(column: Any, sizes: np.ndarray) -> pa.Array:
 
 
 def places(counts: np.ndarray) -> np.ndarray:
-    """0, 1, .. counts[0] - 1, 0, 1, .. counts[1] - 1, ..."""
+    """Return 0, 1, .. counts[0] - 1, 0, 1, .. counts[1] - 1, ..."""
     before = np.cumsum(counts) - counts
     numbers: np.ndarray = np.arange(counts.sum()) - np.repeat(before, counts)
     return numbers
 
 
 def catalog_rows(catalog: ItemRows, ids: pa.Array) -> np.ndarray:
-    """Catalogue rows [N] int64 of ids; -1 where unknown. Each distinct id is looked up once."""
+    """Return the catalogue rows [N] int64 of ids, -1 for unknown ones; looks up distinct ids."""
     coded = ids.dictionary_encode()
     found = np.append(catalog.rows(coded.dictionary.to_pylist()), -1)
     rows: np.ndarray = found[pc.fill_null(coded.indices, len(found) - 1).to_numpy()]
@@ -160,7 +160,7 @@ def catalog_rows(catalog: ItemRows, ids: pa.Array) -> np.ndarray:
 
 
 def _coded(queries: pa.Array, current: Any) -> tuple[np.ndarray, list[str]]:
-    """Numbers of the queries and of the current ones behind them, in the list of the texts."""
+    """Return numbers of the queries and current queries, and the texts they refer to."""
     if current is not None:
         queries = pa.concat_arrays([queries, current.cast(queries.type)])
     coded = queries.dictionary_encode()
@@ -170,7 +170,7 @@ def _coded(queries: pa.Array, current: Any) -> tuple[np.ndarray, list[str]]:
 
 
 def _groups(rows: pa.Table, columns: StepColumns, sizes: np.ndarray) -> np.ndarray:
-    """Number [N] consecutive steps of one page or one instant alike: they cannot see each other."""
+    """Give equal numbers [N] to consecutive steps of one page or time, which the mask separates."""
     place = places(sizes)
     same = _repeats(elements(rows.column(columns.times), sizes))
     if columns.pages is not None:
@@ -182,7 +182,7 @@ def _groups(rows: pa.Table, columns: StepColumns, sizes: np.ndarray) -> np.ndarr
 
 
 def _repeats(values: pa.Array) -> np.ndarray:
-    """Whether each element [N] equals the one in front of it; null equals nothing."""
+    """Whether each element [N] equals the previous one; null equals nothing."""
     same = np.zeros(len(values), bool)
     if len(values) > 1:
         equal = pc.fill_null(pc.equal(values[1:], values[:-1]), False)

@@ -1,4 +1,4 @@
-"""A hash of what a table says: the same on every machine, whatever wrote its file."""
+"""A hash of a table's values that is the same on every machine and for every file format."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import pyarrow.compute as pc
 
 
 def table_hash(table: pa.Table) -> str:
-    """SHA-256 (16 hex digits) of a table's column names and values, in order.
+    """Return the SHA-256 (16 hex digits) of a table's column names and values, in order.
 
-    Parquet files of equal tables differ between versions and settings of their writer, so the
-    bytes of files cannot say whether two machines hold the same data.
+    Parquet files of equal tables differ between versions and settings of their writer, so their
+    bytes cannot tell whether two machines have the same data.
     """
     digest = hashlib.sha256()
     for name, column in zip(table.column_names, table.columns, strict=True):
@@ -25,8 +25,8 @@ def table_hash(table: pa.Table) -> str:
 
 
 def _add(digest: Any, values: pa.Array) -> None:
-    """What is null, then the values with nulls as empty or 0: strings by lengths and bytes, lists
-    by lengths and what they hold, numbers and times as 8 bytes; other types as JSON text."""
+    """Add the null mask, then the values with nulls as empty or 0: strings as lengths and bytes,
+    lists as lengths and elements, numbers and times as 8 bytes, other types as JSON text."""
     if pa.types.is_dictionary(values.type):
         values = values.dictionary_decode()
     kind, is_ = values.type, pa.types
@@ -49,7 +49,7 @@ def _add(digest: Any, values: pa.Array) -> None:
 
 
 def _add_bytes(digest: Any, values: pa.Array) -> None:
-    """Lengths, then all bytes; the bytes under a null do not count."""
+    """Add the lengths, then all bytes; bytes of null values do not count."""
     filled = pc.fill_null(values, b"")
     _, offsets, content = filled.buffers()
     ends = np.frombuffer(offsets, "<i8")[filled.offset : filled.offset + len(filled) + 1]

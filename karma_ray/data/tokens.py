@@ -1,4 +1,4 @@
-"""The catalogue's tokens: written once per node, memory-mapped by all processes on it."""
+"""The catalogue's tokens, written once per node and memory-mapped by all its processes."""
 
 from __future__ import annotations
 
@@ -12,31 +12,31 @@ from karma_ray.data.memory_map import mapped_array
 from karma_ray.data.prompts import SpecialIds, Tokenizer, encode_texts
 
 FORMAT = 1
-"""Raised when the code makes other tokens of the same text: older files are then not found."""
+"""Raised when the code makes other tokens from the same text, so that old files are ignored."""
 
 CHUNK = 65_536
-"""Items tokenized at once; bounds the memory of the process that writes the file."""
+"""Items tokenised at once, which bounds the memory of the process that writes the file."""
 
 
 WORTH_TELLING = 0.1
-"""Share of the texts that lose their end."""
+"""Smallest share of cut texts that causes a warning."""
 SAMPLED = 2_000
-"""Items whose texts are measured; a large catalogue is not tokenized twice."""
+"""Items whose texts are measured, so that a large catalogue is not tokenised twice."""
 
 
 @dataclass(frozen=True)
 class TextLengths:
-    """How long the catalogue's texts are, in tokens, and how many lose their end."""
+    """Lengths of the catalogue's texts in tokens, and the share that is cut."""
 
     median: int
     p95: int
     read: int
-    """Tokens of a text that are read; its end token takes the last place."""
+    """Tokens that are read of a text, without its end token."""
     share_cut: float
 
     @classmethod
     def of(cls, catalog: Catalog, tokenizer: Tokenizer, max_tokens: int) -> TextLengths:
-        """Of about `SAMPLED` items at most, evenly spaced over the catalogue."""
+        """Measure at most about `SAMPLED` items, evenly spaced over the catalogue."""
         texts = catalog.texts(step=-(-catalog.num_items // SAMPLED))
         encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
         counts, read = np.array([len(ids) for ids in encoded]), max_tokens - 1
@@ -44,13 +44,13 @@ class TextLengths:
         return cls(middle, late, read, round(float((counts > read).mean()), 4))
 
     def warning(self) -> str:
-        """What to tell when many texts lose their end; "" when few do."""
+        """Return a warning if many texts are cut, otherwise ""."""
         if self.share_cut < WORTH_TELLING:
             return ""
         return (
-            f"{self.share_cut:.0%} of the item texts lose their end: {self.read} tokens of each "
-            f"are read, they have {self.median} in the middle, {self.p95} at the 95th percentile. "
-            "To read 95% of them whole, at the cost of longer steps: --set "
+            f"{self.share_cut:.0%} of the item texts are cut: {self.read} tokens of each are "
+            f"read; the median text has {self.median}, the 95th percentile {self.p95}. "
+            "To read 95% of the texts completely, with longer steps: --set "
             f"collate.max_item_tokens={self.p95 + 1}"
         )
 
@@ -58,10 +58,10 @@ class TextLengths:
 def catalog_tokens(
     catalog: Catalog, tokenizer: Tokenizer, max_tokens: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [I, L] int32 and lengths [I] int64 of every item's text, as by `encode_texts`.
+    """Return tokens [I, L] int32 and lengths [I] int64 of all item texts, as `encode_texts` does.
 
-    Of a catalogue loaded from a data folder they lie beside its copy on the node, under the
-    content of items and tokenizer; pages of the tokens are shared.
+    For a catalogue that was loaded from a data folder they are kept beside its copy on the node,
+    in a file named by the contents of items and tokenizer, whose pages are shared.
     """
     if catalog.copy is None:
         return encode_texts(tokenizer, catalog.texts(), max_tokens)
@@ -75,7 +75,7 @@ def catalog_tokens(
 
 
 def _fill(table: np.ndarray, catalog: Catalog, tokenizer: Tokenizer, max_tokens: int) -> None:
-    """One row per item [1 + max_tokens]: its length, then its tokens."""
+    """Write one row per item [1 + max_tokens]: its length, then its tokens."""
     padding = SpecialIds.of(tokenizer).end_of_text
     for start in range(0, catalog.num_items, CHUNK):
         tokens, lengths = encode_texts(tokenizer, catalog.texts(start, start + CHUNK), max_tokens)

@@ -1,17 +1,17 @@
-"""Raw rows in: what is wrong goes to quarantine with its reason, the rest goes on.
+"""Validation of raw rows: bad rows are quarantined with a reason, the others are used.
 
-A wrong *column* (missing, of a type that cannot be read) is an InputError; a wrong *row* is
-quarantined, and the job stops only when a larger share than allowed is (TooManyBadRows).
-A row is quarantined once, under the first reason that holds:
+A wrong *column* (missing, or of an unreadable type) is an InputError; a wrong *row* is quarantined,
+and the job stops only if their share is larger than allowed (TooManyBadRows). A row is quarantined
+once, for the first reason that applies:
 
-events  empty user_id | timestamp is not a time       the row is dropped
-        null item id in a list                        the entry is dropped, the row stays
-        click on an item not in the catalogue         the click is dropped, the page stays
-items   empty item_id | empty title | duplicate item_id (the first stays)
+events  empty user_id | timestamp is not a time              the row is dropped
+        null item id in a list                               the entry is dropped, the row is kept
+        click on an item not in the catalogue                the click is dropped, the page is kept
+items   empty item_id | empty title | duplicate item_id (the first is kept)
 
-An id is empty as well where it says `nan`, `NULL` or the like (identifiers.MISSING).
+Ids such as `nan` or `NULL` count as empty too (identifiers.MISSING).
 
-A page without clicks is no fault: it is counted and left out, since it holds no click to learn.
+A page without clicks is not an error: it is counted and left out, as it has no click to learn.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from karma_ray.data.schema import EVENTS, QUARANTINE, TIME, check_columns
 from karma_ray.errors import InputError, TooManyBadRows
 
 CLEAN_EVENTS = pa.schema([*EVENTS, pa.field("order", pa.int64())])
-"""Validated events: item lists hold catalogue items only; `order` is the input row number."""
+"""Validated events: lists contain catalogue items only; `order` is the input row number."""
 
 NO_USER = "empty user_id"
 NO_TIME = "timestamp is not a time"
@@ -50,7 +50,7 @@ _TIME_FORMATS = ("%FT%T%.f%#z", "%FT%T%.f", "%FT%H:%M", "%F")
 
 @dataclass(frozen=True)
 class Checked:
-    """What a check lets through, what it rejects, and how much of what it met."""
+    """Valid rows, rejected rows, and counts."""
 
     table: pa.Table
     quarantine: pa.Table
@@ -58,10 +58,10 @@ class Checked:
 
 
 def parse_times(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
-    """A column of times or of ISO 8601 strings as timestamp[us, UTC]; bad strings become null.
+    """Parse times or ISO 8601 strings as timestamp[us, UTC]; bad strings become null.
 
-    Times without a zone are UTC. Raises InputError for any other type: an integer does not
-    say whether it counts seconds, milliseconds or microseconds.
+    Times without a zone are UTC. Raises InputError for any other type, because an integer does
+    not say whether it counts seconds, milliseconds or microseconds.
     """
     kind = column.type
     if pa.types.is_null(kind):
@@ -85,7 +85,7 @@ def parse_times(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
 
 
 def event_columns(table: pa.Table, source: str) -> pa.Table:
-    """`table` with exactly the columns of EVENTS; raises InputError on a missing or wrong one."""
+    """Return `table` with exactly the columns of EVENTS; raises InputError on wrong ones."""
     if "timestamp" in table.column_names:
         place = table.column_names.index("timestamp")
         times = parse_times(table.column("timestamp"), source)
@@ -98,8 +98,8 @@ def check_events(
 ) -> Checked:
     """Validate event rows against the catalogue's ids.
 
-    `first_row` is the row number in `source` of the table's first row, `order` its number in
-    the whole input. The result's table has the columns CLEAN_EVENTS and no page without clicks.
+    `first_row` is the row number in `source` of the table's first row, and `order` its number in
+    the whole input. The resulting table has the columns CLEAN_EVENTS and only pages with clicks.
     """
     rows = event_columns(table, source)
     lists = {name: _clean_list(rows.column(name), item_ids) for name in _LIST_COLUMNS}
@@ -126,7 +126,7 @@ def check_events(
 
 
 def check_items(table: pa.Table, source: str = "items", first_row: int = 0) -> Checked:
-    """Validate item rows; keeps exactly the rows of `catalog.usable_items`, whose rule this is."""
+    """Validate item rows; keeps exactly the rows that `catalog.usable_items` selects."""
     usable = usable_items(table)
     faults = [
         (NO_ITEM_ID, blank(table.column("item_id"), MISSING)),
@@ -150,12 +150,12 @@ def check_share(reasons: Mapping[str, int], rows: int, max_share: float, source:
 
 
 def count_reasons(quarantine: pa.Table) -> dict[str, int]:
-    """Quarantined rows per reason, most frequent first."""
+    """Count quarantined rows per reason, most frequent first."""
     return dict(Counter(quarantine.column("reason").to_pylist()).most_common())
 
 
 def blank(column: pa.ChunkedArray, words: Sequence[str] = ("",)) -> np.ndarray:
-    """Mask [rows] of nulls and of strings that say `words` besides outer spaces."""
+    """Return the mask [rows] of nulls and of strings equal to `words`, ignoring outer spaces."""
     missing = pa.array([None, *words], pa.string())
     return _mask(pc.is_in(pc.utf8_trim_whitespace(column), value_set=missing))
 
@@ -173,7 +173,7 @@ class _CleanList:
 
 
 def _clean_list(column: pa.ChunkedArray, item_ids: pa.Array) -> _CleanList:
-    """Keep the catalogue's items in every list, count the others; a null list becomes empty."""
+    """Keep the catalogue's items in every list and count the others; a null list becomes empty."""
     lists = _one_array(column)
     lengths = _numpy(pc.fill_null(pc.list_value_length(lists), 0)).astype(np.int64)
     entries = lists.flatten()  # skips null lists, so it agrees with the lengths

@@ -1,8 +1,8 @@
-"""Frozen visual features of the catalogue (METHOD 1.9's v): their table, and reading by row.
+"""Frozen visual features of the catalogue (v in method 1.9): their table, and reading by row.
 
-DATA/visual_features/ holds what the encoder gave, one row per item with a readable image, and a
-manifest with the mean and deviation of each dimension. Standardising happens when a node writes
-its own copy, which all its processes map into memory.
+DATA/visual_features/ contains the encoder's output, one row per item with a readable image, and a
+manifest with mean and standard deviation of each dimension. The features are standardised when a
+node writes its local copy, which all its processes map into memory.
 
 Legend: N rows, I items, N_v tokens of an image, d_v width of a token.
 """
@@ -30,22 +30,22 @@ from karma_ray.data.memory_map import mapped_array
 from karma_ray.errors import InputError
 
 KIND = "visual_features"
-"""Kind of the manifest and name of the folder inside a data folder."""
+"""Kind of the manifest, and name of the folder in a data folder."""
 FORMAT = 1
-"""Raised when a node's copy is made in another way: older files are then not found."""
+"""Raised when a node's copy is computed differently, so that old files are ignored."""
 TARGETS = {"pooled:1": 1, "grid:16": 4, "grid:64": 8}
-"""`img_target` -> cells on a side of the grid: N_v is its square."""
+"""`img_target` -> cells per side of the grid; N_v is its square."""
 SMALLEST_DEVIATION = 1e-6
-"""A dimension that never varies is centred, not blown up."""
+"""Smallest deviation that is divided by; a constant dimension is only centred."""
 
 
 def features_uri(data_uri: str) -> str:
-    """Where a data folder keeps its visual features."""
+    """Return the folder of the visual features in a data folder."""
     return join(data_uri, KIND)
 
 
 def grid_of(target: str) -> int:
-    """Cells on a side of the grid of `pooled:1`, `grid:16` or `grid:64`; raises InputError."""
+    """Return the cells per side of `pooled:1`, `grid:16` or `grid:64`; raises InputError."""
     if target not in TARGETS:
         raise InputError("--target", target, choices=TARGETS)
     return TARGETS[target]
@@ -53,17 +53,17 @@ def grid_of(target: str) -> int:
 
 @dataclass(frozen=True)
 class VisualFeatures:
-    """Standardised features by catalogue row; `facts` is the manifest of the folder."""
+    """Standardised features by catalogue row; `facts` is the manifest of their folder."""
 
     values: np.ndarray  # [I, N_v, d_v] float32, NaN where an item has no image
     facts: dict[str, Any]
 
     @classmethod
     def load(cls, uri: str, catalog: Catalog) -> VisualFeatures:
-        """Features of `catalog` from the folder at `uri`, mapped from the node's copy.
+        """Load the features of `catalog` from the folder at `uri`, mapped from the node's copy.
 
-        Without a copy of the catalogue on the node (one built in memory) they are read into
-        memory. Raises InputError when the folder is missing, unfinished or another catalogue's.
+        A catalogue that was built in memory has no copy on the node; its features are read into
+        memory. Raises InputError when the folder is missing, unfinished or of another catalogue.
         """
         facts = read_manifest(uri, KIND)
         if catalog.copy is None:
@@ -81,18 +81,18 @@ class VisualFeatures:
 
     @property
     def num_tokens(self) -> int:
-        """N_v."""
+        """Tokens per image, N_v."""
         return int(self.values.shape[1])
 
     @property
     def width(self) -> int:
-        """d_v."""
+        """Width of a token, d_v."""
         return int(self.values.shape[2])
 
     def gather(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Catalogue rows [N] int64 -> features [N, N_v, d_v] float32, and [N] bool: has an image.
+        """Return features [N, N_v, d_v] of catalogue rows [N], and the mask [N] of images.
 
-        Zeros stand where there is none, and for row -1 (an unknown item).
+        Features are zero for items without an image, and for row -1 (an unknown item).
         """
         values = np.array(self.values[rows], np.float32)
         present = (rows >= 0) & ~np.isnan(values[:, 0, 0])
@@ -102,7 +102,7 @@ class VisualFeatures:
 
 @dataclass
 class Moments:
-    """Count, sum and sum of squares of each dimension, to be added up over parts."""
+    """Count, sum and sum of squares of each dimension, which can be added over parts."""
 
     count: int
     total: np.ndarray  # [d_v] float64
@@ -110,18 +110,18 @@ class Moments:
 
     @classmethod
     def of(cls, values: np.ndarray) -> Moments:
-        """Of features [n, N_v, d_v]; tokens count alike wherever they lie in the image."""
+        """Compute the moments of features [n, N_v, d_v], over all tokens."""
         flat = values.reshape(-1, values.shape[-1]).astype(np.float64)
         return cls(len(flat), flat.sum(0), np.square(flat).sum(0))
 
     def __add__(self, other: Moments) -> Moments:
-        """Of both together."""
+        """Return the moments of both parts together."""
         return Moments(
             self.count + other.count, self.total + other.total, self.squares + other.squares
         )
 
     def mean_and_std(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation [d_v] float64; a dimension that never varies has deviation 1."""
+        """Return mean and deviation [d_v] float64; a constant dimension has deviation 1."""
         mean = self.total / max(1, self.count)
         variance = self.squares / max(1, self.count) - np.square(mean)
         std = np.sqrt(np.maximum(variance, 0.0))
@@ -129,7 +129,7 @@ class Moments:
 
 
 def feature_rows(item_ids: Sequence[str], values: np.ndarray) -> pa.Table:
-    """Features [n, N_v, d_v] -> rows of the `visual_features` table."""
+    """Convert features [n, N_v, d_v] to rows of the `visual_features` table."""
     flat = np.ascontiguousarray(values, np.float32)
     size = int(np.prod(values.shape[1:]))
     return pa.table(
@@ -143,10 +143,10 @@ def feature_rows(item_ids: Sequence[str], values: np.ndarray) -> pa.Table:
 def write_visual_features(
     uri: str, item_ids: Sequence[str], values: np.ndarray, items_hash: str, **facts: Any
 ) -> dict[str, Any]:
-    """Write features [n, N_v, d_v] as the encoder gave them; returns the manifest.
+    """Write features [n, N_v, d_v] of any encoder, not standardised; returns the manifest.
 
-    `items_hash` is the content hash of the items/ they were made from; mean and deviation are
-    those of `values`. For features made elsewhere: any encoder's output can be brought this way.
+    `items_hash` is the content hash of the items/ that they were computed from; mean and deviation
+    are those of `values`. This imports features that were computed elsewhere.
     """
     write_table(feature_rows(item_ids, values), uri)
     return write_visual_manifest(
@@ -157,7 +157,7 @@ def write_visual_features(
 def write_visual_manifest(
     uri: str, items_hash: str, shape: Sequence[int], moments: Moments, **facts: Any
 ) -> dict[str, Any]:
-    """Write the manifest last, since a folder without it is unfinished; `shape` = (N_v, d_v)."""
+    """Write the manifest last, as it marks the folder complete; `shape` = (N_v, d_v)."""
     mean, std = moments.mean_and_std()
     facts |= {"num_tokens": int(shape[0]), "width": int(shape[1])}
     facts |= {"mean": mean.tolist(), "std": std.tolist()}
@@ -170,7 +170,9 @@ def _shape(catalog: Catalog, facts: dict[str, Any]) -> tuple[int, int, int]:
 
 def _other_catalogue(uri: str) -> InputError:
     return InputError(
-        "visual features", uri, "belong to another catalogue; make them anew: jobs/features.py DATA"
+        "visual features",
+        uri,
+        "belong to another catalogue; make them again with jobs/features.py DATA",
     )
 
 

@@ -29,7 +29,7 @@ MOST_COSINE = 0.9
 """Largest mean cosine of two different items or interests; parallel vectors rank by noise."""
 LEAST_NEGATIVES = 0.25
 """Smallest share of the pool of positives that a step keeps as negatives (in the known failure of
-masks on live embeddings it fell from 108 to 2, METHOD 1.5)."""
+masks on live embeddings it fell from 108 to 2, method 1.5)."""
 KEPT_GAP, NOTABLE_GAP = 0.2, 0.1
 """A decode gap that reached 0.1 nats per token must keep a fifth of its highest value."""
 LEAST_GAP = 0.02

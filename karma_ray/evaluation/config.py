@@ -14,7 +14,7 @@ SMALLEST_CORPUS = 100
 
 @dataclass(frozen=True)
 class EvaluationConfig:
-    """Choices that METHOD leaves open, with their defaults."""
+    """Choices that the paper leaves open, with their defaults."""
 
     gauc_weight: Literal["impressions", "positives", "uniform"] = "impressions"
     """Weight of a group (request) in gAUC."""

@@ -1,4 +1,4 @@
-"""Diagnosis of a model: attention sinks, rank, spread and decodable text (METHOD 1.13).
+"""Diagnosis of a model: attention sinks, rank, spread and decodable text (method 1.13).
 
 Every model is measured on the same `ProbeSet`, in float32 and evaluation mode.
 

@@ -1,4 +1,4 @@
-"""The evaluation of every ranker: exact, over the whole catalogue, in blocks (METHOD 1.13).
+"""The evaluation of every ranker: exact, over the whole catalogue, in blocks (method 1.13).
 
 History items stay in the catalogue (repurchase), ties count against the target, and rates are in
 percent. `measurement` iterates over the examples.

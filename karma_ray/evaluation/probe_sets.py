@@ -25,7 +25,7 @@ from karma_ray.data.schema import SEQUENCES
 from karma_ray.metrics.collapse import words_probe
 
 NUM_ITEMS = 512
-"""Number of items whose attention is measured (METHOD 1.13)."""
+"""Number of items whose attention is measured (method 1.13)."""
 VECTORS_PER_ITEM = 8
 """Number of further items, for each of these, whose vectors are compared."""
 MOST_DECODED = 256
@@ -172,7 +172,7 @@ def word_sample(collator: Collator, examples: pa.Table, seed: int) -> WordSample
 
 
 def template_tokens(tokenizer: Tokenizer) -> set[int]:
-    """Return tokens without information on an item: special ones, and separators of METHOD 1.2's
+    """Return tokens without information on an item: special ones, and separators of method 1.2's
     template, `|` between its parts and `>` inside a category path."""
     special = SpecialIds.of(tokenizer)
     encoded = tokenizer(["|", " |", " | ", ">", " >", " > "], add_special_tokens=False)["input_ids"]

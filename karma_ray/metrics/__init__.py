@@ -1,1 +1,1 @@
-"""Metrics as pure functions of arrays: ranking, semantics, collapse, significance."""
+"""Metrics as pure functions of arrays: ranking, semantic overlap, collapse, significance."""

@@ -1,10 +1,10 @@
-"""Attention sinks: columns that everybody looks at, whatever they hold (METHOD 1.13, 2410.10781).
+"""Attention sinks: columns that get much attention whatever they hold (method 1.13, 2410.10781).
 
-Position 1 is a sink in ordinary pretrained language models, so it cannot tell a healthy model from
-a collapsed one. What can are sinks and stripes on *content* columns: words of the item itself.
+Position 1 is a sink in ordinary pretrained language models, so it cannot distinguish a healthy
+model from a collapsed one. Sinks and stripes on *content* columns (words of the item itself) can.
 
 Legend: B samples, H heads, T positions; `weights` [..., T, T] are rows of attention that sum to 1,
-`visible` [..., T, T] says which position (row) sees which (column), lower triangular if not given.
+`visible` [..., T, T] is the attention mask: row attends to column, lower triangular by default.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ import torch
 from torch import Tensor
 
 EPSILON = 0.3
-"""A column is a sink when rows give it more than this share on average (2410.10781)."""
+"""A column is a sink if its average attention over rows exceeds this share (2410.10781)."""
 STRIPE_SHARE = 0.05
-"""Share of the content columns whose mass is the stripe mass."""
+"""Share of the content columns that count for the stripe mass, the heaviest ones."""
 MEASURES = ("sink_first", "content_sink", "stripe_mass", "row_entropy", "profile_entropy")
 
 
 def column_means(weights: Tensor, visible: Tensor | None = None) -> Tensor:
-    """[..., T, T] -> alpha [..., T]: the mean over the rows that see column k.
+    """Return alpha [..., T] of weights [..., T, T]: the mean over rows that attend to column k.
 
-    alpha_k = 1 / (T - k + 1) sum_{i >= k} A_ik for a causal map; 0 for a column nobody sees.
+    alpha_k = 1 / (T - k + 1) sum_{i >= k} A_ik for a causal map; 0 for a fully masked column.
     """
     seen = _visible(weights, visible)
     return (weights * seen).sum(-2) / seen.sum(-2).clamp(min=1)
 
 
 def row_entropies(weights: Tensor, visible: Tensor | None = None) -> Tensor:
-    """[..., T, T] -> [..., T]: H(A_i) / ln(positions that row i sees); NaN where that is below 2.
+    """Return H(A_i) / ln(positions visible to row i), [..., T, T] -> [..., T].
 
-    1 is attention spread evenly, 0 is all of it on one column.
+    It is 1 for even attention and 0 for attention to one column; NaN below two visible positions.
     """
     seen = _visible(weights, visible)
     entropy: Tensor = torch.special.entr(weights * seen).sum(-1)
@@ -43,11 +43,11 @@ def row_entropies(weights: Tensor, visible: Tensor | None = None) -> Tensor:
 
 
 def content_columns(template: Tensor, num_prompt: int = 0) -> Tensor:
-    """[B, T] -> [B, T]: columns that may count as content sinks.
+    """Return the mask [B, T] of columns that may count as content sinks, from `template` [B, T].
 
-    Not the first, nor `template` (separators, special tokens, padding), and k <= T / 2: late
-    columns average one or two rows, so that a head that looks at the previous token would count
-    as a sink. Where a prompt stands in front it is left out of k and T.
+    Excluded are the first column, `template` (separators, special tokens, padding), and k > T / 2:
+    late columns average one or two rows, so that a head that attends to the previous token would
+    count as a sink. A prompt at the beginning is not counted in k and T.
     """
     place = torch.arange(1, template.shape[-1] + 1, device=template.device)
     behind = place - num_prompt
@@ -58,18 +58,18 @@ def content_columns(template: Tensor, num_prompt: int = 0) -> Tensor:
 def sink_measures(
     weights: Tensor,  # [B, H, T, T]
     content: Tensor,  # [B, T]
-    visible: Tensor | None = None,  # [B, T, T]; rows that are padding see nothing
+    visible: Tensor | None = None,  # [B, T, T]; empty rows for padding
     epsilon: float = EPSILON,
 ) -> dict[str, Tensor]:
-    """MEASURES of every sample and head [B, H]; their means are METHOD 1.13's (a) to (e).
+    """Return MEASURES of every sample and head [B, H]; the diagnosis averages them (method 1.13).
 
     * `sink_first`: 100 if alpha_1 > epsilon, else 0
     * `content_sink`: 100 if any content column has alpha_k > epsilon, else 0
     * `stripe_mass`: percent of all attention on the heaviest 5 % (at least one) content columns
-    * `row_entropy`: mean of `row_entropies` over the rows that have a choice
-    * `profile_entropy`: entropy in nats of the mean row; low when all rows look at the same columns
+    * `row_entropy`: mean of `row_entropies` over rows with several visible positions
+    * `profile_entropy`: entropy in nats of the mean row; low if all rows attend to the same columns
 
-    The two of content are NaN in a sample without a content column.
+    `content_sink` and `stripe_mass` are NaN in a sample without a content column.
     """
     weights = weights.float()
     seen = _visible(weights, None if visible is None else visible[:, None])
@@ -89,7 +89,7 @@ def sink_measures(
 
 
 def _heaviest(profile: Tensor, content: Tensor) -> Tensor:
-    """Mass [B, H] of the heaviest content columns of profiles [B, H, T]."""
+    """Return the mass [B, H] of the heaviest content columns of profiles [B, H, T]."""
     ordered = profile.masked_fill(~content[:, None], 0.0).sort(-1, descending=True).values
     counts = [max(1, math.ceil(STRIPE_SHARE * number)) for number in content.sum(-1).tolist()]
     taken = torch.tensor(counts, device=profile.device)

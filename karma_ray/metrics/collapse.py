@@ -1,6 +1,6 @@
-"""Collapse probes of a set of embeddings (METHOD 1.13, "other collapse probes").
+"""Collapse metrics of a set of embeddings (method 1.13, "other collapse probes").
 
-Legend: n vectors of d dimensions. Values are Python floats; nothing here carries a gradient.
+Legend: n vectors of d dimensions. Values are Python floats; no function carries a gradient.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 
 FEWEST_OF_A_LABEL = 10
-"""Rarer labels are left out of the probe: they would be learnt and tested on a handful."""
+"""Smallest number of examples of a label; rarer labels are left out of the probe."""
 TRAINED_SHARE = 0.7
 
 
 def effective_rank(vectors: Tensor) -> float:  # [n, d] -> scalar
-    """exp(H(p)), p the singular values normalised to sum 1; not centred.
+    """Return exp(H(p)), where p are the singular values normalised to sum 1; not centred.
 
-    The identity of size n gives n, constant rows give 1, and a zero or empty matrix 0.
+    The identity of size n gives n, constant rows give 1, and a zero or empty matrix gives 0.
     """
     if vectors.numel() == 0:
         return 0.0
@@ -34,10 +34,10 @@ def effective_rank(vectors: Tensor) -> float:  # [n, d] -> scalar
 
 
 def mean_cosine(vectors: Tensor) -> float:  # [n, d] -> scalar
-    """Mean cosine over the n (n - 1) ordered pairs of different rows; 0 below two rows.
+    """Return the mean cosine over the n (n - 1) ordered pairs of different rows.
 
-    By |sum of unit vectors|^2 = n + the sum over pairs, so never n x n memory. A zero row has
-    cosine 0 with every row.
+    It uses |sum of unit vectors|^2 = n + the sum over pairs, so it needs no n x n memory. A zero
+    row has cosine 0 with every row; fewer than two rows give 0.
     """
     count = len(vectors)
     if count < 2:
@@ -48,9 +48,9 @@ def mean_cosine(vectors: Tensor) -> float:  # [n, d] -> scalar
 
 
 def spread(items: Tensor, interest: Tensor) -> dict[str, float]:  # e [U, d], h [n, d]
-    """Effective rank and mean cosine of e and of h, as a report names them.
+    """Return effective rank and mean cosine of e and of h, by their names in reports.
 
-    Callers give the learned dimensions: those that hold counted words cannot collapse.
+    Callers pass the learned dimensions only, because the lexical block cannot collapse.
     """
     return {
         f"collapse/{name}_{side}": probe(vectors)
@@ -60,9 +60,9 @@ def spread(items: Tensor, interest: Tensor) -> dict[str, float]:  # e [U, d], h 
 
 
 def linear_cka(left: Tensor, right: Tensor) -> float:  # [n, d1], [n, d2] -> scalar
-    """|Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F), columns centred (Kornblith et al. 2019).
+    """Return |Yc^T Xc|_F^2 / (|Xc^T Xc|_F |Yc^T Yc|_F), columns centred (Kornblith et al. 2019).
 
-    1 for a rotation or uniform scaling of one another, 0 when one of them is constant.
+    It is 1 for rotations and uniform scalings of each other, and 0 when one side is constant.
     """
     assert len(left) == len(right), "linear_cka compares the same items under two encoders"
     x, y = (_full_precision(side).double() for side in (left, right))
@@ -75,10 +75,10 @@ def linear_cka(left: Tensor, right: Tensor) -> float:  # [n, d1], [n, d2] -> sca
 
 @dataclass(frozen=True)
 class LabelProbe:
-    """How well a linear classifier reads a label off vectors it was not fitted on."""
+    """Accuracy of a linear classifier that predicts a label from held-out vectors."""
 
     accuracy: float  # percent of the held-out vectors
-    majority: float  # percent, by always answering the commonest label: the floor
+    majority: float  # percent, by always predicting the most frequent label: the floor
     num_labels: int
     num_tested: int
 
@@ -89,11 +89,11 @@ def label_probe(
     groups: Sequence[int],  # [n]
     seed: int,
 ) -> LabelProbe | None:
-    """Logistic regression on standardised vectors, fitted on 70 % of the groups.
+    """Fit a logistic regression on standardised vectors of 70 % of the groups, and test it.
 
-    `groups` are equal for vectors that must not stand on both sides (items of equal text); the
-    split is drawn from `seed` and does not depend on the vectors. None where fewer than two labels
-    are common enough.
+    `groups` are equal for vectors that must be on the same side of the split (items with equal
+    texts). The split is drawn from `seed` and does not depend on the vectors. None if fewer than
+    two labels are frequent enough.
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
@@ -107,7 +107,7 @@ def label_probe(
     if len(np.unique(names[train])) < 2 or not test.any():
         return None
     values = _standardised(vectors, train)
-    with warnings.catch_warnings():  # collapsed vectors converge late, and to little
+    with warnings.catch_warnings():  # collapsed vectors converge slowly, which is no problem here
         warnings.simplefilter("ignore", ConvergenceWarning)
         model = LogisticRegression(max_iter=500).fit(values[train], names[train])
     found, numbers = np.unique(names[train], return_counts=True)
@@ -125,11 +125,12 @@ def words_probe(
     groups: Sequence[str],  # [n]
     seed: int,
 ) -> float | None:
-    """Percent of the variance of `words` that a ridge regression reads off held-out vectors.
+    """Return the percent of the variance of `words` that ridge regression predicts from vectors.
 
-    It is fitted anew on 70 % of the groups, so it reads what the vectors hold, whatever decoder
-    they were or were not trained with; about 0 where they hold none of the words. `groups` must not
-    stand on both sides (users). None with fewer than two groups, or words that do not vary.
+    It is fitted on 70 % of the groups and tested on the others. It measures what the vectors
+    contain, whatever decoder they were trained with; about 0 means that they contain none of the
+    words. `groups` (users) are on one side of the split each. None with fewer than two groups, or
+    if the words do not vary.
     """
     from sklearn.linear_model import RidgeCV
 
@@ -146,13 +147,13 @@ def words_probe(
 
 
 def _fitted_side(groups: Sequence[int] | Sequence[str], seed: int) -> np.ndarray:
-    """Mask [n] of the vectors that a probe is fitted on: those of TRAINED_SHARE of the groups."""
+    """Return the mask [n] of vectors for fitting: those of TRAINED_SHARE of the groups."""
     drawn = np.random.default_rng(seed).permutation(np.unique(np.asarray(groups)))
     return np.isin(np.asarray(groups), drawn[: round(TRAINED_SHARE * len(drawn))])
 
 
 def _standardised(vectors: Tensor, fitted: np.ndarray) -> np.ndarray:
-    """[n, d] by mean and deviation of the fitted rows."""
+    """Standardise [n, d] by mean and deviation of the fitted rows."""
     values = _full_precision(vectors).double().cpu().numpy()
     mean, spread = values[fitted].mean(0), values[fitted].std(0)
     result: np.ndarray = (values - mean) / np.where(spread > 1e-9, spread, 1.0)

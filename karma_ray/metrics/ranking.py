@@ -1,4 +1,4 @@
-"""Ranks and what is read off them: HR@K, NDCG, MRR and gAUC, as METHOD 1.13 defines them.
+"""Ranks and the metrics computed from them: HR@K, NDCG, MRR and gAUC, as in method 1.13.
 
 Functions return one value per example (or group); the caller averages and multiplies by 100.
 Legend: b requests, I items of the catalogue, n judged (request, item) pairs, G groups.
@@ -13,16 +13,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 MISS = np.iinfo(np.int64).max
-"""Rank of a target that the catalogue does not hold: below every cut-off."""
+"""Rank of a target that is not in the catalogue; it is worse than every cutoff."""
 
 GroupWeight = Literal["impressions", "positives", "uniform"]
 Scores = NDArray[np.floating]
 
 
 def pessimistic_ranks(scores: Scores, targets: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rank of each target among all columns, ties counted against it.  # [b, I], [b] -> [b]
+    """Return the rank of each target, with ties counted against it.  # [b, I], [b] -> [b]
 
-    Rank 1 is best. A target of -1 (unknown) gets `MISS`. A NaN, of the target or of another
+    Rank 1 is best. A target of -1 (unknown) gets `MISS`. A NaN score, of the target or another
     item, counts against the target too.
     """
     known = targets >= 0
@@ -34,34 +34,34 @@ def pessimistic_ranks(scores: Scores, targets: NDArray[np.int64]) -> NDArray[np.
 def rank_within(
     scores: Scores, target: int, rows: NDArray[np.int64]
 ) -> int:  # [I], scalar, [M] -> scalar
-    """Pessimistic rank of `target` among `rows` only; `target` must be one of them."""
+    """Return the pessimistic rank of `target` among `rows` only, which must contain it."""
     return len(rows) - int(np.count_nonzero(scores[rows] < scores[target]))
 
 
 def hit(ranks: NDArray[np.int64], k: int) -> NDArray[np.float64]:  # [n] -> [n]
-    """HR@K per example: 1 where the target stands in the top K."""
+    """Return HR@K per example: 1 if the target is in the top K."""
     return (ranks <= k).astype(np.float64)
 
 
 def ndcg(ranks: NDArray[np.int64], k: int = 10) -> NDArray[np.float64]:  # [n] -> [n]
-    """NDCG@K with one relevant item: 1 / log2(1 + rank) inside the top K, else 0."""
+    """Return NDCG@K with one relevant item: 1 / log2(1 + rank) in the top K, else 0."""
     gains = np.asarray(1.0 / np.log2(1.0 + ranks.astype(np.float64)))
     return np.where(ranks <= k, gains, 0.0)
 
 
 def reciprocal_rank(ranks: NDArray[np.int64]) -> NDArray[np.float64]:  # [n] -> [n]
-    """MRR per example, without cut-off; a miss gives 0."""
+    """Return the reciprocal rank per example, without cutoff; a miss gives 0."""
     return np.where(ranks == MISS, 0.0, 1.0 / ranks)
 
 
 def top_rows(
     scores: Scores, k: int, targets: NDArray[np.int64], priority: NDArray[np.int64]
 ) -> NDArray[np.int64]:  # [b, I], k, [b], [I] -> [b, min(k, I)]
-    """The k best columns of each request, best first.
+    """Return the k best columns of each request, best first.
 
-    Tied items go by `priority` (lower first: a property of the item, so that the order of the
-    catalogue changes nothing), the target last among its ties: it is retrieved here exactly
-    when its pessimistic rank is at most k. Scores must not hold NaN.
+    Ties are ordered by `priority` (lower first; a property of the item, so that the order of the
+    catalogue has no effect), with the target last. The target is therefore retrieved exactly if
+    its pessimistic rank is at most k. Scores must not be NaN.
     """
     num_items = scores.shape[1]
     k = min(k, num_items)
@@ -81,7 +81,7 @@ def top_rows(
 
 @dataclass(frozen=True)
 class GroupAuc:
-    """AUC of every group that holds at least one click and one non-click, all [G]."""
+    """AUC of every group with at least one click and one non-click, all [G]."""
 
     groups: NDArray[np.int64]
     auc: NDArray[np.float64]
@@ -100,7 +100,7 @@ class GroupAuc:
 def group_auc(
     scores: Scores, labels: NDArray[np.bool_], groups: NDArray[np.int64]
 ) -> GroupAuc:  # [n], [n], [n] -> [G]
-    """AUC_g = P(s+ > s-) + .5 P(s+ = s-) by tied ranks (Mann-Whitney), all groups at once."""
+    """Compute AUC_g = P(s+ > s-) + 0.5 P(s+ = s-) from tied ranks (Mann-Whitney) of all groups."""
     order = np.lexsort((scores, groups))
     score, label, group = scores[order], labels[order].astype(np.int64), groups[order]
     if not len(score):
@@ -112,7 +112,7 @@ def group_auc(
     size = np.diff(np.append(start, len(score)))
     tie_start = np.flatnonzero(new_tie)
     tie_size = np.diff(np.append(tie_start, len(score)))
-    # Twice the mean rank within the group: integers, so ties are exact.
+    # Twice the mean rank within the group: these are integers, so ties are exact.
     first = tie_start - np.repeat(start, np.add.reduceat(new_tie.astype(np.int64), start))
     twice_rank = np.repeat(2 * first + tie_size + 1, tie_size)
     positives = np.add.reduceat(label, start)

@@ -1,4 +1,4 @@
-"""JS@K: how much the words of what was retrieved overlap the words of the truth (METHOD 1.13).
+"""JS@K: the overlap between the words of retrieved items and of the target (method 1.13).
 
 Legend: I items, V distinct terms, b requests, K retrieved items each.
 """
@@ -17,20 +17,20 @@ from numpy.typing import NDArray
 
 JsMode = Literal["per_item", "pooled"]
 
-# Words, and numbers with their decimal point; single punctuation characters fall away.
+# Words, and numbers with their decimal point; punctuation is dropped.
 _WORD = re.compile(r"\d+(?:[.,]\d+)+|[^\W_]+")
 _CHINESE = re.compile(r"[\u3400-\u4dbf\u4e00-\u9fff]")
 
 
 def terms(text: str) -> list[str]:
-    """Terms of a text in their order: lowercase, Chinese through jieba, no punctuation.
+    """Return the terms of a text in order: lowercase, Chinese segmented by jieba, no punctuation.
 
-    No stop-word list (METHOD 1.13).
+    No stop words are removed (method 1.13).
     """
     lowered = text.lower()
     if not _CHINESE.search(lowered):
         return _WORD.findall(lowered)
-    import jieba  # only catalogues with Chinese titles pay for its dictionary
+    import jieba  # loaded only for catalogues with Chinese titles
 
     jieba.setLogLevel(logging.WARNING)
     return [term for term in jieba.lcut(lowered) if _WORD.search(term)]
@@ -38,14 +38,14 @@ def terms(text: str) -> list[str]:
 
 @dataclass(frozen=True)
 class TermMatrix:
-    """T(i) of every item as a sparse 0/1 matrix."""
+    """The term set T(i) of every item, as a sparse 0/1 matrix."""
 
     matrix: sp.csr_matrix  # [I, V]
     sizes: NDArray[np.int64]  # [I]
 
     @classmethod
     def from_titles(cls, titles: Iterable[str]) -> TermMatrix:
-        """The term sets of the catalogue's titles, in catalogue order."""
+        """Build the term sets of the catalogue's titles, in catalogue order."""
         vocabulary: dict[str, int] = {}
         columns: list[int] = []
         ends = [0]
@@ -60,11 +60,11 @@ class TermMatrix:
     def jaccard(
         self, truths: NDArray[np.int64], retrieved: NDArray[np.int64], mode: JsMode = "per_item"
     ) -> NDArray[np.float64]:  # [b], [b, K] -> [b]
-        """JS@K per request, in [0, 1].
+        """Return JS@K per request, in [0, 1].
 
-        `per_item`: mean over r of |T(i) & T(r)| / |T(i) | T(r)|; `pooled`: Jaccard of T(i)
-        with the union of the K term sets. An unknown truth (-1), an empty list and a pair
-        without any term give 0.
+        `per_item`: mean over r of |T(i) & T(r)| / |T(i) | T(r)|; `pooled`: Jaccard of T(i) and the
+        union of the K term sets. An unknown target (-1), an empty list and a pair without any
+        term give 0.
         """
         values = np.zeros(len(truths))
         known = truths >= 0
@@ -100,7 +100,7 @@ class TermMatrix:
 def without_truth(
     truths: NDArray[np.int64], retrieved: NDArray[np.int64]
 ) -> NDArray[np.int64]:  # [b], [b, K + 1] -> [b, K]
-    """The K best items other than the truth, out of the K + 1 best (JS@50_excl_gt)."""
+    """Return the K best items without the target, from the K + 1 best (JS@50_excl_gt)."""
     is_truth = retrieved == truths[:, None]
     truth_last = np.argsort(is_truth, axis=1, kind="stable")
     return np.take_along_axis(retrieved, truth_last, axis=1)[:, :-1]

@@ -1,6 +1,6 @@
-"""Is the difference of two rankers more than the luck of the test users? A paired bootstrap.
+"""Significance of the difference of two rankers: a paired bootstrap over users.
 
-Clicks of one user are not independent, so users are resampled, not clicks.
+Clicks of one user are not independent, so users are resampled instead of clicks.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ _KEPT_CELLS = 20_000_000
 
 @dataclass(frozen=True)
 class BootstrapResult:
-    """Difference of two means (left - right) with its bootstrap interval."""
+    """The difference of two means (left - right) with its bootstrap interval."""
 
     difference: float
     low: float
     high: float
     p_value: float
-    """Two-sided, of the hypothesis that the difference is 0; never below 1 / (resamples + 1)."""
+    """Two-sided p-value of the hypothesis of no difference; at least 1 / (resamples + 1)."""
     num_users: int
 
 
@@ -40,9 +40,9 @@ def paired_bootstrap(
 ) -> BootstrapResult:  # [n], [n], [n], [n]
     """Bootstrap sum(w (left - right)) / sum(w) over users drawn with replacement.
 
-    `left` and `right` hold one value per example of the same examples (a hit, a reciprocal
-    rank) or per group (an AUC, with the group's weight in `weights`). The interval is the
-    percentile interval; the p-value is 2 min(P(d* <= 0), P(d* >= 0)) with add-one smoothing.
+    `left` and `right` have one value per example of the same examples (a hit, a reciprocal rank)
+    or per group (an AUC, with the group's weight in `weights`). The interval is the percentile
+    interval; the p-value is 2 min(P(d* <= 0), P(d* >= 0)) with add-one smoothing.
     """
     assert len(left) == len(right) == len(user_ids) > 0, "the same examples under two rankers"
     weight = np.ones(len(left)) if weights is None else weights
@@ -76,7 +76,7 @@ def _resampled_means(
 def _resamples(
     seed: int, num_users: int, num_resamples: int
 ) -> Iterable[NDArray[np.integer]]:  # -> blocks [size, users]
-    """How often each user is drawn; kept where it fits, for a study asks for it again and again."""
+    """Return how often each user is drawn; small results are cached, as studies reuse them."""
     if num_users * num_resamples <= _KEPT_CELLS:
         return _kept_resamples(seed, num_users, num_resamples)
     return _drawn(seed, num_users, num_resamples)

@@ -23,7 +23,7 @@ def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
 class SoftToken(nn.Module):
     """Vectors [N, width] -> soft tokens [N, D] at the scale of the LLM's input-embedding rows.
 
-    RMSNorm (projector only) -> Linear -> GELU -> Linear (xRAG's projector). METHOD 1.3 matches
+    RMSNorm (projector only) -> Linear -> GELU -> Linear (xRAG's projector). Method 1.3 matches
     the scale, because continuous tokens do not lie among the embedding rows.
     """
 
@@ -47,7 +47,7 @@ class SoftToken(nn.Module):
 
 
 class Score(nn.Module):
-    """score(h, e) = query_vectors(h) . index_vectors(e), METHOD 1.4.
+    """score(h, e) = query_vectors(h) . index_vectors(e), method 1.4.
 
     The same two maps are used in training, evaluation, the index and serving.
     """

@@ -146,7 +146,7 @@ class ImageryConfig:
 
 @dataclass(frozen=True)
 class GeneratorConfig:
-    """Generation of the search vector from h_t by a small head (METHOD 1.12, Table 2).
+    """Generation of the search vector from h_t by a small head (method 1.12, Table 2).
 
     `objective.gen_mode` says whether L_act is kept beside the head's loss.
     """

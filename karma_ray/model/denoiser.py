@@ -1,4 +1,4 @@
-"""The denoising network g_psi of METHOD 1.9: an MLP that is applied to each token separately.
+"""The denoising network g_psi of method 1.9: an MLP that is applied to each token separately.
 
 It is MAR's diffusion head (2406.11838, SimpleMLPAdaLN): time and condition modulate the norms of
 the residual blocks. Modulations and output start at zero, so that at first every block is the

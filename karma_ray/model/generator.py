@@ -1,4 +1,4 @@
-"""Generation of the search vector from h_t, for Table 2 (METHOD 1.12).
+"""Generation of the search vector from h_t, for Table 2 (method 1.12).
 
 A head learns p(z | h_t), where z is the standardised embedding of the clicked item. The target
 never gets a gradient; otherwise all items could become equal, with a loss of 0.

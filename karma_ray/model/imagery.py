@@ -1,7 +1,7 @@
 """The visual term, equation 8: learnable image queries, a light connector and a diffusion head.
 
 Queries `<boi> Q <eoi>` follow the history (Task 1) or P(h_t) alone (Task 2) in the text decoder.
-Their states condition a head that denoises the target's frozen visual features (METHOD 1.9).
+Their states condition a head that denoises the target's frozen visual features (method 1.9).
 `<boi>` and `<eoi>` are learned vectors instead of vocabulary tokens, since they are never needed
 in serving.
 

@@ -28,7 +28,7 @@ from karma_ray.model.user_decoder import Prefix, UserDecoder
 
 
 class InterestModel(RecallModel):
-    """E_phi, D_theta and their score (the stripped graph of METHOD 1.11).
+    """E_phi, D_theta and their score (the stripped graph of method 1.11).
 
     Models of Table 2 also have a generator of search vectors.
     """

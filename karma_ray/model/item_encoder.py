@@ -36,7 +36,7 @@ def instruction_tokens(config: ItemEncoderConfig, tokenizer: Tokenizer) -> list[
 
 
 class ItemEncoder(nn.Module):
-    """Backbone, pooling and W_e: e = RMSNorm(W_e (e_raw - mean)), METHOD 1.2; see `whiten`.
+    """Backbone, pooling and W_e: e = RMSNorm(W_e (e_raw - mean)), method 1.2; see `whiten`.
 
     With `lexical` the counted words of the item are appended, see LexicalBlock. With `train_layers`
     the lower layers are frozen; where `states` holds their outputs, items are encoded from these.

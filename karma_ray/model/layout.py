@@ -4,7 +4,7 @@ Every step has a block of W query slots and one item slot after the prompt:
 
     [prompt x n_p] [q_1 x W, i_1] [q_2 x W, i_2] ... [q_T x W, i_T]
 
-The three layouts of METHOD 1.3 differ only in attention mask, positions and read-out. Steps of
+The three layouts of method 1.3 differ only in attention mask, positions and read-out. Steps of
 the same *group* (a result page, or equal times) are invisible to each other: the mask separates
 them, and they share position ids.
 

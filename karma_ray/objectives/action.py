@@ -1,7 +1,7 @@
-"""L_act, equation 5, and its rivals: per-example losses of a positive against negatives.
+"""The action loss L_act (equation 5) and alternatives: losses of a positive against negatives.
 
-Each variant is a frozen dataclass that *is* the function. Legend: N examples, K negatives.
-`weights` [N, K] carry mask and reduction: 0 where a pair does not count.
+Each variant is a frozen dataclass that is called like a function. Legend: N examples, K negatives.
+`weights` [N, K] combine mask and reduction: 0 for a pair that does not count.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Pairwise:
 class InfoNCE:
     """-log softmax of the positive among the negatives (CPC, 1807.03748).
 
-    A softmax has one denominator: a pair counts (weight > 0) or does not, and neither
+    A softmax has one denominator, in which a pair counts (weight > 0) or does not. Neither
     `act_reduction` nor the size of a weight changes it.
     """
 
@@ -42,7 +42,7 @@ class InfoNCE:
 
 @dataclass(frozen=True)
 class BinaryCrossEntropy:
-    """softplus(-s+) + sum_j w_j softplus(s_j): each pair a click or not."""
+    """softplus(-s+) + sum_j w_j softplus(s_j): every item is classified as clicked or not."""
 
     def __call__(self, positive: Tensor, negatives: Tensor, weights: Tensor) -> Tensor:
         """[N], [N, K], [N, K] -> [N]."""
@@ -51,7 +51,7 @@ class BinaryCrossEntropy:
 
 @dataclass(frozen=True)
 class MeanSquaredError:
-    """(1 - sigmoid(s+))^2 + sum_j w_j sigmoid(s_j)^2: regression of the click itself."""
+    """(1 - sigmoid(s+))^2 + sum_j w_j sigmoid(s_j)^2: regression onto the click label."""
 
     def __call__(self, positive: Tensor, negatives: Tensor, weights: Tensor) -> Tensor:
         """[N], [N, K], [N, K] -> [N]."""
@@ -71,10 +71,11 @@ ACTION_LOSSES: dict[str, ActionLoss] = {
 def pair_weights(
     hard: Tensor, in_batch: Tensor, reduction: str, hard_weight: float, batch_weight: float
 ) -> Tensor:
-    """Weights [N, H + P] of the pairs from the masks hard [N, H] and in_batch [N, P].
+    """Return weights [N, H + P] of the pairs from the masks hard [N, H] and in_batch [N, P].
 
-    `mean_by_type`: each type's mean, times its weight, so that N_b does not set the learning
-    rate and drown the few hard negatives (METHOD 1.5); `paper_sum`: 1 each, times its weight.
+    `mean_by_type` takes each type's mean times its weight, so that the number of in-batch
+    negatives neither sets the learning rate nor outweighs the few hard ones (method 1.5);
+    `paper_sum` gives each pair its type's weight.
     """
     parts = []
     for mask, weight in ((hard, hard_weight), (in_batch, batch_weight)):

@@ -1,8 +1,8 @@
-"""Diffusion of a vector given a condition (METHOD 1.9): noise it, ask a network, sample it back.
+"""Diffusion of a vector under a condition (method 1.9): adding noise, prediction and sampling.
 
-What a network is asked for differs by variant; the loss does not: with `Noised` as returned by
+The variants differ in the network's target, but not in the loss: with `Noised` as returned by
 `noise()`, it is weight * ||network(noisy, time, condition) - target||^2, and the sampler inverts
-it. All data are standardised (unit variance per dimension).
+the noise. All data are standardised (unit variance per dimension).
 
     z0 = clean, eps ~ N(0, I):    flow    x_t = (1 - t) z0 + t eps              target eps - z0
                                   DDPM    x_t = sqrt(abar) z0 + sqrt(1-abar) eps  target eps, v, z0
@@ -39,12 +39,12 @@ REFERENCE_DIMS = 4096
 
 @dataclass(frozen=True)
 class FlowMatching(Denoising):
-    """Straight paths from data to noise (2210.02747): the network learns their velocity."""
+    """Straight paths from data to noise (2210.02747); the network predicts their velocity."""
 
     shift: float = 0.0
     """a in t' = a t / (1 + (a - 1) t); 0: sqrt(V d / 4096), at least 1 (RAE, 2510.11690)."""
     times: Times = "uniform"
-    """Where t is drawn before the shift: U(0, 1), or sigmoid of N(0, 1) (2403.03206)."""
+    """Distribution of t before the shift: U(0, 1), or sigmoid of N(0, 1) (2403.03206)."""
 
     def noise(self, clean: Tensor, level: Tensor, eps: Tensor) -> Noised:
         """x_t = (1 - t) z0 + t eps, target eps - z0; t = 1 is noise."""
@@ -59,7 +59,7 @@ class FlowMatching(Denoising):
     def denoise(
         self, network: Network, condition: Tensor, eps: Tensor, steps: int | None = None
     ) -> Tensor:
-        """Euler, 25 steps, t from 1 to 0 on the shifted grid."""
+        """Sample by Euler's method, 25 steps, t from 1 to 0 on the shifted grid."""
         grid = torch.linspace(1, 0, (steps or 25) + 1, device=eps.device)
         x, times = eps, self.shifted(grid, eps.shape[1:])
         for now, following in pairwise(times):
@@ -68,7 +68,7 @@ class FlowMatching(Denoising):
         return x
 
     def shifted(self, time: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """t' of t [N] for examples of this shape."""
+        """Return t' for times t [N] and examples of this shape."""
         a = self.shift or max(1.0, math.sqrt(math.prod(shape) / REFERENCE_DIMS))
         return a * time / (1 + (a - 1) * time)
 
@@ -78,11 +78,11 @@ class DDPM(Denoising):
     """1000 steps on the cosine schedule (2006.11239, 2102.09672), sampled by DDIM (2010.02502)."""
 
     prediction: Literal["eps", "v", "x0"] = "eps"
-    """What the network says: the noise, v = sqrt(abar) eps - sqrt(1 - abar) z0, or z0."""
+    """What the network predicts: the noise, v = sqrt(abar) eps - sqrt(1 - abar) z0, or z0."""
     num_times: int = 1000
     """Steps of the chain."""
     start: int = 980
-    """Where sampling starts: at t = 999, abar is 2.4e-9, and an error of 1 % on eps would make
+    """First time of the sampler: at t = 999, abar is 2.4e-9, and an error of 1 % in eps would make
     samples six times too wide."""
 
     def noise(self, clean: Tensor, level: Tensor, eps: Tensor) -> Noised:
@@ -112,7 +112,7 @@ class DDPM(Denoising):
     def _split(
         self, answer: Tensor, x: Tensor, signal: Tensor, spread: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """z0 and eps that an answer at x means."""
+        """Return z0 and eps for a prediction at x."""
         if self.prediction == "eps":
             return (x - spread * answer) / signal, answer
         if self.prediction == "v":
@@ -120,14 +120,14 @@ class DDPM(Denoising):
         return answer, (x - signal * answer) / spread
 
     def _scales(self, time: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-        """sqrt(abar) and sqrt(1 - abar) at t [N], to be multiplied with [N, V, d]."""
+        """Return sqrt(abar) and sqrt(1 - abar) at t [N], shaped to multiply [N, V, d]."""
         kept = cosine_schedule(self.num_times).to(like.device)[time]
         return spread_over(kept.sqrt().float(), like), spread_over((1 - kept).sqrt().float(), like)
 
 
 @dataclass(frozen=True)
 class Preconditioning:
-    """Table 1 of EDM at noise levels sigma: D(x) = c_skip x + c_out F(c_in x, c_noise)."""
+    """EDM's coefficients (its Table 1): D(x) = c_skip x + c_out F(c_in x, c_noise)."""
 
     skip: Tensor
     out: Tensor
@@ -138,24 +138,24 @@ class Preconditioning:
 
 @dataclass(frozen=True)
 class EDM(Denoising):
-    """Karras et al. (2206.00364). Its published P_mean is -1.2 at sigma_data .5; at unit
-    variance both shift by ln 2."""
+    """Karras et al. (2206.00364). Published is P_mean = -1.2 for sigma_data 0.5; for unit variance
+    both shift by ln 2."""
 
     p_mean: float = -0.5
     """Mean of ln sigma in training."""
     p_std: float = 1.2
-    """Its deviation."""
+    """Standard deviation of ln sigma in training."""
     sigma_data: float = 1.0
-    """Deviation of the data."""
+    """Standard deviation of the data."""
     sigma_min: float = 0.002
     """Smallest noise level of the sampler."""
     sigma_max: float = 80.0
-    """Largest."""
+    """Largest noise level of the sampler."""
     rho: float = 7.0
-    """Curvature of its schedule."""
+    """Curvature of the sampler's schedule."""
 
     def preconditioning(self, sigma: Tensor) -> Preconditioning:
-        """The five coefficients at sigma, of its shape."""
+        """Return the five coefficients at sigma, in its shape."""
         total = (sigma.square() + self.sigma_data**2).sqrt()
         return Preconditioning(
             skip=(self.sigma_data / total).square(),
@@ -166,7 +166,7 @@ class EDM(Denoising):
         )
 
     def noise(self, clean: Tensor, level: Tensor, eps: Tensor) -> Noised:
-        """In terms of F: lambda ||D - z0||^2 = lambda c_out^2 ||F - (z0 - c_skip x) / c_out||^2."""
+        """As F's loss: lambda ||D - z0||^2 = lambda c_out^2 ||F - (z0 - c_skip x) / c_out||^2."""
         sigma = (self.p_mean + self.p_std * standard_normal(level)).exp()
         scales = self.preconditioning(spread_over(sigma, clean))
         x = clean + spread_over(sigma, clean) * eps
@@ -177,7 +177,7 @@ class EDM(Denoising):
     def denoise(
         self, network: Network, condition: Tensor, eps: Tensor, steps: int | None = None
     ) -> Tensor:
-        """Heun's second-order method, 18 steps; without the churn."""
+        """Sample by Heun's second-order method, 18 steps, without churn."""
         ramp = torch.linspace(0, 1, steps or 18, device=eps.device)
         low, high = self.sigma_min ** (1 / self.rho), self.sigma_max ** (1 / self.rho)
         sigmas = torch.cat([(high + ramp * (low - high)) ** self.rho, torch.zeros_like(ramp[:1])])
@@ -200,13 +200,13 @@ class EDM(Denoising):
 
 @dataclass(frozen=True)
 class Regression(Denoising):
-    """The control that the paper lacks: plain regression, which tells *diffusion* from *visual*.
+    """Plain regression, a control that separates the effect of *diffusion* from *visual* targets.
 
-    The network sees zeros at time 0, so it can only answer E[z0 | condition].
+    The network gets zeros at time 0, so it can only predict E[z0 | condition].
     """
 
     def noise(self, clean: Tensor, level: Tensor, eps: Tensor) -> Noised:
-        """Nothing of the clean vector, and all of it as the target."""
+        """Return an input without the clean vector, which is the target."""
         return Noised(
             torch.zeros_like(clean), torch.zeros_like(level), clean, torch.ones_like(level)
         )
@@ -214,7 +214,7 @@ class Regression(Denoising):
     def denoise(
         self, network: Network, condition: Tensor, eps: Tensor, steps: int | None = None
     ) -> Tensor:
-        """One call; neither `eps` nor `steps` matters."""
+        """Predict in one call; `eps` and `steps` have no effect."""
         return network(torch.zeros_like(eps), eps.new_zeros(len(eps)), condition).float()
 
 
@@ -226,17 +226,17 @@ DENOISINGS: dict[str, Denoising] = {
     "edm": EDM(),
     "mse": Regression(),
 }
-"""Each variant as the method has it."""
+"""Each variant with the method's defaults."""
 
 
 def denoising(kind: str, times: Times = "uniform", shift: float = 0.0) -> Denoising:
-    """The variant of this name; `times` and `shift` are flow matching's alone."""
+    """Return the variant with this name; only flow matching uses `times` and `shift`."""
     return FlowMatching(shift, times) if kind == "fm" else DENOISINGS[kind]
 
 
 @cache
 def cosine_schedule(num_times: int) -> Tensor:
-    """abar [num_times] float64 after each beta of the cosine schedule, beta at most .999.
+    """Return abar [num_times] float64 for the cosine schedule, with each beta at most 0.999.
 
     abar_t = f(t) / f(0), f(t) = cos^2((t / T + .008) / 1.008 * pi / 2) (2102.09672, eq. 17).
     """

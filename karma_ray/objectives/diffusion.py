@@ -1,4 +1,4 @@
-"""What all diffusions of `denoising` have in common: one loss, one way to draw a sample.
+"""The interface of all diffusion variants in `denoising`: one loss, and one way to sample.
 
 Legend: N examples, V tokens of each, d width, C width of the condition.
 """
@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 Network = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""noisy [N, V, d], time [N] (0 to 1000 in size), condition [N, V, C] -> [N, V, d]."""
+"""(noisy [N, V, d], time [N] up to 1000 in size, condition [N, V, C]) -> [N, V, d]."""
 
 TIME_SCALE = 1000.0
-"""The times of all variants reach the network on the scale of DDPM's 1000 steps."""
+"""Scale of the times that networks get in all variants, that of DDPM's 1000 steps."""
 
 
 @dataclass(frozen=True)
 class Noised:
-    """What the network sees, and what it should answer."""
+    """Input and target of the network."""
 
     noisy: Tensor  # [N, V, d]
     time: Tensor  # [N]
@@ -31,27 +31,27 @@ class Noised:
 
 
 class Denoising(ABC):
-    """A way to train and to sample a conditional generator; variants are final dataclasses."""
+    """Training and sampling of a conditional generator; variants are final dataclasses."""
 
     @abstractmethod
     def noise(self, clean: Tensor, level: Tensor, eps: Tensor) -> Noised:
-        """Noise clean [N, V, d] by a level [N] drawn from U(0, 1) and eps [N, V, d] from N(0, I).
+        """Add noise to clean [N, V, d], with level [N] from U(0, 1) and eps [N, V, d] from N(0, I).
 
-        The draws are arguments, so that they can be made by the row's key.
+        The draws are arguments, so that they can depend on the row's key.
         """
 
     @abstractmethod
     def denoise(
         self, network: Network, condition: Tensor, eps: Tensor, steps: int | None = None
     ) -> Tensor:
-        """From eps [N, V, d] ~ N(0, I) to a sample [N, V, d] in `steps` steps (None: the usual)."""
+        """Turn eps [N, V, d] ~ N(0, I) into a sample in `steps` steps (None: the default)."""
 
     def loss(
         self, network: Network, clean: Tensor, condition: Tensor, level: Tensor, eps: Tensor
     ) -> Tensor:
         """[N, V, d], [N, V, C], [N], [N, V, d] -> [N], the mean over tokens and dimensions.
 
-        Equation 8; its scale is about 1 whatever V d. Made in float32.
+        Equation 8; its scale is about 1 for any V d. Computed in float32.
         """
         noised = self.noise(clean.float(), level.float(), eps.float())
         answer = network(noised.noisy, noised.time, condition).float()
@@ -66,13 +66,13 @@ class Denoising(ABC):
         steps: int | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
-        """One sample of shape [N, V, d] given condition [N, V, C]; `generator` on its device."""
+        """Draw a sample of shape [N, V, d] for condition [N, V, C]; `generator` on its device."""
         eps = torch.randn(shape, generator=generator, device=condition.device)
         return self.denoise(network, condition, eps, steps)
 
 
 def standard_normal(level: Tensor) -> Tensor:
-    """N(0, 1) from U(0, 1) by the inverse of its distribution; finite at both ends."""
+    """Convert U(0, 1) to N(0, 1) by the inverse distribution; finite at both ends."""
     return cast(Tensor, torch.special.ndtri(level.clamp(1e-6, 1 - 1e-6)))
 
 

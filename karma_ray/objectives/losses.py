@@ -16,7 +16,7 @@ from karma_ray.ranges import Share, Weight
 
 @dataclass(frozen=True)
 class BuiltTerms:
-    """Which decodability terms exist in a run: a weight of 0 means *not built*."""
+    """The decodability terms that exist in a run: a weight of 0 means *not built*."""
 
     generation: bool
     """Task 1."""
@@ -33,42 +33,42 @@ class BuiltTerms:
 
 @dataclass(frozen=True)
 class ObjectiveConfig:
-    """Weights and variants of the terms. A weight of 0 means *not built*."""
+    """Weights and variants of the loss terms. A weight of 0 means *not built*."""
 
     action_loss: Literal["pairwise", "infonce", "bce", "mse"] = "pairwise"
-    """Equation 5 or one of its rivals."""
+    """Equation 5 (`pairwise`) or an alternative."""
     act_reduction: Literal["mean_by_type", "paper_sum"] = "mean_by_type"
-    """Mean over hard and in-batch negatives apart, or the sum as written."""
+    """Separate means over hard and in-batch negatives, or the sum as in the paper."""
     act_positions: Literal["all", "last"] = "all"
-    """Steps that enter L_act."""
+    """Steps of a window that enter L_act."""
     hard_weight: Weight = 1.0
-    """Weight of exposed-unclicked negatives."""
+    """Weight of hard negatives (exposed but unclicked items)."""
     hard_ramp: Share = 0.1
-    """Share of the steps before hard negatives count; their weight then rises over as many."""
+    """Share of the steps without hard negatives; their weight then rises over as many steps."""
     batch_weight: Weight = 1.0
     """Weight of in-batch negatives."""
     logq: bool = False
-    """Correct the in-batch negatives of `action_loss=infonce` for their popularity: an item counts
-    by the inverse of its chance to be in the batch (`negatives.inclusion_log_chance`)."""
+    """Correct the in-batch negatives of `action_loss=infonce` for popularity: each is weighted by
+    the inverse of its probability to be in the batch (`negatives.inclusion_log_chance`)."""
     lambda_dec: Weight = 1.0
-    """Weight of the decodability terms together."""
+    """Weight of all decodability terms together."""
     generation: Weight = 1.0
     """Weight of L_gen, Task 1 (history to text)."""
     reconstruction: Weight = 1.0
     """Weight of L_recon, Task 2 (h_t to text)."""
     lambda_img: Weight = 0.0
-    """Weight of L_img (frozen visual features of the target) beside the texts, in the warm-up
-    too; needs `collate.visual_features`."""
+    """Weight of L_img (the target's frozen visual features) relative to the texts, also in the
+    warm-up; needs `collate.visual_features`."""
     gen_mode: Literal["add", "replace"] = "add"
-    """Of a model with a generator: whether L_act, on h_t, stays beside the generator's loss."""
+    """In a model with a generator: keep L_act on h_t beside the generator's loss, or not."""
     gen_weight: Weight = 1.0
     """Weight of the generator's loss."""
     ce_reduction: Literal["token_mean", "sum"] = "token_mean"
-    """Cross-entropy averaged over an example's tokens, or summed as written."""
+    """Cross-entropy averaged over an example's tokens, or summed as in the paper."""
 
     @property
     def built(self) -> BuiltTerms:
-        """The one place that says what a weight of 0 leaves out."""
+        """The terms with a weight other than 0."""
         return BuiltTerms(
             generation=self.lambda_dec * self.generation != 0,
             reconstruction=self.lambda_dec * self.reconstruction != 0,
@@ -76,7 +76,7 @@ class ObjectiveConfig:
         )
 
     def check(self) -> None:
-        """Raise InputError on settings that do not go together."""
+        """Raise InputError on settings that contradict each other."""
         if self.logq and self.action_loss != "infonce":
             message = f"corrects a softmax, and objective.action_loss={self.action_loss} has none"
             choices = ["false", "true with objective.action_loss=infonce"]
@@ -85,7 +85,7 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """Raw, unweighted terms, each a global mean (this worker's share of it); None: not built."""
+    """Unweighted terms, each this worker's share of a global mean; None: not built."""
 
     action: Tensor
     generation: Tensor | None = None
@@ -94,9 +94,9 @@ class LossTerms:
     generator: Tensor | None = None
 
     def total(self, config: ObjectiveConfig) -> Tensor:
-        """Equation 9: L_act + lambda_dec (L_gen + L_recon + lambda_img L_img).
+        """Return equation 9: L_act + lambda_dec (L_gen + L_recon + lambda_img L_img).
 
-        With a generator its loss is added, or stands in L_act's place (METHOD 1.12).
+        A generator's loss is added, or replaces L_act (method 1.12).
         """
         total = self.action
         if self.generator is not None:
@@ -112,7 +112,7 @@ class LossTerms:
         return total
 
     def named(self) -> dict[str, Tensor]:
-        """The terms that were built, under their log names."""
+        """Return the terms that were built, by their log names."""
         terms = {
             "loss/action": self.action,
             "loss/generation": self.generation,
@@ -124,11 +124,11 @@ class LossTerms:
 
 
 def hard_weight_at(config: ObjectiveConfig, progress: float) -> float:
-    """Weight of hard negatives at a share `progress` of the training: 0, then rising, then full.
+    """Return the weight of hard negatives at a share `progress` of the training: 0, then rising.
 
-    Before h knows what the query asks for, a hard negative is noise that only punishes any
-    difference between items of one query: the fastest way down is to make them all the same
-    (METHOD 1.5; docs/log.md, L2).
+    As long as h does not reflect the query, a hard negative is noise: it only penalises differences
+    between items of one query, and the loss falls fastest if they all become equal (method 1.5;
+    docs/log.md, L2).
     """
     if config.hard_ramp <= 0:
         return config.hard_weight

@@ -1,7 +1,7 @@
-"""Which pool items are honest negatives, decided from frozen content only (METHOD 1.5).
+"""Masks and corrections of negatives, decided from frozen content only (method 1.5).
 
-Live embeddings never decide: once they turn parallel, a mask on live cosine deletes every
-negative and the loss falls to zero. Legend: N examples, P pool items, C items of a window.
+They never use current embeddings: once these become parallel, a mask on their cosine would remove
+all negatives and the loss would fall to 0. Legend: N examples, P pool items, C items of a window.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch import Tensor
 
 
 def in_batch_mask(pool: Tensor, clicked: Tensor, clicked_mask: Tensor, window: Tensor) -> Tensor:
-    """Mask [N, P] of in-batch negatives.
+    """Return the mask [N, P] of in-batch negatives.
 
-    pool [P] are content ids; clicked [B, C] (with clicked_mask) the content ids each window's
-    user clicked; window [N] says which window an example belongs to. A pool item of the same
-    content as *anything* this user clicked in the window (the positive included, and with it
-    every click of the same page) is no negative.
+    pool [P] are content ids; clicked [B, C] (with clicked_mask) are the content ids that each
+    window's user clicked; window [N] is the window of each example. A pool item is no negative if
+    its content equals that of *any* click of this user in the window, which includes the positive
+    and all clicks of the same page.
     """
-    # Looked up, not compared one by one: [B, C, P] would outgrow the scores themselves.
+    # Looked up instead of compared pairwise: [B, C, P] would be larger than the scores.
     if len(pool) == 0:
         return torch.ones(len(window), 0, dtype=torch.bool, device=pool.device)
     contents, place = torch.unique(pool, return_inverse=True)
@@ -32,29 +32,30 @@ def in_batch_mask(pool: Tensor, clicked: Tensor, clicked_mask: Tensor, window: T
 def hard_negative_mask(
     hard: Tensor, hard_mask: Tensor, clicked: Tensor, clicked_mask: Tensor
 ) -> Tensor:
-    """Mask [B, T, H]: an exposed item with the content of a click in this window is dropped."""
+    """Return the mask [B, T, H] without exposed items whose content is clicked in the window."""
     same = (hard[..., None] == clicked[:, None, None, :]) & clicked_mask[:, None, None, :]
     return hard_mask & ~same.any(-1)
 
 
 def inclusion_log_chance(share: Tensor, draws: int) -> Tensor:
-    """log pi [P] of an item to be in a pool made of `draws` clicks: pi = 1 - (1 - p)^draws.
+    """Return log pi [P], the probability that an item is in a pool of `draws` clicks.
 
-    share [P] are the p: what part of all training clicks is on the item's content, as the pool
-    holds one item of each. With s - log pi in place of s the pool's part of a softmax denominator,
-    sum of exp(s) / pi, is in the mean that of the whole catalogue (Horvitz and Thompson, 1952;
-    the correction of sampling bias of Yi et al., RecSys 2019). Without it an item is pushed away
-    as often as it is popular. What no batch draws, the positive and exposed negatives, is left as
-    it is (2507.09331). Clicks of one window are taken as independent, as those of others are.
+    pi = 1 - (1 - p)^draws, where share [P] are the p: the share of all training clicks on the
+    item's content, since the pool has one item per content. With s - log pi in place of s, the
+    pool's part of a softmax denominator, the sum of exp(s) / pi, has the expectation of that over
+    the whole catalogue (Horvitz and Thompson, 1952; sampling-bias correction of Yi et al.,
+    RecSys 2019). Without it items are pushed away in proportion to their popularity. The positive
+    and the exposed negatives are not drawn by the batch and stay unchanged (2507.09331). Clicks
+    of one window are treated as independent.
     """
     return torch.log(-torch.expm1(draws * torch.log1p(-share)))
 
 
 def first_occurrences(ids: Tensor) -> Tensor:
-    """Positions [P'] of the first occurrence of each distinct id in ids [P], in order.
+    """Return the positions [P'] of the first occurrence of each distinct id in ids [P].
 
-    After gathering over workers the same item may stand in the pool twice; one stays, so that
-    one worker and many see the same negatives.
+    After gathering over workers an item may be in the pool twice. Only one is kept, so that one
+    worker and many have the same negatives.
     """
     order = ids.argsort(stable=True)
     ordered = ids[order]

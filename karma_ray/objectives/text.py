@@ -1,4 +1,4 @@
-"""Token cross-entropy of equations 6 and 7, with logits only at text targets, in chunks.
+"""Token cross-entropy of equations 6 and 7, in chunks, with logits at text targets only.
 
 Legend: R rows, L tokens, V vocabulary, D width.
 """
@@ -17,13 +17,14 @@ CHUNK = 2048
 def token_cross_entropy(
     states: Tensor, head: Tensor, labels: Tensor, mask: Tensor, chunk: int = CHUNK
 ) -> Tensor:
-    """Cross-entropy [R, L] of labels [R, L] given states [R, L, D] and head [V, D]; 0 off-mask.
+    """Return cross-entropy [R, L] of labels [R, L] for states [R, L, D] and head [V, D].
 
-    Logits exist for `chunk` targets at a time and are recomputed in the backward pass.
+    Logits are computed for `chunk` targets at a time, and again in the backward pass. Values
+    outside the mask are 0.
     """
     picked, wanted = states[mask], labels[mask]
     parts = []
-    # Without any target the result keeps its (zero) gradient: workers pass back in step.
+    # Without targets the result keeps a zero gradient, so that all workers run the backward.
     for begin in range(0, len(wanted), chunk) or (0,):
         piece = slice(begin, begin + chunk)
         if len(wanted) <= chunk:
@@ -40,7 +41,7 @@ def token_cross_entropy(
 
 
 def reduce_tokens(values: Tensor, mask: Tensor, reduction: str) -> Tensor:
-    """[R, L] -> [R]: `token_mean` over an example's tokens, or `sum` as written."""
+    """[R, L] -> [R]: `token_mean` over an example's tokens, or `sum` as in the paper."""
     total = (values * mask).sum(1)
     return total / mask.sum(1).clamp(min=1) if reduction == "token_mean" else total
 
@@ -50,10 +51,10 @@ def _chunk(states: Tensor, head: Tensor, labels: Tensor) -> Tensor:
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """-log softmax(states head^T)[label]: the gradient's probabilities are made on the way.
+    """-log softmax(states head^T)[label], which computes the probabilities for its gradient.
 
-    Logits are products in the compute type, sums are float32 (or float64). Kept for the
-    backward pass: probabilities [N, V] in the compute type, instead of float32 logits and their
+    Logits are products in the compute type, sums are float32 (or float64). The backward pass
+    keeps probabilities [N, V] in the compute type, instead of float32 logits and their
     log-softmax.
     """
 

@@ -1,5 +1,5 @@
-"""A run folder -> one HTML page, plots, a model card and the terminal's closing screen.
+"""The report of a run: an HTML page, plots, a model card, and the closing screen of a job.
 
-`page.render_report(run)` and `terminal.summary(run)` are the two doors; `record` reads what a
-run left, `standing` compares it with its floors and ceilings, `plots` draws.
+`page.render_report(run)` and `terminal.summary(run)` are the entry points; `record` reads the files
+of a run, `standing` compares it with floors and ceilings, and `plots` draws.
 """

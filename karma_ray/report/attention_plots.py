@@ -1,4 +1,4 @@
-"""Pictures of attention maps, as PNG bytes: the paper's Figure 2.
+"""Pictures of attention maps as PNG bytes, as in the paper's Figure 2.
 
 Legend: P heads, S slots.
 """
@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 
 Maps = NDArray[np.floating]
 MOST_LABELS = 24
-"""Slots that can all be named along an axis; of more, every second or third is."""
-# Dark where little is looked at; the root lets weights of a few percent show.
+"""Largest number of labels along an axis; with more slots, only some are labelled."""
+# Little attention is dark; the square root makes weights of a few percent visible.
 CONTRAST = PowerNorm(0.5, vmin=0.0, vmax=1.0)
 UNSEEN = "#eaeef2"
 
@@ -29,7 +29,7 @@ def attention_grid(
     slots: Sequence[str],
     content: NDArray[np.bool_] | None = None,  # [S]
 ) -> bytes:
-    """Models side by side, one row per head; the names of content columns are red.
+    """Draw models side by side, one row per head, with labels of content columns in red.
 
     A healthy map has a diagonal and varied rows; a collapsed one vertical stripes (a "barcode").
     """
@@ -56,7 +56,7 @@ def attention_grid(
 
 
 def head_grid(rows: Sequence[tuple[str, Maps]], title: str) -> bytes:
-    """A measure in percent [layers, heads] per model, every head a cell."""
+    """Draw a measure in percent [layers, heads] per model, with a cell per head."""
     layers, heads = rows[0][1].shape
     width, height = max(2.6, 0.34 * heads + 1.2), max(1.6, 0.26 * layers + 1.0)
     figure = Figure(figsize=(width * len(rows) + 1.0, height), layout="constrained")
@@ -85,9 +85,9 @@ def head_grid(rows: Sequence[tuple[str, Maps]], title: str) -> bytes:
 def _slots(
     axes: Axes, slots: Sequence[str], content: NDArray[np.bool_] | None, named: bool
 ) -> None:
-    """Name as many slots as can be read; rows only where `named`."""
+    """Label as many slots as are legible; rows only if `named`."""
     places = range(0, len(slots), -(-len(slots) // MOST_LABELS))
-    # Item texts are data: a dollar sign would start a formula.
+    # Item texts are data: a dollar sign would start a formula in matplotlib.
     words = [slots[place].replace("$", r"\$") for place in places]
     names = [word if len(word) <= 14 else word[:13] + "…" for word in words]
     axes.set_xticks(places, names, rotation=90, fontsize=7.5)

@@ -1,4 +1,4 @@
-"""One bar of text per metric: how far the best floor reaches, the run above it, the ceiling."""
+"""Text bars, one per metric: the best floor, the run relative to it, and the ceiling."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from karma_ray.report.record import RunRecord
 from karma_ray.report.standing import HEADLINE, Standing, format_short, standing
 
 WIDTH = 50
-"""Characters of 100 %."""
+"""Number of characters for 100 %."""
 FLOOR, GAINED, MISSED, ROOM = "=#-."
 LEGEND = {
     GAINED: "this run above it",
-    MISSED: "missing to the best floor",
-    ROOM: "room up to the ceiling",
+    MISSED: "below the best floor",
+    ROOM: "up to the ceiling",
 }
-"""Plain characters: a screen may be a log file of any encoding."""
+"""Plain ASCII characters, because a screen may be a log file in any encoding."""
 
 
 def bars(record: RunRecord) -> list[str]:
-    """A line per headline metric and a legend; nothing where nothing was measured."""
+    """Return a line per headline metric and a legend, or nothing without metrics."""
     places = [
         place for metric in HEADLINE if (place := standing(record, metric)) is not None
     ]  # fmt: skip
@@ -34,7 +34,7 @@ def bars(record: RunRecord) -> list[str]:
 
 
 def bar(place: Standing) -> str:
-    """At most WIDTH characters from 0 to the run, its best floor and its ceiling."""
+    """Draw at most WIDTH characters from 0 to the run, its best floor and its ceiling."""
     floor = place.floor_value if place.floor_value is not None else 0.0
     ceiling = place.ceiling_value if place.ceiling_value is not None else 0.0
     low, high = sorted((floor, place.value))

@@ -1,4 +1,4 @@
-"""A comparison of models -> `diagnosis.json`, pictures, one HTML page and a table to print."""
+"""The report of a diagnosis: `diagnosis.json`, pictures, an HTML page and a printed table."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from karma_ray.report.page import environment, write_bytes
 
 ROWS: tuple[tuple[str, str, str], ...] = (
     ("item encoder", "", ""),
-    ("collapse/content_sink", "content sinks, %", "heads that stare at one word of the item"),
+    ("collapse/content_sink", "content sinks, %", "heads that focus on one word of the item"),
     ("collapse/sink_first", "sinks at position 1, %", "ordinary in pretrained models"),
     ("collapse/stripe_mass", "stripe mass, %", "attention on the heaviest content columns"),
-    ("collapse/row_entropy", "row entropy, 0 to 1", "1: a row looks everywhere alike"),
-    ("collapse/profile_entropy", "profile entropy, nats", "low: all rows look at the same columns"),
+    ("collapse/row_entropy", "row entropy, 0 to 1", "1: attention is spread evenly"),
+    ("collapse/profile_entropy", "profile entropy, nats", "low: rows attend to the same columns"),
     ("user decoder, over items", "", ""),
-    ("collapse/user/content_sink", "content sinks, %", "heads that stare at one old item"),
+    ("collapse/user/content_sink", "content sinks, %", "heads that focus on one old item"),
     ("collapse/user/stripe_mass", "stripe mass, %", "attention on the heaviest item columns"),
-    ("collapse/user/row_entropy", "row entropy, 0 to 1", "1: a row looks everywhere alike"),
+    ("collapse/user/row_entropy", "row entropy, 0 to 1", "1: attention is spread evenly"),
     ("embeddings", "", ""),
-    ("collapse/effective_rank_e", "effective rank of e", "directions that tell items apart"),
-    ("collapse/effective_rank_h", "effective rank of h", "directions that tell interests apart"),
-    ("collapse/mean_cosine_e", "mean cosine of e", "1: all items alike"),
-    ("collapse/mean_cosine_h", "mean cosine of h", "1: all interests alike"),
-    ("collapse/cka_frozen", "CKA(e, frozen e)", "1: the items still lie as they did at the start"),
+    ("collapse/effective_rank_e", "effective rank of e", "dimensions in which items differ"),
+    ("collapse/effective_rank_h", "effective rank of h", "dimensions in which interests differ"),
+    ("collapse/mean_cosine_e", "mean cosine of e", "1: all items are alike"),
+    ("collapse/mean_cosine_h", "mean cosine of h", "1: all interests are alike"),
+    ("collapse/cka_frozen", "CKA(e, frozen e)", "1: same geometry as at the start"),
     ("collapse/category_accuracy", "category from e, %", "linear probe on held-out items"),
-    ("collapse/category_majority", "  always the commonest", "its floor"),
-    ("collapse/words_from_h", "words of the click from h, %", "variance that a fresh probe reads"),
+    ("collapse/category_majority", "  most frequent category", "its floor"),
+    ("collapse/words_from_h", "words of the click from h, %", "variance predicted by a probe"),
     ("collapse/words_from_query", "  from the query alone", "its floor"),
     (
         "collapse/decode_gap",
@@ -41,16 +41,16 @@ ROWS: tuple[tuple[str, str, str], ...] = (
         "what the run's own text decoder reads from h",
     ),
 )
-"""(key, label, meaning) of the table; a row without a label is a heading."""
+"""(key, label, meaning) of the rows; a row without a label is a heading."""
 ABSENT = "–"
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model under its name in the comparison."""
+    """A model, with its name in the comparison."""
 
     name: str
-    facts: dict[str, Any]  # run, recipe, seed; of a frozen model the runs that start from it
+    facts: dict[str, Any]  # run, recipe, seed; for a frozen model the runs that started from it
     diagnosis: ModelDiagnosis
 
 
@@ -60,16 +60,16 @@ class Comparison:
 
     subjects: list[Subject]
     facts: dict[str, Any]  # data, numbers and lengths of items and requests, seed
-    notes: list[str]  # what could not be measured, and why
+    notes: list[str]  # what was not measured, and why
 
     def value(self, subject: Subject, key: str) -> float | None:
-        """A metric, None where it was not measured."""
+        """Return a metric, or None if it was not measured."""
         value = subject.diagnosis.metrics.get(key)
         return None if value is None or not math.isfinite(value) else value
 
 
 def render_diagnosis(comparison: Comparison, folder: str) -> str:
-    """Write JSON, PNG files and the page into `folder`; returns the path of the page."""
+    """Write JSON, PNG files and the page to `folder`; returns the path of the page."""
     write_json(as_json(comparison), join(folder, "diagnosis.json"))
     pictures = []
     for name, (title, caption, content) in _pictures(comparison).items():
@@ -87,7 +87,7 @@ def render_diagnosis(comparison: Comparison, folder: str) -> str:
 
 
 def as_json(comparison: Comparison) -> dict[str, Any]:
-    """Facts, notes and, per model, flat metrics and every head's measures."""
+    """Return facts, notes and, per model, all metrics and the measures of every head."""
     return {
         **comparison.facts,
         "notes": comparison.notes,
@@ -110,12 +110,12 @@ def as_json(comparison: Comparison) -> dict[str, Any]:
 
 
 def screen(comparison: Comparison) -> str:
-    """The table that a job ends with; at most 40 lines."""
+    """Return the table that a job prints at its end; at most 40 lines."""
     facts, subjects = comparison.facts, comparison.subjects
     lines = [
         f"{facts['data']}: {facts['num_items']} items of {facts['item_length']} tokens, "
         f"{facts['num_held_out']} of them without a click in training; "
-        f"{facts['num_requests']} valid requests",
+        f"{facts['num_requests']} validation requests",
         "",
     ]
     width = max(len(label) for _, label, _ in ROWS) + 4
@@ -156,8 +156,8 @@ def _pictures(comparison: Comparison) -> dict[str, tuple[str, str, bytes]]:
     found = {
         "example": (
             "Item encoder: one item",
-            "Rows look at columns. Words in red are the content columns in which a sink counts. "
-            "Collapse shows as vertical stripes that all rows share.",
+            "Rows attend to columns. Content columns, in which a sink counts, are labelled in red. "
+            "Collapse shows as vertical stripes in all rows.",
             attention_grid(
                 [(name, body.example_maps) for name, body in items],
                 first.heads, first.slots, first.content,
@@ -165,8 +165,8 @@ def _pictures(comparison: Comparison) -> dict[str, tuple[str, str, bytes]]:
         ),
         "items": (
             "Item encoder: mean over the items",
-            "By position, counted from the left; stripes of single words blur here, those of "
-            "places stay.",
+            "By position, counted from the left. Stripes of single words are blurred here, those "
+            "of positions remain.",
             attention_grid(
                 [(name, body.mean_maps) for name, body in items],
                 first.heads, [str(place) for place in range(1, len(first.slots) + 1)],
@@ -174,7 +174,7 @@ def _pictures(comparison: Comparison) -> dict[str, tuple[str, str, bytes]]:
         ),
         "heads": (
             "Content sinks of every head of the item encoder",
-            "Percent of the items in which a content column draws more than 0.3 of the attention.",
+            "Percent of the items in which a content column gets more than 0.3 of the attention.",
             head_grid([(name, body.measures["content_sink"]) for name, body in items], "percent"),
         ),
     }  # fmt: skip
@@ -183,8 +183,8 @@ def _pictures(comparison: Comparison) -> dict[str, tuple[str, str, bytes]]:
         example = users[0][1]
         found["users"] = (
             "User decoder: mean over the requests",
-            "Prompt, then the query and the item of each step; the last query is the current one. "
-            "Items in red are those in which a sink counts.",
+            "Prompt, then query and item of each step; the last query is the current one. "
+            "Items in red are content columns, in which a sink counts.",
             attention_grid(
                 [(name, body.mean_maps) for name, body in users],
                 example.heads, example.slots, example.content,

@@ -1,4 +1,4 @@
-"""A run folder -> `report/report.html` (self-contained), its PNG files and `model_card.md`."""
+"""The report page of a run: `report/report.html` (self-contained), PNG files, `model_card.md`."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ _SIZES = ("num_parameters", "num_trained", "item_layers", "item_layers_frozen", 
 """What the bundle's manifest says of the model."""
 
 BARS = "comparison"
-"""The picture that the page opens with; the other ones are its curves."""
+"""The plot at the top of the page; the others are shown as curves."""
 NUM_FIRST_CASES = 4
-"""Cases in sight; the others fold away."""
+"""Number of cases that are visible; the others are folded."""
 
 
 def render_report(run: str) -> str:
     """Write the report of `run` (local path or URI) and return the path of its HTML page.
 
-    Absent pieces (no training, no checks, no cases) are left out. Raises InputError when `run`
+    Missing parts (no training, no checks, no cases) are left out. Raises InputError when `run`
     is not a run folder.
     """
     record = read_run(run)
@@ -65,7 +65,7 @@ def render_report(run: str) -> str:
 
 
 def environment(escape: bool) -> Environment:
-    """The templates; `escape` for HTML."""
+    """Return the template environment; `escape` for HTML."""
     templates = Environment(
         loader=PackageLoader("karma_ray.report", "templates"),
         autoescape=escape,
@@ -98,21 +98,21 @@ def _facts(record: RunRecord) -> dict[str, Any]:
 def _tags(record: RunRecord) -> list[str]:
     result = []
     if record.data.get("query_source") == "derived":
-        result.append("HR, NDCG, MRR and JS are on DERIVED queries.")
+        result.append("HR, NDCG, MRR and JS use DERIVED queries.")
     if record.data.get("negative_source") == "proxy":
-        result.append("gAUC is against PROXY negatives.")
+        result.append("gAUC uses PROXY negatives.")
     return result
 
 
 def _checks(record: RunRecord) -> list[tuple[str, str]]:
-    """(check, result) rows: metrics with other users' histories, and perturbations of h_t."""
+    """Return (check, result) rows: metrics with other histories, and perturbations of h_t."""
     rows = []
     shuffled: Mapping[str, Any] = record.checks.get("shuffled_history") or {}
     own: Mapping[str, Any] = record.checks.get("own_history") or record.metrics
     for metric in ("HR@10", "HR@50", "NDCG@10", "gAUC"):
         before, after = number(own.get(metric)), number(shuffled.get(metric))
         if before is not None and after is not None:
-            rows.append((f"{metric} with histories shuffled", f"{before:.2f} → {after:.2f}"))
+            rows.append((f"{metric} with others' histories", f"{before:.2f} → {after:.2f}"))
     for key, name in {
         "future_perturbation_max_abs": "largest change of h_t when future items change",
         "same_step_perturbation_max_abs": "largest change of h_t when same-step items change",
@@ -165,7 +165,7 @@ def _score(value: object) -> str:
 
 
 def write_bytes(uri: str, content: bytes) -> None:
-    """Write a file, and the folders above it."""
+    """Write a file, creating its folders."""
     fs, path = open_filesystem(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     with fs.open(path, "wb") as sink:

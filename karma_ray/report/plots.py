@@ -1,4 +1,4 @@
-"""The report's pictures, as PNG bytes. Figures are built without pyplot: no global state."""
+"""The plots of a report as PNG bytes. Figures are built without pyplot's global state."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Plot = Callable[[RunRecord], bytes | None]
 
 
 def comparison(record: RunRecord) -> bytes | None:
-    """Bars: floors, this run and ceilings, one panel per metric."""
+    """Draw floors, this run and ceilings as bars, one panel per metric."""
     rankers = [ranker for ranker in record.rankers() if ranker.metrics]
     metrics = [
         metric for metric in BAR_METRICS if any(r.value(metric) is not None for r in rankers)
@@ -40,7 +40,7 @@ def comparison(record: RunRecord) -> bytes | None:
 
 
 def losses(record: RunRecord) -> bytes | None:
-    """Loss curves per term, one panel per stage."""
+    """Draw the loss per term, one panel per stage."""
     curves = {stage: _curves(record.stage_lines(stage), "loss/") for stage in STAGES}
     curves = {stage: lines for stage, lines in curves.items() if lines}
     if not curves:
@@ -52,7 +52,7 @@ def losses(record: RunRecord) -> bytes | None:
 
 
 def validation(record: RunRecord) -> bytes | None:
-    """Metrics on valid examples over joint steps; floors and ceilings as horizontal lines."""
+    """Draw validation metrics over joint steps, with floors and ceilings as horizontal lines."""
     lines = record.stage_lines("valid")
     curves = {
         metric: points
@@ -63,13 +63,13 @@ def validation(record: RunRecord) -> bytes | None:
         return None
     figure, panels = _panels(len(curves), width=5.2)
     for axes, (metric, points) in zip(panels, curves.items(), strict=True):
-        _draw(axes, {record.recipe: points}, f"valid {metric}", "percent", marker="o")
+        _draw(axes, {record.recipe: points}, f"validation {metric}", "percent", marker="o")
         _levels(axes, record, metric)
     return _png(figure)
 
 
 def decode_gap(record: RunRecord) -> bytes | None:
-    """CE(text | shuffled h) - CE(text | h): what the text decoder reads from h_t."""
+    """Draw CE(text | shuffled h) - CE(text | h), which says how well h_t can be decoded."""
     curves = {
         stage: lines
         for stage in ("warmup", "joint")
@@ -85,7 +85,7 @@ def decode_gap(record: RunRecord) -> bytes | None:
 
 
 def collapse(record: RunRecord) -> bytes | None:
-    """Effective rank and mean cosine of item embeddings e and interests h."""
+    """Draw effective rank and mean cosine of item embeddings e and interests h."""
     lines = record.stage_lines("joint")
     groups = {
         "effective rank": _curves(lines, "collapse/effective_rank"),
@@ -101,7 +101,7 @@ def collapse(record: RunRecord) -> bytes | None:
 
 
 def negatives(record: RunRecord) -> bytes | None:
-    """Negatives per step that survive the false-negative mask."""
+    """Draw the number of negatives per step that remain after the false-negative mask."""
     curves = _curves(record.stage_lines("joint"), "negatives/")
     if not curves:
         return None
@@ -114,9 +114,9 @@ PLOTS: dict[str, tuple[str, Plot]] = {
     "comparison": ("This run between its floors and ceilings (test)", comparison),
     "validation": ("Validation over steps, with the floors and ceilings", validation),
     "losses": ("Loss per term", losses),
-    "decode_gap": ("Decode gap: CE with another interest minus CE with one's own", decode_gap),
-    "collapse": ("Collapse probes of items e and interests h", collapse),
-    "negatives": ("Surviving negatives", negatives),
+    "decode_gap": ("Decode gap: CE with another user's interest minus CE with the own", decode_gap),
+    "collapse": ("Collapse metrics of items e and interests h", collapse),
+    "negatives": ("Negatives after masking", negatives),
 }
 
 
@@ -159,7 +159,7 @@ def _draw(
 
 
 def _levels(axes: Axes, record: RunRecord, metric: str) -> None:
-    """Floors and ceilings as lines across the panel, named beside it without overlap."""
+    """Draw floors and ceilings as lines across the panel, with labels that do not overlap."""
     levels: list[tuple[float, str, str]] = []
     for ranker in record.rankers():
         if ranker.role == "run":

@@ -1,4 +1,4 @@
-"""What a finished run left on disk, read once; pieces that are absent are empty."""
+"""The files of a finished run, read once; missing parts are empty."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ Metrics = Mapping[str, float]
 
 @dataclass(frozen=True)
 class Ranked:
-    """One ranker's metrics and the part it plays in a comparison."""
+    """The metrics of a ranker, and its role in a comparison."""
 
     name: str
     role: Role
     metrics: Metrics
 
     def value(self, metric: str) -> float | None:
-        """The metric, or None where it was not measured or is not a number."""
+        """Return the metric, or None if it was not measured or is not a finite number."""
         return number(self.metrics.get(metric))
 
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Everything the report tells, as the run wrote it."""
+    """Everything that a report shows, as the run wrote it."""
 
     run: str
     config: dict[str, Any]
@@ -44,47 +44,47 @@ class RunRecord:
 
     @property
     def recipe(self) -> str:
-        """Name of the recipe, or `run` where no configuration was saved."""
+        """Name of the recipe, or `run` if no configuration was saved."""
         return str(self.config.get("recipe", "run"))
 
     @property
     def data_name(self) -> str:
-        """Name of the data, as its importer gave it."""
+        """Name of the data set, from its importer."""
         return str(self.data.get("name", "unnamed data"))
 
     @property
     def is_trained(self) -> bool:
-        """Whether the run trained a model (floors and ceilings train nothing)."""
+        """Whether the run trained a model; floors and ceilings are not trained."""
         return self.recipe not in (*FLOORS, *CEILINGS)
 
     def rankers(self) -> list[Ranked]:
-        """Floors, then this run, then ceilings: the order in which they are expected to rank."""
+        """Return floors, this run and ceilings, in the expected order of their quality."""
         others = {name: value for name, value in self.floors.items() if name != self.recipe}
         known = [*FLOORS, *sorted(name for name in others if name not in (*FLOORS, *CEILINGS))]
         floors = [Ranked(name, "floor", others[name]) for name in known if name in others]
-        # taste_oracle knows what no model can see, but misses what the logs tell: it goes first.
+        # taste_oracle knows what no model can see, but does not use the history: it comes first.
         above = [
             Ranked(name, "ceiling", others[name]) for name in reversed(CEILINGS) if name in others
         ]
         return [*floors, Ranked(self.recipe, "run", self.metrics), *above]
 
     def stage_lines(self, stage: str) -> list[dict[str, Any]]:
-        """The reports of one stage (`pretrain`, `warmup`, `joint`, `valid`), in their order."""
+        """Return the reports of one stage (`pretrain`, `warmup`, `joint`, `valid`), in order."""
         return [line for line in self.lines if line.get("stage") == stage]
 
     def labels(self) -> list[str]:
-        """Warnings that every number of this data carries, as plain sentences."""
+        """Return warnings about the data that apply to every number, as sentences."""
         result = []
         if self.data.get("query_source") == "derived":
             result.append(
-                "DERIVED queries: the log holds none; each was made from attributes of the item "
+                "DERIVED queries: the log has none; each was made from attributes of the item "
                 "that was then chosen."
             )
         if self.data.get("query_source") == "none":
-            result.append("No queries: every request is the history alone.")
+            result.append("No queries: every request consists of the history alone.")
         if self.data.get("negative_source") == "proxy":
             result.append(
-                "PROXY negatives: the log holds no impressions; gAUC compares with similar items "
+                "PROXY negatives: the log has no impressions; gAUC compares with similar items "
                 "that were on sale and not chosen."
             )
         if self.data.get("negative_source") == "none":
@@ -93,7 +93,7 @@ class RunRecord:
 
 
 def number(value: object) -> float | None:
-    """`value` as a finite float, else None."""
+    """Return `value` as a finite float, else None."""
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         return None
     return float(value)

@@ -1,4 +1,4 @@
-"""Where a run stands between its floors and its ceilings, in numbers and in plain words."""
+"""The standing of a run between its floors and ceilings, as numbers and as sentences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CEILING = "oracle"
 
 @dataclass(frozen=True)
 class Standing:
-    """One metric of the run, the best floor below it and the posterior oracle above it."""
+    """One metric of the run, with the best floor and the posterior oracle."""
 
     metric: str
     value: float
@@ -34,12 +34,12 @@ class Standing:
 
     @property
     def passes(self) -> bool:
-        """Whether the run passes its best floor."""
+        """Whether the run is above its best floor."""
         return self.floor_value is None or self.value > self.floor_value
 
     @property
     def share_of_the_way(self) -> float | None:
-        """(run - best floor) / (oracle - best floor) in percent; None without room between."""
+        """(run - best floor) / (oracle - best floor) in percent; None if that is undefined."""
         if self.floor_value is None or self.ceiling_value is None:
             return None
         room = self.ceiling_value - self.floor_value
@@ -48,7 +48,7 @@ class Standing:
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table, ready to print, and the part its ranker plays."""
+    """One number of a table, formatted, and the role of its ranker."""
 
     text: str
     role: Role
@@ -56,7 +56,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Section:
-    """One table: a row per metric, a column per ranker."""
+    """A table with a row per metric and a column per ranker."""
 
     title: str
     num_test: str
@@ -65,23 +65,23 @@ class Section:
 
 
 def format_metric(value: float | None) -> str:
-    """Two decimals, or a dash where nothing was measured."""
+    """Format with two decimals, or as a dash if not measured."""
     return "–" if value is None else f"{value:.2f}"
 
 
 def format_short(value: float | None) -> str:
-    """One decimal, or a dash where nothing was measured."""
+    """Format with one decimal, or as a dash if not measured."""
     return "–" if value is None else f"{value:.1f}"
 
 
 def format_count(value: object) -> str:
-    """A count with thousands separated, or a dash."""
+    """Format a count with thousands separators, or as a dash."""
     count = number(value)
     return "–" if count is None else f"{count:,.0f}"
 
 
 def standing(record: RunRecord, metric: str) -> Standing | None:
-    """The run's standing on one metric; None where the run did not measure it."""
+    """Return the run's standing on one metric; None if the run did not measure it."""
     value = number(record.metrics.get(metric))
     if value is None:
         return None
@@ -90,14 +90,14 @@ def standing(record: RunRecord, metric: str) -> Standing | None:
         for ranker in record.rankers()
         if ranker.role == "floor" and (floor_value := ranker.value(metric)) is not None
     ]
-    # Of equal ones the first: without a query the filters are popularity, and are called so.
+    # The first of equal ones: without queries the filters equal popularity and are named so.
     floor_value, floor = max(floors, key=lambda pair: pair[0], default=(None, None))
     ceiling = number(record.floors.get(CEILING, {}).get(metric))
     return Standing(metric, value, floor, floor_value, ceiling)
 
 
 def sections(record: RunRecord) -> list[Section]:
-    """The metrics tables: all, inside the query, warm, cold, first, repeat; empty ones left out."""
+    """Return the tables: all, in query, warm, cold, first, repeat; empty ones are left out."""
     result = []
     rankers = record.rankers()
     for prefix, title in SECTIONS.items():
@@ -117,7 +117,7 @@ def sections(record: RunRecord) -> list[Section]:
 
 
 def headline(record: RunRecord) -> list[str]:
-    """What the numbers say, a sentence each: the verdict, what each metric means, the checks."""
+    """Return sentences on the result: the verdict, the meaning of each metric, the checks."""
     meanings = [
         _sentence(place) for metric in HEADLINE if (place := standing(record, metric)) is not None
     ]
@@ -125,9 +125,9 @@ def headline(record: RunRecord) -> list[str]:
 
 
 def verdict(record: RunRecord) -> list[str]:
-    """A line each for all clicks, warm and cold items: which floors the run passes.
+    """Return a line each for all clicks, warm and cold items: which floors the run beats.
 
-    Empty for a floor or ceiling, and where no floor was measured.
+    Empty for a floor or ceiling, and if no floor was measured.
     """
     if not record.is_trained:
         return []
@@ -158,7 +158,7 @@ def _listed(names: list[str]) -> str:
 
 
 def check_sentences(record: RunRecord) -> list[str]:
-    """Whether the history is used, and whether the future is."""
+    """Return sentences that say whether the history, and whether the future, is used."""
     return [*_shuffle_sentence(record), *_perturbation_sentences(record)]
 
 
@@ -171,8 +171,8 @@ def _sentence(place: Standing) -> str:
         )
     else:
         text = (
-            f"{place.metric}: {place.value:.1f}; 50 is guessing which of the items shown beside "
-            "each other is clicked"
+            f"{place.metric}: {place.value:.1f}; 50 is random guessing of the clicked item among "
+            "those shown together"
         )
     if place.floor is not None and place.floor_value is not None:
         text += f"; the best floor, {place.floor}, has {place.floor_value:.1f}"

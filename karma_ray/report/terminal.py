@@ -1,4 +1,4 @@
-"""The one screen a job ends with: where this run stands, some cases, what to type next."""
+"""The closing screen of a job: the standing of the run, some cases, and the next command."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from karma_ray.report.standing import check_sentences, format_count, verdict
 
 LINE = 100
 NUM_SHOWN = 3
-"""Items of a history, and of a recalled list, of each case."""
+"""Number of items shown of a history, and of a recalled list, in each case."""
 
 
 def summary(run: str) -> str:
-    """The closing screen of a run, at most 40 lines; raises InputError when there is no run."""
+    """Return the closing screen of a run, at most 40 lines; raises InputError without a run."""
     record = read_run(run)
     notes = [*check_sentences(record), *record.labels(), *_quarantine(record), *_alarms(record)]
     blocks = [
@@ -37,7 +37,7 @@ def summary(run: str) -> str:
 
 
 def _two_cases(record: RunRecord) -> list[tuple[str, dict[str, Any]]]:
-    """Of the cases drawn at random the first hit and the first miss, each with what it is."""
+    """The first hit and the first miss among the cases, which are drawn at random."""
     found: dict[str, dict[str, Any]] = {}
     for case in record.cases:
         hit = any(item["is_truth"] for item in case.get("recalled") or [])
@@ -46,7 +46,7 @@ def _two_cases(record: RunRecord) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _case(name: str, case: dict[str, Any]) -> list[str]:
-    """Query and history, the first recalled titles with the clicked one marked, and the words."""
+    """Query, history, the first recalled titles with the clicked one marked, decoded text."""
     rank = case.get("rank")
     history = [step["title"] for step in (case.get("history") or [])[-NUM_SHOWN:]]
     parts = [
@@ -91,7 +91,7 @@ def _quarantine(record: RunRecord) -> list[str]:
 
 
 def _alarms(record: RunRecord) -> list[str]:
-    """What usually helps stands in the log and in the report."""
+    """Return the alarms without advice, which the log and the report contain."""
     found = (told for line in record.lines for told in messages(line, with_help=False))
     return [told[0].upper() + told[1:] for told in found]
 

@@ -1,1 +1,1 @@
-"""Bundle, index and retriever: the code that serves is the code that is measured."""
+"""Bundle, index and retriever, which serving and evaluation share."""

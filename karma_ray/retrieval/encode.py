@@ -1,8 +1,7 @@
-"""Item embeddings: making them in this process, and the table they live in.
+"""Item embeddings: encoding them in this process, and the table that stores them.
 
-The Ray job and the evaluation call the same `encode_catalog`; the table stands in for the
-catalogue wherever a history item only needs its row and its vector.
-
+The Ray job and the evaluation call the same `encode_catalog`. Where a history item only needs its
+row and its vector, the table replaces the catalogue.
 Legend: I items, L tokens, D width.
 """
 
@@ -38,12 +37,11 @@ def encode_catalog(
     precision: str = "float32",
     rows: NDArray[np.int64] | None = None,  # [I]
 ) -> NDArray[np.float32]:  # [I, D]
-    """Encode every item, in the order given. The model's mode is left as it was found.
+    """Encode every item, in the given order. The model's mode is restored afterwards.
 
-    `rows` are the catalogue's, for encoders that look at pictures (default: 0 to I - 1).
-
-    Batches hold items of about equal length, so little of the work is padding; the result
-    does not depend on the batch an item falls into beyond rounding.
+    `rows` are catalogue rows for multimodal encoders (default: 0 to I - 1). Batches have items of
+    similar length, so there is little padding. Apart from rounding the result does not depend on
+    the batch of an item.
     """
     device = next(interest.parameters()).device
     was_training = interest.training
@@ -68,13 +66,13 @@ def encode_catalog(
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """bfloat16 autocast when asked for, otherwise a context that does nothing."""
+    """Return a bfloat16 autocast if asked for, otherwise a context that does nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
 
 
 @dataclass(frozen=True)
 class ItemTable:
-    """Ids, titles and embeddings of the items, row by row; an `ItemRows` for the collator."""
+    """Ids, titles and embeddings of the items by row; an `ItemRows` for the collator."""
 
     item_ids: list[str]
     titles: list[str]
@@ -92,17 +90,17 @@ class ItemTable:
 
     @cached_property
     def content_ids(self) -> NDArray[np.int64]:
-        """Every item is its own content: requests have no negatives to compare."""
+        """Every item has its own content, since requests compare no negatives."""
         return np.arange(self.num_items, dtype=np.int64)
 
     def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
-        """Row numbers [n] of item ids; -1 where unknown."""
+        """Return the row numbers [n] of item ids; -1 for unknown ones."""
         return np.fromiter((self._row_of.get(i, -1) for i in ids), dtype=np.int64, count=len(ids))
 
     def in_order(self, item_ids: Sequence[str]) -> ItemTable:
-        """The same table with its rows in the order of `item_ids`.
+        """Return the same table with its rows in the order of `item_ids`.
 
-        Raises SkewError unless both hold the same items.
+        Raises SkewError unless both have the same items.
         """
         rows = self.rows(item_ids)
         missing = [i for i, row in zip(item_ids, rows, strict=True) if row < 0]
@@ -119,17 +117,17 @@ class ItemTable:
         )
 
     def to_arrow(self) -> pa.Table:
-        """`item_id`, `embedding` as the tables on disk have them, and `title` beside them."""
+        """Return columns `item_id` and `embedding` as in the tables on disk, and `title`."""
         return embedding_rows(self.item_ids, self.titles, self.embeddings)
 
 
 def embedding_rows(
     item_ids: Sequence[str], titles: Sequence[str], embeddings: NDArray[np.float32]
 ) -> pa.Table:
-    """One `item_embeddings` row per item.
+    """Return one `item_embeddings` row per item.
 
-    `title` rides along, so that an index can be made, and served, without the catalogue. Raises
-    KarmaRayError on embeddings that are not finite: no search would ever find those items.
+    The titles make it possible to build and serve an index without the catalogue. Raises
+    KarmaRayError on embeddings that are not finite, as no search would find those items.
     """
     check_finite(item_ids, embeddings)
     values = pa.array(np.ascontiguousarray(embeddings).reshape(-1), pa.float32())
@@ -151,15 +149,15 @@ def save_embeddings(table: ItemTable, folder: str) -> dict[str, Any]:
 def write_embedding_manifest(
     folder: str, parents: Mapping[str, str], num_items: int, width: int
 ) -> dict[str, Any]:
-    """Write the manifest last: a folder without it is unfinished."""
+    """Write the manifest last, as it marks the folder complete."""
     return write_manifest(folder, MANIFEST_KIND, parents=parents, num_items=num_items, width=width)
 
 
 def load_embeddings(folder: str, bundle_hash: str | None = None) -> ItemTable:
     """Read item embeddings.
 
-    Raises InputError when they are missing or unfinished, KarmaRayError when they are not
-    finite, SkewError when `bundle_hash` is given and another bundle made them.
+    Raises InputError when they are missing or unfinished, KarmaRayError when they are not finite,
+    and SkewError when they were not made by the bundle with `bundle_hash`, if given.
     """
     parents = read_manifest(folder, MANIFEST_KIND)["parents"]
     if bundle_hash is not None:
@@ -167,7 +165,7 @@ def load_embeddings(folder: str, bundle_hash: str | None = None) -> ItemTable:
     table = read_table(folder, columns=["item_id", "title", "embedding"]).combine_chunks()
     column = table.column("embedding").combine_chunks()
     width = column.type.list_size
-    # A copy, since Arrow's memory is read-only and torch wants to own what it wraps.
+    # A copy, since Arrow's memory is read-only and torch needs writable memory.
     values = np.array(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
     item_ids, embeddings = table.column("item_id").to_pylist(), values.reshape(-1, width)
     check_finite(item_ids, embeddings, folder)

@@ -1,10 +1,10 @@
-"""The bundle: what serves, and nothing else (METHOD 1.11).
+"""The bundle: the files needed for serving (method 1.11).
 
-A bundle is `model.interest` written out: two Hugging Face bodies, the adapters around them,
-the tokenizer and the configuration. Nothing is deleted on the way, so nothing train-only can
-be left behind. Low-rank adapters of the bodies are added into the weights they stand beside, so
-a body is a plain folder; scores then agree to rounding (bit by bit where there are none).
-A baseline over item ids is written as its weights, without bodies.
+A bundle stores `model.interest`: two Hugging Face bodies, the adapters around them, the tokenizer
+and the configuration. Modules that exist only in training are outside `model.interest`, so none
+can be included by mistake. Low-rank adapters are merged into the weights of the bodies, so a body
+is an ordinary folder; scores then agree up to rounding (bitwise if there are no such adapters).
+A baseline over item ids is stored as its weights, without bodies.
 """
 
 from __future__ import annotations
@@ -72,9 +72,9 @@ def save_bundle(
     uri: str,
     facts: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Write a bundle, replacing what stands at `uri`; returns its manifest.
+    """Write a bundle, replacing the content of `uri`; returns its manifest.
 
-    `facts` (JSON-able: recipe, data, seed, ...) go into the manifest beside the content hash.
+    `facts` (JSON values: recipe, data, seed, ...) are added to the manifest.
     """
     fs, path = open_filesystem(uri)
     if fs.exists(path):
@@ -91,8 +91,11 @@ def save_bundle(
 
 
 def load_bundle(uri: str) -> Bundle:
-    """Load a bundle; raises InputError when it is missing or no bundle, KarmaRayError when its
-    files do not fit together or a weight is not finite."""
+    """Load a bundle.
+
+    Raises InputError when it is missing or not a bundle, and KarmaRayError when its files do not
+    fit together or a weight is not finite.
+    """
     manifest = read_manifest(uri, "bundle")
     with _read_folder(uri) as folder:
         config = read_json(str(folder / "config.json"))
@@ -119,7 +122,7 @@ def load_bundle(uri: str) -> Bundle:
 
 
 def _save_parts(interest: InterestModel, folder: Path) -> dict[str, Any]:
-    """Bodies and adapters; returns their configuration."""
+    """Save bodies and adapters; returns their configuration."""
     save_body(merged(interest.item_encoder.body), str(folder / ITEM_ENCODER))
     save_body(merged(interest.user_decoder.body), str(folder / USER_DECODER))
     save_file(_adapters(interest), str(folder / ADAPTERS))
@@ -145,7 +148,7 @@ def _load_parts(model: ModelConfig, folder: Path, tokenizer: Tokenizer, uri: str
 
 
 def _adapters(interest: InterestModel) -> dict[str, Tensor]:
-    """Everything of the model that is not inside the two bodies."""
+    """Return all tensors of the model outside the two bodies."""
     return {
         name: value.detach().cpu().contiguous()
         for name, value in interest.state_dict().items()
@@ -171,7 +174,7 @@ def _config(parts: Mapping[str, Any], collate: CollateConfig) -> dict[str, Any]:
     packages = {name: version(name) for name in ("torch", "transformers", "tokenizers")}
     return {
         "model": parts,
-        # Requests need no features of images, and where they lay is nobody's business.
+        # Requests need no visual features, and their path is private to the training.
         "collate": dataclasses.asdict(dataclasses.replace(collate, visual_features="")),
         "versions": {"karma_ray": __version__, **packages},
     }
@@ -193,7 +196,7 @@ def _generator(denoiser: Mapping[str, Any], **fields: Any) -> GeneratorConfig:
 
 @contextmanager
 def _written_folder(uri: str) -> Iterator[Path]:
-    """A local folder to write into, uploaded afterwards when `uri` is not local.
+    """Yield a local folder to write into, which is uploaded if `uri` is not local.
 
     transformers and safetensors write local files only.
     """
@@ -212,7 +215,7 @@ def _written_folder(uri: str) -> Iterator[Path]:
 
 @contextmanager
 def _read_folder(uri: str) -> Iterator[Path]:
-    """The bundle as a local folder, downloaded for the time being when `uri` is not local."""
+    """Yield the bundle as a local folder, downloaded temporarily if `uri` is not local."""
     if "://" not in uri:
         yield Path(uri)
         return

@@ -1,4 +1,4 @@
-"""Refusing NaN and infinity by name: they would be searched with and never be found.
+"""Checks that embeddings, weights and queries are finite, as a search would fail silently.
 
 Legend: I items, B requests, K vectors of a request, D width.
 """
@@ -22,7 +22,7 @@ def check_finite(
     vectors: NDArray[np.float32],  # [I, D]
     where: str = "the model",
 ) -> None:
-    """Raise KarmaRayError, with an example, where the vectors of items hold NaN or infinity."""
+    """Raise KarmaRayError, with an example, if vectors of items contain NaN or infinity."""
     broken = np.flatnonzero(~np.isfinite(vectors).all(1))
     if len(broken):
         raise KarmaRayError(
@@ -33,7 +33,7 @@ def check_finite(
 
 
 def check_weights(model: Module, where: str) -> None:
-    """Raise KarmaRayError naming the first weight that holds NaN or infinity."""
+    """Raise KarmaRayError that names the first weight with NaN or infinity."""
     for name, weight in model.named_parameters():
         if not bool(weight.isfinite().all()):
             raise KarmaRayError(
@@ -43,7 +43,7 @@ def check_weights(model: Module, where: str) -> None:
 
 
 def check_queries(vectors: NDArray[np.float32]) -> None:  # [B, K, D]
-    """Raise KarmaRayError where a request would search with NaN or infinity."""
+    """Raise KarmaRayError if a request would search with NaN or infinity."""
     broken = ~np.isfinite(vectors).all((1, 2))
     if broken.any():
         raise KarmaRayError(

@@ -1,7 +1,7 @@
-"""The item index: search over the serving side of the score, with its ids and titles.
+"""The item index: search by the score, with ids and titles of the items.
 
 What is stored is `InterestModel.index_vectors(e)`, so the inner product with
-`query_vectors(h)` is the score of training (METHOD 1.4). Exact search needs nothing but a
+`query_vectors(h)` is the score of training (method 1.4). Exact search needs nothing but a
 matrix product; approximate kinds need faiss.
 
 Legend: I items, B queries, D width, K results.
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
     Rows = NDArray[np.int64]
 
 RECALL_AT = 200
-"""Depth at which an index is compared with exact search."""
+"""Depth at which the recall of an index is measured against exact search."""
 NUM_PROBE_QUERIES = 256
-"""Item vectors used as queries when the recall of an index is measured."""
+"""Number of item vectors that are used as queries to measure the recall of an index."""
 SMALL_SEARCH = 2_000_000
-"""Inner products below which one thread beats the cost of starting several."""
+"""Number of inner products below which one thread is faster than starting several."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +53,23 @@ class Flat:
     kind = "flat"
 
     def build(self, vectors: Vectors) -> ExactSearch:  # [I, D]
-        """An exact index over `vectors`."""
+        """Build an exact index of `vectors`."""
         return ExactSearch(vectors)
 
 
 @dataclass(frozen=True)
 class InvertedLists:
-    """Approximate search: only the `num_probes` nearest of `num_lists` cells are read."""
+    """Approximate search that reads only the `num_probes` nearest of `num_lists` cells."""
 
     kind = "ivf"
 
     num_lists: int = 0
-    """Cells; 0 takes 4 sqrt(I), at most one per 39 items (the least k-means learns from)."""
+    """Cells; 0: 4 sqrt(I), at most one per 39 items (the fewest that k-means accepts)."""
     num_probes: int = 16
     """Cells read per query."""
 
     def build(self, vectors: Vectors) -> Any:  # [I, D]
-        """An inverted-list faiss index of `vectors`; k-means runs under faiss's fixed seed."""
+        """Build an inverted-list faiss index of `vectors`; k-means uses faiss's fixed seed."""
         faiss = faiss_for(self.kind)
         count, width = vectors.shape
         wanted = self.num_lists or int(4 * count**0.5)
@@ -88,7 +88,7 @@ KINDS: dict[str, type[Flat] | type[InvertedLists]] = {"flat": Flat, "ivf": Inver
 
 
 def faiss_for(kind: str) -> Any:
-    """The package faiss, which only approximate kinds need; raises InputError without it."""
+    """Import faiss, which only approximate kinds need; raises InputError without it."""
     try:
         import faiss
     except ImportError as error:
@@ -101,7 +101,7 @@ def faiss_for(kind: str) -> Any:
 
 
 def index_kind(name: str) -> IndexKind:
-    """The kind called `name` with its default parameters; raises InputError with the choices."""
+    """Return the kind `name` with default parameters; raises InputError with the choices."""
     if name not in KINDS:
         raise InputError("--kind", name, choices=KINDS)
     return KINDS[name]()
@@ -109,18 +109,18 @@ def index_kind(name: str) -> IndexKind:
 
 @dataclass(frozen=True)
 class ItemIndex:
-    """A searchable catalogue: row r of the index is `item_ids[r]`, called `titles[r]`."""
+    """A searchable catalogue: row r of the index is `item_ids[r]` with title `titles[r]`."""
 
     engine: Any
-    """ExactSearch, or a faiss index: `search(queries, k)` gives scores and rows."""
+    """ExactSearch or a faiss index: `search(queries, k)` returns scores and rows."""
     item_ids: list[str]
     titles: list[str]
     kind: str
     parameters: dict[str, Any]
     recall: float
-    """Measured recall@200 against exact search, queries being item vectors; 1.0 when exact."""
+    """Measured recall@200 against exact search, with item vectors as queries; 1.0 if exact."""
     parents: dict[str, str]
-    """Content hashes of the bundle and the item embeddings this index was made from."""
+    """Content hashes of the bundle and the item embeddings that the index was built from."""
     content_hash: str = ""
     """Hash of the saved files; empty until saved."""
 
@@ -160,13 +160,13 @@ class ItemIndex:
 
     @property
     def num_items(self) -> int:
-        """Items in the index."""
+        """Number of items in the index."""
         return len(self.item_ids)
 
     def search(self, queries: Vectors, k: int) -> tuple[Rows, Vectors]:  # [B, D] -> [B, K]
-        """Rows and scores of the `k` best items per query, best first.
+        """Return rows and scores of the `k` best items per query, best first.
 
-        K is min(k, I). An approximate index that finds fewer fills up with row -1, score -inf.
+        K is min(k, I). If an approximate index finds fewer, the rest has row -1 and score -inf.
         """
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         k = min(k, self.num_items)
@@ -208,9 +208,9 @@ class ItemIndex:
     def load(cls, folder: str, bundle_hash: str | None = None) -> ItemIndex:
         """Read a saved index.
 
-        Raises InputError when it is missing, damaged or needs faiss that is not here,
-        KarmaRayError when it is not finite, SkewError when `bundle_hash` is given and the index
-        was made for another bundle.
+        Raises InputError when it is missing, damaged or needs faiss, which is not installed;
+        KarmaRayError when it is not finite; SkewError when it was not made for the bundle with
+        `bundle_hash`, if given.
         """
         manifest = read_manifest(folder, "index")
         parents = dict(manifest["parents"])
@@ -235,7 +235,7 @@ class ItemIndex:
 
 
 def check_parent(parents: Mapping[str, str], role: str, expected: str, folder: str) -> None:
-    """Raise SkewError unless what stands in `folder` was made from this very `role`."""
+    """Raise SkewError unless the content of `folder` was made from the expected `role`."""
     found = parents.get(role)
     if found != expected:
         raise SkewError(
@@ -254,7 +254,7 @@ def _read_engine(kind: str, data: bytes, folder: str) -> Any:
 
 
 def _measured_recall(index: Any, vectors: Vectors) -> float:  # [I, D]
-    """Share of the exact top 200 that `index` finds, queries being evenly spaced items."""
+    """Return the share of the exact top 200 that `index` finds, for evenly spaced items."""
     if isinstance(index, ExactSearch):
         return 1.0
     rows = np.linspace(0, len(vectors) - 1, min(NUM_PROBE_QUERIES, len(vectors))).astype(int)
@@ -279,9 +279,9 @@ def _threads(kind: str, work: int) -> Iterator[None]:
 def merged(
     rows: NDArray[np.int64], scores: NDArray[np.float32], k: int
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """The k best of several lists each: rows and scores [B, L] -> [B, k], best first.
+    """Merge several lists per request: rows and scores [B, L] -> the k best [B, k], best first.
 
-    What stands in more than one list counts once, with its best score. Row -1 is none.
+    An item in more than one list counts once, with its best score. Row -1 means none.
     """
     found = np.full((len(rows), k), -1, np.int64), np.zeros((len(rows), k), np.float32)
     for request, (places, values) in enumerate(zip(rows, scores, strict=True)):

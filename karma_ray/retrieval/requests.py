@@ -1,4 +1,4 @@
-"""A request as the columns of `examples` that a model may see, and the key of its random draws."""
+"""Requests as tables with the columns that a model may read, and keys for their random draws."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ REQUEST_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class HistoryItem:
-    """One past click: the item, the query it was found with, and when."""
+    """One past click: the item, the query that led to it, and its time."""
 
     item_id: str
     query: str | None = None
@@ -36,17 +36,17 @@ class HistoryItem:
 
 @dataclass(frozen=True)
 class Request:
-    """What a user asks now and what they clicked before, oldest first."""
+    """The current query of a user, and past clicks, oldest first."""
 
     query: str | None = None
     history: Sequence[HistoryItem] = ()
 
 
 def request_table(requests: Sequence[Request]) -> pa.Table:
-    """Requests as the columns of `examples` that a model may see.
+    """Convert requests to the columns of `examples` that a model may read.
 
-    A history with a time at every step is put in order of time; one without is taken as it
-    comes, oldest first.
+    A history with a time at every step is sorted by time; otherwise it is used in the given
+    order, oldest first.
     """
     rows = []
     for request in requests:
@@ -66,8 +66,8 @@ def request_table(requests: Sequence[Request]) -> pa.Table:
 
 
 def request_keys(examples: pa.Table, items: ItemRows, max_history: int) -> NDArray[np.int64]:  # [B]
-    """Hashes of a request's query and of the last `max_history` items of its history that `items`
-    knows: by id, so that a catalogue in another order changes nothing."""
+    """Hash each request's query and the last `max_history` items of its history that `items`
+    knows. It hashes ids, so that the order of the catalogue has no effect."""
     columns = (examples.column(name).to_pylist() for name in ("query", "history_item_ids"))
     texts = []
     for query, history in zip(*columns, strict=True):

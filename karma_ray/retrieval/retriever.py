@@ -1,7 +1,7 @@
-"""(query, history) -> items: the code that serves is the code that measures HR@K.
+"""The retriever: (query, history) -> items, used in serving and in the evaluation.
 
-`recall` answers a request through the index; `score` gives evaluation the same scores for
-the whole catalogue. Both go through `interests`, `search_vectors` and `index_vectors`.
+`recall` answers a request through the index; `score` returns the same scores for the whole
+catalogue. Both use `interests`, `search_vectors` and `index_vectors`.
 
 Legend: B requests, I items, D width, K results.
 """
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RecalledItem:
-    """An item with its score and title."""
+    """A retrieved item with its score and title."""
 
     item_id: str
     score: float
@@ -45,7 +45,7 @@ class RecalledItem:
 
 @dataclass(frozen=True)
 class Recall:
-    """The best items, best first, and the history ids nobody knows."""
+    """The best items, best first, and unknown ids of the history."""
 
     items: list[RecalledItem]
     ignored_item_ids: list[str] = field(default_factory=list)
@@ -53,14 +53,14 @@ class Recall:
 
 @dataclass(frozen=True)
 class Scores:
-    """One score per asked item, None where the item is unknown."""
+    """One score per requested item, None for unknown items."""
 
     scores: list[float | None]
     ignored_item_ids: list[str] = field(default_factory=list)
 
 
 class Retriever:
-    """Model, item table and index that belong together."""
+    """A model, an item table and an index that belong together."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Retriever:
         index: ItemIndex,
         model_version: str = "",
     ) -> None:
-        """`collator` must number items as `table` does; `index` may number them otherwise."""
+        """`collator` must use the row numbers of `table`; `index` may use others."""
         self.interest = interest.eval()
         self.collator, self.table, self.index = collator, table, index
         self.model_version, self.index_version = model_version, index.content_hash
@@ -81,9 +81,9 @@ class Retriever:
     def load(cls, run: str, data: str | None = None) -> Retriever:
         """Load a finished run folder.
 
-        With `data`, rows (and so the columns of `score`) follow that catalogue; otherwise the
-        index, and the catalogue is not needed at all. Raises InputError naming the missing
-        part and the command that makes it, SkewError when the parts do not belong together.
+        With `data`, rows (and columns of `score`) are in the order of that catalogue; otherwise in
+        the order of the index, without reading a catalogue. Raises InputError that names a
+        missing part and the command that makes it, and SkewError when parts do not fit together.
         """
         check_run(run)
         folder = RunFolder(run)
@@ -104,18 +104,18 @@ class Retriever:
         embeddings: NDArray[np.float32],  # [I, D]
         kind: IndexKind | None = None,
     ) -> Retriever:
-        """A retriever in memory, from a model in training and its catalogue's embeddings."""
+        """Build a retriever in memory from a model in training and its item embeddings."""
         table = ItemTable(catalog.item_ids, catalog.titles, embeddings, {})
         return cls(interest, collator, table, build_index(interest, table, kind))
 
     def interests(self, examples: pa.Table) -> Tensor:  # [B, D]
-        """h_t of every request."""
+        """Return h_t of every request."""
         with torch.inference_mode():
             batch = self.collator.requests(examples).to(self._embeddings.device)
             return self.interest.last_interest(batch, self._embeddings[batch.item_rows])
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # [B, I]
-        """Scores of the whole catalogue for rows of `examples`, in the table's order."""
+        """Return scores of the whole catalogue for rows of `examples`, in the table's order."""
         with torch.inference_mode():
             queries = self._vectors(examples)  # [B, K, D]
             best = (queries[:, 0] @ self._index_vectors.T).float()
@@ -131,15 +131,15 @@ class Retriever:
         k: int,
         exclude_history: bool = False,
     ) -> Recall:
-        """The `k` best items for one request; `exclude_history` leaves out what was clicked."""
+        """Return the `k` best items of one request; `exclude_history` omits clicked items."""
         return self.recall_batch([Request(query, history)], k, exclude_history)[0]
 
     def recall_batch(
         self, requests: Sequence[Request], k: int, exclude_history: bool = False
     ) -> list[Recall]:
-        """`recall` for several requests in one pass of the model and one of the index.
+        """Apply `recall` to several requests with one pass of the model and one of the index.
 
-        Raises KarmaRayError where the model's answer is not finite.
+        Raises KarmaRayError if the model's output is not finite.
         """
         if k < 1:
             raise InputError("k", k, "must be at least 1")
@@ -159,7 +159,7 @@ class Retriever:
     def score_items(
         self, query: str | None, history: Sequence[HistoryItem], item_ids: Sequence[str]
     ) -> Scores:
-        """Scores of given items (pre-ranking), in their order; None for unknown items."""
+        """Score given items (pre-ranking), in their order; None for unknown items."""
         request = Request(query, history)
         rows = self.table.rows(item_ids)
         known = np.flatnonzero(rows >= 0)
@@ -172,7 +172,7 @@ class Retriever:
         return Scores(scores, self._unknown(request))
 
     def keys(self, examples: pa.Table) -> NDArray[np.int64]:  # [B]
-        """What random draws for a request depend on: what the model reads of it."""
+        """Return keys for the random draws of requests, hashes of what the model reads."""
         return request_keys(examples, self.table, self.collator.config.max_history)
 
     def _vectors(self, examples: pa.Table) -> Tensor:  # [B, K, D]
@@ -194,9 +194,9 @@ class Retriever:
     def _search(
         self, queries: NDArray[np.float32], k: int
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """The k best rows of each request and their scores [B, k]; queries [B, K, D].
+        """Return the k best rows of each request and their scores [B, k]; queries [B, K, D].
 
-        An item that several of the K lists hold counts once, with its best score.
+        An item in several of the K lists counts once, with its best score.
         """
         count, lists, _ = queries.shape
         rows, scores = self.index.search(queries.reshape(count * lists, -1), k)
@@ -212,7 +212,7 @@ class Retriever:
 def build_index(
     interest: RecallModel, table: ItemTable, kind: IndexKind | None = None, **parents: str
 ) -> ItemIndex:
-    """Index `index_vectors(e)` of a table."""
+    """Build an index of `index_vectors(e)` of a table."""
     device = next(interest.parameters()).device
     with torch.inference_mode():
         vectors = interest.index_vectors(torch.from_numpy(table.embeddings).to(device))
@@ -222,7 +222,7 @@ def build_index(
 
 
 def index_run(run: str, kind: IndexKind | None = None) -> ItemIndex:
-    """Make and save RUN/index from RUN/bundle and RUN/item_embeddings."""
+    """Build and save RUN/index from RUN/bundle and RUN/item_embeddings."""
     folder = RunFolder(run)
     require_part(run, folder.bundle, "jobs/train.py --out RUN")
     require_part(run, folder.item_embeddings, "jobs/embed.py RUN")
@@ -236,7 +236,7 @@ def index_run(run: str, kind: IndexKind | None = None) -> ItemIndex:
 
 
 def check_run(run: str) -> None:
-    """Raise InputError or SkewError for a run that could not be served; reads manifests only."""
+    """Raise InputError or SkewError if a run cannot be served; reads manifests only."""
     folder = RunFolder(run)
     require_part(run, folder.bundle, "jobs/train.py --out RUN")
     require_part(run, folder.item_embeddings, "jobs/embed.py RUN")
@@ -252,7 +252,7 @@ def check_run(run: str) -> None:
 
 
 def require_part(run: str, part: str, command: str) -> None:
-    """Raise InputError unless `part` of `run` is finished (its manifest is written last)."""
+    """Raise InputError unless `part` of `run` is complete (its manifest is written last)."""
     if not exists(run):
         raise InputError("RUN", run, "does not exist; `python jobs/train.py --out RUN` makes one")
     if not exists(f"{part}/manifest.json"):

@@ -160,7 +160,7 @@ class Plateau:
     """Stops the warm-up when the shuffled gap has not grown by 2 % in five reports.
 
     The gap, CE(shuffled e) - CE(e), says how much the decoder uses the item embedding
-    (METHOD 1.10).
+    (method 1.10).
     """
 
     patience: int = 5

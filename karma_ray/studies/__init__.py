@@ -1,1 +1,1 @@
-"""Many runs: tables of rows, searches, records and what they say together."""
+"""Studies of many runs: tables of rows, searches, records, and their evaluation."""

@@ -1,6 +1,6 @@
-"""Rows of a table against their baseline: differences, spread over seeds, bootstrap over users.
+"""Comparison of rows with their baseline: differences, spread over seeds, bootstrap over users.
 
-Only seeds that both have are compared.
+Only seeds of both are compared.
 """
 
 from __future__ import annotations
@@ -23,55 +23,55 @@ METRICS = (
     "gAUC", "HR@10", "HR@50", "HR@200", "HR@1000", "NDCG@10", "JS@50", "cold/HR@50",
     "in_query/HR@10",
 )  # fmt: skip
-"""Compared metrics; values per example are kept for all of them."""
+"""Compared metrics, which are also kept as values per example."""
 _NORMAL = (1.960, 0.842)
-"""Quantiles of a two-sided 5 % level and of 80 % power."""
+"""Normal quantiles for a two-sided 5 % level and for 80 % power."""
 
 
 @dataclass(frozen=True)
 class Variant:
-    """One row under one setting: its records, one a seed."""
+    """One row under one setting, with a record per seed."""
 
     row: Row
     label: str
     key: str
-    """`results.run_key` of its configuration."""
+    """`records.run_key` of its configuration."""
     records: Mapping[int, Record]
     intervals: Intervals
-    """Where its bootstraps come from."""
+    """The source of its bootstrap intervals."""
     tried: int = 1
-    """Settings that it was chosen from."""
+    """Number of settings from which it was chosen."""
 
     @property
     def searched(self) -> str:
-        """The settings that a search gave it."""
+        """The settings that a search has chosen."""
         return ", ".join(next(iter(self.records.values())).get("searched", []))
 
     @property
     def is_counted(self) -> bool:
-        """Whether nothing is trained: one seed's record then stands for every seed."""
+        """Whether nothing is trained, so that one seed's record holds for every seed."""
         return self.row.built_from not in recipes.TRAINED
 
     def record_of(self, seed: int) -> int | None:
-        """The seed whose record speaks for `seed`; None where there is none."""
+        """Return the seed whose record is used for `seed`, or None."""
         if seed in self.records:
             return seed
         return next(iter(self.records), None) if self.is_counted else None
 
     def values(self, metric: str) -> dict[int, float]:
-        """Seed -> test metric."""
+        """Return the test metric by seed."""
         found = {seed: number(r["metrics"].get(metric)) for seed, r in self.records.items()}
         return {seed: value for seed, value in found.items() if value is not None}
 
     def mean(self, metric: str) -> float | None:
-        """Mean over the seeds."""
+        """Return the mean over the seeds."""
         values = self.values(metric)
         return statistics.fmean(values.values()) if values else None
 
 
 @dataclass(frozen=True)
 class Group:
-    """What is compared: one data set under one condition."""
+    """The compared variants of one data set under one condition."""
 
     data: str
     condition: str
@@ -80,25 +80,25 @@ class Group:
 
     @property
     def name(self) -> str:
-        """Data and condition, as a heading has them."""
+        """Data and condition, as in a heading."""
         return f"{self.data}, {self.condition}" if self.condition else self.data
 
     def find(self, row: str) -> Variant | None:
-        """The first variant of a row."""
+        """Return the first variant of a row."""
         return next((v for v in self.variants if v.row.name == row), None)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Row minus baseline in one metric, in points."""
+    """The difference of a row and the baseline in one metric, in points."""
 
     mean: float
     seeds: tuple[float, ...]
-    """The difference of each seed that both have."""
+    """The difference for each seed of both."""
     bootstrap: BootstrapResult | None
-    """Over users, the seeds pooled; None without values per example."""
+    """Bootstrap over users with pooled seeds; None without values per example."""
     gone: tuple[str, ...] = ()
-    """Runs whose values per example the bootstrap lacks: it is then of the other seeds, if any."""
+    """Runs without values per example, whose seeds are not part of the bootstrap."""
 
     @property
     def spread(self) -> float | None:
@@ -107,19 +107,19 @@ class Difference:
 
     @property
     def is_unknown(self) -> bool:
-        """Whether an interval is wanted and nobody has what it needs."""
+        """Whether an interval is expected but its values are missing."""
         return self.bootstrap is None and bool(self.gone)
 
     @property
     def is_saturated(self) -> bool:
-        """Whether no example differs, as where K reaches the size of the catalogue."""
+        """Whether no example differs, for instance if K is the size of the catalogue."""
         found = self.bootstrap
         return found is not None and found.low == found.high == 0 and not any(self.seeds)
 
     @property
     def errors(self) -> tuple[float, float] | None:
-        """Standard errors of the mean from drawing other users, and from drawing other seeds (0
-        where one seed cannot say); None without values per example."""
+        """Standard errors of the mean due to users and to seeds (0 with one seed); None without
+        values per example."""
         if self.bootstrap is None:
             return None
         of_users = (self.bootstrap.high - self.bootstrap.low) / (2 * _NORMAL[0])
@@ -133,13 +133,13 @@ class Difference:
 
     @property
     def interval(self) -> tuple[float, float] | None:
-        """95 % interval for other users and other runs of both recipes at once; with one seed for
+        """95 % interval over other users and other runs of both recipes; with one seed over
         other users alone."""
         reach = self._reach(_NORMAL[0], (0.975,))
         return None if reach is None else (self.mean - reach, self.mean + reach)
 
     def _reach(self, normal: float, quantiles: tuple[float, ...]) -> float | None:
-        """sqrt((z se_users)^2 + (t se_seeds)^2), t the sum of Student's `quantiles`."""
+        """sqrt((z se_users)^2 + (t se_seeds)^2), where t is the sum of Student's `quantiles`."""
         if (errors := self.errors) is None:
             return None
         t = float(sum(student_t.ppf(quantiles, len(self.seeds) - 1))) if errors[1] else 0.0
@@ -156,7 +156,7 @@ class Difference:
 
     @property
     def direction(self) -> int:
-        """1 or -1 where `interval` excludes 0, else 0."""
+        """1 or -1 if `interval` excludes 0, else 0."""
         found = self.interval
         if found is None or found[0] <= 0 <= found[1]:
             return 0
@@ -164,14 +164,14 @@ class Difference:
 
     @property
     def mark(self) -> str:
-        """`*` where a difference is shown, `(*)` where one seed shows it for other users alone."""
+        """`*` for a significant difference, `(*)` if one seed shows it over users alone."""
         if not self.direction:
             return ""
         return "*" if len(self.seeds) > 1 else "(*)"
 
 
 def difference(row: Variant, baseline: Variant, metric: str) -> Difference | None:
-    """Row minus baseline over the seeds that both have; None where there is none."""
+    """Return row minus baseline over the seeds of both, or None without such seeds."""
     mine, theirs = row.values(metric), baseline.values(metric)
     seeds = [
         (one, other)

@@ -1,4 +1,4 @@
-"""Validation over time: what a study's rows had reached when, and whether they had flattened."""
+"""Validation curves of a study's rows: values at equal times, and whether they still rise."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from karma_ray.studies.records import Record
 
 @dataclass(frozen=True)
 class Race:
-    """A validation metric of a row and its baseline: means over the seeds that both have."""
+    """A validation metric of a row and its baseline, as means over the seeds of both."""
 
     seconds: float
-    """Joint training time of whichever ended first."""
+    """Joint training time of the one that ended first."""
     then: float
     then_lead: float
-    """The row's value at those seconds, and minus the baseline's."""
+    """The row's value after these seconds, and its lead over the baseline."""
     end: float
     end_lead: float
     """The same at the last validated step of each."""
 
 
 def race(variant: Variant, baseline: Variant, metric: str) -> Race | None:
-    """Equal seconds and equal steps; None where no seed was validated in both."""
+    """Compare at equal seconds and at the end; None if no seed was validated in both."""
     found = []
     for seed in sorted({*variant.records} & {*baseline.records}):
         row, base = (_curve(v.records[seed], metric) for v in (variant, baseline))
@@ -38,7 +38,7 @@ def race(variant: Variant, baseline: Variant, metric: str) -> Race | None:
 
 
 def late_gain(variant: Variant, metric: str) -> float | None:
-    """What the last quarter of the steps added on the validation examples, mean over seeds."""
+    """Return the gain of the last quarter of the steps on validation, as a mean over seeds."""
     found = []
     for record in variant.records.values():
         curve = _curve(record, metric, "step")
@@ -49,11 +49,11 @@ def late_gain(variant: Variant, metric: str) -> float | None:
 
 
 def _curve(record: Record, metric: str, clock: str = "seconds") -> list[tuple[float, float]]:
-    """(seconds or steps, value) of every validation that measured the metric."""
+    """Return (seconds or steps, value) of every validation with the metric."""
     return [(p[clock], p[metric]) for p in record.get("curve", []) if metric in p]
 
 
 def _value_at(curve: list[tuple[float, float]], place: float) -> float:
-    """Between two validations by a straight line."""
+    """Interpolate linearly between two validations."""
     places, values = zip(*curve, strict=True)
     return float(np.interp(place, places, values))

@@ -1,4 +1,4 @@
-"""What a study found, as sections of words and tables; study_page.py writes them.
+"""The findings of a study as sections of text and tables, which page.py writes.
 
 Differences are in points over the table's baseline under the same condition.
 """
@@ -20,11 +20,11 @@ from karma_ray.studies.state import collapse, cost, equal_seconds
 
 ABSOLUTE = (*METRICS, "JS@50_excl_gt")
 Differences = dict[tuple[str, str], Difference]
-"""(variant's label, metric) -> difference to the baseline."""
+"""(label of the variant, metric) -> difference to the baseline."""
 
 
 def differences(group: Group) -> Differences:
-    """Every row of a group against its baseline, in every metric."""
+    """Compare every row of a group with its baseline in every metric."""
     if group.baseline is None:
         return {}
     return {
@@ -39,7 +39,7 @@ def differences(group: Group) -> Differences:
 def group_sections(
     group: Group, table: Table, found: Differences, pictures: Iterable[tuple[str, str]] = ()
 ) -> list[Section]:
-    """All that is told of one group; `found` are its differences, pictures (title, file name)."""
+    """Return the sections of a group from its differences and pictures (title, file name)."""
     sections = [
         Section(f"{table.title}: {group.name}", level=2, notes=_facts(group)),
         _in_words(group, found),
@@ -67,18 +67,18 @@ def _facts(group: Group) -> tuple[str, ...]:
     searched = [v for v in group.variants if v.tried > 1]
     if searched:
         facts.append(
-            "Settings chosen by HR@50 on validation with the first seed, out of as many as "
-            "`settings tried` says (docs/ablations.md); `–`: the study's own were best. "
+            "Settings were chosen by HR@50 on validation with the first seed, among the number in "
+            "`settings tried` (docs/ablations.md); `–` means that the study's own were best. "
             + "; ".join(f"{v.label}: {v.searched or '–'}" for v in searched)
             + "."
         )
     if group.baseline is None:
-        facts.append("The baseline has no run under these settings: nothing is compared.")
+        facts.append("The baseline has no run under these settings, so nothing is compared.")
     return tuple(facts)
 
 
 def _in_words(group: Group, found: Differences) -> Section:
-    """Where a row differs from the baseline and where it does not, in sentences."""
+    """Describe in sentences where a row differs from the baseline and where it does not."""
     sentences = []
     for variant in group.variants:
         measured = {m: d for m in METRICS if (d := found.get((variant.label, m)))}
@@ -88,7 +88,11 @@ def _in_words(group: Group, found: Differences) -> Section:
                 sentences.append(f"{variant.label}: the same on every test example.")
             continue
         parts = []
-        for sign, words in ((1, "higher on"), (-1, "lower on"), (0, "no difference shown on")):
+        for sign, words in (
+            (1, "higher on"),
+            (-1, "lower on"),
+            (0, "no established difference on"),
+        ):
             told = [
                 f"{m} ({_told(d)})"
                 for m, d in of_row.items()
@@ -100,26 +104,26 @@ def _in_words(group: Group, found: Differences) -> Section:
         if unknown:
             parts.append(f"without an interval {', '.join(unknown)}")
         seeds = max(len(d.seeds) for d in of_row.values())
-        warning = " One seed: its spread is unknown." if seeds == 1 else ""
+        warning = " With one seed the spread over seeds is unknown." if seeds == 1 else ""
         sentences.append(f"{variant.label}: {'; '.join(parts)}.{warning}{_lacking(of_row)}")
     note = (
-        "Shown means: the 95 % interval excludes 0, which adds what other users (drawn with "
-        "replacement, seeds pooled) and other seeds (Student's t) would change; with one seed "
-        f"other users alone. {len(found)} differences are looked at and intervals are not widened "
-        "for that. In parentheses: the difference, and where none is shown the smallest that the "
-        "design can detect."
+        "A difference is established if its 95 % interval excludes 0. The interval covers other "
+        "users (bootstrap with pooled seeds) and other seeds (Student's t); with one seed it "
+        f"covers other users only. There are {len(found)} differences, and intervals are not "
+        "widened for that. In parentheses: the difference and, if it is not established, the "
+        "smallest one that the design can detect."
     )
     return Section("In plain words", notes=(*sentences, note) if sentences else ())
 
 
 def _lacking(of_row: Mapping[str, Difference]) -> str:
-    """Whose values per example are missed: intervals over users are of other seeds, or none."""
+    """Name runs without values per example, whose seeds are missing in intervals over users."""
     names = ", ".join(dict.fromkeys(name for d in of_row.values() for name in d.gone))
     if not names:
         return ""
     return (
-        f" The values per example of {names} are not here (docs/ablations.md): what other users "
-        "would change is told of the other seeds, where there are any."
+        f" The values per example of {names} are missing (docs/ablations.md): intervals over users "
+        "use the other seeds, if there are any."
     )
 
 
@@ -155,7 +159,7 @@ def _beside_the_paper(group: Group, found: Differences) -> Section:
 
 
 def _orders(group: Group, metrics: Iterable[str]) -> list[str]:
-    """The rows from best to worst, in the paper and here."""
+    """Return the order of the rows from best to worst, in the paper and here."""
     notes = []
     for metric in metrics:
         placed = []
@@ -167,7 +171,7 @@ def _orders(group: Group, metrics: Iterable[str]) -> list[str]:
         if len(placed) > 1:
             ours = sorted(placed, key=lambda p: -p[2])
             ranked = groupby(sorted(placed, key=lambda p: -p[1]), key=lambda p: p[1])
-            tied = [[p[0] for p in rows] for _, rows in ranked]  # one number may stand for two rows
+            tied = [[p[0] for p in rows] for _, rows in ranked]  # rows with equal numbers
             theirs = [published for _, published, _ in ours]
             same = theirs == sorted(theirs, reverse=True)
             told = "the same" if same else " > ".join(label for label, _, _ in ours)
@@ -182,7 +186,7 @@ def _agreement(published: float, ours: Difference | None) -> str:
     if ours.is_unknown:
         return "no interval"
     if not ours.direction:
-        return "not shown"
+        return "not established"
     if len(ours.seeds) == 1:
         return "one seed"
     return "same" if ours.direction * published > 0 else "opposite"
@@ -194,8 +198,8 @@ def _delta_table(group: Group, found: Differences) -> Section:
     rows = [(v.label, *(delta(found.get((v.label, m))) for m in metrics)) for v in variants]
     base = group.baseline.label if group.baseline else ""
     note = (
-        "Mean ± standard deviation over seeds; * where the difference is shown (above), (*) where "
-        "one seed shows it for other users alone."
+        "Mean ± standard deviation over seeds; * for an established difference (see above), (*) if "
+        "one seed shows it over other users only."
     )
     return Section(
         f"Differences to: {base}", notes=(note,) if rows else (), header=("row", *metrics),

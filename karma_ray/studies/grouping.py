@@ -1,7 +1,7 @@
-"""Records of a table -> groups that are compared.
+"""Grouping of a table's records into sets that can be compared.
 
-Only records that were made under the same settings on the same data are, and what trains nothing
-with all of the same data.
+Records are compared only if they were made under the same settings on the same data. Rankers that
+are not trained are compared with all records of the same data.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from karma_ray.studies.rows import Row, Table
 from karma_ray.training.config import EXECUTION
 
 SEARCHED = "each row at its best setting"
-"""Condition of a group whose trained rows had a search of their own."""
+"""Condition of a group whose trained rows were searched."""
 
 
 def grouped(records: Iterable[Record], intervals: Intervals, table: Table) -> list[Group]:
-    """The table's records by data and condition, rows in the table's order.
+    """Group the table's records by data and condition, with rows in the table's order.
 
-    What is only counted is beside the rows of every condition: nothing that is set for training
-    changes it.
+    Rankers that are not trained appear in every condition, because training settings do not
+    affect them.
     """
     rows, records = {row.name: row for row in table.rows}, list(records)
     recipe = rows[table.baseline].built_from
@@ -55,7 +55,7 @@ def grouped(records: Iterable[Record], intervals: Intervals, table: Table) -> li
 
 
 def _counted(records: list[Record], members: list[Record], rows: Mapping[str, Row]) -> list[Record]:
-    """Records of rows that train nothing, made under other settings, which would be the same run
+    """Return records of untrained rows that were made under other settings, but would be the same
     under those of `members`."""
     there, first = {record["row"] for record in members}, members[0]
     made_under = tuple(first.get("assignments", [])), first.get("data_hash")
@@ -91,7 +91,7 @@ def _variants(
 
 
 def _settings(record: Record) -> list[str]:
-    """--set of a record, without what only says how it ran."""
+    """Return the --set assignments of a record without execution settings."""
     return [a for a in record.get("set", []) if a.split("=")[0].strip() not in EXECUTION]
 
 
@@ -101,7 +101,7 @@ def _key(assignments: tuple[str, ...], data_hash: str | None, recipe: str) -> st
 
 
 def _matters(record: Record, recipe: str, assignment: str) -> bool:
-    """Whether the baseline would be another one without this assignment."""
+    """Whether the baseline would differ without this assignment."""
     all_of_them = tuple(record.get("assignments", []))
     rest = tuple(a for a in all_of_them if a != assignment)
     data = record.get("data_hash")
@@ -109,7 +109,7 @@ def _matters(record: Record, recipe: str, assignment: str) -> bool:
 
 
 def _condition(members: list[Record], recipe: str) -> str:
-    """What was set, as far as the baseline depends on it."""
+    """Describe the assignments on which the baseline depends."""
     told = dict.fromkeys(
         assignment
         for record in members
@@ -120,8 +120,8 @@ def _condition(members: list[Record], recipe: str) -> str:
 
 
 def _told_apart(groups: list[Group]) -> list[Group]:
-    """Groups of one data set whose conditions read the same get a number: settings that are not
-    in --set (the study's own) have changed between them."""
+    """Number groups of a data set with equal conditions, which differ in settings that are not in
+    --set (the study's own)."""
     seen: dict[tuple[str, str], int] = {}
     result = []
     for group in groups:

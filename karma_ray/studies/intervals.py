@@ -1,8 +1,8 @@
-"""Bootstraps over users of rows against their baselines, kept: they outlive the values per example.
+"""Bootstrap intervals of rows against baselines, kept longer than the values per example.
 
-Values per example are large and are not committed. `differences/DATA.jsonl` keeps what tables need
-of them: a line per row and baseline, named by the hashes of the values of their runs. What is kept
-holds as long as metrics/significance.py draws as it does.
+Values per example are large and are not committed. `differences/DATA.jsonl` keeps the results that
+tables need: a line per row and baseline, named by hashes of the values of their runs. They are
+valid as long as metrics/significance.py draws in the same way.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from karma_ray.metrics.significance import BootstrapResult, paired_bootstrap
 from karma_ray.studies.records import Record, outcomes_of
 
 Pairs = Sequence[tuple[Record, Record]]
-"""The row's and the baseline's record of every seed."""
+"""The records of row and baseline for every seed."""
 Key = tuple[tuple[str, ...], tuple[str, ...]]
-"""`outcomes` of the records of a row and of its baseline."""
+"""The hashes `outcomes` of the records of a row and of its baseline."""
 Found = dict[str, BootstrapResult | None]
-"""Metric -> bootstrap; None where the runs have no example for it."""
+"""Metric -> bootstrap; None if the runs have no example for the metric."""
 FOLDER = "differences"
 _DIGITS = 6
-"""Decimals of what is kept, in points."""
+"""Decimals of the kept numbers, which are in points."""
 
 
 class Intervals:
-    """Of the records in `results`: read, or computed where values per example are there."""
+    """Intervals for the records in `results`: read, or computed from values per example."""
 
     def __init__(self, results: Path) -> None:
         self._results = results
@@ -38,10 +38,10 @@ class Intervals:
         self._outcomes: dict[str, Outcomes | None] = {}
 
     def of(self, pairs: Pairs, metric: str) -> BootstrapResult | None:
-        """Users drawn with replacement, each with its examples under all seeds.
+        """Bootstrap over users, each with its examples under all seeds.
 
-        Where `gone` names runs, of the seeds that are known; None where none is, where runs were
-        tested on different examples, and where the metric is a mean over something else.
+        If `gone` names runs, only the known seeds are used. None if there are none, if runs were
+        tested on different examples, and if the metric is a mean over something else.
         """
         if not _comparable(pairs):
             return None
@@ -56,13 +56,13 @@ class Intervals:
         return found[metric]
 
     def gone(self, pairs: Pairs, metric: str) -> tuple[str, ...]:
-        """Names of runs whose values per example the interval of all seeds needs, and lacks."""
+        """Return the names of runs whose values per example are needed for all seeds and lost."""
         if not _comparable(pairs) or metric in self._of_data(pairs).get(_key(pairs), {}):
             return ()
         return self._without_values(pairs)
 
     def save(self, records: Iterable[Record]) -> None:
-        """Keep what was found, of pairs whose runs are all among `records`."""
+        """Keep the found intervals of pairs whose runs are all among `records`."""
         there = {record.get("outcomes") for record in records}
         for data, mine in self._found.items():
             uri = self._uri(data)
@@ -93,9 +93,10 @@ class Intervals:
         return tuple(dict.fromkeys(record["name"] for record in records))
 
     def _known_part(self, pairs: Pairs, metric: str) -> Pairs:
-        """Most of the pairs: those whose values are here, or a part of which was kept.
+        """Return the largest part of the pairs whose values, or whose interval, are known.
 
-        Other users change a mean over fewer seeds no less, so its interval is none too narrow.
+        A mean over fewer seeds varies at least as much over users, so its interval is not too
+        narrow.
         """
         here = [pair for pair in pairs if not self._without_values([pair])]
         by_runs = {(one["outcomes"], other["outcomes"]): (one, other) for one, other in pairs}
@@ -121,9 +122,9 @@ class Intervals:
 
 
 def _comparable(pairs: Pairs) -> bool:
-    """Whether both of every pair were tested on the same clicks.
+    """Whether both runs of every pair were tested on the same clicks.
 
-    What is kept per example is per click: a mean over requests is another number.
+    Values per example are per click; a mean over requests would be another number.
     """
     return all(
         mine["examples"] == theirs["examples"]

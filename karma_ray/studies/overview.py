@@ -1,4 +1,4 @@
-"""All studies at a glance: KARMA against clicks alone and its nulls, and against every rival."""
+"""The overview of all studies: KARMA against clicks alone, its null controls and all rivals."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ NULLS = {
     "embedding_to_text_infonce": ("null_shuffled_infonce",),
     "karma_infonce": ("null_both_shuffled_infonce",),
 }
-"""Rows that decode the clicked item from h_t -> the same tasks with that link cut."""
+"""Rows that decode the clicked item from h_t -> their null controls, in which h_t is unrelated."""
 GAINS = ("HR@10", "HR@50", "HR@200", "gAUC", "cold/HR@50")
 AIMS = ("HR@10", "HR@50", "HR@200", "NDCG@10", "cold/HR@50", "gAUC", "JS@50")
-"""What KARMA stands beside other rankers on."""
+"""Metrics for the comparison of KARMA with other rankers."""
 OURS = ("karma_text", "karma_infonce")
 _NOT_RIVALS = (*recipes.CEILINGS, "action_only", *OURS)
 
 
 @dataclass(frozen=True)
 class Gain:
-    """A row over clicks alone with the same loss, under one condition."""
+    """The gain of a row over clicks alone with the same loss, under one condition."""
 
     group: Group
     variant: Variant
@@ -35,7 +35,7 @@ class Gain:
 
 
 def gains(groups: Iterable[Group]) -> list[Gain]:
-    """KARMA's rows and their nulls, of every group whose baseline (clicks alone) was run."""
+    """Return KARMA's rows and null controls for every group that has the baseline."""
     shown = {*NULLS, *(null for nulls in NULLS.values() for null in nulls)}
     return [
         Gain(group, variant, {m: d for m in GAINS if (d := difference(variant, base, m))})
@@ -47,7 +47,7 @@ def gains(groups: Iterable[Group]) -> list[Gain]:
 
 
 def picture(found: Iterable[Gain]) -> bytes | None:
-    """A panel per metric, a line per gain."""
+    """Draw a panel per metric, with a line per gain."""
     named = {f"{g.group.name}: {g.variant.label}": g.found for g in found}
     flat = {(label, m): d for label, of_row in named.items() for m, d in of_row.items()}
     return delta_picture(list(named), flat)
@@ -56,11 +56,11 @@ def picture(found: Iterable[Gain]) -> bytes | None:
 def overview(
     found: Sequence[Gain], baselines: Iterable[Group], pictured: str = ""
 ) -> list[Section]:
-    """Two tables, and the gains' picture by its file name; empty ones are left out."""
+    """Return two tables and the picture of the gains; empty ones are left out."""
     sections = [
         _gains(found),
         Section(
-            "Gains, with 95 % intervals over users and seeds; hollow: one seed", picture=pictured
+            "Gains with 95 % intervals over users and seeds; hollow: one seed", picture=pictured
         ),
         _rivals(list(baselines)),
     ]
@@ -78,9 +78,9 @@ def _gains(found: Iterable[Gain]) -> Section:
         rows.append((gain.group.name, variant.label, seeds, *cells, beyond))
     note = (
         "Points over clicks alone with the same loss, mean ± standard deviation over seeds; * "
-        "shown for other users and other seeds, (*) one seed, shown for other users alone. Beyond "
-        "its nulls: metrics in which it is shown to be ahead of every null with the same other "
-        "tasks, run under the same settings (the same work without the meaning)."
+        "established over other users and other seeds, (*) one seed, over other users only. "
+        "`beyond its nulls`: metrics that are established to be higher than in every null control "
+        "with the same other tasks and settings (the same computation with unrelated texts)."
     )
     header = ("data", "row", "seeds", *GAINS, "beyond its nulls")
     return Section("KARMA against clicks alone", notes=(note,), header=header, rows=tuple(rows))
@@ -116,8 +116,8 @@ def _rivals(groups: Sequence[Group]) -> Section:
                 ", ".join(v.row.title for v in trained) or "none",
             ))  # fmt: skip
     note = (
-        "Each row, then its margins to the best trained rival and to the best floor in that "
-        "metric, picked on the test split in the rival's favour; * and (*) as above."
+        "Each row, then its lead over the best trained rival and over the best floor in that "
+        "metric, both selected on the test split in the rival's favour; * and (*) as above."
     )
     header = ("data", "row", "seeds", *AIMS, "trained rivals")
     return Section("KARMA against baselines", notes=(note,), header=header, rows=tuple(rows))

@@ -1,7 +1,6 @@
-"""The report of all studies: their tables as Markdown, and a self-contained page with pictures.
+"""The report of all studies: tables as Markdown, and a self-contained page with pictures.
 
-Both lie in the folder of the records and are generated; what people say about them stands elsewhere
-(docs/results.md).
+Both are generated in the folder of the records; docs/results.md discusses them.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _TITLE = "# Tables of all studies"
 
 
 def write_report(results: str | Path) -> tuple[Path, Path]:
-    """(Markdown, HTML) of every record in `results`, written into that folder."""
+    """Write the report of every record in `results` there; returns (Markdown, HTML)."""
     results = Path(results)
     pictures: dict[str, bytes] = {}
     sections: list[Section] = []
@@ -50,7 +49,7 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
     command = COMMAND if results == Path("docs/results") else f"{COMMAND} --results {results}"
     folder = results / "report"
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("*.png"):  # of groups that have since been renamed
+    for old in folder.glob("*.png"):  # pictures of groups that were renamed
         old.unlink()
     for name, content in pictures.items():
         (folder / name).write_bytes(content)
@@ -61,10 +60,10 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
 
 
 def _worth_telling(groups: Sequence[Group]) -> list[Group]:
-    """Groups that compare what Table 1 does not have.
+    """Select groups that compare more than Table 1 does.
 
-    What trains nothing is the same under every condition: it is told with the trained rivals of its
-    data, and where there are none once.
+    Untrained rankers are the same under every condition. They are shown with the trained rivals of
+    their data, or once if there are none.
     """
     shared = {row.name for row in TABLES["table1"].rows}
 
@@ -84,7 +83,7 @@ def _worth_telling(groups: Sequence[Group]) -> list[Group]:
 def _drawn(
     group: Group, table: str, found: Differences, pictures: dict[str, bytes]
 ) -> list[tuple[str, str]]:
-    """Draw a group's pictures into `pictures`; returns their titles and names."""
+    """Add a group's pictures to `pictures`; returns their titles and names."""
     digest = f"-{value_hash(group.condition)[:8]}" if group.condition else ""
     stem = f"{table}-{group.data}{digest}"
     drawn = {
@@ -100,7 +99,7 @@ def _drawn(
 
 
 def _markdown(sections: Sequence[Section], command: str) -> str:
-    told = f"Made by `{command}`, which draws its pictures into `report/` beside this file."
+    told = f"Made by `{command}`, which also draws pictures into `report/` beside this file."
     lines = [_TITLE, "", told, ""]
     for section in sections:
         heading = f"{'#' * section.level} {section.title}"

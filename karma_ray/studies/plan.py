@@ -1,4 +1,4 @@
-"""What a study runs: the data set, its settings, rows of a table x seeds as trials."""
+"""The plan of a study: data set, settings, and the trials of a table's rows and seeds."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from karma_ray.studies.tables import TABLES
 from karma_ray.studies.trial import Trial
 
 HERE = ("training.num_workers=0", "training.threads_per_worker=1")
-"""A trial trains inside its own process."""
+"""A trial trains in its own process, with one thread."""
 _LONG = ("training.steps=1000", "training.validate_every=200", *HERE)
 SETTINGS: dict[str, tuple[str, ...]] = {
-    # Not those of the `toy` recipe, which follow what wins in five minutes: every row has the same
-    # shape, and they stay as they are, or the records are nobody's (tests/studies/test_records.py).
+    # Unlike the `toy` recipe, which is tuned to win in five minutes, these settings give every row
+    # the same size. They must not change: records are identified by them (test_records.py).
     "toy_shop": (
         "model.tiny.hidden_size=64", "model.tiny.intermediate_size=192",
         "model.tiny.vocab_size=2048", "model.score.scale=10", "objective.hard_weight=2",
@@ -30,18 +30,18 @@ SETTINGS: dict[str, tuple[str, ...]] = {
         "pretrain.steps=200", "warmup.steps=200", "training.learning_rate=0.002",
         "training.batch_size=64", "training.steps=1500", "training.validate_every=150", *HERE,
     ),
-    # Few clicks: hard negatives that count fully drown the query, and an encoder that learns from
-    # the start forgets the person (docs/log.md, L15).
+    # With few clicks, hard negatives of full weight outweigh the query, and an encoder that learns
+    # from the start loses the user's taste (docs/log.md, L15).
     "hm": (
         "model.score.scale=10", "objective.hard_weight=0.3", "training.encoder_delay=0.25",
         "training.encoder_lr=0.5", "training.steps=1600", "training.validate_every=200", *HERE,
     ),
-    # Without queries clicks alone collapse an encoder that learns from the start.
+    # Without queries, training on clicks alone collapses an encoder that learns from the start.
     "amazon_industrial": ("training.encoder_delay=0.4", "training.encoder_lr=0.3", *_LONG),
     "*": _LONG,
 }  # fmt: skip
-"""What a study sets for a data set by name, `toy_shop-NAME` as for `toy_shop` (`*`: any other);
---set comes after it."""
+"""Settings of a study per data set, `toy_shop-NAME` as for `toy_shop` (`*`: any other); --set is
+applied after them."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Data:
 
     @classmethod
     def open(cls, uri: str) -> Data:
-        """Raises InputError when there are no data."""
+        """Open a data folder; raises InputError when there are no data."""
         require_data(uri)
         manifest = read_data_manifest(uri)
         name = str(manifest.get("name") or absolute(uri).rstrip("/").rsplit("/", 1)[-1])
@@ -62,7 +62,7 @@ class Data:
 
 
 def named_rows(table: str, names: str | None) -> list[Row]:
-    """Rows of a table by comma-separated names, without names all.
+    """Return rows of a table by comma-separated names, or all rows without names.
 
     Raises InputError on an unknown table or row.
     """
@@ -72,36 +72,36 @@ def named_rows(table: str, names: str | None) -> list[Row]:
     wanted = list(rows) if names is None else [name.strip() for name in names.split(",")]
     for name in wanted:
         if name not in rows:
-            raise InputError("--rows", name, f"is no row of {table}", choices=list(rows))
+            raise InputError("--rows", name, f"is not a row of {table}", choices=list(rows))
     return [rows[name] for name in dict.fromkeys(wanted)]
 
 
 def possible_rows(
     rows: Sequence[Row], data: Data, extra: Sequence[str] = ()
 ) -> tuple[list[Row], dict[str, str]]:
-    """Rows that these data allow, and the others with the reason; `extra` is what will be set."""
+    """Return the rows that the data allow, and reasons against others; `extra` is from --set."""
     reasons = {row.name: _missing(row, data, extra) for row in rows}
     allowed = [row for row in rows if not reasons[row.name]]
     return allowed, {name: reason for name, reason in reasons.items() if reason}
 
 
 def _missing(row: Row, data: Data, extra: Sequence[str]) -> str:
-    """Why a row cannot be run on these data; "" where it can."""
+    """Return the reason why a row cannot be run on these data, or ""."""
     if row.built_from not in recipes.names():
         return f"there is no recipe {row.built_from} yet"
     if row.built_from in recipes.CEILINGS and not exists(join(data.uri, "truth")):
-        return f"nobody knows the truth of {data.name}"
+        return f"the truth of {data.name} is unknown"
     if row.needs_images and not any(a.startswith("collate.visual_features=") for a in extra):
         if not has_images(data.uri):
             return f"the items of {data.name} have no images"
         if not exists(features_uri(data.uri)):
             how = f"python jobs/features.py {shlex.quote(data.uri)}"
-            return f"the images have no features; make them by: {how}"
+            return f"the images have no features; make them with: {how}"
     return ""
 
 
 def parsed_seeds(text: str) -> list[int]:
-    """`3` -> [0, 1, 2]; `0,4` -> [0, 4]; `4,` -> [4]. Raises InputError."""
+    """Parse `3` as [0, 1, 2], `0,4` as [0, 4] and `4,` as [4]; raises InputError."""
     try:
         numbers = [int(part) for part in text.split(",") if part.strip()]
         if "," not in text:
@@ -115,7 +115,7 @@ def parsed_seeds(text: str) -> list[int]:
 
 
 def check_settings(rows: Iterable[Row], extra: Sequence[str]) -> None:
-    """Raise InputError on a `--set` that no data could mend, before any are made or read."""
+    """Raise InputError on a `--set` that is wrong for any data, before data are made or read."""
     for row in rows:
         if row.built_from in recipes.names():
             override(recipes.build(row.built_from), [*row.settings, *extra])
@@ -124,9 +124,9 @@ def check_settings(rows: Iterable[Row], extra: Sequence[str]) -> None:
 def planned(
     rows: Iterable[Row], seeds: Sequence[int], data: Data, extra: Sequence[str] = ()
 ) -> list[Trial]:
-    """Every row x seed, seed by seed, built before the first starts so that a typo ends it at once.
+    """Return every row and seed, in the order of seeds, checked before the first one starts.
 
-    `extra` comes after the settings of the data set.
+    `extra` is applied after the settings of the data set.
     """
     kind = data.name.partition("-")[0]
     base = SETTINGS.get(kind, SETTINGS["*"])

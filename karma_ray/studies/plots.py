@@ -1,4 +1,4 @@
-"""Pictures of a study: differences with their spread, and validation curves, as PNG bytes."""
+"""Plots of a study as PNG bytes: differences with their spread, and validation curves."""
 
 from __future__ import annotations
 
@@ -20,9 +20,11 @@ _GREY, _BLUE = "#57606a", "#1f6feb"
 def delta_picture(
     labels: Sequence[str], found: Mapping[tuple[str, str], Difference]
 ) -> bytes | None:
-    """A panel per metric, a line per label of `found` {(label, metric): difference}: mean, 95 %
-    interval over users and seeds (users alone and a hollow mark where there is one seed), a stroke
-    per seed."""
+    """Draw a panel per metric and a line per label of `found`, {(label, metric): difference}.
+
+    A line has the mean, the 95 % interval over users and seeds, and a stroke per seed. With one
+    seed the interval is over users alone and the mark is hollow.
+    """
     labels = [label for label in labels if any((label, m) in found for m in SHOWN)]
     metrics = [m for m in SHOWN if any((label, m) in found for label in labels)]
     if not labels:
@@ -43,7 +45,7 @@ def delta_picture(
 
 
 def curve_picture(group: Group) -> bytes | None:
-    """Validation over steps, a line per row: mean over seeds, shaded from least to most."""
+    """Draw validation over steps, a line per row: mean over seeds, and range as a shade."""
     variants = [v for v in group.variants if any(r.get("curve") for r in v.records.values())]
     metrics = [m for m in CURVES if any(_curve(v, m) for v in variants)]
     if not metrics:
@@ -59,13 +61,13 @@ def curve_picture(group: Group) -> bytes | None:
                 axes.plot(steps, mean, label=variant.label, color=colour, marker="o", ms=3)
                 axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.set_xlabel("step", fontsize=8)
-        _dress(axes, f"valid {metric}, percent")
+        _dress(axes, f"validation {metric}, percent")
     panels[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return _png(figure)
 
 
 def _curve(variant: Variant, metric: str) -> list[tuple[float, float, float, float]]:
-    """(step, least, mean, most) over the seeds that were validated at the step."""
+    """Return (step, smallest, mean, largest) over the seeds validated at each step."""
     values: dict[float, list[float]] = {}
     for record in variant.records.values():
         for point in record.get("curve", []):

@@ -1,4 +1,4 @@
-"""Records of finished runs, as lines of a results folder's files: found, named and written."""
+"""Record files: finding, naming and writing records of finished runs as lines."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def finished_record(trial: Trial, data: Data, known: Iterable[Record]) -> Record | None:
-    """The record of this run, seed and data.
+    """Return the record of this run, seed and data, or None.
 
-    Where only other rows have it (`hllm` is `action_only` under InfoNCE), one of theirs.
+    If only other rows have it (`hllm` is `action_only` under InfoNCE), one of theirs is returned.
     """
     found = [r for r in known if r.get("row") and same_run(r, trial.config, data.hash)]
     return min(found, key=lambda record: record["row"] != trial.row, default=None)
@@ -27,7 +27,7 @@ def finished_record(trial: Trial, data: Data, known: Iterable[Record]) -> Record
 
 @functools.cache
 def commit() -> str | None:
-    """HEAD, with `+` where the package differs from it; None outside a repository."""
+    """Return HEAD, with `+` if the package was modified; None outside a repository."""
     told = "describe --always --abbrev=40 --match= --dirty=+"
     command = ["git", "-C", str(ROOT), *told.split()]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -35,13 +35,13 @@ def commit() -> str | None:
 
 
 def run_folder(trial: Trial, data: Data, runs: str) -> str:
-    """Where a trial runs: the same for the same run, whenever it is continued."""
+    """Return the run folder of a trial, which is the same whenever the run is continued."""
     digest = run_key(to_dict(trial.config), data.hash)[:8]
     return join(runs, f"{data.name}-{trial.name}-{digest}")
 
 
 def write_record(trial: Trial, found: Record, data: Data, results: Path) -> None:
-    """Values per example first, so that the record of a run made here has them."""
+    """Write values per example first, so that a record made here always has them."""
     examples, outcomes = found["examples"], found["outcomes"]
     names = {"examples": _digest(examples), "outcomes": _digest(examples + outcomes)}
     for name, content in zip(names.values(), (examples, outcomes), strict=True):
@@ -52,7 +52,7 @@ def write_record(trial: Trial, found: Record, data: Data, results: Path) -> None
 
 
 def write_found(trial: Trial, found: Record, data: Data, results: Path) -> None:
-    """A record of what was `found`, under the trial's row; no other record of the file changes."""
+    """Write a record of `found` under the trial's row, without changing other records."""
     told = {
         "data": data.name,
         "row": trial.row,
@@ -64,7 +64,7 @@ def write_found(trial: Trial, found: Record, data: Data, results: Path) -> None:
     }
     same = {"data_hash": data.hash, "config": to_dict(trial.config)}
     uri = str(results / f"{data.name}.jsonl")
-    with locked(uri):  # of two studies that finish a run at once, none loses its record
+    with locked(uri):  # two studies that finish a run at once must not lose a record
         known = list(read_lines(uri))
         name = _name(trial, data, known)
         others = [record for record in known if record["name"] != name]
@@ -72,12 +72,12 @@ def write_found(trial: Trial, found: Record, data: Data, results: Path) -> None:
 
 
 def in_order(records: Iterable[Record]) -> list[Record]:
-    """As a file has them."""
+    """Return the records in the order of a file."""
     return sorted(records, key=lambda record: str(record["name"]))
 
 
 def _name(trial: Trial, data: Data, known: Iterable[Record]) -> str:
-    """Of a record; another configuration of the same row and seed keeps its own."""
+    """Name a record; another configuration of the same row and seed gets a different name."""
     for record in known:
         if record["name"] == trial.name and not same_run(record, trial.config, data.hash):
             return f"{trial.name}-{run_key(to_dict(trial.config), data.hash)[:8]}"

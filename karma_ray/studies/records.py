@@ -1,9 +1,9 @@
-"""Finished runs as committed records: which of them are the same run, which compare.
+"""Records of finished runs: which records are of the same run, and which can be compared.
 
-A record is `{data, name, row, recipe, seed, config, assignments, set, metrics, ...}`, a line of its
-data set's file. What became of every test example (evaluation/outcomes.py) lies beside it where the
-run was made, and is not committed: intervals.py keeps what comparisons need of it. Records without
-`row` are older ones, in no table.
+A record is `{data, name, row, recipe, seed, config, assignments, set, metrics, ...}`, a line in the
+file of its data set. The outcomes of all test examples (evaluation/outcomes.py) are stored beside
+it on the machine of the run and are not committed; intervals.py keeps what comparisons need.
+Records without `row` are older ones and are in no table.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from karma_ray.training.config import EXECUTION, WARMED_UP_BY
 
 Record = dict[str, Any]
 OUTCOMES = "outcomes"
-"""Folder of the values per example, below the records."""
+"""Folder of the values per example, inside that of the records."""
 METRIC = "HR@50"
-"""What settings are chosen by, on the validation examples."""
+"""Validation metric by which settings are chosen."""
 
 _MEASURED = ("prepare.", "evaluation.")
 _ALWAYS = ("model.decodability.max_target_tokens",)
-"""Decodability settings that the warm-up, and so every row, depends on."""
+"""Decodability settings of the warm-up, on which every row depends."""
 
 
 def read_records(results: Path) -> list[Record]:
-    """Every record of a folder, by data set and name."""
+    """Read every record of a folder, by data set and name."""
     return [record for path in sorted(results.glob("*.jsonl")) for record in read_lines(str(path))]
 
 
 def outcomes_path(results: Path, name: str) -> Path:
-    """Where one part of the values per example lies; `name` is a hash of the content."""
+    """Return the file of one part of the values per example; `name` is its content hash."""
     return results / OUTCOMES / f"{name}.npz"
 
 
 def outcomes_of(record: Record, results: Path) -> Outcomes | None:
-    """The values per example of a record, where both of its files are there."""
+    """Read the values per example of a record, or None if a file is missing."""
     paths = [outcomes_path(results, record[name]) for name in ("examples", "outcomes")]
     if not all(path.exists() for path in paths):
         return None
@@ -50,8 +50,8 @@ def outcomes_of(record: Record, results: Path) -> Outcomes | None:
 
 
 def settled(saved: Record) -> Record:
-    """A record's configuration, with fields that came later at their defaults; as it is where
-    it names fields that are gone."""
+    """Return a record's configuration with defaults for newer fields; unchanged if it names
+    fields that no longer exist."""
     try:
         return to_dict(from_dict(saved))
     except InputError:
@@ -59,9 +59,9 @@ def settled(saved: Record) -> Record:
 
 
 def learnt_from(saved: Record) -> dict[str, Any]:
-    """Dotted fields of a configuration that change what its run finds, but for the seed.
+    """Return the dotted fields of a configuration that affect the result, without the seed.
 
-    Left out: how a run is executed; all training settings of a recipe that trains nothing;
+    Left out are execution settings, training settings of recipes that are not trained, and
     settings of decoders that are not built.
     """
     fields = dict(flattened(settled(saved)))
@@ -80,25 +80,25 @@ def learnt_from(saved: Record) -> dict[str, Any]:
 
 
 def run_key(saved: Record, data_hash: str | None) -> str:
-    """Equal for runs that differ in nothing but the seed and where they ran."""
+    """Return a key that is equal for runs which differ only in seed and place of execution."""
     return value_hash([learnt_from(saved), data_hash])
 
 
 def record_key(record: Record) -> str:
-    """`run_key` of a record."""
+    """Return the `run_key` of a record."""
     return run_key(record["config"], record.get("data_hash"))
 
 
 def same_run(record: Record, config: Config, data_hash: str | None) -> bool:
-    """Whether a record was made with this configuration, seed included."""
+    """Whether a record was made with this configuration, including the seed."""
     mine = run_key(to_dict(config), data_hash)
     return record["seed"] == config.seed and mine == record_key(record)
 
 
 def baseline_key(record: Record, baseline: str) -> str:
-    """`run_key` of the recipe `baseline` under everything else that was set for this record.
+    """Return the `run_key` of the recipe `baseline` under all other settings of this record.
 
-    Records whose baselines are equal are compared; "" where the settings have become unknown.
+    Records with equal baselines are compared. "" if a setting no longer exists.
     """
     try:
         config = override(recipes.build(baseline), record.get("assignments", []))
@@ -108,18 +108,19 @@ def baseline_key(record: Record, baseline: str) -> str:
 
 
 def validated(record: Record, metric: str = METRIC) -> float | None:
-    """The metric on all validation examples after the last step; of records that lack it, on the
-    examples of the curve. None where there is no finite value."""
+    """Return the metric on all validation examples after the last step, or on those of the curve
+    for older records. None without a finite value."""
     value = record["metrics"].get(f"valid/{metric}")
     if value is None:
         curve = record.get("curve") or [{}]
         value = curve[-1].get(metric)
-    # NaN compares as neither more nor less, so it could be chosen.
+    # Comparisons with NaN are always false, so NaN could be chosen.
     return float(value) if value is not None and math.isfinite(value) else None
 
 
 def chosen(members: Iterable[Record]) -> tuple[list[Record], dict[str, int]]:
-    """Records of every searched row's best setting and of rows that train nothing; row -> settings.
+    """Return records of each row's best searched setting and of untrained rows, and how many
+    settings each row tried.
 
     Settings are compared by the validation of the first searched seed.
     """
@@ -145,7 +146,7 @@ def chosen(members: Iterable[Record]) -> tuple[list[Record], dict[str, int]]:
 
 
 def _unused(saved: Record) -> tuple[str, ...]:
-    """Beginnings of fields that say how something is built which this run does not build."""
+    """Return prefixes of fields that only affect parts which this run does not build."""
     try:
         built = from_dict(saved).objective.built
     except InputError:

@@ -1,4 +1,4 @@
-"""Rows and tables of a study."""
+"""Rows and tables of a study, as records."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class Row:
-    """One row: a recipe, and settings beyond it."""
+    """One row: a recipe with further settings."""
 
     name: str
     title: str
     recipe: str = ""
-    """Default: the name."""
+    """Name of the recipe; default: the name of the row."""
     settings: tuple[str, ...] = ()
     published: Mapping[str, float] = field(default_factory=dict)
-    """Metric -> difference to the row `published_over`."""
+    """Published difference to the row `published_over`, by metric."""
     published_over: str = ""
-    """Default: the table's baseline."""
+    """Name of a row; default: the table's baseline."""
     needs_images: bool = False
 
     @property
     def built_from(self) -> str:
-        """Name of the recipe."""
+        """The name of the recipe."""
         return self.recipe or self.name
 
 
 @dataclass(frozen=True)
 class Table:
-    """Rows and the row that all others are compared with."""
+    """Rows, and the baseline with which all others are compared."""
 
     title: str
     baseline: str

@@ -1,8 +1,8 @@
-"""The same search for every trained row of a study: N settings each, chosen on validation.
+"""The search for settings of a study: N settings for every trained row, chosen on validation.
 
-Every candidate is an ordinary run of the first seed with a record of its own, so a search that
-was stopped goes on, and the chosen run is the first seed's run. Selection sees the last
-validated step of each; the test metrics of the records play no part in it.
+Every candidate is an ordinary run of the first seed with a record, so an interrupted search can be
+continued, and the chosen run is the first seed's run. The choice uses the last validation of each;
+the test metrics in the records have no influence.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from karma_ray.studies.trial import Trial
 LOG = logging.getLogger(__name__)
 RATE, WEIGHT, TEXTS = "training.learning_rate", "objective.hard_weight", "objective.lambda_dec"
 MOST = 9
-"""Settings that a search can give a row."""
+"""Largest number of settings per row."""
 Settings = tuple[str, ...]
 Factors = dict[str, float]
-"""Field -> what the study's own value is multiplied by."""
+"""Factors on the study's own values, by field."""
 
 
 def candidates(config: Config, number: int, *, has_negatives: bool = True) -> list[Settings]:
-    """The first `number` settings around a configuration, all different; its own are ().
+    """Return the first `number` settings around a configuration, all different; () is its own.
 
-    The learning rate comes first; then what the row has: the weight of its texts, and that of hard
-    negatives (without effect under InfoNCE, and on data without negatives) or further rates.
-    Raises InputError on a number that is no search, or more than there are.
+    The learning rate comes first, then the weight of the texts if the row has any, and that of
+    hard negatives (without effect under InfoNCE, and on data without negatives) or further rates.
+    Raises InputError unless 2 <= number <= MOST.
     """
     if not 2 <= number <= MOST:
-        raise InputError("--search", number, f"must be 2 to {MOST} settings a row")
+        raise InputError("--search", number, f"must be 2 to {MOST} settings per row")
     objective = config.objective
     found: list[Factors] = [{}, {RATE: 1 / 3}, {RATE: 3}]
     if objective.built.text:
@@ -60,14 +60,14 @@ def candidates(config: Config, number: int, *, has_negatives: bool = True) -> li
 
 
 def with_settings(trial: Trial, settings: Settings) -> Trial:
-    """The trial with settings that a search gives its row alone."""
+    """Return the trial with settings that a search gives only to its row."""
     return replace(trial, config=override(trial.config, settings), searched=settings)
 
 
 def search_trials(
     rows: Sequence[Row], seed: int, data: Data, extra: Sequence[str], number: int
 ) -> list[Trial]:
-    """Every trained row with each of its `number` candidates, candidate by candidate."""
+    """Return every trained row with each of its `number` candidates, candidate by candidate."""
     trained = [row for row in rows if row.built_from in recipes.TRAINED]
     has_negatives = read_data_manifest(data.uri).get("negative_source") != "none"
     found = [
@@ -84,8 +84,8 @@ def chosen_trials(
     rows: Sequence[Row], seeds: Sequence[int], data: Data, extra: Sequence[str], number: int,
     results: Path,
 ) -> list[Trial]:  # fmt: skip
-    """Every row x seed, trained rows with their best candidate; rows without a validated
-    candidate are left out."""
+    """Return every row and seed, trained rows with their best candidate; rows without a
+    validated candidate are left out."""
     records = read_records(results)
     best: dict[str, Settings] = {}
     for row in rows:

@@ -1,4 +1,4 @@
-"""What a report is made of: a heading, notes, a table, a picture; and how numbers are written."""
+"""The elements of a study's report: sections with notes, table and picture, and number formats."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def spread_of(values: Iterable[float], digits: int = 2) -> str:
 
 
 def delta(found: Difference | None) -> str:
-    """A difference with its spread over seeds, marked where it is shown."""
+    """Format a difference with its spread over seeds and its mark."""
     if found is None:
         return "–"
     spread = "" if found.spread is None else f" ± {found.spread:.2f}"

@@ -1,4 +1,4 @@
-"""What a study's rows went through: time to a score, collapse, cost."""
+"""Sections on the training of a study's rows: time to a score, collapse and cost."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ PROBES = {
     "collapse/mean_cosine_h": "mean cosine h",
     "decode_gap": "decode gap, nats",
     "generator/deviation": "deviation of samples",
-    "negatives/surviving": "negatives a step",
+    "negatives/surviving": "negatives per step",
 }
 
 
 def equal_seconds(group: Group) -> Section:
-    """Validation metrics where the first of a row and its baseline had ended, and at the end."""
+    """Return validation metrics at equal training times and at the end."""
     rows = []
     for variant in group.variants:
         ends = [r["curve"][-1] for r in variant.records.values() if r.get("curve")]
@@ -39,16 +39,17 @@ def equal_seconds(group: Group) -> Section:
         in_all = plain(mean_of([e["seconds"] for e in ends]), 0)
         rows.append((variant.label, in_all, seconds, *cells, "–" if gain is None else signed(gain)))
     note = (
-        "Validation examples: after as many seconds of joint training as both the row and the "
-        "baseline of the same seed took / after the last step; in parentheses the lead over that "
-        "baseline. Stage 1 is not counted (shared, but for the visual term's own). "
-        "The learning rate falls over the steps: a slower row is read before its own has. Last "
-        "column: what the last quarter of the steps added; large values mean that the curve has "
-        "not flattened. Seconds compare only between runs of one machine with as many trials at a "
-        "time."
+        "Validation examples: after the seconds of joint training that both the row and the "
+        "baseline of the same seed reached / after the last step; in parentheses the lead over "
+        "that baseline. Stage 1 is not counted (it is shared, except for the visual term's). "
+        "The learning rate decays over the steps, so the slower row is measured before its rate "
+        "has decayed. Last column: gain of the last quarter of the steps; large values mean that "
+        "the curve still rises. Seconds are comparable only between runs on one machine with "
+        "equally many trials at a time."
     )
     header = (
-        "row", "seconds in all", "read after", *(f"{m}: then / end" for m in CURVE), "late HR@50",
+        "row", "total seconds", "measured after", *(f"{m}: then / end" for m in CURVE),
+        "late HR@50",
     )  # fmt: skip
     return Section(
         "Equal seconds, equal steps", notes=(note,) if rows else (), header=header,
@@ -57,7 +58,7 @@ def equal_seconds(group: Group) -> Section:
 
 
 def collapse(group: Group) -> Section:
-    """Ranks, cosines, decode gap and whatever else was measured of it, and alarms."""
+    """Return ranks, cosines, decode gap, other collapse metrics, and alarms."""
 
     def values(variant: Variant, name: str) -> list[float]:
         sources = [{**r.get("probes", {}), **r["metrics"]} for r in variant.records.values()]
@@ -76,30 +77,30 @@ def collapse(group: Group) -> Section:
         if any(values(v, n) for n in names)
     ]
     note = (
-        "Decode gap: cross-entropy of the target's text from another interest minus from one's "
-        "own, mean of the last reports of training. It is read by Task 2's decoder, which in rows "
-        "without Task 2 has not learnt along: 0 there does not say that h holds no words "
-        "(docs/diagnosis.md). Deviation of samples: of what a generator makes over requests, where "
-        "the items' is 1; far above, the sampler fails (docs/generators.md)."
+        "Decode gap: cross-entropy of the target's text from another user's interest minus that "
+        "from the own interest, mean of the last reports. It uses Task 2's decoder, which is not "
+        "trained in rows without Task 2: there a gap of 0 does not mean that h has lost the text "
+        "(docs/diagnosis.md). Deviation of samples: that of generated embeddings over requests, "
+        "relative to that of items; far above 1 the sampler fails (docs/generators.md)."
     )
     return Section(
-        "Collapse probes", notes=(note,) if rows else (), header=("row", *names.values(), "alarms"),
-        rows=tuple(rows),
+        "Collapse metrics", notes=(note,) if rows else (),
+        header=("row", *names.values(), "alarms"), rows=tuple(rows),
     )  # fmt: skip
 
 
 def _alarms(variant: Variant) -> str:
-    """Kinds of the collapse alarm that were raised, and in how many runs."""
+    """Return the kinds of collapse alarms that were raised, with their number of runs."""
     raised = [kind for record in variant.records.values() for kind in record.get("alarms", {})]
     counted = {kind: raised.count(kind) for kind in sorted(raised)}
     return ", ".join(f"{kind} ({count})" for kind, count in counted.items()) or "none"
 
 
 def cost(group: Group) -> Section:
-    """Seconds, memory and the number of settings tried."""
+    """Return seconds, memory and the number of settings tried."""
     rows = []
     for variant in group.variants:
-        # what is known of a resumed run is its last attempt's
+        # For a resumed run only the last attempt was measured, so it is left out.
         records = [r for r in variant.records.values() if not r.get("resumed")]
         joint = [r.get("stage_seconds", {}).get("joint") for r in records]
         tried = {v.key for v in group.variants if v.row is variant.row}
@@ -113,7 +114,7 @@ def cost(group: Group) -> Section:
             spread_of([p["gpu"] for r in records if "gpu" in (p := r.get("peak_gib", {}))], 2),
         ))  # fmt: skip
     header = (
-        "row", "seeds", "settings tried", "wall seconds", "of them joint training",
+        "row", "seeds", "settings tried", "wall seconds", "joint training seconds",
         "peak GiB", "peak GPU GiB",
     )  # fmt: skip
     return Section("Cost of a run", header=header, rows=tuple(rows))

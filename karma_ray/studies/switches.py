@@ -1,6 +1,6 @@
-"""What METHOD leaves open, one row per answer: which of the open choices matter here.
+"""Tables of choices that the paper leaves open, with one row per alternative.
 
-Each row differs from its table's baseline in one switch, and in what that switch cannot do without.
+Each row differs from its table's baseline in one switch, and in settings that the switch needs.
 """
 
 from __future__ import annotations
@@ -12,20 +12,20 @@ from karma_ray.studies.rows import Row, Table
 
 @dataclass(frozen=True)
 class Switch:
-    """A field and the values that are not the default."""
+    """A field and its values other than the default."""
 
     path: str
     values: tuple[str, ...]
     needs: tuple[str, ...] = ()
-    """Settings without which the values mean nothing."""
+    """Settings that the values need."""
 
     @property
     def field(self) -> str:
-        """Last part of the path."""
+        """The last part of the path."""
         return self.path.rpartition(".")[2]
 
     def rows(self, recipe: str, needs_images: bool = False) -> list[Row]:
-        """One row per value over `recipe`."""
+        """Return one row per value over `recipe`."""
         return [
             Row(
                 f"{self.field}_{value.replace(':', '_')}", f"{self.field}={value}", recipe=recipe,
@@ -61,7 +61,7 @@ TEXT = (
     Switch("warmup.train", ("adapters_only", "all")),
     Switch("warmup.skip", ("true",)),
 )
-"""Over `karma_text`."""
+"""Switches over `karma_text`."""
 
 IMAGE = (
     Switch("model.imagery.img_cond", ("task1", "task2")),
@@ -70,7 +70,7 @@ IMAGE = (
     Switch("model.imagery.denoiser.times", ("logit_normal",)),
     Switch("model.imagery.denoiser.shift", ("3.0",)),
 )
-"""Over `karma_multimodal`. What is reconstructed is the folder in `collate.visual_features`."""
+"""Switches over `karma_multimodal`; the target is the folder in `collate.visual_features`."""
 
 TABLES = {
     "switches": Table(

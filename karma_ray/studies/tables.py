@@ -1,7 +1,7 @@
-"""The paper's two tables, the baselines and the switches: the rows, and what was published.
+"""The tables of a study: the paper's two tables, the baselines and the switches.
 
-Published numbers are differences in points (arXiv 2603.22779, Tables 1 and 2); no absolute value
-is. Rows without numbers are controls, nulls and rivals that the paper does not report.
+Published numbers are differences in points (arXiv 2603.22779, Tables 1 and 2); the paper gives no
+absolute values. Rows without numbers are controls and rivals that the paper does not report.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _GENERATORS: tuple[tuple[str, str, tuple[str, ...], dict[str, float]], ...] = (
 
 
 def _generated(mode: str) -> tuple[Row, ...]:
-    """Table 2 does not say whether L_act stays beside the generator's loss: both are run."""
+    """Return Table 2's rows, which do not say whether L_act is kept, for one `gen_mode`."""
     return tuple(
         Row(
             f"{name}_{mode}", f"{title}, {mode}", recipe=name,
@@ -52,7 +52,7 @@ def _generated(mode: str) -> tuple[Row, ...]:
 
 
 _OVER_INFONCE = ("objective.action_loss=infonce", "model.score.kind=cos_learned")
-"""What makes `hllm` of `action_only`."""
+"""Settings that turn `action_only` into `hllm`."""
 _HLLM = Row("hllm", "HLLM-style (text, InfoNCE)")
 _KARMA_INFONCE = Row(
     "karma_infonce", "KARMA, text, over HLLM's loss", recipe="karma_text", settings=_OVER_INFONCE
@@ -115,4 +115,4 @@ TABLES = {
     ),
     **switches.TABLES,
 }  # fmt: skip
-"""The choices of `jobs/ablate.py`."""
+"""The tables that `jobs/ablate.py` can run."""

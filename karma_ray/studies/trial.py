@@ -1,4 +1,4 @@
-"""One run of a study, in a process of its own, and what is kept of it."""
+"""One run of a study in its own process, and the measurements that are recorded."""
 
 from __future__ import annotations
 
@@ -23,40 +23,40 @@ from karma_ray.config import Config
 from karma_ray.runs.executor import HERE, Executor
 
 CURVE = ("HR@10", "HR@50", "HR@200", "gAUC", "JS@50_excl_gt", "cold/HR@50")
-"""Validation metrics kept at every validated step."""
+"""Validation metrics that are recorded at every validated step."""
 LAST_REPORTS = 5
-"""Reports at the end of the training whose probes are averaged: each is of one batch."""
+"""Number of last reports whose metrics are averaged, because each covers one batch."""
 _PROBES = ("decode", "collapse/", "negatives/", "loss/")
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A row with one seed."""
+    """A row with one seed and its settings."""
 
     row: str
     config: Config
     assignments: tuple[str, ...]
-    """What was set beyond the row's own recipe and settings."""
+    """Settings beyond those of the row and its recipe."""
     extra: tuple[str, ...] = ()
-    """The part of them that is not the data set's study settings."""
+    """The part of them that is not from the data set's study settings."""
     searched: tuple[str, ...] = ()
-    """What a search gave this row alone, in the configuration too."""
+    """Settings that a search gave only to this row; they are part of the configuration."""
 
     @property
     def name(self) -> str:
-        """`ROW-seedN`, with a short hash of what was searched."""
+        """`ROW-seedN`, with a short hash of searched settings."""
         name = f"{self.row}-seed{self.config.seed}"
         return f"{name}-{value_hash(list(self.searched))[:4]}" if self.searched else name
 
     def progress(self, run: str) -> str:
-        """How far its run is, from the run's log."""
+        """Describe the progress of its run, from the run's log."""
         steps = [line["step"] for line in read_lines(RunFolder(run).metrics_lines)
                  if line["stage"] == "joint"]  # fmt: skip
         return f"is at step {max(steps, default=0)} of {self.config.training.steps}"
 
 
 def first_stage_key(config: Config, data: str) -> str:
-    """Equal for configurations that share what `first_stage` makes."""
+    """Return a key that is equal for configurations that share the results of `first_stage`."""
     from karma_ray.runs.pretraining import pretrain_key
     from karma_ray.runs.warm_up import warmup_key
 
@@ -66,7 +66,7 @@ def first_stage_key(config: Config, data: str) -> str:
 
 
 def first_stage(config: Config, data: str, cache: str, executor: Executor = HERE) -> None:
-    """Pretraining, warm-up and floors into the cache."""
+    """Put pretraining, warm-up and floors into the cache."""
     from karma_ray.runs.assessment import Evaluator, floor_metrics
     from karma_ray.runs.first_stages import start_stage
     from karma_ray.runs.preparation import ensure_prepared
@@ -74,16 +74,16 @@ def first_stage(config: Config, data: str, cache: str, executor: Executor = HERE
     source = ensure_prepared(data, config.prepare, executor.prepare)
     if config.recipe in recipes.TRAINED:
         start_stage(config, source, cache, executor=executor)
-    with locked(join(cache, "floors")):  # two that begin together share them
+    with locked(join(cache, "floors")):  # trials that start together share them
         floor_metrics(Evaluator(config, source), cache)
 
 
 def train_trial(
     config: Config, data: str, out: str, cache: str, executor: Executor = HERE
 ) -> dict[str, Any]:
-    """Train and measure; returns the record's measured part, values per example included.
+    """Train and evaluate; returns the measured part of a record, with values per example.
 
-    An interrupted run has its configuration and perhaps checkpoints: it goes on from there.
+    An interrupted run has a configuration and perhaps checkpoints, and is continued.
     """
     import torch
 
@@ -122,9 +122,9 @@ def train_trial(
 
 
 def _curve(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
-    """Validated steps; their seconds are those of the joint stage's training alone.
+    """Return the validated steps, with the seconds of the joint training alone.
 
-    Time is written with every report, and validations fall between reports.
+    Reports contain the time, and validations fall between reports, so it is interpolated.
     """
     joint = [(line["step"], line["seconds"]) for line in lines if line["stage"] == "joint"]
     steps, seconds = zip((0, 0.0), *joint, strict=True)
@@ -137,17 +137,17 @@ def _curve(lines: list[dict[str, Any]]) -> list[dict[str, float]]:
 
 
 def _probes(lines: list[dict[str, Any]]) -> dict[str, float]:
-    """Means of what the reports measured on their batches."""
+    """Average the metrics of the reports' batches."""
     names = dict.fromkeys(name for line in lines for name in line if name.startswith(_PROBES))
     found = {name: [line[name] for line in lines if line.get(name) is not None] for name in names}
     return {name: float(np.mean(values)) for name, values in found.items() if values}
 
 
 def _peak_gib() -> dict[str, float]:
-    """Peak memory of this process, and of its part of the GPU."""
+    """Return the peak memory of this process, and of its part of the GPU."""
     import torch
 
-    # Kilobytes on Linux.
+    # ru_maxrss is in kilobytes on Linux.
     peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
     if torch.cuda.is_available():
         peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)

@@ -1,4 +1,4 @@
-"""The action loss of a batch, and the generator's loss on the same steps (METHOD 1.12).
+"""The action loss of a batch, and the generator's loss on the same steps (method 1.12).
 
 This worker's anchors are scored against the positives of all workers, in bounded memory.
 

@@ -221,7 +221,7 @@ def _causal(lengths: Tensor) -> Tensor:
 
 
 def _window_counts(model: KarmaModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Count for each step [B, T]: slots in use, positions they see, positions its read-out sees.
+    """Count for each step [B, T]: slots in use, and positions visible to them and to its read-out.
 
     The result equals the sums over `model.layout`'s [B, S, S] masks, without building them.
     """
@@ -232,11 +232,11 @@ def _window_counts(model: KarmaModel, batch: Batch) -> tuple[Tensor, Tensor, Ten
     if config.query_mode == "tokens":
         words = batch.query_lengths.clamp(min=1)[batch.query_index]
     words, items = words * steps, items * steps
-    # Members of a group are adjacent: they see what precedes the first of them.
+    # Members of a group are adjacent: what precedes the first of them is visible to all.
     order = torch.arange(group.shape[1], device=group.device).expand_as(group)
     opens = functional.pad(group[:, 1:] != group[:, :-1], (1, 0), value=True)
     first = (order * opens).cummax(1).values
-    if config.layout == "items_only":  # an item sees all items up to itself
+    if config.layout == "items_only":  # an item attends to all items up to itself
         upto = items.cumsum(1)
         return items, (prompt + upto) * items, prompt + (upto - items).gather(1, first)
     held = items + words if config.layout == "interleaved" else items

@@ -1,7 +1,7 @@
 """The gradient cache: a large batch in the memory of a small one, with the same gradients.
 
 This is GradCache (2101.06983), cut at the vectors of the unique items. They are all that the users
-of a batch share: as history, as hard negatives, and as in-batch negatives of everybody.
+of a batch share: as history, as hard negatives, and as in-batch negatives of all users.
 
     1. encode the items in chunks and keep only their vectors
     2. run users in micro-batches on those vectors, forward and backward, and sum the gradients

@@ -55,7 +55,7 @@ def image_gap(
 def image_flops(model: KarmaModel, batch: Batch) -> float:
     """Return the useful operations of the visual term on this worker, both passes (flops.py).
 
-    A branch is assumed to see one query and one item of the history per earlier step.
+    A branch is assumed to attend to one query and one item per earlier step.
     """
     if model.imagery is None:
         return 0.0

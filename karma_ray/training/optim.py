@@ -62,7 +62,7 @@ def build_optimizer(
     """Build AdamW with weight decay on matrices only, and one group per multiplier.
 
     `multiplier_of` maps a parameter's name to its multiplier: new modules may learn faster than a
-    pretrained backbone (METHOD 1.10), the item encoder later and slower. Frozen parameters are
+    pretrained backbone (method 1.10), the item encoder later and slower. Frozen parameters are
     left out. Each group stores its peak rate as `peak_lr`, and also `start` and `rise`.
     """
     groups: dict[tuple[RateMultiplier, bool, bool], list[nn.Parameter]] = {}

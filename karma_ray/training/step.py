@@ -69,7 +69,7 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class WarmupStep:
-    """Stage 1 (METHOD 1.10): decode an item's text, and image, from its embedding alone."""
+    """Stage 1 (method 1.10): decode an item's text, and image, from its embedding alone."""
 
     lambda_img: float = 0.0  # L_warm = CE + lambda_img L_img
 

@@ -209,7 +209,9 @@ def test_a_term_that_needs_texts_is_refused_before_anything_is_trained(
 ) -> None:
     from karma_ray.runs.pipeline import train_run
 
-    with pytest.raises(InputError, match=r"objective\.reconstruction: 1\.0 needs a model of texts"):
+    with pytest.raises(
+        InputError, match=r"objective\.reconstruction: 1\.0 needs a model that reads text"
+    ):
         train_run(config("hstu", "objective.reconstruction=1.0"), shop, str(tmp_path / "x"),
                   cache=cache)  # fmt: skip
 

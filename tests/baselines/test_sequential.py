@@ -223,10 +223,10 @@ def test_another_catalogue_is_refused(tmp_path: Path) -> None:
     model, catalog = recommender("sasrec"), tiny.catalog()
     model.attach_catalog(catalog, "here")
     moved = Catalog(catalog.table.take(pa.array([*range(1, 49), 0])))
-    with pytest.raises(InputError, match=r"--data: 'there' holds other items than the 49 that"):
+    with pytest.raises(InputError, match=r"--data: 'there' has other items than the 49 for which"):
         model.attach_catalog(moved, "there")
 
 
 def test_heads_that_do_not_divide_the_width_are_refused() -> None:
-    with pytest.raises(InputError, match=r"model\.ids\.width: 16 is no multiple of .*=3"):
+    with pytest.raises(InputError, match=r"model\.ids\.width: 16 is not a multiple of .*=3"):
         recommender("hstu", ids=replace(IDS, num_heads=3))

@@ -34,7 +34,7 @@ def _listener(port: int = 0, *, shared: bool = False) -> socket.socket:
 def test_a_port_on_which_somebody_listens_is_refused_by_name(shared: bool) -> None:
     with _listener(shared=shared) as other:
         port = other.getsockname()[1]
-        with pytest.raises(InputError, match=f"--port: {port} is held"), held_port("0.0.0.0", port):
+        with pytest.raises(InputError, match=f"--port: {port} is used"), held_port("0.0.0.0", port):
             pass
 
 
@@ -87,7 +87,7 @@ def test_a_signal_to_the_group_ends_an_endpoint_and_a_second_one_never_starts(
     endpoints.append(_endpoint(run, port))
     _, said = endpoints[1].communicate(timeout=120)
     assert endpoints[1].returncode == 2
-    assert f"--port: {port} is held by another program" in said and "local Ray" not in said
+    assert f"--port: {port} is used by another program" in said and "local Ray" not in said
     assert httpx.get(f"http://127.0.0.1:{port}/v1/healthz", timeout=30).status_code == 200
     os.killpg(endpoints[0].pid, number)
     # Ray alone would take a minute, and abort

@@ -192,7 +192,7 @@ def test_a_stopped_study_goes_on_and_makes_nothing_twice(study: tuple[Study, Out
     assert outcome.there == ["action_only-seed0"] and outcome.done == ["karma_text-seed0"]
     assert len(made.lines()) == 2 and before[0] in made.lines()
     again = made.run(made.trials("action_only", "karma_text"))
-    assert again.told() == "0 made; 2 were there"
+    assert again.told() == "0 made; 2 already there"
 
 
 @pytest.mark.ray
@@ -314,7 +314,7 @@ def test_the_job_ends_in_a_report(
     main(["table1", "--data", made.data.uri, "--rows", "action_only,karma_text", "--seeds", "1",
           *sets, "--set", "training.steps=20", "--results", "results"])  # fmt: skip
     told = capsys.readouterr().out
-    assert "2 made; 0 were there" in told
+    assert "2 made; 0 already there" in told
     text = Path("results/tables.md").read_text()
     assert "| with Tasks 1 and 2 | Pairwise CE, clicks alone |" in text
     assert "python jobs/ablate.py report --results results" in text

@@ -148,7 +148,7 @@ def test_the_spaces_that_ship_can_be_loaded(path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no SPACE"),
+        ("", "has no SPACE"),
         ("SPACE = {'seed': tune.choice([1])}\nMETRIC = 'HR@50'", "METRIC: 'HR@50' must be a valid"),
         ("SPACE = {'seed': 3}\nMETRIC = 'valid/MRR'", "SPACE seed: 3 is not a Ray Tune domain"),
         (

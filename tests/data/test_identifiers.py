@@ -47,7 +47,7 @@ def test_a_rounded_id_is_refused_with_field_and_value(values: pl.Series) -> None
 
 
 def test_a_type_that_is_no_id_is_refused() -> None:
-    with pytest.raises(InputError, match="no type of an id"):
+    with pytest.raises(InputError, match="cannot be an id"):
         id_text(pl.Series([{"a": 1}]), "item_id")
 
 

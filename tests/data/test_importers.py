@@ -677,14 +677,14 @@ def test_pages_of_one_row_are_told_with_the_column_that_helps(tmp_path: Path) ->
     )
     manifest, _ = fold(tmp_path, log, "")
     assert manifest["negative_source"] == "none" and not manifest["counts"]["pages_with_negatives"]
-    assert [note for note in manifest["notes"] if "pages hold" in note] == [
-        "40 of 40 pages hold one item, so nothing was shown beside it: name the column of the "
-        "result page by --columns impression_id=COLUMN"
+    assert [note for note in manifest["notes"] if "pages have" in note] == [
+        "40 of 40 pages have one item, so nothing was shown beside it: name the column of the "
+        "result page with --columns impression_id=COLUMN"
     ]
     manifest, _ = fold(tmp_path, log, "impression_id=page")
     assert manifest["negative_source"] == "exposed"
     assert manifest["counts"]["pages_with_negatives"] == 20
-    assert not any("pages hold" in note for note in manifest["notes"])
+    assert not any("pages have" in note for note in manifest["notes"])
 
 
 @pytest.mark.parametrize("ending", ["parquet", "jsonl", "folder"])
@@ -763,9 +763,9 @@ def test_times_that_cannot_be_read_name_the_flag_that_helps(tmp_path: Path) -> N
         fold(tmp_path, log, "")
     manifest, _ = fold(tmp_path, log + "u,20240501,0001\n", "")
     assert [note for note in manifest["notes"] if "--time-format" in note] == [
-        "1 timestamps cannot be read; --time-format says how times are written, for example "
+        "1 timestamps cannot be read; --time-format states how times are written, for example "
         "%m/%d/%Y or %Y%m%d",
-        "all times lie before 1980, as row numbers do; --time-format says how times are written, "
+        "all times lie before 1980, as row numbers do; --time-format states how times are written, "
         "for example %m/%d/%Y or %Y%m%d",
     ]
 
@@ -797,7 +797,7 @@ def test_a_damaged_archive_and_an_unknown_encoding_are_named(tmp_path: Path) -> 
     (tmp_path / "log.csv.gz").write_bytes(gzip.compress(LOG.encode())[:40])
     with pytest.raises(InputError, match=r"log\.csv\.gz' cannot be read"):
         import_long(str(tmp_path / "log.csv.gz"), str(tmp_path / "out"), items=items)
-    with pytest.raises(InputError, match="--encoding: 'utf-9' is no encoding"):
+    with pytest.raises(InputError, match="--encoding: 'utf-9' is not a known encoding"):
         import_long(items, str(tmp_path / "out"), items=items, form=TextFormat(encoding="utf-9"))
 
 
@@ -827,8 +827,8 @@ def test_files_of_a_folder_may_order_their_columns_and_be_named_by_folders(tmp_p
     [
         ("user_id=uid,item_id=sku,timestamp=when", "timestamp: 'when'.*choices: uid, ts, q, sku"),
         ("user_id=uid,item_id=sku", "--columns timestamp is needed.*choices: uid, ts"),
-        (COLUMNS + ",clicks=click", "'clicks' is not a field.*choices: user_id"),
-        ("user_id", "'user_id' is not of the form"),
+        (COLUMNS + ",clicks=click", "'clicks' is not one of our column names.*choices: user_id"),
+        ("user_id", "'user_id' does not have the form"),
     ],
 )
 def test_a_wrong_mapping_names_the_column_and_the_choices(
@@ -842,7 +842,9 @@ def test_a_column_of_lists_is_named_with_its_type(tmp_path: Path) -> None:
     log = pl.DataFrame({"user_id": ["u"], "timestamp": [1], "item_id": ["7"], "q": [["red"]]})
     log.write_parquet(tmp_path / "log.parquet")
     (tmp_path / "items.csv").write_text("item_id,title\n7,a\n")
-    with pytest.raises(InputError, match=r"--columns query: 'List\(String\)' is no single value"):
+    with pytest.raises(
+        InputError, match=r"--columns query: 'List\(String\)' is not a single value"
+    ):
         import_long(
             str(tmp_path / "log.parquet"), str(tmp_path / "out"), columns={"query": "q"},
             items=str(tmp_path / "items.csv"),
@@ -873,7 +875,7 @@ def test_the_job_prints_counts_and_the_next_command(
         (1, "next: python jobs/train.py --data '{out}' --recipe karma_text"),
         (3, "  python jobs/train.py --data '{out}' --recipe karma_text "
             "--set prepare.max_bad_share=0.3"),
-        (10, "no click names a known item: nothing can be trained on this folder"),
+        (10, "no click names a known item, so nothing can be trained on this folder"),
     ],
 )  # fmt: skip
 def test_the_next_command_is_none_that_preparing_refuses(
@@ -888,7 +890,7 @@ def test_the_next_command_is_none_that_preparing_refuses(
     printed = capsys.readouterr().out.rstrip().splitlines()
     assert printed[-1] == end.format(out=out)
     assert any("3 of 10 pages have clicks" in line for line in printed) == (unknown == 3)
-    with pytest.raises(InputError, match=r"^--items is needed: the table of item ids"):
+    with pytest.raises(InputError, match=r"^--items is needed: name the table of item ids"):
         import_data.main(["long", str(tmp_path / "log.csv"), out])
 
 

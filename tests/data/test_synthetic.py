@@ -67,14 +67,14 @@ def test_a_file_describes_another_shop(folder: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "is no JSON file"),
-        ("[1]", "no JSON object"),
+        ("{", "is not a JSON file"),
+        ("[1]", "not a JSON object"),
         ('{"num_user": 5}', r"num_user in .*not a known field; choices: .*num_users"),
         ('{"num_users": "many"}', r"num_users in .*'many' should be a valid integer"),
         ('{"num_users": 0}', "num_users: 0 is not between 1"),
         ('{"promo_factor": -1}', "promo_factor"),
         ('{"click_shares": [1, 1, 1, 1]}', "do not add up to 1"),
-        ('{"sessions": [9, 3]}', "least is more than most"),
+        ('{"sessions": [9, 3]}', "has a smallest number above"),
     ],
 )
 def test_an_impossible_shop_is_refused_by_field(text: str, message: str, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Attention sinks against METHOD 1.13's golden values, brute force and planted maps."""
+"""Attention sinks (method 1.13) against golden values, brute force and planted maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Task 1 sees what its read-out sees, Task 2 sees h and nothing else (METHOD 1.7 and 1.8)."""
+"""Task 1 sees what its read-out sees, Task 2 sees h and nothing else (method 1.7 and 1.8)."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_long_text_is_decoded_up_to_its_limit() -> None:
 def test_the_stripped_graph_gives_the_h_of_training(
     build: Build, layout: str, query_mode: str
 ) -> None:
-    """METHOD 1.11 (i): branches of text change nothing in the prefix."""
+    """Branches of text change nothing in the prefix (method 1.11)."""
     karma, batch = build(layout, query_mode), tiny.batch()
     items = _items(karma, batch)
     with torch.no_grad():

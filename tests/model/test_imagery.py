@@ -1,4 +1,4 @@
-"""Image queries see what METHOD 1.9 lets them see, and every switch does what it says."""
+"""Image queries see what method 1.9 lets them see, and every switch does what it says."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who sees whom, by perturbation and gradient: the leaks of METHOD 1.3 are exactly zero."""
+"""Who sees whom, by perturbation and gradient: the leaks of method 1.3 are exactly zero."""
 
 from __future__ import annotations
 

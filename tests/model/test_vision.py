@@ -125,7 +125,7 @@ def test_what_is_no_vision_encoder_is_refused(tmp_path: Path) -> None:
         load_vision_encoder(str(tmp_path / "nowhere"), 4)
     language = Qwen3Model(Qwen3Config(**TEXT, num_key_value_heads=1, head_dim=8))
     language.save_pretrained(str(tmp_path / "language"))
-    with pytest.raises(InputError, match=r"\(qwen3\) takes no images"):
+    with pytest.raises(InputError, match=r"\(qwen3\) does not take images"):
         load_vision_encoder(str(tmp_path / "language"), 4)
 
 

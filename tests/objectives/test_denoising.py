@@ -182,7 +182,7 @@ def test_edm_noise_levels_are_log_normal_around_p_mean() -> None:
 
 
 def test_one_step_of_edm_or_flow_matching_is_the_mean_and_many_are_a_mode() -> None:
-    """METHOD 1.12: sampler steps go from mean-seeking to mode-seeking. Data: -1 or 1."""
+    """Sampler steps go from mean-seeking to mode-seeking (method 1.12). Data: -1 or 1."""
 
     def posterior_mean(x: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
         return torch.tanh(x * signal / spread.square())

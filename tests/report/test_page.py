@@ -44,7 +44,7 @@ def test_the_page_shows_metrics_curves_checks_cases_and_decoded_text(write_run) 
     text, words = read(render_report(run))
     for expected in (
         "In plain words", "Inside the query's own items", "Cold items", "Repeat targets",
-        "Does the model use what it should?", "Red mug with stripes", "red mug with dots ceramic",
+        "Checks of the model", "Red mug with stripes", "red mug with dots ceramic",
         "Blue mug with stars", "karma_text on toy_shop", "1,234",
     ):  # fmt: skip
         assert expected in words
@@ -123,7 +123,7 @@ def test_a_floor_run_needs_no_curves_checks_or_cases(write_run) -> None:
     assert "popularity on toy_shop" in words
     assert "Cases" not in words
     assert [picture.stem for picture in Path(run, "report").glob("*.png")] == ["comparison"]
-    assert "trains nothing" in Path(run, "report", "model_card.md").read_text()
+    assert "A baseline without training" in Path(run, "report", "model_card.md").read_text()
 
 
 def test_a_run_with_only_a_config_still_has_a_page(write_run) -> None:

@@ -57,8 +57,8 @@ def test_a_new_run_beside_an_old_one_without_values_is_said_to_lack_an_interval(
     write_record(results, "history_to_text", 0, outcomes(4))
     sentence = told(results, "with Task 1")
     assert "without an interval" in sentence and "HR@50 (+40.00)" in sentence
-    assert "values per example of action_only-seed0 are not here" in sentence
-    assert "no difference shown" not in sentence
+    assert "values per example of action_only-seed0 are missing" in sentence
+    assert "no established difference" not in sentence
     assert "higher on" in told(results, "with Tasks 1 and 2")
 
 

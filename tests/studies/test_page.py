@@ -28,7 +28,7 @@ def test_the_report_sets_our_differences_beside_the_papers(results: Path) -> Non
     row = next(line for line in text.splitlines() if line.startswith("| with Task 2 | Pairwise"))
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     # gAUC, HR@200, HR@1000 (not measured here), JS@50: paper, ours, sign
-    assert cells[2:5] == ["+0.43", "+0.00 ± 0.00", "not shown"]
+    assert cells[2:5] == ["+0.43", "+0.00 ± 0.00", "not established"]
     assert cells[5:8] == ["+19.19", "+40.00 ± 0.00 *", "same"]
     assert cells[8:11] == ["+19.31", "–", "–"]
     assert "Order by HR@200, paper: with Task 2 > with Task 1; here: the same." in text
@@ -41,7 +41,7 @@ def test_the_report_says_plainly_where_an_effect_does_not_show(results: Path) ->
     text = write_report(results)[0].read_text()
     sentence = next(line for line in text.splitlines() if line.startswith("- with Task 1:"))
     # one seed loses 4 of 40 users' two hits: -4 points, the other none; the seeds disagree
-    assert "no difference shown on" in sentence and "HR@50 (-2.00, detectable" in sentence
+    assert "no established difference on" in sentence and "HR@50 (-2.00, detectable" in sentence
     assert "higher on HR@10 (+40.00)" in text
 
 
@@ -95,7 +95,10 @@ def test_a_report_of_the_same_records_is_the_same(results: Path) -> None:
 def test_one_seed_is_said_to_be_one(tmp_path: Path) -> None:
     write_record(tmp_path / "r", "action_only", 0, outcomes(2))
     write_record(tmp_path / "r", "karma_text", 0, outcomes(3))
-    assert "One seed: its spread is unknown." in write_report(tmp_path / "r")[0].read_text()
+    assert (
+        "With one seed the spread over seeds is unknown."
+        in write_report(tmp_path / "r")[0].read_text()
+    )
 
 
 def test_no_records_make_an_empty_report(tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ def test_the_search_ends_with_the_best_candidate_for_every_seed(
                "--search", "3", *sets, "--results", "results"]  # fmt: skip
     main(command)
     told = capsys.readouterr().out
-    assert "3 made; 0 were there" in told  # three candidates of the trained row
-    assert "3 made; 1 were there" in told  # its other seed, the floor's two
+    assert "3 made; 0 already there" in told  # three candidates of the trained row
+    assert "3 made; 1 already there" in told  # its other seed, the floor's two
     records = read_records(Path("results"))
     first = [r for r in records if r["row"] == "sasrec" and r["seed"] == 0]
     (second,) = [r for r in records if r["row"] == "sasrec" and r["seed"] == 1]
@@ -94,7 +94,7 @@ def test_the_search_ends_with_the_best_candidate_for_every_seed(
     text = Path("results/tables.md").read_text()
     assert "each row at its best setting" in text and "| SASRec (ids) | 0, 1 | 3 |" in text
     main(command)
-    assert "0 made; 3 were there" in capsys.readouterr().out
+    assert "0 made; 3 already there" in capsys.readouterr().out
 
 
 def test_nothing_is_chosen_where_nothing_was_validated(data: Data, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def test_every_action_loss_falls_under_every_score(action: str, score: str) -> N
 
 
 def test_after_training_task_2_the_wrong_h_costs_words() -> None:
-    """The health check of METHOD 1.8: a decoder that ignores h would have no gap."""
+    """The health check of method 1.8: a decoder that ignores h would have no gap."""
     karma, batch = tiny.model(), tiny.batch(tiny.shop(4), num_decoded=1)
     step = JointStep(ObjectiveConfig(generation=0.0))
     assert abs(step.probe(karma, batch)["decode_gap"]) < 0.1
@@ -174,7 +174,7 @@ def test_the_action_loss_and_its_gradients_are_equation_5_on_the_served_scores(s
 
 
 def test_parallel_embeddings_keep_their_negatives() -> None:
-    """Frozen content decides: a mask on live cosines would delete them all (METHOD 1.5)."""
+    """Frozen content decides: a mask on live cosines would delete them all (method 1.5)."""
     karma, batch = tiny.model(), tiny.batch()
     h, items = _vectors(karma, batch)
     parallel = items[:1].expand_as(items)

@@ -1,1 +1,1 @@
-"""Public datasets -> our tables, one module per dataset."""
+"""Importers of public data sets into the project's tables, one module per data set."""

@@ -1,6 +1,6 @@
-"""Amazon Reviews 2018, a 5-core category: split upstream, without times.
+"""Importer of one category of Amazon Reviews 2018 (5-core), which is pre-split and has no times.
 
-The category is that of the file names: `Industrial_and_Scientific.items.parquet`, or another.
+The category is taken from the file names, such as `Industrial_and_Scientific.items.parquet`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _SPACED_ENTITY = re.compile(r"&\s+(amp|quot|lt|gt|nbsp);")
 def import_amazon_industrial(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     """Write sequences and examples of the pre-split files in `src`; returns the manifest.
 
-    Nothing is drawn at random: `seed` is accepted like everywhere and changes nothing.
+    Nothing is drawn at random, so `seed` has no effect.
     """
     category = _category(src)
     items_file = find_file(src, f"{category}.items.parquet")
@@ -84,7 +84,7 @@ def import_amazon_industrial(src: str, out: str, *, seed: int = 0) -> dict[str, 
 
 
 def _category(src: str) -> str:
-    """The category whose items lie in `src`, by their file's name."""
+    """Return the category of the files in `src`, from the name of the items file."""
     end = ".items.parquet"
     names = [path.rsplit("/", 1)[-1] for path in find_files(src, "", end)]
     found = [name.removesuffix(end) for name in names if not name.startswith((".", "_"))]
@@ -94,22 +94,22 @@ def _category(src: str) -> str:
 
 
 def training_history(rows: list[_Row], max_history: int) -> list[str]:
-    """The history of the row that continues no other row of the user.
+    """Return the history of the first row of a user, which continues no other row.
 
-    A user's rows overlap: each history is the one before plus its target, cut upstream to the
-    newest `max_history` clicks. All but the first therefore hold valid targets.
+    A user's rows overlap: each history is the previous one plus its target, cut upstream to the
+    newest `max_history` clicks. All histories but the first therefore contain validation targets.
     """
     continued = {tuple([*history, item][-max_history:]) for history, item in rows}
     starts = [history for history, _ in rows if tuple(history) not in continued]
     if len(starts) == 1:
         return starts[0]
-    # Without a unique start the order of the rows is unclear: keep what is no target for sure.
+    # Without a unique first row the order is unclear: keep only items that are no targets.
     targets = {item for _, item in rows}
     return [item for item in rows[0][0] if item not in targets]
 
 
 def clean_text(text: str | None) -> str:
-    """Text without tags, entities, list brackets and runs of spaces."""
+    """Remove tags, entities, list brackets and repeated spaces from a text."""
     text = (text or "").strip()
     if text.startswith(("['", '["')):
         text = _BETWEEN.sub(" ", text[2:].removesuffix("]").rstrip("'\""))
@@ -139,7 +139,7 @@ def _items(products: pl.DataFrame) -> pl.DataFrame:
 def _rows_by_user(
     data: DataFolder, frame: pl.DataFrame, file: str, known: set[str]
 ) -> dict[str, list[_Row]]:
-    """(history, next item) of every user in file order; rows with unknown items rejected."""
+    """Return (history, next item) of every user in file order; rows with unknown items go."""
     frame = frame.with_row_index("row")
     null = pl.any_horizontal(pl.col(_ROW_COLUMNS).is_null())
     data.reject(frame.filter(null), file, "null user, history or item")

@@ -1,12 +1,12 @@
-"""Lines of a delimited text -> rows of strings; one odd line never takes others with it.
+"""Parsing of delimited text into rows of strings; a malformed line never affects other lines.
 
-A line is a row when it holds as many fields as the header. What to make of quotes:
+A line is a row if it has as many fields as the header. Quotes are treated in one of three ways:
 
-text  a quote is a character like any other, and a row is a line
-csv   a field may be quoted, and then holds separators, `""` for a quote, and line ends
-auto  text in TSV (exports are unquoted as a rule) unless its header is quoted; else csv, but a
-      quote that opens a field joins lines only where not all of them are rows on their own: in a
-      log `"big lamp` is what somebody typed, and the next lines are other people's clicks
+text    a quote is an ordinary character, and every row is a line
+csv     a field may be quoted, and may then contain separators, `""` for a quote, and line ends
+auto    `text` for TSV, whose exports are usually unquoted, unless its header is quoted; otherwise
+        `csv`, but an opening quote joins lines only if they are not all rows by themselves: in a
+        log, `"big lamp` is a query as typed, and the next lines are clicks of other users
 """
 
 from __future__ import annotations
@@ -21,34 +21,34 @@ import polars as pl
 
 QUOTES = ("auto", "text", "csv")
 _MAX_JOINED = 1_000
-"""Lines that one quoted field may span."""
+"""Largest number of lines in one quoted field."""
 
 
 @dataclass(frozen=True)
 class Delimited:
-    """What stands below the header; `row` counts its lines from 0."""
+    """The rows below the header; `row` counts lines from 0."""
 
     frame: pl.DataFrame
     """The header's columns as strings, and `row`."""
     rejected: pl.DataFrame
-    """`row` and `line` of every line that holds another number of fields than the header."""
+    """`row` and `line` of every line whose number of fields differs from the header's."""
     joined: int
     """Rows that span several lines."""
     literal: int
-    """Rows with a quote that opens or closes no field and was kept as it stands."""
+    """Number of rows with a quote that is not part of a quoted field and was kept unchanged."""
 
 
 def separator_of(header: str, default: str) -> str:
-    """What separates the names of a header: `default` where it stands, else the commonest."""
+    """Return the separator of a header: `default` if it occurs, else the most frequent one."""
     bare = re.sub('"[^"]*"', "", header)
     candidates = [default, ";", "\t", "|", ","]
     return default if default in bare else max(candidates, key=bare.count)
 
 
 def read_delimited(text: str, separator: str, quotes: str = "auto") -> Delimited:
-    """The rows of `text`; `quotes` is one of QUOTES. Raises polars' errors on an empty text."""
+    """Parse `text`; `quotes` is one of QUOTES. Raises polars' errors on an empty text."""
     if "\n" not in text:
-        text = text.replace("\r", "\n")  # as old spreadsheets end their lines
+        text = text.replace("\r", "\n")  # line ends of old spreadsheets
     lines = pl.select(pl.lit(text).str.split("\n").explode()).to_series()
     lines = lines.str.strip_chars_end("\r").alias("line")
     filled = np.flatnonzero((lines.str.len_bytes() > 0).to_numpy())
@@ -82,7 +82,7 @@ def read_delimited(text: str, separator: str, quotes: str = "auto") -> Delimited
 
 
 class _Grammar:
-    """Fields between separators, of which some may be quoted."""
+    """Parses lines of fields between separators, some of which may be quoted."""
 
     def __init__(self, separator: str) -> None:
         self.separator, mark = separator, re.escape(separator)
@@ -95,13 +95,13 @@ class _Grammar:
         self._field = re.compile(f"(?:({quoted})|([^{mark}]*))(?:{mark}|$)", re.DOTALL)
 
     def well_formed(self, lines: pl.Series, num_fields: int) -> np.ndarray:
-        """Mask [lines] of those that are a row by the letter of CSV."""
+        """Return the mask [lines] of lines that are valid CSV rows by themselves."""
         bare = lines.str.replace_all(self._quoted, "")
         counts = bare.str.count_matches(self.separator, literal=True)
         return (lines.str.contains(self._row) & (counts == num_fields - 1)).to_numpy()
 
     def fields(self, line: str) -> list[str]:
-        """The fields of a line: well-formed quotes are taken off, others stay."""
+        """Split a line into fields; well-formed quotes are removed, others stay."""
         found, place = [], 0
         while place <= len(line):
             match = self._field.match(line, place)
@@ -114,7 +114,7 @@ class _Grammar:
         return found
 
     def joined(self, lines: pl.Series, start: int, num_fields: int) -> list[str] | None:
-        """The lines from `start` that a quoted field makes one row of; None when none do."""
+        """Return the lines from `start` that a quoted field joins to one row, or None."""
         part: list[str] = []
         for number in range(start, min(len(lines), start + _MAX_JOINED)):
             part.append(lines[number])
@@ -130,7 +130,7 @@ class _Grammar:
 
 @dataclass
 class _Odd:
-    """What was made of lines that are no row by the letter of CSV."""
+    """Rows that were read from lines that are not valid CSV rows by themselves."""
 
     rows: list[list[str]] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
@@ -173,7 +173,7 @@ def _parse(lines: pl.Series, names: list[str], separator: str, quote: str | None
 
 
 def _distinct(names: Sequence[str]) -> list[str]:
-    """Names with a number behind those that came before."""
+    """Make names unique by appending a number to repeated ones."""
     seen: dict[str, int] = {}
     made = []
     for name in names:

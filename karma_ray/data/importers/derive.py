@@ -1,8 +1,8 @@
-"""Queries and negatives for purchase logs: DERIVED and PROXY, and labelled so everywhere.
+"""Derived queries and proxy negatives for purchase logs, which are labelled as such everywhere.
 
-A purchase log names neither the query nor what else was shown. The convention (METHOD 1.14) is
-a query made from the target's category-level attributes, and negatives that match every
-attribute the query names, were on sale at the time and were not bought by that user.
+A purchase log has neither queries nor the other items that were shown. By convention
+(method 1.14) the query is made from category-level attributes of the target, and negatives are
+items with all attributes in the query that were on sale then and not bought by that user.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ PROXY_NOTE = (
 
 
 def shared_queries(items: pl.DataFrame, min_items: int = 2) -> pl.DataFrame:
-    """Null every `query` that fewer than `min_items` items of `items` (item_id, query) share.
+    """Set `query` to null if fewer than `min_items` of `items` (item_id, query) have it.
 
-    A query that only the target has would measure string matching instead of retrieval.
+    A query that names only the target would measure string matching instead of retrieval.
     """
     count = pl.len().over("query")
     kept = pl.when((count >= min_items) & (pl.col("query") != "")).then(pl.col("query"))
@@ -33,16 +33,16 @@ def shared_queries(items: pl.DataFrame, min_items: int = 2) -> pl.DataFrame:
 
 
 def query_matches(items: pl.DataFrame) -> pl.DataFrame:
-    """QUERY_MATCHES of `items` (item_id, query): the items of each derived query, both sorted."""
+    """Return QUERY_MATCHES of `items` (item_id, query): the items of each query, both sorted."""
     named = items.filter(pl.col("query").is_not_null()).sort("query", "item_id")
     return named.group_by("query", maintain_order=True).agg(pl.col("item_id").alias("item_ids"))
 
 
 def fold_purchases(purchases: pl.DataFrame, page: list[str]) -> pl.DataFrame:
-    """One row per page, in time order; `page` names the columns that make a page.
+    """Group purchases into one row per page, in time order; `page` names the grouping columns.
 
-    `purchases` holds user_id, timestamp, item_id, query, in row order within a time. Several
-    units of one item on a page count once. Clicked and purchased items are the same.
+    `purchases` has user_id, timestamp, item_id, query, in row order within a time. Several units
+    of one item on a page count once. Clicked and purchased items are the same.
     """
     ordered = purchases.sort("timestamp", maintain_order=True)
     first = [pl.col(c).first() for c in ("user_id", "timestamp", "query") if c not in page]
@@ -55,10 +55,10 @@ def fold_purchases(purchases: pl.DataFrame, page: list[str]) -> pl.DataFrame:
 def add_proxy_negatives(pages: pl.DataFrame, purchases: pl.DataFrame, seed: int) -> pl.DataFrame:
     """Add `exposed_item_ids`: the clicked items and up to NUM_PROXIES proxies, shuffled.
 
-    The pool of a page at time t is what anyone bought of the same query in [t - 14 days, t],
-    less what this user bought up to t. Looking back only needs no knowledge of the later split.
-    A page without a query, or with an empty pool, gets an empty list: nothing is known of it.
-    `pages` must be in time order.
+    The candidates of a page at time t are the items that any user bought for the same query in
+    [t - 14 days, t], without those this user bought up to t. They depend only on the past, so
+    they know nothing of the later split. A page without a query or candidates gets an empty list,
+    which means unknown. `pages` must be in time order.
     """
     item_ids = purchases["item_id"].unique().sort()
     code_of = {item_id: code for code, item_id in enumerate(item_ids)}
@@ -95,7 +95,7 @@ def add_proxy_negatives(pages: pl.DataFrame, purchases: pl.DataFrame, seed: int)
 def _by_query(
     queries: list[str | None], times: np.ndarray, codes: np.ndarray
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Sale times and item codes of each query, in time order."""
+    """Return the sale times and item codes of each query, in time order."""
     rows: dict[str, list[int]] = {}
     for row, query in enumerate(queries):
         if query is not None:

@@ -1,4 +1,4 @@
-"""H&M: two years of purchases by day, 25 text columns and a picture per article."""
+"""Importer of H&M: two years of purchases by day, 25 text columns and a picture per article."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def import_hm(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
 
 
 def hm_items(articles: pl.DataFrame) -> pl.DataFrame:
-    """ITEMS columns without the image, the ride-along attributes, and the derived `query`."""
+    """Return the ITEMS columns without images, further attributes, and the derived `query`."""
     described = pl.concat_str(
         [
             pl.concat_str(
@@ -102,7 +102,7 @@ def hm_items(articles: pl.DataFrame) -> pl.DataFrame:
 
 
 def _write_items(data: DataFolder, items: pl.DataFrame, image_files: list[str]) -> None:
-    """Items with a picture shard by shard, then the rest: memory holds one batch of pictures."""
+    """Write items with a picture file by file, then the rest, with one batch in memory."""
     pictured: set[str] = set()
     for file in image_files:
         for images in stream_parquet(file, ("article_id", "jpeg"), _IDS, _IMAGES_PER_PART):

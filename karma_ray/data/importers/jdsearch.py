@@ -1,6 +1,6 @@
-"""JDsearch: real queries and labelled candidates; anonymised term ids, intervals, no times.
+"""Importer of JDsearch: real queries and labelled candidates, anonymised terms, no times.
 
-Lists are joined by `_`, term ids by the control character 0x18; a query of -1 is none.
+Lists are joined by `_` and term ids by the control character 0x18; a query of -1 means none.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _ROWS_PER_PART = 50_000
 def import_jdsearch(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     """Write sequences and examples of the JDsearch files in `src`; returns the manifest.
 
-    Nothing is drawn at random: `seed` is accepted like everywhere and changes nothing.
+    Nothing is drawn at random, so `seed` has no effect.
     """
     products = find_file(src, "product_meta_data_sample.txt", "product_data.txt")
     behaviour = find_file(src, "user_behavior_data_sample.txt", "release_data.txt")
@@ -66,7 +66,7 @@ def import_jdsearch(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
 
 
 def _check_header(file: str, columns: tuple[str, ...]) -> None:
-    """The samples start with a header, the full files with data in the same documented order."""
+    """Check the columns: samples begin with a header, full files have the documented order."""
     _, first = next(stream_lines(file), (0, ""))
     names = first.split("\t")
     if len(names) != len(columns) or columns[0] in names:
@@ -89,7 +89,7 @@ def _records(
 
 
 def _terms(text: str) -> str | None:
-    """`12<0x18>32` -> `t12 t32`; `-1` and nothing -> None."""
+    """Convert `12<0x18>32` to `t12 t32`, and `-1` or an empty text to None."""
     terms = [term for term in text.split(_TERM) if term not in ("", "-1")]
     return " ".join(f"t{term}" for term in terms) or None
 
@@ -110,7 +110,7 @@ def _write_items(data: DataFolder, file: str) -> set[str]:
             data.reject(pl.DataFrame({"row": [row], **record}), file, reason)
             continue
         known.add(item_id)
-        # Levels 3 and 4 often repeat: a path names each step once.
+        # Levels 3 and 4 are often equal; the path contains each only once.
         path = dict.fromkeys(_terms(record[f"cate_name_{level}"]) for level in range(1, 5))
         category = " > ".join(step for step in path if step) or None
         brand = _terms(record["brand_name"])
@@ -124,7 +124,7 @@ def _write_items(data: DataFolder, file: str) -> set[str]:
 
 
 def _write_users(data: DataFolder, file: str, known: set[str]) -> dict[str, int]:
-    """Write all users; return what was left out, in words, with counts."""
+    """Write all users; returns descriptions and counts of what was left out."""
     sequences: list[dict[str, Any]] = []
     examples: dict[str, list[dict[str, Any]]] = {"valid": [], "test": []}
     left_out = {
@@ -165,10 +165,10 @@ def _write_users(data: DataFolder, file: str, known: set[str]) -> dict[str, int]
 
 
 def _history(user: str, record: dict[str, str]) -> list[Step]:
-    """The parallel history lists as steps; raises ValueError when they do not fit together."""
+    """Convert the parallel history lists to steps; raises ValueError if their lengths differ."""
     columns = ("history_qry_list", "history_wid_list", "history_type_list", "history_time_list")
     queries, items, kinds, times = (record[c].split("_") if record[c] else [] for c in columns)
-    # One interval more than steps: the last one lies in front of the test query.
+    # There is one more interval than steps: the last one precedes the test query.
     if not len(queries) == len(items) == len(kinds) == len(times) - 1:
         raise ValueError("history lists of unequal length")
     steps: list[Step] = []
@@ -183,7 +183,7 @@ def _history(user: str, record: dict[str, str]) -> list[Step]:
 
 
 def _test_page(user: str, record: dict[str, str], known: set[str]) -> list[Step]:
-    """The labelled candidates of the test query; raises ValueError on unequal lists."""
+    """Return the clicked candidates of the test query; raises ValueError on unequal lists."""
     items, labels = (record[f"candidate_{c}_list"].split("_") for c in ("wid", "label"))
     if len(items) != len(labels):
         raise ValueError("candidate lists of unequal length")
@@ -195,7 +195,7 @@ def _test_page(user: str, record: dict[str, str], known: set[str]) -> list[Step]
 
 
 def _split_last_page(history: list[Step]) -> tuple[list[Step], list[Step]]:
-    """Training steps and the last page, empty when that is the only one."""
+    """Split off the last page; it is empty if there is only one page."""
     if not history or history[0].page_id == history[-1].page_id:
         return history, []
     first = next(n for n, step in enumerate(history) if step.page_id == history[-1].page_id)

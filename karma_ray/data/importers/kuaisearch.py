@@ -1,4 +1,4 @@
-"""KuaiSearch: real queries, clear-text titles, impressed / clicked / purchased lists."""
+"""Importer of KuaiSearch: real queries, readable titles, impressions, clicks and purchases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ROWS_PER_PART = 20_000
 def import_kuaisearch(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     """Write the data folder of the KuaiSearch files in `src`; returns its manifest.
 
-    Nothing is drawn at random: `seed` is accepted like everywhere and changes nothing.
+    Nothing is drawn at random, so `seed` has no effect.
     """
     items_file, pages_file = find_file(src, "items.jsonl"), find_file(src, "recall.jsonl")
     _check_first(items_file, _ITEM_KEYS)
@@ -98,7 +98,7 @@ def _write_items(data: DataFolder, file: str) -> set[str]:
 
 
 def _write_pages(data: DataFolder, file: str, known: set[str]) -> dict[str, int]:
-    """Write the pages; return how many exposures, clicks and pages were left out."""
+    """Write the pages; returns how many exposures, clicks and pages were left out."""
     lost = {"exposed": 0, "clicked": 0, "pages": 0}
     part: list[dict[str, Any]] = []
 
@@ -141,9 +141,9 @@ def _problem(record: dict[str, Any] | None) -> str | None:
     if one_id(record.get("user_id"), "user_id") is None:
         return "null user"
     if not isinstance(record.get("time_index"), int):
-        return "time_index is no whole number"
+        return "time_index is not a whole number"
     if any(not isinstance(record.get(name) or [], list) for name in _PAGE_KEYS[3:]):
-        return "items are no list"
+        return "items are not a list"
     return None
 
 

@@ -1,4 +1,4 @@
-"""Files of a log or of an item table -> one frame, and what in them is no row."""
+"""Reading files of a log or an item table into one frame, with the lines that cannot be read."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ _RECORDS_AT_ONCE = 100_000
 
 @dataclass(frozen=True)
 class TextFormat:
-    """What text files do not say of themselves."""
+    """How text files are to be read, where the files do not say it."""
 
     quotes: str = "auto"
     """One of delimited.QUOTES."""
     encoding: str | None = None
-    """Name of the encoding; default UTF-8, and UTF-16 where the first bytes say so."""
+    """Name of the encoding; default UTF-8, or UTF-16 if the first bytes show it."""
 
     def check(self) -> None:
-        """Raise InputError on names that are none."""
+        """Raise InputError on unknown names."""
         if self.quotes not in QUOTES:
             raise InputError("--quotes", self.quotes, choices=QUOTES)
         try:
             codecs.lookup(self.encoding or "utf-8")
         except LookupError:
-            raise InputError("--encoding", self.encoding, "is no encoding's name") from None
+            raise InputError("--encoding", self.encoding, "is not a known encoding") from None
 
     def decode(self, content: bytes) -> str:
-        """The text of a file; raises UnicodeDecodeError."""
+        """Decode the content of a file; raises UnicodeDecodeError."""
         if self.encoding:
             return content.decode(self.encoding).removeprefix("\ufeff")
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -56,14 +56,14 @@ class TextFormat:
 
 @dataclass(frozen=True)
 class ReadRows:
-    """The rows of files of one kind."""
+    """The rows of one or several files of the same kind."""
 
     frame: pl.DataFrame
-    """The files' columns, `row` (its number below the header) and `source_file`."""
+    """The columns of the files, `row` (the number below the header) and `source_file`."""
     rejected: list[tuple[str, str, pl.DataFrame]]
-    """File, reason, and `row` and `line` of what could not be read as a row."""
+    """File, reason, and a frame with `row` and `line` of what could not be read as a row."""
     notes: list[str]
-    """What a reader of the manifest should know about how they were read."""
+    """Notes for the manifest on how the files were read."""
 
 
 def read_files(
@@ -74,12 +74,12 @@ def read_files(
     needed: Iterable[str] = (),
     form: TextFormat | None = None,
 ) -> ReadRows:
-    """A file or a folder of one kind; cells of CSV, TSV and JSON lines stay strings.
+    """Read a file, or a folder of files of one kind; CSV, TSV and JSON values stay strings.
 
-    The columns `ids` become text file by file: a type common to all files would round them.
-    Columns may stand in any order, and be named by folders (`dt=2024-05-01/`); further columns
-    than the `needed` ones may be absent from some files. Raises InputError naming `field` when
-    there is no such file or it cannot be read, and on ids that are rounded already.
+    The columns `ids` become text in each file, because a type common to all files would round
+    them. Columns may be in any order, and folders may name some (`dt=2024-05-01/`). Columns that
+    are not `needed` may be missing in some files. Raises InputError, which names `field`, when
+    there is no such file, when it cannot be read, and on ids that are already rounded.
     """
     if not exists(uri):
         raise InputError(field, uri, "does not exist")
@@ -92,7 +92,7 @@ def read_files(
     for name in files:
         with fs.open(name, "rb") as source:
             content = source.read()
-        if not content and len(files) > 1:  # a worker without rows leaves one
+        if not content and len(files) > 1:  # written by a worker without rows
             continue
         part = _open(name, content, form or TextFormat(), field)
         columns = folder_columns(name, root) if name != root else {}
@@ -101,20 +101,20 @@ def read_files(
         parts.append(replace(part, frame=with_ids(frame, ids, name)))
         sources.append(name)
     if not parts:
-        raise InputError(field, uri, "holds empty files alone")
+        raise InputError(field, uri, "has only empty files")
     _check_same(parts, sources, list(needed), field)
     try:
         frame = pl.concat([part.frame for part in parts], how="diagonal_relaxed")
     except pl.exceptions.PolarsError as error:
-        raise InputError(field, uri, f"holds files of different columns ({error})") from None
+        raise InputError(field, uri, f"has files with different columns ({error})") from None
     rejected = [one for part in parts for one in part.rejected]
     return ReadRows(frame, rejected, [f"{field}: {n}" for part in parts for n in part.notes])
 
 
 def _check_same(parts: list[ReadRows], files: list[str], needed: list[str], field: str) -> None:
-    """A needed column of one file must not be missing in another: its rows would lose it.
+    """Raise InputError if a needed column is in one file but not in another.
 
-    JSON lines leave out keys without a value, so a file of them may lack some.
+    JSON lines omit keys without a value, so files of this kind may lack some.
     """
     for column in needed:
         have = [name for name, part in zip(files, parts, strict=True) if column in part.frame]
@@ -154,18 +154,18 @@ def _read_delimited(name: str, text: str, separator: str, quotes: str) -> ReadRo
     table = read_delimited(text, separator_of(header, separator), quotes)
     notes = []
     if table.joined:
-        notes.append(f"{table.joined} rows of {name} hold a quoted field of several lines")
+        notes.append(f"{table.joined} rows of {name} have a quoted field of several lines")
     if table.literal:
         notes.append(
-            f"{table.literal} rows of {name} hold quotes that enclose no field and were kept as "
-            "they stand; --quotes says otherwise"
+            f"{table.literal} rows of {name} have quotes that enclose no field, which were kept "
+            "unchanged; --quotes can change this"
         )
     rejected = [(name, _OTHER_COUNT, table.rejected)] if table.rejected.height else []
     return ReadRows(table.frame, rejected, notes)
 
 
 def _read_json(name: str, text: str) -> ReadRows:
-    """Strings as in CSV: a number keeps its digits, which a double would not."""
+    """Read JSON lines with strings as values, since a double would lose digits of numbers."""
     frames: list[pl.DataFrame] = []
     records: list[dict[str, str | None]] = []
     bad: list[tuple[int, str]] = []

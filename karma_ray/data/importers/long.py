@@ -1,7 +1,7 @@
-"""Any row-per-exposure log and any item table -> events and items.
+"""Importer of any log with a row per exposure and any item table: writes events and items.
 
-`columns` and `item_columns` map our names to the columns of the files; a column that already
-has our name needs no mapping.
+`columns` and `item_columns` map our names to columns of the files; a column that already has our
+name needs no mapping.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OPTIONAL = ("query", "clicked", "purchased", "position", "impression_id", "sess
 _ITEM_REQUIRED = ("item_id", "title")
 _ITEM_OPTIONAL = ("text", "brand", "category", "image")
 _NO_TIME = "unparsable timestamp"
-_TIME_ADVICE = "--time-format says how times are written, for example %m/%d/%Y or %Y%m%d"
+_TIME_ADVICE = "--time-format states how times are written, for example %m/%d/%Y or %Y%m%d"
 _IDS = ("user_id", "item_id", "impression_id", "session_id")
 _NEARLY_ALL = 0.95
 _NO_LOG_BEFORE = datetime(1980, 1, 1, tzinfo=UTC)
@@ -31,12 +31,12 @@ _ROWS_PER_PART = 1_000_000
 
 
 def parse_mapping(text: str, field: str) -> dict[str, str]:
-    """`user_id=uid,item_id=sku` -> {"user_id": "uid", ...}; raises InputError."""
+    """Parse `user_id=uid,item_id=sku` to {"user_id": "uid", ...}; raises InputError."""
     mapping: dict[str, str] = {}
     for part in filter(None, (piece.strip() for piece in text.split(","))):
         name, separator, column = part.partition("=")
         if not separator or not name.strip() or not column.strip():
-            raise InputError(field, part, "is not of the form name=column")
+            raise InputError(field, part, "does not have the form name=column")
         mapping[name.strip()] = column.strip()
     return mapping
 
@@ -52,17 +52,17 @@ def import_long(
     time_format: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Fold the log `src` into events of `out`; returns the manifest.
+    """Import the log `src` as events of `out`; returns the manifest.
 
     `src` and `items` are CSV, TSV, Parquet or JSON-lines files, or folders of one such kind. A
-    page is an `impression_id` when there is one, else (user, timestamp, query). Rows that cannot
-    be read are quarantined with their reason. `form` says how text files are to be read,
-    `time_format` (`%m/%d/%Y`) how times are written that `long_parsing.timestamp` does not know.
-    Nothing is drawn at random: `seed` changes nothing.
-    Raises InputError on files and columns that do not exist, and when no row can be read.
+    page is an `impression_id` if there is one, else (user, timestamp, query). Rows that cannot be
+    read are quarantined with their reason. `form` says how text files are read, and `time_format`
+    (`%m/%d/%Y`) how times are written that `long_parsing.timestamp` does not know. Nothing is
+    drawn at random, so `seed` has no effect. Raises InputError on files and columns that do not
+    exist, and when no row can be read.
     """
     if not items:
-        raise InputError("--items", items, "is needed: the table of item ids and titles")
+        raise InputError("--items", items, "is needed: name the table of item ids and titles")
     form = form or TextFormat()
     form.check()
     columns, item_columns = columns or {}, item_columns or {}
@@ -76,7 +76,7 @@ def import_long(
     )
     if "image" in table.columns and table.schema["image"] != pl.Binary:
         raise InputError(
-            "--item-columns image", table.schema["image"], "must be bytes of a picture"
+            "--item-columns image", table.schema["image"], "must contain the bytes of a picture"
         )
     with DataFolder(out) as data:
         for file, reason, lines in [*log_rows.rejected, *item_rows.rejected]:
@@ -119,14 +119,14 @@ def _finish(
 
 
 def _page_notes(names: list[str], pages: pl.DataFrame) -> list[str]:
-    """What to do when nearly every page is one row of the log: it has no negative then."""
+    """Give advice if nearly every page is one row of the log, and hence has no negative."""
     single = int((pages["exposed_item_ids"].list.len() == 1).sum())
     if "clicked" not in names or single < _NEARLY_ALL * pages.height:
         return []
-    told = f"{single} of {pages.height} pages hold one item, so nothing was shown beside it"
+    told = f"{single} of {pages.height} pages have one item, so nothing was shown beside it"
     if "impression_id" in names:
         return [f"{told}: does impression_id name a result page, or a row?"]
-    return [f"{told}: name the column of the result page by --columns impression_id=COLUMN"]
+    return [f"{told}: name the column of the result page with --columns impression_id=COLUMN"]
 
 
 def map_columns(
@@ -136,22 +136,22 @@ def map_columns(
     required: Iterable[str],
     optional: Iterable[str],
 ) -> pl.DataFrame:
-    """Rename the mapped columns to our names; raises InputError naming what does not exist."""
+    """Rename mapped columns to our names; raises InputError on columns that do not exist."""
     ours = [*required, *optional]
     have = [c for c in frame.columns if c not in ("row", "source_file")]
     for name, column in mapping.items():
         if name not in ours:
-            raise InputError(field, name, "is not a field of ours", choices=ours)
+            raise InputError(field, name, "is not one of our column names", choices=ours)
         if column not in have:
             raise InputError(f"{field} {name}", column, "is not a column of the file", have)
     for name in {*ours} & {*have} | {*mapping}:
         kind = frame.schema[mapping.get(name, name)]
         if kind.is_nested():
-            raise InputError(f"{field} {name}", str(kind), "is no single value")
+            raise InputError(f"{field} {name}", str(kind), "is not a single value")
     for name in required:
         if name not in mapping and name not in have:
             raise InputError(f"{field} {name}", None, "is needed; columns of the file", have)
-    # A mapped column may hide another one that happens to have our name.
+    # A mapped column replaces another one that already has our name.
     hidden = [name for name, column in mapping.items() if name in have and column != name]
     taken = [pl.col(column).alias(name) for name, column in mapping.items()]
     rest = [c for c in frame.columns if c not in mapping.values() and c not in hidden]
@@ -174,7 +174,7 @@ def _write_items(data: DataFolder, table: pl.DataFrame) -> set[str]:
 
 
 def _readable(data: DataFolder, log: pl.DataFrame, time_format: str | None) -> pl.DataFrame:
-    """Parsed exposures; what cannot be parsed goes to quarantine as it was."""
+    """Return parsed exposures; rows that cannot be parsed are quarantined unchanged."""
     schema = log.schema
     parsed = [pl.col(name).alias(f"_{name}") for name in _IDS if name in schema]
     if "query" in schema:
@@ -214,14 +214,14 @@ def _filter(data: DataFolder, frame: pl.DataFrame, reasons: dict[str, pl.Expr]) 
 
 
 def fold_exposures(exposures: pl.DataFrame) -> pl.DataFrame:
-    """EVENTS: one row per page in time order; its items by position, else in row order.
+    """Build EVENTS: one row per page in time order, with items by position or in row order.
 
-    An item shown twice on a page counts once, as clicked when any of its rows was.
+    An item that is shown twice on a page counts once, as clicked if any of its rows is.
     """
     names = exposures.columns
     page = ["user_id", *(c for c in ("timestamp", "query") if c in names)]
     if "impression_id" in names:
-        # Rows without an impression fall back on their time and query.
+        # Rows without an impression id are grouped by time and query.
         fallback = [pl.when(pl.col("impression_id").is_null()).then(pl.col(c)) for c in page[1:]]
         keys = [f"page_{c}" for c in page[1:]]
         exposures = exposures.with_columns(

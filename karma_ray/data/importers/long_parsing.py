@@ -1,4 +1,4 @@
-"""Cells of a row-per-exposure log -> times and flags, whatever the file type."""
+"""Parsing of times and flags in a log with a row per exposure, for any file type."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _FALSE = ["false", "f", "no", "n", *(text.lower() for text in MISSING)]
 
 
 def timestamp(name: str, dtype: pl.DataType, stated: str | None = None) -> pl.Expr:
-    """Column `name` as UTC microseconds; null where it cannot be read.
+    """Return column `name` as UTC microseconds; null where it cannot be read.
 
-    What has the `stated` format (`%m/%d/%Y`) is read so. Else: dates, times with or without a
-    zone (without: UTC), ISO strings, and epoch numbers whose unit is told by their magnitude:
+    Values in the `stated` format (`%m/%d/%Y`) are read by it. Others may be dates, times with or
+    without a zone (without: UTC), ISO strings, and epoch numbers, whose unit is chosen by size:
     below 1e11 seconds, below 1e14 milliseconds, below 1e17 microseconds, else nanoseconds.
     """
     column = pl.col(name)
@@ -40,18 +40,19 @@ def timestamp(name: str, dtype: pl.DataType, stated: str | None = None) -> pl.Ex
         return _epoch(whole if dtype.is_integer() else column.cast(pl.Float64).fill_nan(None))
     text = column.cast(pl.String).str.strip_chars()
     number = text.str.contains(_NUMBER)
-    # Whole numbers stay integers: a double cannot hold nanoseconds.
+    # Whole numbers stay integers, because a double cannot represent nanoseconds.
     whole = _epoch(pl.when(number).then(text).cast(pl.Int64, strict=False))
     decimal = _epoch(pl.when(number).then(text).cast(pl.Float64, strict=False))
     return pl.coalesce(whole, decimal, _iso(pl.when(~number).then(text)))
 
 
 def flag(name: str, dtype: pl.DataType) -> pl.Expr:
-    """Column `name` as a boolean: numbers above 0, true/t/yes/y; missing is false; else null."""
+    """Return column `name` as a boolean: true for numbers above 0 and true/t/yes/y, false for
+    missing values, null for other text that is not a number."""
     column = pl.col(name)
     if dtype == pl.Boolean:
         return column.fill_null(False)
-    if dtype.is_numeric():  # NaN stands for a missing label; polars holds it to be above 0
+    if dtype.is_numeric():  # NaN is a missing label, but polars compares it as above 0
         return column.cast(pl.Float64).fill_nan(None).fill_null(0) > 0
     text = column.cast(pl.String).str.strip_chars().str.to_lowercase().fill_null("")
     number = text.cast(pl.Float64, strict=False).fill_nan(None) > 0

@@ -1,4 +1,4 @@
-"""MovieLens-100K: dense histories with true negative feedback and posters; not e-commerce."""
+"""Importer of MovieLens-100K: long histories, explicit dislikes and posters; not e-commerce."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LIKED = 4
 def import_movielens(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
     """Write the data folder of the MovieLens files in `src`; returns its manifest.
 
-    Nothing is drawn at random: `seed` is accepted like everywhere and changes nothing.
+    Nothing is drawn at random, so `seed` has no effect.
     """
     ratings_file = find_file(src, "ml100k_interactions.parquet")
     movies_file = find_file(src, "ml100k_items.parquet")
@@ -64,7 +64,7 @@ def import_movielens(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
 
 
 def movie_items(movies: pl.DataFrame, posters: pl.DataFrame) -> pl.DataFrame:
-    """ITEMS columns and the derived `query`."""
+    """Return the ITEMS columns and the derived `query`."""
     genres = pl.col("class").str.split(" ").list.eval(pl.element().filter(pl.element() != ""))
     first = genres.list.first().str.to_lowercase()
     year = pl.concat_str(pl.lit(" ("), pl.col("release_year"), pl.lit(")"))
@@ -81,7 +81,7 @@ def movie_items(movies: pl.DataFrame, posters: pl.DataFrame) -> pl.DataFrame:
 
 
 def rating_pages(ratings: pl.DataFrame, queries: pl.DataFrame) -> pl.DataFrame:
-    """EVENTS: one row per (user, timestamp, query), in time order."""
+    """Build EVENTS: one row per (user, timestamp, query), in time order."""
     liked = pl.col("rating") >= LIKED
     seconds = pl.from_epoch(pl.col("timestamp"), "s").cast(pl.Datetime("us"))
     return (

@@ -1,4 +1,4 @@
-"""UCI Online Retail: invoices of a wholesaler, with short descriptions and minute times."""
+"""Importer of UCI Online Retail: invoices of a wholesaler, with short descriptions and minutes."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def import_online_retail(src: str, out: str, *, seed: int = 0) -> dict[str, Any]
 
 
 def retail_titles(sales: pl.DataFrame) -> pl.DataFrame:
-    """item_id, title of `sales` (item_id, Description): the commonest wording, ties by alphabet."""
+    """Return item_id and title: the most frequent description, with ties in alphabetical order."""
     wording = pl.col("Description").str.replace_all(r"\s+", " ").str.strip_chars()
     counted = (
         sales.select("item_id", wording.alias("title"))
@@ -83,7 +83,7 @@ def _last_word() -> pl.Expr:
 
 
 def _keep_sales(data: DataFolder, rows: pl.DataFrame, file: str) -> pl.DataFrame:
-    """Quarantine what is no product bought by a known customer; each row for its first reason."""
+    """Quarantine rows that are not a product bought by a known customer, by the first reason."""
     reasons = {
         "cancellation": pl.col("InvoiceNo").str.starts_with("C"),
         "quantity not positive": pl.col("Quantity") <= 0,
@@ -99,7 +99,7 @@ def _keep_sales(data: DataFolder, rows: pl.DataFrame, file: str) -> pl.DataFrame
         rows = rows.filter(~bad)
     return rows.with_columns(
         pl.col("CustomerID").alias("user_id"),
-        # 85123a and 85123A are one product
+        # 85123a and 85123A are the same product.
         pl.col("StockCode").str.to_uppercase().alias("item_id"),
         pl.col("InvoiceDate")
         .cast(pl.Datetime("us"))

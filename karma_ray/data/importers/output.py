@@ -1,8 +1,8 @@
-"""The data folder an importer writes: tables in parts, rejected rows, manifest, counts.
+"""The data folder that an importer writes: tables in parts, rejected rows, manifest and counts.
 
-New tables grow in `DATA/import-work/` and take the old ones' place when all are written, so an
-import that fails leaves what was there. The old manifest is removed first and the new one put in
-place last: a half-replaced folder is never taken for a whole one.
+New tables are written to `DATA/import-work/` and replace the old ones when all are complete, so a
+failed import leaves the old data. The old manifest is removed first and the new one is put in place
+last, so a half-replaced folder is never taken for a complete one.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _SCHEMAS = {
     "examples/split=valid": EXAMPLES,
     "examples/split=test": EXAMPLES,
 }
-# Everything an import or a later preparation leaves here; none of it outlives a new import.
+# Files of an import or of a later preparation, all of which a new import replaces.
 _OWNED = (
     "items", "events", "query_matches", "quarantine_import", "sequences", "examples",
     "quarantine", "truth", "prepared.json", "manifest.json",
@@ -57,10 +57,10 @@ _WORK = "import-work"
 
 
 class DataFolder:
-    """Writes DATA part by part and counts what goes in; used in a `with`, left by `finish`."""
+    """Writes DATA in parts and counts rows; used in a `with` block, completed by `finish`."""
 
     def __init__(self, uri: str) -> None:
-        """Raises InputError when at `uri` lies something else than data of an earlier import."""
+        """Raise InputError if `uri` contains anything but data of an earlier import."""
         self.uri, self.work = uri, join(uri, _WORK)
         self.quarantined: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
@@ -88,7 +88,7 @@ class DataFolder:
             return
         arrow = check_columns(arrow, _SCHEMAS[name], f"{name} of {self.uri}")
         write_table(arrow, join(self.work, name), f"part-{self._parts[name]:05d}")
-        if name != "quarantine_import":  # rejected rows name the file that they were read from
+        if name != "quarantine_import":  # rejected rows contain the path of their file
             self._digest.update(f"{name} {table_hash(arrow)}".encode())
         self._parts[name] += 1
         self.rows[name] += arrow.num_rows
@@ -112,7 +112,7 @@ class DataFolder:
             self._users.update(arrow.column("user_id").unique().to_pylist())
 
     def _count_unknown(self, clicked: pa.ChunkedArray) -> None:
-        """Clicks that preparing will quarantine, and the pages that have one."""
+        """Count clicks that preparation will quarantine, and the pages that have one."""
         items = pa.array([], pa.string())
         if self._item_ids:
             items = pa.concat_arrays([part for ids in self._item_ids for part in ids.chunks])
@@ -124,7 +124,7 @@ class DataFolder:
         self._counts["pages_with_unknown_clicks"] += pc.count_distinct(pages).as_py()
 
     def reject(self, frame: pl.DataFrame, source_file: str, reason: str) -> None:
-        """Quarantine the rows of `frame`; its column `row`, when present, is the row number."""
+        """Quarantine the rows of `frame`; its column `row`, if present, is the row number."""
         if frame.height == 0:
             return
         row = pl.col("row").cast(pl.Int64) if "row" in frame.columns else pl.lit(None, pl.Int64)
@@ -148,10 +148,10 @@ class DataFolder:
         notes: list[str],
         presplit: bool = False,
     ) -> dict[str, Any]:
-        """Write the manifest (and `prepared.json` of a pre-split source); return the manifest.
+        """Write the manifest (and `prepared.json` of a pre-split source); returns the manifest.
 
-        Its `data_hash` is of the tables' values, the same on every machine: by it records of
-        finished runs know their data.
+        Its `data_hash` is computed from the values of the tables, so it is the same on every
+        machine; records of finished runs identify their data by it.
         """
         counts = {"users": len(self._users), "items": self.rows["items"]}
         counts |= {k: self.rows[k] for k in ("events", "sequences") if self._parts[k]}
@@ -178,11 +178,11 @@ class DataFolder:
 
     @property
     def num_pages_with_negatives(self) -> int:
-        """Pages so far with a click and an item that was shown and not clicked."""
+        """Number of pages so far with a click and an item that was shown but not clicked."""
         return self._counts["pages_with_negatives"]
 
     def publish(self) -> None:
-        """Put what was written in the place of an earlier import."""
+        """Replace an earlier import by the new tables."""
         fs, old = open_filesystem(self.uri)
         _, new = open_filesystem(self.work)
         for name in reversed(_OWNED):

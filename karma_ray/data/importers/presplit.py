@@ -1,6 +1,6 @@
-"""Sources without times: straight to `sequences` and `examples`, no times invented.
+"""Tables of pre-split sources without times: `sequences` and `examples`, without invented times.
 
-`timestamps` stay null; what must not see each other is said by equal page ids alone.
+`timestamps` are null; only equal page ids say which steps must not see each other.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ class Step:
 def windows(
     user_id: str, steps: Sequence[Step], max_steps: int = MAX_HISTORY + 1
 ) -> Iterator[dict[str, Any]]:
-    """SEQUENCES rows of at most `max_steps` steps: each step has its loss in exactly one row.
+    """Yield SEQUENCES rows of at most `max_steps` steps; each step has its loss in one row.
 
-    Later windows start with the half before their loss steps as context.
+    Later windows begin with earlier steps as context, about half a window.
     """
     start, stride = 0, max(1, max_steps // 2)
     while start < len(steps):
@@ -57,7 +57,7 @@ def page_examples(
     page: Sequence[Step],
     max_history: int = MAX_HISTORY,
 ) -> Iterator[dict[str, Any]]:
-    """EXAMPLES rows of one page: one per click, all with the same history before the page."""
+    """Yield the EXAMPLES rows of one page: one per click, with the history before the page."""
     shown = history[-max_history:]
     for step in page:
         yield {
@@ -75,10 +75,10 @@ def page_examples(
 
 
 def sequence_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows of `windows` as a table."""
+    """Return rows of `windows` as a table."""
     return pa.Table.from_pylist(rows, schema=SEQUENCES)
 
 
 def example_table(rows: list[dict[str, Any]]) -> pa.Table:
-    """Rows of `page_examples` as a table."""
+    """Return rows of `page_examples` as a table."""
     return pa.Table.from_pylist(rows, schema=EXAMPLES)

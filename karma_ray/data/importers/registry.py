@@ -1,4 +1,4 @@
-"""The formats `jobs/import_data.py` knows."""
+"""The registry of importers, by the format names of `jobs/import_data.py`."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ IMPORTERS: dict[str, Callable[..., dict[str, Any]]] = {
     "jdsearch": import_jdsearch,
     "toy_shop": import_toy_shop,
 }
-"""(src, out, seed=) -> manifest. `long` takes column mappings besides."""
+"""(src, out, seed=) -> manifest. The format `long` has further arguments and is separate."""
 
 FORMATS = (*IMPORTERS, "long")
 
 
 def importer(name: str) -> Callable[..., dict[str, Any]]:
-    """The importer of a format; raises InputError naming all formats."""
+    """Return the importer of a format; raises InputError that names all formats."""
     if name not in IMPORTERS:
         raise InputError("FORMAT", name, choices=FORMATS)
     return IMPORTERS[name]

@@ -1,4 +1,4 @@
-"""Reading what a source folder holds, with messages that name what is missing."""
+"""Reading the files of a source folder, with errors that name what is missing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from karma_ray.errors import InputError
 
 
 def find_file(src: str, *names: str) -> str:
-    """The first of `names` that lies in the folder `src`; raises InputError naming them all."""
+    """Return the first of `names` that exists in `src`; raises InputError that names them all."""
     if not exists(src):
         raise InputError("SRC", src, "does not exist")
     for name in names:
@@ -26,13 +26,13 @@ def find_file(src: str, *names: str) -> str:
 
 
 def find_files(src: str, start: str, end: str) -> list[str]:
-    """Sorted paths of the files `start*end` in the folder `src`; may be empty."""
+    """Return the sorted paths of the files `start*end` in the folder `src`; may be empty."""
     fs, path = open_filesystem(src)
     return [str(fs.unstrip_protocol(name)) for name in sorted(fs.glob(f"{path}/{start}*{end}"))]
 
 
 def check_names(found: Iterable[str], required: Iterable[str], source: str) -> None:
-    """Raise InputError naming the first required column that `source` does not have."""
+    """Raise InputError that names the first required column which `source` lacks."""
     names = list(found)
     for name in required:
         if name not in names:
@@ -40,7 +40,7 @@ def check_names(found: Iterable[str], required: Iterable[str], source: str) -> N
 
 
 def read_parquet(uri: str, required: Iterable[str], ids: Iterable[str]) -> pl.DataFrame:
-    """A Parquet file's required columns; those that are `ids` as text, whatever their type."""
+    """Read the required columns of a Parquet file; the columns `ids` become text."""
     names = list(required)
     fs, path = open_filesystem(uri)
     with fs.open(path, "rb") as source:
@@ -51,7 +51,7 @@ def read_parquet(uri: str, required: Iterable[str], ids: Iterable[str]) -> pl.Da
 
 
 def with_ids(frame: pl.DataFrame, ids: Iterable[str], source: str) -> pl.DataFrame:
-    """`frame` with those of its columns that are `ids` as text; raises as `id_text` does."""
+    """Return `frame` with the columns `ids` as text; raises as `id_text` does."""
     texts = [id_text(frame[c], f"{source}: column {c}") for c in ids if c in frame.columns]
     return frame.with_columns(texts)
 
@@ -59,7 +59,7 @@ def with_ids(frame: pl.DataFrame, ids: Iterable[str], source: str) -> pl.DataFra
 def stream_parquet(
     uri: str, required: Iterable[str], ids: Iterable[str], num_rows: int
 ) -> Iterator[pl.DataFrame]:
-    """`read_parquet` in batches of at most `num_rows`: images stay bounded."""
+    """Yield `read_parquet` in batches of at most `num_rows`, to bound the memory for images."""
     names = list(required)
     fs, path = open_filesystem(uri)
     with fs.open(path, "rb") as source:
@@ -80,7 +80,7 @@ def _open_parquet(source: Any, uri: str, names: list[str]) -> Any:
 
 
 def stream_lines(uri: str) -> Iterator[tuple[int, str]]:
-    """Row numbers from 0 and lines of a text file, without the line end; empty lines left out."""
+    """Yield row numbers from 0 and the non-empty lines of a text file, without line ends."""
     fs, path = open_filesystem(uri)
     # newline="\n": str.splitlines would also split at control characters that JDsearch uses.
     with fs.open(path, "r", encoding="utf-8", newline="\n") as source:
@@ -92,9 +92,9 @@ def stream_lines(uri: str) -> Iterator[tuple[int, str]]:
 def stream_json(
     uri: str, required: Iterable[str]
 ) -> Iterator[tuple[int, str, dict[str, Any] | None]]:
-    """Row number, line and record of a JSON-lines file; the record is None when it is no object.
+    """Yield row number, line and record of a JSON-lines file; None if it is not an object.
 
-    The first readable record must hold all `required` keys, or InputError names what is missing.
+    The first readable record must have all `required` keys, otherwise InputError names one.
     """
     checked = False
     for row, line in stream_lines(uri):

@@ -1,4 +1,4 @@
-"""A toy shop of other size or rules: what it plants made stronger, rarer, or scarcer."""
+"""Importer of toy shops of other sizes or rules, described by a JSON file."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from karma_ray.errors import InputError
 
 
 def import_toy_shop(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
-    """Draw the shop that the JSON file `src` describes; returns its manifest.
+    """Generate the shop that the JSON file `src` describes; returns its manifest.
 
-    The data set is called `toy_shop-NAME` after the file. Raises InputError as `read_shop` does.
+    The data set is named `toy_shop-NAME` after the file. Raises InputError as `read_shop` does.
     """
     config = read_shop(src, seed)
     with DataFolder(out) as data:
@@ -29,21 +29,21 @@ def import_toy_shop(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
 
 
 def read_shop(src: str, seed: int = 0) -> ToyShopConfig:
-    """A shop's parameters from a JSON file, for example `{"num_users": 1000}`.
+    """Read the parameters of a shop from a JSON file, for example `{"num_users": 1000}`.
 
-    Fields that it does not name keep their defaults, `seed` that of the call. Raises InputError
-    on an unknown field or an impossible value.
+    Other fields keep their defaults, and `seed` is the argument unless the file has it. Raises
+    InputError on an unknown field or an impossible value.
     """
     if not exists(src):
-        raise InputError("SRC", src, "does not exist; a JSON file of fields of ToyShopConfig")
+        raise InputError("SRC", src, "does not exist; name a JSON file of fields of ToyShopConfig")
     fs, path = open_filesystem(src)
     try:
         values = json.loads(fs.cat_file(path))
     except (OSError, ValueError) as error:
-        raise InputError("SRC", src, f"is no JSON file: {error}") from None
+        raise InputError("SRC", src, f"is not a JSON file: {error}") from None
     names = [field.name for field in fields(ToyShopConfig)]
     if not isinstance(values, dict):
-        raise InputError("SRC", src, "holds no JSON object of fields", choices=names)
+        raise InputError("SRC", src, "is not a JSON object of fields", choices=names)
     for name, value in values.items():
         if name not in names:
             raise InputError(f"{name} in {src}", value, "is not a known field", choices=names)

@@ -1,4 +1,4 @@
-"""The toy shop: a seeded generator of items, people, queries and clicks whose truth is known."""
+"""The toy shop: a seeded generator of items, users, queries and clicks whose truth is known."""
 
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import ToyShop, make_toy_shop, write_toy_shop

@@ -1,4 +1,4 @@
-"""Parameters of the toy shop (METHOD 1.14)."""
+"""Parameters of the toy shop (method 1.14)."""
 
 from __future__ import annotations
 
@@ -12,59 +12,59 @@ from karma_ray.errors import InputError
 
 @dataclass(frozen=True)
 class ToyShopConfig:
-    """The shop's size and rules; fixed by its floors and ceilings alone.
+    """Size and rules of the shop; the defaults were chosen by its floors and ceilings alone.
 
-    Factors multiply the odds of a click and are exact in binary (small integers over powers of
-    two), so the draws do not depend on the order of a sum or on a machine's `exp`.
+    Factors multiply the odds of a click. They are exact in binary (small integers over powers of
+    two), so that draws do not depend on the order of a sum or on a machine's `exp`.
     """
 
     seed: int = 0
-    """Seed of everything random."""
+    """Seed of all random draws."""
     num_items: int = 1200
-    """Items of the catalogue, the same number in each of the 12 categories."""
+    """Number of items, equal in each of the 12 categories."""
     num_users: int = 6000
-    """Users."""
+    """Number of users."""
     num_days: int = 70
-    """Days of logs."""
+    """Number of days with logs."""
     valid_day: int = 56
-    """First day of validation; the promotion code loses its meaning here."""
+    """First day of validation, when the promotion code loses its effect."""
     test_day: int = 63
     """First day of the test."""
     sessions: tuple[int, int] = (6, 10)
-    """Least and most sessions of a user, each on a day of its own."""
+    """Smallest and largest number of sessions per user, on different days."""
     pages_per_session: tuple[int, int] = (1, 4)
-    """Least and most result pages of a session."""
+    """Smallest and largest number of result pages per session."""
     page_size: int = 10
-    """Items of a result page, fewer where fewer match."""
+    """Items per result page; fewer if fewer match."""
     click_shares: tuple[float, float, float, float] = (0.35, 0.35, 0.20, 0.10)
-    """Shares of pages with 0, 1, 2 and 3 clicks; how many says nothing about the person."""
+    """Shares of pages with 0, 1, 2 and 3 clicks, independent of the user."""
     num_personas: int = 4
-    """Latent personas; a user is one of them at any time."""
+    """Number of latent personas; a user has one of them at any time."""
     switch_per_day: float = 0.008
-    """Chance per day that the user's persona is drawn anew: interests drift."""
+    """Probability per day that a user's persona is drawn again, so that interests drift."""
     liked_factor: float = 6.0
-    """Factor on the odds of a click for each liked attribute value, times its strength."""
+    """Factor on the odds of a click per liked attribute value, multiplied by its strength."""
     disliked_factor: float = 0.125
-    """Factor for each disliked value; the others count 1."""
+    """Factor per disliked attribute value; neutral values have factor 1."""
     promo_share: float = 0.2
-    """Share of the items whose title carries the promotion code."""
+    """Share of the items whose title contains the promotion code."""
     promo_factor: float = 4.0
-    """Factor of the code before `valid_day`; 1 afterwards."""
+    """Factor of the promotion code before `valid_day`; afterwards it is 1."""
     cold_share: float = 0.15
-    """Share of the items that enter the shop with validation (half) or with the test (half)."""
+    """Share of the items that are new in validation (half) or in the test (half)."""
     rebuy_share: float = 0.2
-    """Chance that a page holds an item the user clicked before, when one matches."""
+    """Probability that a page contains an item the user clicked before, if one matches."""
     familiar_factor: float = 2.0
-    """Factor of an item the user clicked on an earlier page."""
+    """Factor of an item that the user clicked on an earlier page."""
     image_size: int = 48
-    """Pixels of a picture's side."""
+    """Side of a picture in pixels."""
 
     def __post_init__(self) -> None:
         if not 0 < self.valid_day < self.test_day < self.num_days:
             raise InputError(
                 "valid_day, test_day, num_days",
                 (self.valid_day, self.test_day, self.num_days),
-                "must rise from above 0",
+                "must increase and be above 0",
             )
         for name, (low, high) in self._bounds().items():
             value = getattr(self, name)
@@ -74,7 +74,7 @@ class ToyShopConfig:
         for name in ("sessions", "pages_per_session"):
             least, most = getattr(self, name)
             if least > most:
-                raise InputError(name, (least, most), "least is more than most")
+                raise InputError(name, (least, most), "has a smallest number above the largest")
         if not math.isclose(sum(self.click_shares), 1):
             raise InputError("click_shares", self.click_shares, "do not add up to 1")
         if self.page_size != len(POSITION_FACTORS):
@@ -86,7 +86,7 @@ class ToyShopConfig:
             )
 
     def _bounds(self) -> dict[str, tuple[float, float]]:
-        """Least and most of what has them; factors of 0 would empty pages."""
+        """Return the allowed ranges; factors of 0 would leave pages without items."""
         share, factor = (0.0, 1.0), (2.0**-20, 2.0**20)
         return {
             "num_items": (240, math.inf),
@@ -108,7 +108,7 @@ class ToyShopConfig:
 
 
 POSITION_FACTORS = np.array([64, 56, 50, 44, 40, 36, 33, 30, 28, 26]) / 64.0
-"""Odds of a click by position on the page, first to last: moderate position bias."""
+"""Factors on the odds of a click by position on the page, a moderate position bias."""
 
 START = np.datetime64("2025-01-06T00:00:00", "us")
 """Midnight (UTC) of day 0."""
@@ -117,11 +117,11 @@ DAY = np.timedelta64(86_400_000_000, "us")
 
 
 def random_stream(seed: int, name: str) -> np.random.Generator:
-    """An independent PCG64 stream per part, so that one part's draws do not move another's."""
+    """Return an independent PCG64 stream per part, so that parts do not affect each other."""
     return np.random.Generator(np.random.PCG64([seed, *name.encode()]))
 
 
 def below(uniforms: np.ndarray, count: int | np.ndarray) -> np.ndarray:
-    """Uniform draws in [0, 1) -> integers in [0, count): same shape, int64."""
+    """Convert uniform draws in [0, 1) to integers in [0, count): same shape, int64."""
     drawn: np.ndarray = np.floor(uniforms * count).astype(np.int64)
     return drawn

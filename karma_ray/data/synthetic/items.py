@@ -1,6 +1,6 @@
-"""The toy shop's catalogue and what each query names.
+"""The toy shop's catalogue and the needs that queries express.
 
-Legend: I items, A = 5 attributes, Q distinct needs (what a query may name, however worded).
+Legend: I items, A = 5 attributes, Q distinct needs (what a query names, in any wording).
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from karma_ray.data.synthetic.words import (
 )
 
 MIN_MATCHES = 4
-"""A need that fewer items of the training weeks meet is not asked for."""
+"""Smallest number of items of the training weeks that match a need; rarer needs are not used."""
 
 
 @dataclass(frozen=True)
 class ShopItems:
-    """The catalogue in numbers and words."""
+    """The catalogue as numbers and texts."""
 
     category: np.ndarray  # [I] int64
     values: np.ndarray  # [I, A] int64: value number of each attribute
-    promoted: np.ndarray  # [I] bool: the title carries the promotion code
+    promoted: np.ndarray  # [I] bool: the title contains the promotion code
     launch_day: np.ndarray  # [I] int64: first day on sale
     titles: list[str]
     texts: list[str]
@@ -43,17 +43,17 @@ class ShopItems:
 
 @dataclass(frozen=True)
 class Needs:
-    """What queries may name: a department or a category and at most one attribute value."""
+    """What queries can name: a department or a category, and at most one attribute value."""
 
     named: list[dict[str, str]]
-    """Per need: attribute name -> value name."""
+    """Attribute names and value names of each need."""
     matches: np.ndarray  # [Q, I] bool
     rows: dict[tuple[str, int, str, int], int]
-    """(level, its number, attribute or "", value number) -> row of `matches`."""
+    """(level, number, attribute or "", value number) -> row of `matches`."""
 
 
 def make_items(config: ToyShopConfig) -> ShopItems:
-    """Draw the catalogue: balanced categories, independent attributes, varied wording."""
+    """Generate the catalogue: balanced categories, independent attributes, varied wording."""
     random = random_stream(config.seed, "items")
     count = config.num_items
     category = np.arange(count) % len(CATEGORIES)
@@ -85,7 +85,7 @@ def make_items(config: ToyShopConfig) -> ShopItems:
 
 
 def make_needs(items: ShopItems) -> Needs:
-    """Every need at least `MIN_MATCHES` items of the training weeks meet."""
+    """Return all needs that match at least `MIN_MATCHES` items of the training weeks."""
     departments, categories, names = list(DEPARTMENTS), list(CATEGORIES), value_names()
     places = [("department", number, items.department == number) for number in range(3)]
     places += [("category", number, items.category == number) for number in range(12)]

@@ -1,8 +1,8 @@
 """The toy shop's result pages and clicks.
 
-A page is a random draw of the matching items on sale. The number of clicks says nothing about
-the person; which items are clicked does: one after the other without replacement, each with
-odds taste x promotion x familiarity x position (a Plackett-Luce draw).
+A page is a random draw of matching items on sale. The number of clicks is independent of the user,
+but the clicked items are not: they are drawn one after another without replacement, each with odds
+taste x promotion x familiarity x position (a Plackett-Luce draw).
 
 Legend: P pages, S = page_size slots, U users, I items, Z personas.
 """
@@ -31,23 +31,23 @@ _DETAIL_SHARES = (
     ("style", 0.03),
     ("brand", 0.03),
 )
-"""How often a query names a further attribute, and which."""
+"""Further attributes in queries and their frequencies."""
 _DEPARTMENT_SHARE = 0.15
-"""How often a query names a department instead of a category."""
+"""Share of the queries that name a department instead of a category."""
 
 
 @dataclass(frozen=True)
 class Pages:
-    """What was asked, shown and clicked."""
+    """The queries, the shown items and the clicks."""
 
     need: np.ndarray  # [P] int64: row of Needs.matches
     queries: list[str]  # [P]
-    shown: np.ndarray  # [P, S] int64 items in page order, -1 beyond the page
+    shown: np.ndarray  # [P, S] int64 items in page order, -1 for empty slots
     clicked: np.ndarray  # [P, S] bool
 
 
 def draw_needs(config: ToyShopConfig, needs: Needs, count: int) -> tuple[np.ndarray, list[str]]:
-    """Needs [P] at several levels of detail, independent of the person, and their wording."""
+    """Draw needs [P] of several levels of detail, independent of the user, and their wording."""
     random = random_stream(config.seed, "queries")
     departments = department_of_category()
     category = below(random.random(count), len(departments)).tolist()
@@ -71,7 +71,7 @@ def draw_needs(config: ToyShopConfig, needs: Needs, count: int) -> tuple[np.ndar
 def fill_pages(
     config: ToyShopConfig, items: ShopItems, needs: Needs, need: np.ndarray, day: np.ndarray
 ) -> np.ndarray:
-    """Random matching items on sale that day, [P] x [P] -> [P, S] in random order."""
+    """Draw matching items on sale that day, [P] x [P] -> [P, S] in random order."""
     random = random_stream(config.seed, "pages")
     shown = np.full((len(need), config.page_size), -1, dtype=np.int64)
     era = np.searchsorted([config.valid_day, config.test_day], day, side="right")
@@ -98,10 +98,10 @@ def click_pages(
     visits: Visits,
     shown: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Put known items on some pages and draw the clicks: shown [P, S], clicked [P, S].
+    """Insert known items into some pages and draw the clicks: shown [P, S], clicked [P, S].
 
-    Pages are walked by their number within the user's life, all users at once, because what a
-    user clicked before is familiar later. `weights` are taste factors, [Z, I].
+    Pages are processed by their number in each user's history, for all users at once, because
+    clicked items are familiar later. `weights` are taste factors, [Z, I].
     """
     random = random_stream(config.seed, "clicks")
     num_pages = len(shown)
@@ -109,8 +109,8 @@ def click_pages(
     lengths = (shown >= 0).sum(axis=1)
     bounds = np.cumsum(config.click_shares)[:-1]
     quota: np.ndarray = np.searchsorted(bounds, random.random(num_pages), side="right")
-    quota = np.where(visits.number == 0, np.maximum(quota, 1), quota)  # nobody stays unknown
-    quota = np.minimum(quota, lengths - 1)  # every page keeps a non-click
+    quota = np.where(visits.number == 0, np.maximum(quota, 1), quota)  # every user clicks once
+    quota = np.minimum(quota, lengths - 1)  # every page keeps an unclicked item
     uniforms = random.random((num_pages, 6))
     known = np.zeros((config.num_users, len(items.category)), dtype=bool)
     for number in range(int(visits.number.max()) + 1):
@@ -137,7 +137,7 @@ def _insert_known(
     lengths: np.ndarray,
     draws: np.ndarray,
 ) -> None:
-    """Replace one random slot by a random known matching item, in place, on some pages."""
+    """Replace a random slot by a random known matching item, in place, on some pages."""
     rows = np.arange(len(page))
     on_page = np.zeros_like(known)
     row, slot = np.nonzero(page >= 0)
@@ -152,7 +152,7 @@ def _insert_known(
 
 
 def _draw_clicks(odds: np.ndarray, quota: np.ndarray, draws: np.ndarray) -> np.ndarray:
-    """Plackett-Luce without replacement: odds [n, S], quota [n], draws [n, 3] -> bool [n, S]."""
+    """Draw Plackett-Luce clicks: odds [n, S], quota [n], draws [n, 3] -> bool [n, S]."""
     chosen = np.zeros(odds.shape, dtype=bool)
     rows = np.arange(len(odds))
     for click in range(draws.shape[1]):
@@ -166,7 +166,7 @@ def _draw_clicks(odds: np.ndarray, quota: np.ndarray, draws: np.ndarray) -> np.n
 def make_pages(
     config: ToyShopConfig, items: ShopItems, needs: Needs, visits: Visits, weights: np.ndarray
 ) -> Pages:
-    """All result pages of the shop; `weights` are taste factors, [Z, I]."""
+    """Generate all result pages of the shop; `weights` are taste factors, [Z, I]."""
     need, queries = draw_needs(config, needs, len(visits.user))
     shown = fill_pages(config, items, needs, need, visits.day)
     shown, clicked = click_pages(config, items, weights, needs, need, visits, shown)

@@ -1,4 +1,4 @@
-"""The toy shop's people: personas, their tastes, drift, and when they come.
+"""The toy shop's users: personas, their tastes, their drift, and their visits.
 
 Legend: Z personas, D departments, A attributes, U users, P result pages.
 """
@@ -20,8 +20,8 @@ TASTES: dict[str, tuple[tuple[float, ...], int]] = {
     "brand": ((1.0, 0.75), 3),
     "price": ((1.0,), 1),
 }
-"""Attribute -> strengths of its liked values (times `liked_factor`) and how many values are
-disliked, in one department. Strengths differ, so that few items tie."""
+"""Per attribute: strengths of the liked values (multiplied by `liked_factor`) and the number of
+disliked values in one department. Strengths differ, so that few items tie."""
 
 
 @dataclass(frozen=True)
@@ -32,22 +32,22 @@ class Visits:
     day: np.ndarray  # [P] int64
     timestamp: np.ndarray  # [P] datetime64[us], distinct over the whole shop
     persona: np.ndarray  # [P] int64: the user's persona at that time
-    number: np.ndarray  # [P] int64: 0 for the user's first page, 1 for the next, ...
+    number: np.ndarray  # [P] int64: 0 for the user's first page, 1 for the next, and so on
 
 
 def make_tastes(config: ToyShopConfig) -> dict[str, np.ndarray]:
-    """Attribute -> factors [Z, D, values], drawn apart for each department.
+    """Return factors [Z, D, values] per attribute, drawn separately for each department.
 
-    Liking navy dresses says nothing about navy rugs: counting attributes over a whole history
-    mixes departments, while who the person is shows in all of them.
+    A taste for navy dresses says nothing about navy rugs. Counting attributes over a whole history
+    therefore mixes departments, while the persona is the same in all of them.
     """
     random = random_stream(config.seed, "tastes")
     people, departments = config.num_personas, len(DEPARTMENTS)
     tastes = {}
     for name, (strengths, disliked) in TASTES.items():
         count = len(ATTRIBUTES[name])
-        # Evenly spaced rotations of a random order per department: every value has about as
-        # many friends as foes, so that popularity alone says little.
+        # Evenly spaced rotations of a random order per department: every value is liked about as
+        # often as it is disliked, so that popularity alone tells little.
         turn = np.argsort(random.random((people, departments)), axis=0, kind="stable")
         shift = turn * count // people
         place = np.argsort(random.random((departments, count)), axis=1, kind="stable")
@@ -61,7 +61,7 @@ def make_tastes(config: ToyShopConfig) -> dict[str, np.ndarray]:
 
 
 def item_weights(tastes: dict[str, np.ndarray], items: ShopItems) -> np.ndarray:
-    """Taste factor of each item for each persona, [Z, I]."""
+    """Return the taste factor of each item for each persona, [Z, I]."""
     department = items.department
     weights: np.ndarray = np.ones((next(iter(tastes.values())).shape[0], len(department)))
     for column, factors in enumerate(tastes.values()):
@@ -70,7 +70,7 @@ def item_weights(tastes: dict[str, np.ndarray], items: ShopItems) -> np.ndarray:
 
 
 def draw_personas(config: ToyShopConfig) -> np.ndarray:
-    """Persona of each user on each day, [U, num_days]: drawn anew with `switch_per_day`."""
+    """Draw the persona of each user on each day, [U, num_days]."""
     random = random_stream(config.seed, "personas")
     states = np.empty((config.num_users, config.num_days), dtype=np.int64)
     states[:, 0] = below(random.random(config.num_users), config.num_personas)
@@ -82,7 +82,7 @@ def draw_personas(config: ToyShopConfig) -> np.ndarray:
 
 
 def make_visits(config: ToyShopConfig) -> Visits:
-    """When users come: sessions on days of their own, the first in the first three weeks."""
+    """Draw the sessions of users, on different days, the first within the first three weeks."""
     random = random_stream(config.seed, "visits")
     users, days = config.num_users, config.num_days
     least, most = config.sessions
@@ -103,7 +103,7 @@ def make_visits(config: ToyShopConfig) -> Visits:
     step = np.arange(len(session)) - np.repeat(np.cumsum(pages) - pages, pages)
     seconds = start[session] + 180 * step + below(random.random(len(session)), 120)
     user, day = user[session], day[session]
-    # The user's number as microseconds: no two pages of the shop share a time.
+    # The user's number is added as microseconds, so that all pages have different times.
     offset = (seconds * 1_000_000 + user).astype("timedelta64[us]")
     number = np.arange(len(user)) - np.searchsorted(user, user)
     persona = draw_personas(config)[user, day]

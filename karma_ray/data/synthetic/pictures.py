@@ -1,8 +1,8 @@
-"""Pictures of the toy shop's items: the planted attributes once more, drawn.
+"""Pictures of the toy shop's items, which show the same attributes as the texts.
 
-Shape by category, fill by colour, pattern by style, background by material, a badge by brand
-and a frame by price tier. Integer geometry, so that the pixels are the same everywhere; Pillow
-only encodes them.
+The category gives the shape, the colour the fill, the style the pattern, the material the
+background, the brand a badge and the price a frame. The geometry uses integers, so that pixels are
+the same on every machine; Pillow only encodes them.
 
 Legend: S pixels of a side; masks are bool [S, S].
 """
@@ -43,7 +43,7 @@ _GROUNDS = np.array(
 
 
 def _shapes(size: int) -> list[np.ndarray]:
-    """One silhouette per category on a grid scaled to -24..24 (y grows downwards)."""
+    """Return a silhouette per category on a grid scaled to -24..24 (y grows downwards)."""
     y, x = np.mgrid[0:size, 0:size]
     x, y = (2 * x + 1 - size) * 24 // size, (2 * y + 1 - size) * 24 // size
     ax, ay, square = abs(x), abs(y), x * x + y * y
@@ -65,7 +65,7 @@ def _shapes(size: int) -> list[np.ndarray]:
 
 
 def _patterns(size: int) -> list[np.ndarray]:
-    """One pattern per style: where the fill is shaded."""
+    """Return a pattern per style: the mask of the shaded part of the fill."""
     y, x = np.mgrid[0:size, 0:size]
     return [
         np.zeros((size, size), dtype=bool),  # modern: plain
@@ -78,11 +78,11 @@ def _patterns(size: int) -> list[np.ndarray]:
 
 
 def draw_items(items: ShopItems, size: int) -> np.ndarray:
-    """Pixels of every item, uint8 [I, S, S, 3]."""
+    """Draw every item, uint8 [I, S, S, 3]."""
     shapes, patterns = np.stack(_shapes(size)), np.stack(_patterns(size))
     colour, material, style, brand, price = items.values.T
     fill = _COLOURS[colour].astype(np.int64)  # [I, 3]
-    # Dark fills are shaded lighter, light ones darker, or a pattern on black would vanish.
+    # Dark fills get a lighter pattern and light ones a darker one, to be visible on black.
     dark = fill.sum(axis=1, keepdims=True) < 300
     shade = np.where(dark, (fill + 255) // 2, fill // 2).astype(np.uint8)
     pixels = np.repeat(_GROUNDS[material][:, None, None], size, axis=1).repeat(size, axis=2)
@@ -101,7 +101,7 @@ def draw_items(items: ShopItems, size: int) -> np.ndarray:
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """One picture [S, S, 3] as PNG."""
+    """Encode a picture [S, S, 3] as PNG."""
     sink = io.BytesIO()
     Image.fromarray(pixels).save(sink, format="PNG")
     return sink.getvalue()

@@ -1,4 +1,4 @@
-"""The toy shop, assembled: draw it, write it, fingerprint it."""
+"""The complete toy shop: generating it, writing it and hashing it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ NOTES = [
 
 @dataclass(frozen=True)
 class ToyShop:
-    """Everything the generator drew."""
+    """Everything that the generator has drawn."""
 
     config: ToyShopConfig
     items: ShopItems
@@ -39,7 +39,7 @@ class ToyShop:
 
 
 def make_toy_shop(config: ToyShopConfig) -> ToyShop:
-    """Draw a whole shop; the same configuration gives the same shop on every machine."""
+    """Generate a whole shop; a configuration gives the same shop on every machine."""
     items = make_items(config)
     needs, tastes, visits = make_needs(items), make_tastes(config), make_visits(config)
     pages = make_pages(config, items, needs, visits, item_weights(tastes, items))
@@ -51,8 +51,9 @@ def write_toy_shop(
 ) -> dict[str, Any]:
     """Write items, events, query_matches, truth/ and manifest.json; returns the manifest.
 
-    `name` is the data set's in records and reports. `data_hash` in the manifest is of the tables'
-    values and the pictures' pixels, not of Parquet or PNG bytes: the same on every machine.
+    `name` is the name of the data set in records and reports. `data_hash` in the manifest is
+    computed from values and pixels instead of Parquet or PNG bytes, so it is the same on every
+    machine.
     """
     shop = make_toy_shop(config or ToyShopConfig())
     config = shop.config
@@ -92,7 +93,7 @@ def write_toy_shop(
 
 
 def shop_tables(shop: ToyShop) -> dict[str, pa.Table]:
-    """Every table of the shop by its folder, pictures still empty."""
+    """Return every table of the shop by its folder, still without pictures."""
     ids = item_ids(shop.config)
     return {
         "items": _items_table(shop, ids),
@@ -106,7 +107,7 @@ def shop_tables(shop: ToyShop) -> dict[str, pa.Table]:
 
 
 def item_ids(config: ToyShopConfig) -> np.ndarray:
-    """Ids in catalogue order, [I]."""
+    """Return the ids in catalogue order, [I]."""
     return np.array([f"item{number:05d}" for number in range(config.num_items)])
 
 
@@ -143,7 +144,7 @@ def _items_table(shop: ToyShop, ids: np.ndarray) -> pa.Table:
 
 
 def _id_lists(ids: np.ndarray, grid: np.ndarray, keep: np.ndarray) -> pa.Array:
-    """ids [I], grid [P, S] of item numbers, keep bool [P, S] -> list<string> [P]."""
+    """Convert ids [I], grid [P, S] of item numbers, keep bool [P, S] to list<string> [P]."""
     offsets = np.concatenate([[0], np.cumsum(keep.sum(axis=1))]).astype(np.int32)
     shown = pa.array(ids.tolist(), pa.string()).take(pa.array(grid[keep]))
     return pa.ListArray.from_arrays(pa.array(offsets), shown)
@@ -151,7 +152,7 @@ def _id_lists(ids: np.ndarray, grid: np.ndarray, keep: np.ndarray) -> pa.Array:
 
 def _events_table(shop: ToyShop, ids: np.ndarray) -> pa.Table:
     pages, users = shop.pages, _user_ids(shop)
-    order = np.argsort(shop.visits.timestamp, kind="stable")  # logs come by time
+    order = np.argsort(shop.visits.timestamp, kind="stable")  # logs are in time order
     shown, clicked = pages.shown[order], pages.clicked[order]
     days = shop.visits.day[order].tolist()
     table = pa.table(
@@ -168,7 +169,7 @@ def _events_table(shop: ToyShop, ids: np.ndarray) -> pa.Table:
 
 
 def _wordings(shop: ToyShop) -> dict[str, int]:
-    """Every wording used -> its need; a wording names one need only."""
+    """Return every used wording and its need; a wording names only one need."""
     pairs = dict(zip(shop.pages.queries, shop.pages.need.tolist(), strict=True))
     return dict(sorted(pairs.items()))
 
@@ -207,7 +208,7 @@ def _tastes_table(shop: ToyShop) -> pa.Table:
 
 
 def _states_table(shop: ToyShop) -> pa.Table:
-    """The persona behind every page, by user and time."""
+    """Return the user's persona at every page, by user and time."""
     return pa.table(
         {
             "user_id": _user_ids(shop),

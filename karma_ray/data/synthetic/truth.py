@@ -1,4 +1,4 @@
-"""What only the toy shop's ceilings may know: tastes, click rules and who was who when.
+"""The toy shop's truth, for its ceilings only: tastes, click rules and personas over time.
 
 Legend: Z personas, I items of the catalogue, M items of a query.
 """
@@ -20,7 +20,7 @@ MICROSECONDS_PER_DAY = 86_400_000_000
 
 @dataclass(frozen=True)
 class ToyTruth:
-    """The generator's parameters in catalogue row order, times in microseconds since 1970."""
+    """The generator's parameters in catalogue order; times are microseconds since 1970."""
 
     config: ToyShopConfig
     weights: np.ndarray  # [Z, I]: taste factors on the odds of a click
@@ -30,7 +30,7 @@ class ToyTruth:
 
     @classmethod
     def load(cls, data_uri: str, item_ids: Sequence[str]) -> ToyTruth:
-        """Read DATA/truth; `item_ids` are the catalogue's rows."""
+        """Read DATA/truth; `item_ids` are the rows of the catalogue."""
         facts = read_json(join(data_uri, "truth", "config.json"))
         values: dict[str, Any] = {
             k: tuple(v) if isinstance(v, list) else v for k, v in facts.items()
@@ -52,17 +52,17 @@ class ToyTruth:
 
     @property
     def valid_start(self) -> int:
-        """When the promotion code loses its meaning."""
+        """The time when the promotion code loses its effect."""
         return int(START.astype(np.int64)) + self.config.valid_day * MICROSECONDS_PER_DAY
 
     def day(self, time: int) -> int:
-        """Day number of a time: personas change at midnight."""
+        """Return the day number of a time; personas change at midnight."""
         return (time - int(START.astype(np.int64))) // MICROSECONDS_PER_DAY
 
 
 @dataclass(frozen=True)
 class PersonaStates:
-    """Who each user truly was at each page."""
+    """The true persona of each user at each page."""
 
     times: dict[str, np.ndarray]  # user -> [pages] int64, rising
     personas: dict[str, np.ndarray]  # user -> [pages] int64
@@ -84,7 +84,7 @@ class PersonaStates:
         )
 
     def at(self, user_id: str, time: int) -> int | None:
-        """The persona of the user's latest page up to `time`; None for a stranger."""
+        """Return the persona of the user's latest page up to `time`; None for unknown users."""
         times = self.times.get(user_id)
         if times is None:
             return None
@@ -93,13 +93,13 @@ class PersonaStates:
 
 
 def _in_order(table: pa.Table, item_ids: Sequence[str]) -> pa.Table:
-    """The rows of `table` in the order of `item_ids`."""
+    """Return the rows of `table` in the order of `item_ids`."""
     rows = {item_id: row for row, item_id in enumerate(table.column("item_id").to_pylist())}
     return table.take([rows[item_id] for item_id in item_ids])
 
 
 def _weights(data_uri: str, item_ids: Sequence[str], num_personas: int) -> np.ndarray:
-    """Product of the taste factors of each item's attribute values, [Z, I]."""
+    """Return the product of the taste factors of each item's attribute values, [Z, I]."""
     tastes = read_table(join(data_uri, "truth", "tastes")).to_pylist()
     factors: dict[tuple[str, str, str], np.ndarray] = {}
     for row in tastes:

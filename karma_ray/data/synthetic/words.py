@@ -1,7 +1,7 @@
-"""The toy shop's language: attribute values, their synonyms, titles and queries.
+"""The toy shop's vocabulary: attribute values, their synonyms, titles and queries.
 
-No word names two values, so a text says exactly what an item is; every value has several words,
-so a model has to learn that crimson and scarlet are both red.
+No word belongs to two values, so that a text describes an item exactly. Every value has several
+words, so that a model must learn that crimson and scarlet are both red.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ DEPARTMENTS: dict[str, tuple[str, ...]] = {
     "home": ("homeware", "decor"),
     "outdoor": ("outdoor", "camping"),
 }
-"""Department -> the words a query uses for it."""
+"""The words that queries use for each department."""
 
 CATEGORIES: dict[str, tuple[str, ...]] = {
     "dress": ("dress", "gown"),
@@ -31,7 +31,7 @@ CATEGORIES: dict[str, tuple[str, ...]] = {
     "bottle": ("bottle", "flask"),
     "blanket": ("blanket", "throw"),
 }
-"""Category -> its words; four categories to a department, in order."""
+"""The words for each category; each department has four categories, in order."""
 
 ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
     "colour": {
@@ -70,10 +70,10 @@ ATTRIBUTES: dict[str, dict[str, tuple[str, ...]]] = {
         "high": ("premium", "luxury"),
     },
 }
-"""The five attributes a taste is about -> value -> its words."""
+"""The five attributes of tastes, with their values and the words for each value."""
 
 PROMOTION_CODE = "DEAL77"
-"""The planted shortcut: it drives clicks in the training weeks and means nothing afterwards."""
+"""A planted shortcut: it drives clicks in the training weeks and has no effect afterwards."""
 
 _TITLES = (
     "{colour} {material} {style} {category}",
@@ -89,25 +89,25 @@ _NOTES = ("ships today", "free returns", "last pieces", "two year warranty", "ba
 
 
 def value_names() -> dict[str, list[str]]:
-    """Attribute -> its values, in the order of the value numbers used by the generator."""
+    """Return the values of each attribute, in the order of the generator's value numbers."""
     return {name: list(values) for name, values in ATTRIBUTES.items()}
 
 
 def department_of_category() -> list[int]:
-    """Department number of each category number."""
+    """Return the department number of each category number."""
     per_department = len(CATEGORIES) // len(DEPARTMENTS)
     return [category // per_department for category in range(len(CATEGORIES))]
 
 
 def _pick(options: Sequence[str], uniform: float) -> str:
-    """The option a uniform draw from [0, 1) falls on."""
+    """Return the option that a uniform draw from [0, 1) selects."""
     return options[int(uniform * len(options))]
 
 
 def word_title(
     category: str, values: dict[str, str], promoted: bool, uniforms: np.ndarray
 ) -> tuple[str, str]:
-    """Title and text of one item from 9 uniform draws: synonyms, order and filler vary."""
+    """Write title and text of an item from 9 uniform draws: synonyms, order and filler vary."""
     words = {
         name: _pick(ATTRIBUTES[name][value], uniforms[number])
         for number, (name, value) in enumerate(values.items())
@@ -121,7 +121,7 @@ def word_title(
 
 
 def word_query(named: dict[str, str], uniforms: np.ndarray) -> str:
-    """A query naming a department or category and at most one attribute, from 3 uniform draws."""
+    """Write a query with a department or category and at most one attribute, from 3 draws."""
     if "category" in named:
         noun = _pick(CATEGORIES[named["category"]], uniforms[0])
     else:

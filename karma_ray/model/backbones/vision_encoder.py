@@ -1,4 +1,4 @@
-"""Frozen vision encoders (METHOD 1.9), from any Hugging Face folder with a vision part.
+"""Frozen vision encoders (method 1.9), from any Hugging Face folder with a vision part.
 
 These are models that take whole images (ViT, DINOv2, CLIP, SigLIP, convolutional networks), and
 the vision towers of the registered families, which take patches.
