@@ -65,7 +65,7 @@ def catalog_tokens(
     """
     if catalog.copy is None:
         return encode_texts(tokenizer, catalog.texts(), max_tokens)
-    name = f"{catalog.copy.stem}-{_content(tokenizer)}-{max_tokens}-{FORMAT}.tokens.npy"
+    name = f"{catalog.copy.stem}-{tokenizer_hash(tokenizer)}-{max_tokens}-{FORMAT}.tokens.npy"
     table = mapped_array(
         catalog.copy.with_name(name), np.int32, (catalog.num_items, 1 + max_tokens),
         lambda table: _fill(table, catalog, tokenizer, max_tokens),
@@ -84,5 +84,6 @@ def _fill(table: np.ndarray, catalog: Catalog, tokenizer: Tokenizer, max_tokens:
         rows[:, 1 + tokens.shape[1] :] = padding
 
 
-def _content(tokenizer: Tokenizer) -> str:
+def tokenizer_hash(tokenizer: Tokenizer) -> str:
+    """Return a content hash of a tokenizer."""
     return hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest()[:16]

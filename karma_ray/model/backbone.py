@@ -23,7 +23,7 @@ from karma_ray.model.backbones.registry import (
     checkpoint_family,
     family_of,
 )
-from karma_ray.model.config import TinyBackboneConfig
+from karma_ray.model.config import TinyBackboneConfig, check_layers
 
 
 def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> nn.Module:
@@ -106,6 +106,19 @@ def run_body(
     return plan.spread(_states(body, tokens[None], places[None], plan, deep)[0])
 
 
+def run_packed(body: nn.Module, tokens: Tensor, real: Tensor) -> Tensor:
+    """As `run_body` in a causal pass, for the soft tokens [N, D] of the `real` slots [B, S] alone.
+
+    The states [B, S, D] of other slots are finite but unspecified.
+    """
+    plan = packing.Packing(real)
+    positions = torch.arange(real.shape[1], device=real.device).expand(len(real), -1)
+    if not packing.worth_packing(real):
+        everything = packing.Packing(torch.ones_like(real), packed=False)
+        return _states(body, plan.spread(tokens), positions, everything, ())
+    return plan.spread(_states(body, tokens[None], plan.collect(positions)[None], plan, ())[0])
+
+
 def _states(
     body: nn.Module, embeddings: Tensor, positions: Tensor, plan: Any, deep: Sequence[Tensor]
 ) -> Tensor:
@@ -120,18 +133,33 @@ def _states(
 
 def truncated(body: nn.Module, num_layers: int) -> nn.Module:
     """Return a copy with the first `num_layers` layers (a light decoder)."""
-    num_whole = len(cast(Any, body).layers)
-    if not 1 <= num_layers <= num_whole:
+    whole = cast(Any, body).layers
+    if not 1 <= num_layers <= len(whole):
         raise InputError(
             "model.decodability.recon_decoder", f"light:{num_layers}",
-            "needs a number of layers", choices=range(1, num_whole + 1),
+            "needs a number of layers", choices=range(1, len(whole) + 1),
         )  # fmt: skip
-    light = cast(Any, copy.deepcopy(body))
-    light.layers = light.layers[:num_layers]
-    light.config.num_hidden_layers = num_layers
-    if getattr(light.config, "layer_types", None):  # not every family has kinds of layers
-        light.config.layer_types = light.config.layer_types[:num_layers]
-    return cast(nn.Module, light)
+    light = copy.deepcopy(body)
+    keep_layers(light, num_layers)
+    return light
+
+
+def keep_layers(body: nn.Module, num_layers: int, field: str = "model.user_decoder.layers") -> None:
+    """Keep only the first `num_layers` layers of a body, in place.
+
+    Raises InputError that names `field` when the body has fewer.
+    """
+    kept = cast(Any, body)
+    check_layers(field, num_layers, len(kept.layers))
+    kept.layers = kept.layers[:num_layers]
+    kept.config.num_hidden_layers = num_layers
+    if getattr(kept.config, "layer_types", None):
+        kept.config.layer_types = kept.config.layer_types[:num_layers]
+
+
+def num_layers(body: nn.Module) -> int:
+    """Return the number of layers of a body."""
+    return len(cast(Any, body).layers)
 
 
 def quantised_from(body: nn.Module) -> dict[str, Any] | None:

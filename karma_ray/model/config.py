@@ -13,6 +13,13 @@ from karma_ray.model.denoiser import DenoiserConfig
 from karma_ray.ranges import Count, CountOrZero, Positive, Share, ShareBelowOne, check_ranges
 
 
+def check_layers(field: str, wanted: int, there: int) -> None:
+    """Raise InputError when a number of layers is more than a checkpoint has."""
+    if wanted > there:
+        message = f"is more than the {there} layers of the checkpoint"
+        raise InputError(field, wanted, message, choices=range(there + 1))
+
+
 @dataclass(frozen=True)
 class TinyBackboneConfig:
     """Shape of the backbone built here when no checkpoint is given (`checkpoint=tiny`)."""
@@ -40,6 +47,10 @@ class ItemEncoderConfig:
     GGUF file. `model.checkpoint` sets it for both parts."""
     pool: Literal["eos", "emb_token", "mean"] = "eos"
     """Item state: the end token's last hidden state, a learned [ITEM] vector's, or the mean."""
+    train_layers: CountOrZero = 0
+    """Train only this many of the top layers and what is above them. The token embeddings and the
+    layers below stay as they are, and their outputs are computed once for all items; 0: train all
+    weights."""
     instruction: str = ""
     """Text put before every item's text."""
     lexical: CountOrZero = 0
@@ -63,6 +74,8 @@ class UserDecoderConfig:
     checkpoint: str = "tiny"
     """`tiny`, or an LLM of a family in model/backbones/: a Hugging Face folder, a hub name or a
     GGUF file. `model.checkpoint` sets it for both parts."""
+    layers: CountOrZero = 0
+    """Use only the first layers of the checkpoint, which is cheaper; 0: all of them."""
     layout: Literal["interleaved", "items_only", "query_last"] = "interleaved"
     """Where queries enter the sequence and where h_t is read."""
     query_mode: Literal["embed_pool", "tokens", "encoder", "none"] = "embed_pool"
@@ -220,3 +233,18 @@ class ModelConfig:
     def check(self) -> None:
         """Raise InputError on contradicting settings; `imagery`, if used, is checked separately."""
         self.generator.check()
+        # Checkpoints are asked when they are loaded; a tiny one would be pretrained first.
+        item, user, tiny = self.item_encoder, self.user_decoder, self.tiny
+        for name, part, wanted in (
+            ("item_encoder.train_layers", item, item.train_layers),
+            ("user_decoder.layers", user, user.layers),
+        ):
+            if part.checkpoint == "tiny":
+                check_layers(f"model.{name}", wanted, tiny.num_layers)
+        if item.train_layers and item.modality == "multimodal":
+            message = "is not for an encoder that reads pictures, whose states are not kept"
+            raise InputError("model.item_encoder.train_layers", item.train_layers, message, [0])
+        if item.train_layers and item.pool == "emb_token":
+            message = "learns a vector below the layers that train_layers freezes"
+            choices = ["eos", "mean"]
+            raise InputError("model.item_encoder.pool", "emb_token", message, choices=choices)

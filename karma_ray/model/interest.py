@@ -17,10 +17,11 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import NO_PICTURE
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.model.adapters import Score
-from karma_ray.model.backbone import hidden_size, load_body
+from karma_ray.model.backbone import hidden_size, keep_layers, load_body
 from karma_ray.model.config import GeneratorConfig, ModelConfig
+from karma_ray.model.frozen_layers import num_frozen
 from karma_ray.model.generator import Generator
-from karma_ray.model.item_encoder import ItemEncoder
+from karma_ray.model.item_encoder import ItemEncoder, instruction_tokens
 from karma_ray.model.lora import adapt, parse_rank
 from karma_ray.model.recall import RecallModel
 from karma_ray.model.user_decoder import Prefix, UserDecoder
@@ -42,8 +43,7 @@ class InterestModel(RecallModel):
         self.config = config
         width, lexical = hidden_size(user_body), config.item_encoder.lexical
         prompt = tokenizer([config.user_decoder.prompt], add_special_tokens=False)["input_ids"][0]
-        words = config.item_encoder.instruction
-        instruction = tokenizer([words], add_special_tokens=False)["input_ids"][0] if words else []
+        instruction = instruction_tokens(config.item_encoder, tokenizer)
         self.end_of_text = SpecialIds.of(tokenizer).end_of_text
         with torch.random.fork_rng():
             torch.manual_seed(seed)
@@ -64,8 +64,10 @@ class InterestModel(RecallModel):
             with_vision=encoder.modality == "multimodal",
         )  # fmt: skip
         user = load_body(config.user_decoder.checkpoint, "model.user_decoder.checkpoint")
+        if config.user_decoder.layers:
+            keep_layers(user, config.user_decoder.layers)
         if rank is not None:
-            adapt(item, rank, seed)
+            adapt(item, rank, seed, num_frozen(encoder, item))
             adapt(user, rank, seed + 1)
         return cls(config, item, user, tokenizer, seed)
 

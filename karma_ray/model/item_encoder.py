@@ -12,12 +12,15 @@ from torch import Tensor, nn
 
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import NO_PICTURE, PixelTable, catalog_pixels
+from karma_ray.data.prompts import Tokenizer
 from karma_ray.errors import InputError
 from karma_ray.model.adapters import rms_normalize
-from karma_ray.model.backbone import hidden_size, run_body, token_embeddings
+from karma_ray.model.backbone import hidden_size, run_body, run_packed, token_embeddings
 from karma_ray.model.backbones.family import BodyInput
 from karma_ray.model.backbones.registry import pictures_of
 from karma_ray.model.config import ItemEncoderConfig
+from karma_ray.model.frozen_layers import freeze_lower, num_frozen, only_layers
+from karma_ray.model.frozen_states import FrozenStates
 from karma_ray.model.lexical import LexicalBlock
 from karma_ray.ranges import check_ranges
 
@@ -26,10 +29,17 @@ SAME_STATES = 1e-10
 """Variance, relative to the mean square, below which pooled states differ by rounding only."""
 
 
+def instruction_tokens(config: ItemEncoderConfig, tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that are put before every item's text."""
+    words = config.instruction
+    return list(tokenizer([words], add_special_tokens=False)["input_ids"][0]) if words else []
+
+
 class ItemEncoder(nn.Module):
     """Backbone, pooling and W_e: e = RMSNorm(W_e (e_raw - mean)), method 1.2; see `whiten`.
 
-    With `lexical` the counted words of the item are appended, see LexicalBlock.
+    With `lexical` the counted words of the item are appended, see LexicalBlock. With `train_layers`
+    the lower layers are frozen; where `states` holds their outputs, items are encoded from these.
     """
 
     instruction: Tensor
@@ -47,6 +57,9 @@ class ItemEncoder(nn.Module):
         check_ranges(config, "model.item_encoder")
         self.config, self.body = config, body
         self.pictures: PixelTable | None = None  # not part of the weights
+        self.states: FrozenStates | None = None  # of the catalogue's items; not part of them either
+        self.num_frozen = num_frozen(config, body)
+        freeze_lower(body, self.num_frozen)
         if config.modality == "multimodal":
             block = pictures_of(body).block(body)
             if config.image_size < block or config.image_size % block:
@@ -109,6 +122,8 @@ class ItemEncoder(nn.Module):
 
     def pooled(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the pooled states e_raw [U, d_item]."""
+        if self.states is not None and rows is not None and bool((rows >= 0).all()):
+            return self._pool(*self._from_states(self.states, lengths, rows))
         prefix = self.instruction.expand(len(tokens), -1)
         embeddings = token_embeddings(self.body)[torch.cat([prefix, tokens], 1)]
         last = lengths + prefix.shape[1] - 1
@@ -126,9 +141,36 @@ class ItemEncoder(nn.Module):
         states = run_body(
             self.body, embeddings, positions=seen.positions, real=real, deep=seen.deep
         )
+        return self._pool(states, real, last)
+
+    @torch.no_grad()
+    def lower_states(self, tokens: Tensor, lengths: Tensor) -> Tensor:
+        """Return the states [N, d_item] after the frozen layers, of the real tokens of all items.
+
+        Takes tokens [U, L] and lengths [U], as `forward`; the instruction's tokens come first.
+        """
+        prefix = self.instruction.expand(len(tokens), -1)
+        embeddings = token_embeddings(self.body)[torch.cat([prefix, tokens], 1)]
+        slots = torch.arange(embeddings.shape[1], device=tokens.device)
+        real = slots < lengths[:, None] + prefix.shape[1]
+        with only_layers(self.body, 0, self.num_frozen):
+            return run_body(self.body, embeddings, real=real)[real]
+
+    def _from_states(
+        self, table: FrozenStates, lengths: Tensor, rows: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the last states [U, S, d_item], the real slots [U, S] and the last one [U]."""
+        last = lengths + len(self.instruction) - 1
+        lower = table.gather(rows.cpu().numpy(), (last + 1).cpu().numpy()).to(last.device)
+        real = torch.arange(int(last.max()) + 1, device=last.device) <= last[:, None]
+        with only_layers(self.body, self.num_frozen):
+            return run_packed(self.body, lower.float(), real), real, last
+
+    def _pool(self, states: Tensor, real: Tensor, last: Tensor) -> Tensor:
+        """Return the pooled states [U, d_item] of states [U, S, d_item]."""
         if self.config.pool == "mean":
             return (states * real[..., None]).sum(1) / real.sum(1, keepdim=True)
-        return states[order, last]
+        return states[torch.arange(len(last), device=last.device), last]
 
     def _seen(
         self, embeddings: Tensor, last: Tensor, num_prefix: int, rows: Tensor | None

@@ -25,6 +25,7 @@ from torch import nn
 
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.registry import family_of
+from karma_ray.model.frozen_layers import lower_parameters
 
 FIELD = "model.peft"
 ALPHA = 2
@@ -41,14 +42,22 @@ def parse_rank(peft: str) -> int | None:
     return int(rank)
 
 
-def adapt(body: nn.Module, rank: int, seed: int) -> None:
+def adapt(body: nn.Module, rank: int, seed: int, first: int = 0) -> None:
     """Insert adapters into a body, in place, and freeze its own weights; its output stays equal.
 
-    A is drawn from `seed`; the global random state is preserved.
+    Only the layers from number `first` on get adapters. A is drawn from `seed`; the global random
+    state is preserved.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
     linear = family_of(body).linear_layers
+    if first:
+        lower = tuple(f"layers.{number}." for number in range(first))
+        linear = tuple(
+            name
+            for name, _ in body.named_modules()
+            if name.endswith(linear) and not name.startswith(lower)
+        )
     config = LoraConfig(
         r=rank, lora_alpha=ALPHA * rank, lora_dropout=0.0, target_modules=list(linear)
     )
@@ -69,14 +78,17 @@ def is_low_rank(name: str) -> bool:
 
 
 def set_trained(module: nn.Module, trained: bool) -> None:
-    """Like `requires_grad_`, but weights and heads of adapted bodies in `module` stay frozen."""
+    """Like `requires_grad_`, but weights and heads of adapted bodies in `module` stay frozen.
+
+    So do the frozen layers of bodies of which only the top is trained.
+    """
     adapted = [part for part in module.modules() if rank_of(part) is not None]
     fixed = {
         id(value)
         for body in adapted
         for name, value in body.named_parameters()
         if not is_low_rank(name)
-    }
+    } | lower_parameters(module)
     for name, value in module.named_parameters():
         own = id(value) in fixed or (adapted and name.endswith("lm_head"))
         value.requires_grad_(trained and not own)

@@ -1,4 +1,4 @@
-"""The executor of a run: where its three heavy parts are computed.
+"""The executor of a run: where its heavy parts are computed.
 
 Everything else in a run is the same on a laptop and on a cluster. `jobs/` passes the record of
 cluster/executor.py; by default everything happens in this process, without Ray.
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from karma_ray.runs.frozen_outputs import EncodeRemotely
 from karma_ray.runs.preparation import LocalShuffle, Shuffle
 from karma_ray.runs.training import Distribute
 
@@ -25,6 +26,8 @@ class Executor:
     """Checks the events and builds the partitions of users."""
     train: Distribute | None = None
     """Trains with `training.num_workers` workers; None trains in this process."""
+    freeze: EncodeRemotely | None = None
+    """Computes the outputs of frozen layers; None computes them in this process."""
     embed: Embed | None = None
     """Embeds the catalogue for serving; None uses the model in this process."""
 

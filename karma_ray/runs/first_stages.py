@@ -33,9 +33,9 @@ def start_stage(
     if is_tiny(config):
         config, log = pretrained(config, source, items_hash, cache)
         _copy_lines(log, run)
-    stage = Stage(config, source.items_uri)
+    stage = Stage(config, source.items_uri).with_frozen(cache, executor.freeze)
     if not config.warmup.skip:
-        weights, log = warmed_up(config, source.items_uri, items_hash, cache, executor)
+        weights, log = warmed_up(stage, items_hash, cache, executor)
         stage = replace(stage, warm=weights)
         _copy_lines(log, run)
     return stage

@@ -48,11 +48,7 @@ from karma_ray.runs.first_stages import start_stage
 from karma_ray.runs.joint import OnValidate, joint_job
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import CACHE, toy_shop
-from karma_ray.runs.stages import (
-    Stage,
-    finished_stage,
-    over_ids,
-)
+from karma_ray.runs.stages import Stage, finished_stage, model_size, over_ids
 from karma_ray.runs.training import run_training
 
 LOG = logging.getLogger(__name__)
@@ -102,7 +98,7 @@ def train_run(
     stage = None
     if config.recipe in recipes.TRAINED:
         found = noted_stage(folder, config, source.items_uri) if resume else None
-        stage = found or _first_stage(config, source, cache, run, parent, executor)
+        stage = _first_stage(config, source, cache, run, found, parent, executor)
         note_start(folder, stage, init)
         _note_text_lengths(stage, folder, facts)
         stage = _train(stage, source, run, on_validate, resume, executor)
@@ -188,13 +184,17 @@ def _first_stage(
     source: PreparedData,
     cache: str,
     run: str,
+    found: Stage | None,
     parent: Parent | None,
     executor: Executor,
 ) -> Stage:
-    if parent is None:
+    if found is None and parent is None:
         return start_stage(config, source, cache, run, executor)
-    LOG.info("training the model of %s further", parent.run)
-    return parent.stage(config, source.items_uri)
+    if found is None and parent is not None:
+        LOG.info("training the model of %s further", parent.run)
+        found = parent.stage(config, source.items_uri)
+    assert found is not None
+    return found.with_frozen(cache, executor.freeze)
 
 
 def _train(
@@ -211,13 +211,14 @@ def _train(
     if stage.trained is not None:  # weights of the run given by --init-from
         job = replace(job, build=stage.build_finished)
     summary = run_training(job, resume=resume, max_failures=2, distribute=executor.train)
-    return replace(stage, trained=summary["weights"])
+    # What serves runs the whole encoder, so what is measured does.
+    return replace(stage, trained=summary["weights"], frozen=None)
 
 
 def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
     """Write what serving needs: the bundle, the item embeddings and the index."""
     config, model = stage.config, stage.build_finished()
-    facts = {"recipe": config.recipe, "seed": config.seed}
+    facts = {"recipe": config.recipe, "seed": config.seed, **model_size(model)}
     save_bundle(model.interest, model.tokenizer, config.collate, folder.bundle, facts)
     if config.training.num_workers and executor.embed is not None:
         executor.embed(folder.bundle, stage.items_uri, folder.item_embeddings)

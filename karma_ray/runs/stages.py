@@ -26,12 +26,14 @@ from karma_ray.data.prompts import Tokenizer
 from karma_ray.data.tokens import TextLengths, catalog_tokens
 from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
+from karma_ray.model.backbone import num_layers
 from karma_ray.model.backbones.checkpoints import load_lm_head, num_tokens
 from karma_ray.model.backbones.registry import checkpoint_family
 from karma_ray.model.backbones.tokenizer import check_tokens_shared, load_tokenizer
 from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
+from karma_ray.runs.frozen_outputs import EncodeRemotely, FrozenOutputs
 from karma_ray.runs.stage_images import build_imagery, load_visual
 from karma_ray.training.checkpoints.checkpoint import load_weights
 
@@ -94,6 +96,21 @@ def with_checkpoints(config: Config, item: str, user: str) -> Config:
     )
 
 
+def model_size(model: KarmaModel | IdModel) -> dict[str, int]:
+    """Return how many weights a run's model has, how many of them learn, and its layers."""
+    weights = list(model.parameters())
+    size = {
+        "num_parameters": sum(value.numel() for value in weights),
+        "num_trained": sum(value.numel() for value in weights if value.requires_grad),
+    }
+    if isinstance(model, KarmaModel):
+        interest, encoder = model.interest, model.interest.item_encoder
+        size["item_layers"] = num_layers(encoder.body)
+        size["item_layers_frozen"] = encoder.num_frozen
+        size["user_layers"] = num_layers(interest.user_decoder.body)
+    return size
+
+
 def finished_stage(run: str, items_uri: str) -> Stage:
     """Return the stage with the trained model of a run, from the run folder alone."""
     folder = RunFolder(run)
@@ -116,6 +133,7 @@ class Stage:
     warm: str | None = None  # weights that stage 2 starts from
     trained: str | None = None  # weights that stage 2 ended with
     tokenizer_folder: str | None = None  # default: the user decoder's checkpoint
+    frozen: FrozenOutputs | None = None  # of the item encoder's frozen layers; None: run them
 
     def catalog(self) -> Catalog:
         """Open the memory-mapped catalogue."""
@@ -123,8 +141,21 @@ class Stage:
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that both LLMs share."""
-        folder = self.tokenizer_folder or self.config.model.user_decoder.checkpoint
-        return cast(Tokenizer, load_tokenizer(folder))
+        return cast(Tokenizer, load_tokenizer(self._tokenizer_folder))
+
+    @property
+    def _tokenizer_folder(self) -> str:
+        return self.tokenizer_folder or self.config.model.user_decoder.checkpoint
+
+    def with_frozen(self, cache: str, encode: EncodeRemotely | None = None) -> Stage:
+        """Return the stage with the outputs of the frozen layers, if it has any.
+
+        They are computed now unless `cache` has them; `encode` does so in other processes.
+        """
+        frozen = FrozenOutputs.of(self.config, self.items_uri, self._tokenizer_folder, cache)
+        if frozen is not None:
+            frozen.make(encode if self.config.training.num_workers else None)
+        return replace(self, frozen=frozen)
 
     def text_lengths(self) -> TextLengths:
         """Measure how much of the catalogue's texts is read."""
@@ -209,6 +240,8 @@ class Stage:
         bare = replace(config, generator=GeneratorConfig())  # the warm-up has no generator
         interest = InterestModel.build(bare, tokenizer, self.config.seed)
         interest.item_encoder.attach_catalog(self.catalog(), self.items_uri)
+        if self.frozen is not None:
+            self.frozen.attach(interest.item_encoder)
         bundled = self.tokenizer_folder is not None
         head = load_lm_head(config.user_decoder.checkpoint, empty=bundled)
         imagery = build_imagery(self.config, self.items_uri, interest, self.trained)

@@ -39,16 +39,15 @@ from karma_ray.training.step_state import StepState
 LOG = logging.getLogger(__name__)
 
 
-def warmed_up(
-    config: Config, items_uri: str, items_hash: str, cache: str, executor: Executor
-) -> tuple[str, str]:
+def warmed_up(stage: Stage, items_hash: str, cache: str, executor: Executor) -> tuple[str, str]:
     """Return the folder of the warmed-up weights in `cache` and the folder of their log.
 
-    The weights are trained if they do not exist yet.
+    The weights are trained if they do not exist yet; `stage` is that of joint training.
     """
+    config, items_uri = stage.config, stage.items_uri
     folder = join(cache, f"warmup-{value_hash(warmup_key(config, items_hash, items_uri))}")
     with locked(folder):
-        return _warm_up(Stage(warmup_config(config), items_uri), folder, executor), folder
+        return _warm_up(replace(stage, config=warmup_config(config)), folder, executor), folder
 
 
 def warmup_config(config: Config) -> Config:

@@ -6,6 +6,8 @@ Padding, gradient caches and recomputed activations and logits are not counted. 
 costs one product for the gradient of the input and one for that of the weight; frozen weights
 need only the first.
 
+Frozen layers whose states are kept cost nothing, as the pass that made them is part of no step.
+
 Also not counted are norms, activations, softmax, pooling, look-ups and the optimiser, which are
 all linear in tokens.
 
@@ -15,7 +17,7 @@ Legend: B windows, T steps, U items, V queries, M decoded positions, H hard nega
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Literal, cast
 
@@ -24,6 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karma_ray.data.batch import Batch
+from karma_ray.model.backbone import num_layers
 from karma_ray.model.backbones.registry import family_of
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import rank_of
@@ -43,10 +46,10 @@ class BodyCost:
     attention: float  # per pair of positions that the attention mask allows
 
     @classmethod
-    def of(cls, body: nn.Module) -> BodyCost:
-        """Compute the costs from a body's configuration and the rank of its adapters."""
+    def of(cls, body: nn.Module, layers: int | None = None) -> BodyCost:
+        """Compute the costs of `layers` layers (default: of all) that have the body's adapters."""
         config = cast(Any, body).config
-        shape, layers = family_of(body).layer_shape(config), config.num_hidden_layers
+        shape, layers = family_of(body).layer_shape(config), layers or num_layers(body)
         weights = sum(inside * outside for inside, outside in shape.matrices)
         sides = sum(inside + outside for inside, outside in shape.matrices)
         rank, queries = rank_of(body) or 0, shape.attention_width
@@ -172,14 +175,21 @@ def _encoding(model: KarmaModel, work: Work, encoder: str, *, with_queries: bool
     learns: Learns = "no gradient"
     if encoder == "full":
         learns = "all" if rank_of(body) is None else "adapters"
-    counts = [(work.items, work.item_tokens, work.item_pairs)] if encoder != "bank" else []
-    if with_queries:
-        counts.append((work.queries, work.query_tokens, work.query_pairs))
+    frozen = part.num_frozen
+    upper = BodyCost.of(body, num_layers(body) - frozen)
+    lower = replace(BodyCost.of(body, frozen), low_rank=0.0) if frozen else None
     output = 2.0 * part.output.weight.numel() * (3 if encoder == "full" else 1)
-    cost = BodyCost.of(body)
+
+    counts = []  # vectors, tokens, pairs, and whether the states below the top are kept
+    if encoder != "bank":
+        counts.append((work.items, work.item_tokens, work.item_pairs, part.states is not None))
+    if with_queries:
+        counts.append((work.queries, work.query_tokens, work.query_pairs, False))
     return sum(
-        cost.step(tokens, pairs, learns) + output * vectors for vectors, tokens, pairs in counts
-    )
+        (0.0 if kept or lower is None else lower.forward(tokens, pairs))
+        + upper.step(tokens, pairs, learns) + output * vectors
+        for vectors, tokens, pairs, kept in counts
+    )  # fmt: skip
 
 
 def projector_cost(model: KarmaModel) -> float:

@@ -17,6 +17,7 @@ from karma_ray.data.prompts import SpecialIds, encode_texts
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import (
     build_tiny,
+    keep_layers,
     load_body,
     run_body,
     save_body,
@@ -177,6 +178,21 @@ def test_a_truncated_body_is_the_first_layers() -> None:
 def test_a_body_cannot_be_cut_to_more_layers_than_it_has(count: int) -> None:
     with pytest.raises(InputError, match="choices: 1, 2"):
         truncated(_body(), count)
+
+
+def test_the_first_layers_of_a_checkpoint_are_saved_and_loaded_as_a_plain_folder(
+    tmp_path: Path,
+) -> None:
+    body, soft = _body(), torch.randn(1, 4, 32)
+    light = truncated(body, 1)
+    keep_layers(body, 1)
+    assert torch.equal(run_body(light, soft), run_body(body, soft))
+    save_body(body, str(tmp_path))
+    loaded = load_body(str(tmp_path))
+    assert len(loaded.layers) == loaded.config.num_hidden_layers == 1
+    assert torch.equal(run_body(loaded, soft), run_body(body, soft))
+    with pytest.raises(InputError, match=r"model\.user_decoder\.layers.*more than the 1 layers"):
+        keep_layers(body, 2)
 
 
 # --- the mask --------------------------------------------------------------------------------

@@ -138,6 +138,24 @@ def test_rendering_twice_gives_the_same_page(write_run) -> None:
     assert Path(render_report(run)).read_bytes() == Path(render_report(run)).read_bytes()
 
 
+def test_page_and_card_say_how_much_of_the_model_learns(write_run) -> None:
+    sizes = {"num_parameters": 1234567, "num_trained": 45678, "item_layers": 30,
+             "item_layers_frozen": 26, "user_layers": 12}  # fmt: skip
+    model = {"user_decoder": {"layers": 12}}
+    run = write_run(
+        **{"bundle/manifest.json": sizes, "config.json": {"recipe": "karma_text", "model": model}}
+    )
+    sentence = (
+        "45,678 of the 1,234,567 weights learn, of the item encoder the top 4 of 30 layers; "
+        "the user decoder is the first 12 layers of its checkpoint."
+    )
+    assert sentence in read(render_report(run))[1]
+    assert sentence in Path(run, "report", "model_card.md").read_text()
+    plain = {"num_parameters": 10, "num_trained": 10, "item_layers": 2, "item_layers_frozen": 0}
+    words = read(render_report(write_run(**{"bundle/manifest.json": plain})))[1]
+    assert "All 10 weights learn." in words
+
+
 def test_the_model_card_tabulates_every_ranker(write_run) -> None:
     run = write_run()
     render_report(run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,11 +22,14 @@ from karma_ray.model.config import (
     TinyBackboneConfig,
     UserDecoderConfig,
 )
+from karma_ray.model.frozen_states import FrozenStates, write_states
 from karma_ray.model.interest import InterestModel
+from karma_ray.model.item_encoder import ItemEncoder
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import adapt, set_trained
 from karma_ray.model.packing import worth_packing
 from karma_ray.objectives.losses import ObjectiveConfig
+from karma_ray.runs.frozen_outputs import FrozenPortions
 from karma_ray.training import flops
 from karma_ray.training.flops import BodyCost, Work, joint_flops, peak_flops, tabled_peak
 from karma_ray.training.item_table import share_items
@@ -167,6 +171,46 @@ def test_a_joint_step_costs_what_the_counter_says(passes: list[Pass], case: dict
     assert useful + wasted == pytest.approx(counter.get_total_flops(), rel=0.015)
 
 
+@pytest.mark.parametrize("query_mode", ["embed_pool", "encoder"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_of_frozen_layers_a_step_costs_the_forward_pass_or_nothing(
+    passes: list[Pass], tmp_path: Path, kept: bool, query_mode: str
+) -> None:
+    karma, batch = _wide({"train_layers": 1, "query_mode": query_mode}), tiny.batch()
+    encoder = karma.interest.item_encoder
+    table = _states(encoder, tmp_path)
+    passes.clear()
+    encoder.states = table if kept else None
+    with FlopCounterMode(display=False) as counter:
+        JointStep(ObjectiveConfig())(karma, batch).loss.backward()  # type: ignore[no-untyped-call]
+    useful = joint_flops(karma, batch, ObjectiveConfig().built, encoder="full")
+    wasted, config, inside = 0.0, encoder.body.config, WIDE.hidden_size
+    tokens = int(batch.item_lengths.sum())
+    if query_mode == "encoder":
+        tokens += int((batch.query_lengths + 1).sum())
+    for body, _, _, padding, pairs in passes:
+        if body is encoder.body:
+            lower, upper = BodyCost.of(body, 1), BodyCost.of(body, 1)
+            wasted += lower.forward(padding, pairs) + upper.step(padding, pairs, "all")
+            tokens += padding
+        else:
+            wasted += BodyCost.of(body).step(padding, pairs, "all")
+    if kept:  # these passes are not watched
+        real = torch.arange(batch.item_tokens.shape[1]) < batch.item_lengths[:, None]
+        rows, slots = real.shape
+        padding = 0 if worth_packing(real) else rows * slots - int(real.sum())
+        seen = int((batch.item_lengths * (batch.item_lengths + 1) // 2).sum())
+        wasted += BodyCost.of(encoder.body, 1).step(padding, rows * slots**2 - seen, "all")
+        tokens += padding
+    # The first trained layer passes no gradient on to the layers below it.
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    wasted -= 2.0 * inside * heads * config.head_dim * tokens
+    assert useful + wasted == pytest.approx(counter.get_total_flops(), rel=0.015)
+    whole = joint_flops(_wide({"query_mode": query_mode}), batch, ObjectiveConfig().built,
+                        encoder="full")  # fmt: skip
+    assert useful < whole
+
+
 def test_padding_duplicates_and_micro_batches_are_not_work() -> None:
     karma, batch = tiny.model(), tiny.batch()
     kinds: dict[str, Any] = {"built": ObjectiveConfig().built, "encoder": "full"}
@@ -230,13 +274,22 @@ def test_another_device_is_measured_once() -> None:
     assert flops._measured_peak.cache_info().hits == before + 1
 
 
+def _states(encoder: ItemEncoder, folder: Path) -> FrozenStates:
+    portions = FrozenPortions(encoder, *tiny.item_tokens(), "float32")
+    path = str(folder / "states.npy")
+    write_states(path, portions.lengths, WIDE.hidden_size, "float32", portions.encoded)
+    return FrozenStates.open(path, portions.lengths)
+
+
 def _wide(case: dict[str, Any]) -> KarmaModel:
     """A model of some width, where vectors are small beside matrices."""
     user = {name: case[name] for name in ("layout", "query_mode") if name in case}
     decoding = {name: case[name] for name in ("recon_decoder", "recon_cond") if name in case}
     config = ModelConfig(
         tiny=WIDE,
-        item_encoder=ItemEncoderConfig(lexical=case.get("lexical", 0)),
+        item_encoder=ItemEncoderConfig(
+            lexical=case.get("lexical", 0), train_layers=case.get("train_layers", 0)
+        ),
         user_decoder=UserDecoderConfig(**user),
         decodability=DecodabilityConfig(**decoding, max_target_tokens=8),
     )

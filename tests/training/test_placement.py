@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from karma_ray.training.optim import build_optimizer
 from karma_ray.training.parallel import global_sum, sum_gradients
 from karma_ray.training.placement import bodies, clip_gradients, needs_all_workers, place
 from karma_ray.training.step import JointStep
-from tests import pictures, tiny
+from tests import pictures, tiny, top_layers
 from tests.gloo import run_workers
 
 CPU = torch.device("cpu")
@@ -118,6 +119,31 @@ def test_sharded_training_ends_with_the_weights_of_one_worker(
         # Adam's first steps are signs: where a gradient is rounding noise they may differ.
         close = [torch.isclose(found["trained"][n], w, atol=1e-4) for n, w in wanted.items()]
         assert torch.cat([part.flatten() for part in close]).float().mean() > 0.999
+
+
+def _top_worker(rank: int, folder: str) -> dict[str, Any]:
+    batch = _batch((slice(0, 2), slice(2, 3))[rank])
+    found: dict[str, Any] = {}
+    for kind in ("replicate", "shard"):
+        karma = top_layers.model().train()
+        table = top_layers.states(karma, Path(folder, "states.npy"))
+        model = place(karma, TrainingConfig(parallelism=kind, activation_checkpointing=True), CPU)
+        for name, step in STEPS.items():
+            model.interest.item_encoder.states = table
+            found[f"{kind} {name}"] = _gradients(step, model, batch)
+            model.interest.item_encoder.states = None
+            found[f"{kind} {name} live"] = _gradients(step, model, batch)
+    return found
+
+
+def test_many_workers_train_the_top_layers_as_one_does(tmp_path: Path) -> None:
+    karma = top_layers.model()
+    karma.interest.item_encoder.states = top_layers.states(karma, tmp_path / "states.npy")
+    wanted = _gradients(STEPS["whole"], karma, _batch())
+    for found in run_workers(_top_worker, 2, str(tmp_path)):
+        assert len(found) == 8
+        for gradients in found.values():
+            torch.testing.assert_close(gradients, wanted, atol=1e-5, rtol=1e-4)
 
 
 def test_recomputed_activations_are_the_activations() -> None:

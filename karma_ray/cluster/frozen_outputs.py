@@ -1,0 +1,54 @@
+"""The outputs of frozen layers with a pool of encoders on Ray Data.
+
+Workers read the text from their node's catalogue, so only numbers of portions travel there, and
+states travel back to the process that writes the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+import torch
+
+from karma_ray.cluster.session import connect
+from karma_ray.model.frozen_states import KINDS
+from karma_ray.runs.frozen_outputs import FrozenOutputs
+
+
+class PortionEncoder:
+    """One actor: the frozen layers of a run's item encoder, and the catalogue's tokens."""
+
+    def __init__(self, outputs: FrozenOutputs) -> None:
+        torch.set_num_threads(1)
+        self.portions = outputs.portions()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Numbers of portions -> the states of each, as bytes."""
+        numbers = batch.column("item").to_pylist()
+        states = [self.portions.portion(number).tobytes() for number in numbers]
+        return pa.table({"number": numbers, "states": pa.array(states, pa.binary())})
+
+
+def encode_on_ray(
+    outputs: FrozenOutputs, width: int, missing: list[int]
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Compute portions on all GPUs of the cluster, or on its CPUs if it has none."""
+    connect()
+    resources = ray.cluster_resources()
+    gpus = int(resources.get("GPU", 0))
+    size = max(1, min(gpus or int(resources.get("CPU", 1)), len(missing)))
+    encoded = ray.data.from_items(missing, override_num_blocks=max(1, len(missing))).map_batches(
+        PortionEncoder,
+        fn_constructor_args=(outputs,),
+        compute=ray.data.ActorPoolStrategy(size=size),
+        num_gpus=1 if gpus else 0,
+        batch_size=1,
+        batch_format="pyarrow",
+    )
+    for row in encoded.iter_rows():
+        states = np.frombuffer(row["states"], KINDS[outputs.precision])
+        yield int(row["number"]), states.reshape(-1, width)

@@ -1,0 +1,171 @@
+"""A run that trains only the top layers of its item encoder, from pretraining to its bundle."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from karma_ray import recipes
+from karma_ray.artifacts import read_json, read_lines
+from karma_ray.config import Config, override
+from karma_ray.data.synthetic.config import ToyShopConfig
+from karma_ray.data.synthetic.shop import write_toy_shop
+from karma_ray.retrieval.encode import encode_catalog, load_embeddings
+from karma_ray.retrieval.export import load_bundle
+from karma_ray.runs.frozen_outputs import FrozenOutputs
+from karma_ray.runs.pipeline import evaluate_run, train_run
+from karma_ray.runs.stages import with_checkpoints
+
+SMALL = [
+    "pretrain.steps=8", "warmup.steps=4", "warmup.train=all", "training.steps=6",
+    "training.batch_size=8", "training.report_every=1", "training.checkpoint_every=2",
+    "training.num_workers=0", "training.threads_per_worker=1", "evaluation.max_examples=30",
+    "model.tiny.num_layers=3", "model.item_encoder.train_layers=1", "model.user_decoder.layers=2",
+    "training.encoder_delay=0.5",
+]  # fmt: skip
+
+
+def _config(*more: str) -> Config:
+    return override(recipes.build("toy"), [*SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, str]:
+    """Shop, cache and run."""
+    root = str(tmp_path_factory.mktemp("top"))
+    write_toy_shop(f"{root}/shop", ToyShopConfig(num_items=240, num_users=120))
+    train_run(_config(), f"{root}/shop", f"{root}/run", cache=f"{root}/cache")
+    return f"{root}/shop", f"{root}/cache", f"{root}/run"
+
+
+def _files(cache: str) -> list[Path]:
+    return sorted(Path(cache).glob("states-*.npy"))
+
+
+def _losses(run: Path) -> list[float]:
+    lines = read_lines(str(run / "metrics.jsonl"))
+    return [line["loss/total"] for line in lines if line["stage"] == "joint"]
+
+
+def test_the_top_layer_alone_learns_in_both_stages_and_the_bundle_holds_the_whole_encoder(
+    finished: tuple[str, str, str],
+) -> None:
+    run = finished[2]
+    start = read_json(f"{run}/start.json")
+    first = load_file(f"{start['item_encoder']}/model.safetensors")
+    warm = load_file(f"{start['warm']}/model.safetensors")
+    last = load_file(f"{run}/bundle/item_encoder/model.safetensors")
+    assert last.keys() == first.keys()
+    for name, value in first.items():
+        lower = name.startswith(("embed_tokens", "layers.0.", "layers.1."))
+        warmed = warm[f"interest.item_encoder.body.{name}"]
+        assert torch.equal(value, warmed) == lower, name
+        assert torch.equal(warmed, last[name]) == lower, name
+    assert read_json(f"{run}/bundle/config.json")["model"]["item_encoder"]["train_layers"] == 1
+    user = load_file(f"{run}/bundle/user_decoder/model.safetensors")
+    assert {name.split(".")[1] for name in user if name.startswith("layers")} == {"0", "1"}
+    assert read_json(f"{run}/bundle/user_decoder/config.json")["num_hidden_layers"] == 2
+    assert read_json(f"{run}/bundle/config.json")["model"]["user_decoder"]["layers"] == 2
+    facts = read_json(f"{run}/bundle/manifest.json")
+    assert (facts["item_layers"], facts["item_layers_frozen"], facts["user_layers"]) == (3, 2, 2)
+    frozen = [n for n in first if n.startswith(("embed_tokens", "layers.0.", "layers.1."))]
+    still = sum(first[name].numel() for name in frozen)
+    assert facts["num_parameters"] - facts["num_trained"] == still
+    assert "the top 1 of 3 layers" in Path(run, "report", "model_card.md").read_text()
+
+
+def test_the_bundle_embeds_the_catalogue_as_the_run_did(finished: tuple[str, str, str]) -> None:
+    _, cache, run = finished
+    stored, bundle = load_embeddings(f"{run}/item_embeddings"), load_bundle(f"{run}/bundle")
+    config = _config().collate
+    outputs = FrozenOutputs(
+        _config().model.item_encoder, f"{run}/bundle/tokenizer", finished[0],
+        config.max_item_tokens, "float32",
+    )  # fmt: skip
+    vectors = encode_catalog(bundle.interest, *outputs.texts())
+    np.testing.assert_allclose(vectors, stored.embeddings, rtol=1e-5, atol=1e-5)
+    measured = read_json(f"{run}/metrics.json")
+    assert evaluate_run(run, cache=cache)[1] == pytest.approx(measured, rel=1e-6)
+
+
+def test_the_states_are_made_once_for_all_runs_that_share_them(
+    finished: tuple[str, str, str], tmp_path: Path
+) -> None:
+    shop, cache, _ = finished
+    (made,) = _files(cache)
+    before = os.stat(made).st_mtime_ns
+    more = ["training.steps=1", "objective.lambda_dec=0.5", "model.peft=lora:2"]
+    train_run(_config(*more), shop, str(tmp_path / "other"), cache=cache)
+    assert _files(cache) == [made] and os.stat(made).st_mtime_ns == before
+
+
+def test_a_changed_catalogue_or_other_weights_make_another_file(
+    finished: tuple[str, str, str], tmp_path: Path
+) -> None:
+    shop, cache, run = finished
+    start = read_json(f"{run}/start.json")
+    config = with_checkpoints(_config(), start["item_encoder"], start["user_decoder"])
+
+    def path(config: Config = config, items: str = shop) -> str:
+        outputs = FrozenOutputs.of(config, items, start["user_decoder"], cache)
+        assert outputs is not None
+        return outputs.path
+
+    assert [Path(path())] == _files(cache)
+    other = str(tmp_path / "shop")
+    write_toy_shop(other, ToyShopConfig(num_items=241, num_users=120))
+    trained = with_checkpoints(config, f"{run}/bundle/item_encoder", start["user_decoder"])
+    changes = (
+        "training.precision=float32", "collate.max_item_tokens=9",
+        "model.item_encoder.train_layers=2", "model.item_encoder.instruction=an item",
+    )  # fmt: skip
+    paths = [path(override(config, [change])) for change in changes]
+    paths += [path(), path(items=other), path(trained)]
+    assert len(set(paths)) == len(paths)
+    same = replace(config, seed=7, objective=replace(config.objective, lambda_dec=0.0))
+    assert path(same) == path()
+    assert FrozenOutputs.of(_config("model.item_encoder.train_layers=0"), shop, "", cache) is None
+
+
+def test_a_run_that_was_cut_off_equals_an_uninterrupted_one(
+    finished: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from karma_ray.training.checkpoints import store
+
+    shop, cache, run = finished
+    save = store.CheckpointStore.save
+
+    def cut(self: Any, *arguments: Any, **options: Any) -> None:
+        save(self, *arguments, **options)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.CheckpointStore, "save", cut)
+        with pytest.raises(KeyboardInterrupt):
+            train_run(_config(), shop, str(tmp_path / "cut"), cache=cache)
+    train_run(_config(), shop, str(tmp_path / "cut"), cache=cache, resume=True)
+    assert _losses(tmp_path / "cut") == _losses(Path(run))
+
+
+def test_a_finished_run_is_trained_further_on_states_of_its_own_encoder(
+    finished: tuple[str, str, str], tmp_path: Path
+) -> None:
+    shop, cache, run = finished
+    known = _files(cache)
+    further = str(tmp_path / "further")
+    config = _config("training.steps=2")
+    train_run(config, shop, further, cache=cache, init_from=run)
+    assert len(_files(cache)) == len(known) + 1
+    ours, theirs = (
+        load_file(f"{folder}/bundle/item_encoder/model.safetensors") for folder in (further, run)
+    )
+    for name, value in theirs.items():
+        lower = name.startswith(("embed_tokens", "layers.0.", "layers.1."))
+        assert torch.equal(value, ours[name]) == lower, name
