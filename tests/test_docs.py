@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from karma_ray.config import Config
+from karma_ray.config import SHORT, Config
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
