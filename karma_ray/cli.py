@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from karma_ray import recipes
 from karma_ray.artifacts import RunFolder, from_home, join, read_json
-from karma_ray.config import Config, describe_fields, from_dict, override, to_dict
+from karma_ray.config import Config, assigned, describe_fields, from_dict, override, to_dict
 from karma_ray.errors import InputError, KarmaRayError
 
 if TYPE_CHECKING:
@@ -61,7 +61,11 @@ def parser(description: str, *, config: bool = False) -> argparse.ArgumentParser
 
 
 def load_config(arguments: argparse.Namespace, default_recipe: str) -> Config:
-    """Return the configuration that the flags describe; raises InputError."""
+    """Return the configuration that the flags describe; raises InputError.
+
+    A recipe is suited to the origin of its weights (`recipes.PRETRAINED`) in fields that are not
+    set by flags.
+    """
     if arguments.config:
         if arguments.recipe:
             raise InputError("--recipe", arguments.recipe, "cannot be combined with --config")
@@ -70,7 +74,10 @@ def load_config(arguments: argparse.Namespace, default_recipe: str) -> Config:
         config = recipes.build(arguments.recipe or default_recipe)
     if arguments.seed is not None:
         config = from_dict({**to_dict(config), "seed": arguments.seed})
-    return override(config, arguments.assignments)
+    config = override(config, arguments.assignments)
+    if arguments.config:  # it says everything
+        return config
+    return recipes.suited_to_weights(config, assigned(arguments.assignments))
 
 
 def default_out(recipe: str) -> str:

@@ -106,6 +106,12 @@ def override(config: Config, assignments: Iterable[str]) -> Config:
     return from_dict(value)
 
 
+def assigned(assignments: Iterable[str]) -> set[str]:
+    """Return the names of the fields that `--set` values assign."""
+    paths = [assignment.partition("=")[0].strip() for assignment in assignments]
+    return {field for path in paths for field in SHORT.get(path, (path,))}
+
+
 def _assign(value: dict[str, Any], path: str, text: str) -> None:
     node, parts = value, path.split(".")
     for depth, part in enumerate(parts):

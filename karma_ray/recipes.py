@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
-from karma_ray.config import Config
+from karma_ray.config import Config, override
 from karma_ray.errors import InputError
 from karma_ray.model.config import TinyBackboneConfig
+
+LOG = logging.getLogger(__name__)
 
 
 def _with_objective(name: str, generation: float, reconstruction: float) -> Config:
@@ -176,6 +179,30 @@ def toy() -> Config:
         ),
         evaluation=replace(base.evaluation, max_examples=3000),
     )
+
+
+PRETRAINED = {
+    "training.learning_rate": 5e-5,
+    "training.new_module_lr": 10.0,
+    "warmup.learning_rate": 5e-5,
+    "pretrain.steps": 0,
+    "collate.max_item_tokens": 48,
+}
+"""What a recipe is changed to where the weights come from a pretrained LLM: rates that do not
+overwrite what it knows, new modules that learn ten times as fast, and more of each text."""
+
+
+def suited_to_weights(config: Config, typed: Collection[str]) -> Config:
+    """Return the configuration with `PRETRAINED`, except for `typed` fields, if it names an LLM."""
+    model = config.model
+    if model.kind != "karma" or "tiny" in (
+        model.item_encoder.checkpoint, model.user_decoder.checkpoint,
+    ):  # fmt: skip
+        return config
+    changes = [f"{name}={value}" for name, value in PRETRAINED.items() if name not in typed]
+    if changes:
+        LOG.info("pretrained weights: %s", ", ".join(changes))
+    return override(config, changes)
 
 
 TRAINED: dict[str, Callable[[], Config]] = {

@@ -28,6 +28,30 @@ def test_flags_choose_recipe_seed_and_fields() -> None:
     assert (config.recipe, config.seed, config.training.steps) == ("karma_text", 5, 9)
 
 
+def test_a_pretrained_llm_is_trained_gently_unless_flags_say_otherwise(caplog) -> None:
+    llm = ("--recipe", "karma_text", "--set", "model.checkpoint=Qwen/Qwen3-0.6B")
+    with caplog.at_level("INFO"):
+        config = load(*llm, "--set", "collate.max_item_tokens=30")
+    training, warmup = config.training, config.warmup
+    assert (training.learning_rate, training.new_module_lr, warmup.learning_rate) == (
+        5e-5,
+        10,
+        5e-5,
+    )
+    assert (config.pretrain.steps, config.collate.max_item_tokens) == (0, 30)
+    assert "pretrained weights: training.learning_rate=5e-05" in caplog.text
+    assert load(*llm, "--set", "training.learning_rate=1e-3").training.learning_rate == 1e-3
+    assert load("--recipe", "karma_text") == recipes.karma_text()
+
+
+def test_a_saved_configuration_is_not_suited_anew(tmp_path) -> None:
+    saved = load("--recipe", "hllm", "--set", "model.checkpoint=X", "--set", "pretrain.steps=7")
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(to_dict(saved) | {"warmup": {"learning_rate": 0.25}}))
+    config = load("--config", str(path))
+    assert (config.warmup.learning_rate, config.pretrain.steps) == (0.25, 7)
+
+
 def test_a_saved_configuration_gives_the_same_run(tmp_path) -> None:
     config = load("--recipe", "action_only", "--seed", "3", "--set", "collate.max_history=7")
     path = tmp_path / "config.json"
