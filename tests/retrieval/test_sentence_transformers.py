@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
-from karma_ray.data.prompts import encode_texts
+from karma_ray.data.prompts import Tokenizer, encode_texts
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import build_tiny
+from karma_ray.model.backbones.gguf_file import SPLITS, split_as
+from karma_ray.model.backbones.registry import FAMILIES
 from karma_ray.model.config import ItemEncoderConfig, ModelConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.encode import load_embeddings
 from karma_ray.retrieval.export import load_bundle, save_bundle
-from karma_ray.retrieval.sentence_encoder import export_encoder
-from tests import tiny_run
+from karma_ray.retrieval.sentence_encoder import POOLS, export_encoder
+from tests import multimodal, tiny, tiny_run
+from tests.baselines.test_sequential import recommender
 
 TEXTS = [
     "red mug", "", "  Größe 42\n", "white vase <|endoftext|> soft", "blue",
@@ -30,11 +35,13 @@ def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 
 
-def model_of(**fields) -> InterestModel:
+def model_of(family: str = "qwen3", words: Tokenizer | None = None, **fields) -> InterestModel:
     """A whitened tiny model, so that the mean to be folded in is not 0."""
-    words = tiny_run.tokenizer()
+    words = words or tiny_run.tokenizer()
     size = len(words.get_vocab())  # type: ignore[attr-defined]
-    bodies = [build_tiny(tiny_run.TINY, size, seed) for seed in (1, 2)]
+    build = FAMILIES[family].tiny
+    assert build is not None
+    bodies = [build(tiny_run.TINY, size, 1), build_tiny(tiny_run.TINY, size, 2)]
     config = ModelConfig(tiny=tiny_run.TINY, item_encoder=ItemEncoderConfig(**fields))
     interest = InterestModel(config, *bodies, words, 0).eval()
     tokens, lengths = tiny_run.item_tokens(words, tiny_run.catalog())
@@ -73,6 +80,46 @@ def test_the_library_computes_our_vectors(tmp_path: Path, pool: str, instruction
     found = library_vectors(out, TEXTS)
     np.testing.assert_allclose(found, our_vectors(run, TEXTS), atol=1e-5)
     assert not np.allclose(found[0], found[4], atol=0.01)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_bodies_of_other_families_are_read_by_the_library(tmp_path: Path, family: str) -> None:
+    words = tiny_run.tokenizer()
+    if family == "qwen2":
+        split_as(words.backend_tokenizer, SPLITS["qwen2"])
+    uri = str(tmp_path / "run/bundle")
+    save_bundle(model_of(family, words, pool="mean"), words, tiny_run.COLLATE, uri)
+    export_encoder(str(tmp_path / "run"), str(tmp_path / "out"))
+    found = library_vectors(tmp_path / "out", TEXTS)
+    np.testing.assert_allclose(found, our_vectors(str(tmp_path / "run"), TEXTS), atol=1e-5)
+
+
+def test_a_tokenizer_that_transformers_would_replace_is_refused(tmp_path: Path) -> None:
+    """It loads Qwen2's own for that architecture, which puts no space before a text."""
+    run = tiny_run.write_run(tmp_path, interest=model_of("qwen2"))
+    with pytest.raises(InputError, match=r"checkpoint.*another tokenizer"):
+        export_encoder(run, str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_mean_far_longer_than_what_varies_costs_no_digits(tmp_path: Path) -> None:
+    """As in language models, whose pooled states are nearly equal."""
+    interest = model_of()
+    encoder = interest.item_encoder
+    with torch.no_grad():
+        encoder.body.embed_tokens.weight.mul_(1e-3).add_(1)  # type: ignore[union-attr]
+    tokens, lengths = tiny_run.item_tokens(tiny_run.tokenizer(), tiny_run.catalog())
+    encoder.whiten(torch.from_numpy(tokens).long(), torch.from_numpy(lengths))
+    run = tiny_run.write_run(tmp_path, interest=interest)
+    export_encoder(run, str(tmp_path / "out"))
+    dense = load_file(tmp_path / "out/2_Dense/model.safetensors")
+    states = encoder.pooled(torch.from_numpy(tokens).long(), torch.from_numpy(lengths))
+    centred = torch.nn.functional.linear(states, dense["linear.weight"], dense["linear.bias"])
+    assert torch.equal(centred, states - encoder.mean)
+
+
+def test_every_pool_has_a_mode_of_the_library() -> None:
+    assert set(POOLS) == set(get_args(get_type_hints(ItemEncoderConfig)["pool"]))
 
 
 def test_the_library_computes_the_vectors_of_the_index(tmp_path: Path) -> None:
@@ -118,6 +165,21 @@ def test_counted_words_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model.item_encoder.lexical.*counted words"):
         export_encoder(str(tmp_path / "run"), str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_an_encoder_of_pictures_is_refused(tmp_path: Path) -> None:
+    interest = multimodal.model().interest
+    save_bundle(interest, tiny.tokenizer(), tiny.PLAIN, str(tmp_path / "run/bundle"))
+    with pytest.raises(InputError, match=r"model.item_encoder.modality.*inserts pictures"):
+        export_encoder(str(tmp_path / "run"), str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_baseline_over_ids_is_refused(tmp_path: Path) -> None:
+    uri = str(tmp_path / "run/bundle")
+    save_bundle(recommender("sasrec"), tiny.tokenizer(), tiny.PLAIN, uri)
+    with pytest.raises(InputError, match=r"RUN.*encodes no text"):
+        export_encoder(str(tmp_path / "run"), str(tmp_path / "out"))
 
 
 def test_a_folder_with_files_is_refused_and_an_empty_one_is_filled(tmp_path: Path) -> None:
