@@ -233,7 +233,8 @@ No prompt needs to be given, and none may be added.
 ## What it computes
 
 Pooling `{facts["pool"]}` of the last hidden states, less their mean; whitening and output
-projection as one dense layer; length 1. The vectors are those of the run's index, scaled to length 1.
+projection as one dense layer; length 1. The vectors are those of the run's index, scaled to
+length 1.
 
 ## Use and limits
 
