@@ -157,6 +157,16 @@ def keep_layers(body: nn.Module, num_layers: int, field: str = "model.user_decod
         kept.config.layer_types = kept.config.layer_types[:num_layers]
 
 
+def add_token(body: nn.Module, row: Tensor) -> int:
+    """Append a row [D] to the token embeddings of a body, in place; returns its number."""
+    rows = token_embeddings(body)
+    whole = cast(Any, body)
+    whole.embed_tokens = nn.Embedding(len(rows) + 1, len(row))
+    whole.embed_tokens.weight.data = torch.cat([rows, row[None]]).detach()
+    whole.config.vocab_size = len(rows) + 1
+    return len(rows)
+
+
 def num_layers(body: nn.Module) -> int:
     """Return the number of layers of a body."""
     return len(cast(Any, body).layers)

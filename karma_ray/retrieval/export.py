@@ -80,7 +80,7 @@ def save_bundle(
     fs, path = open_filesystem(uri)
     if fs.exists(path):
         fs.rm(path, recursive=True)
-    with _written_folder(uri) as folder:
+    with written_folder(uri) as folder:
         if isinstance(interest, IdRecommender):
             save_model(interest, str(folder / WEIGHTS))
             parts = interest.facts()
@@ -207,7 +207,7 @@ def _generator(denoiser: Mapping[str, Any], **fields: Any) -> GeneratorConfig:
 
 
 @contextmanager
-def _written_folder(uri: str) -> Iterator[Path]:
+def written_folder(uri: str) -> Iterator[Path]:
     """Yield a local folder to write into, which is uploaded if `uri` is not local.
 
     transformers and safetensors write local files only.

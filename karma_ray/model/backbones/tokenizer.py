@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from tokenizers import Tokenizer as FastTokenizer
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from karma_ray.data.prompts import SpecialTokens, Tokenizer
@@ -54,6 +54,39 @@ def save_tokenizer(tokenizer: Tokenizer, folder: str) -> None:
     cast(PreTrainedTokenizerFast, tokenizer).save_pretrained(folder)
     roles = json.dumps(tokenizer.text_marks._asdict(), indent=2) + "\n"
     Path(folder, ROLES).write_text(roles, encoding="utf-8")
+
+
+def save_framed(
+    tokenizer: Tokenizer, folder: str, before: list[int], after: int, max_tokens: int
+) -> None:
+    """Write a tokenizer that puts `before` and `after` around every text it is given.
+
+    Texts are cut so that at most `max_tokens` tokens remain with these, and padded on the right.
+    """
+    end = tokenizer.text_marks.end_of_text
+    backend = FastTokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend.no_truncation()
+    backend.no_padding()
+    frame = {"before": before, "after": [after]}
+    backend.post_processor = processors.TemplateProcessing(
+        single=(["before"] if before else []) + ["$A", "after"],
+        special_tokens=[
+            {"id": name, "ids": ids, "tokens": [backend.id_to_token(i) or name for i in ids]}
+            for name, ids in frame.items()
+        ],
+    )
+    # The plain class: those of the families build their own frame when they are loaded.
+    framed = PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token=end, pad_token=end, padding_side="right",
+        model_max_length=max_tokens, model_input_names=["input_ids", "attention_mask"],
+    )  # fmt: skip
+    framed.save_pretrained(folder)
+
+
+def token_ids(folder: str, texts: list[str]) -> list[list[int]]:
+    """Return the tokens of texts, cut, by the tokenizer of a folder as other programs load it."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    return cast(list[list[int]], tokenizer(texts, truncation=True)["input_ids"])
 
 
 def check_tokens_shared(item: str, user: str, item_rows: int, user_rows: int) -> None:
