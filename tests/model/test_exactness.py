@@ -75,7 +75,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         "brings code of its own (auto_map: AutoModelForCausalLM)",
     ),
     "quantised weights": (
-        {"quantization_config": {"quant_method": "gptq"}}, {"quantization_config": None},
+        {"quantization_config": {"quant_method": "gptq"}}, {},
         "is quantised (gptq)",
     ),
 }  # fmt: skip

@@ -122,7 +122,9 @@ def test_a_pass_over_a_body_costs_what_the_counter_says(rank: int | None) -> Non
     with FlopCounterMode(display=False) as counter:
         states = run_body(body, soft)
     cost = BodyCost.of(body)
-    assert counter.get_total_flops() == cost.forward(3 * 7, 3 * 7 * 7)
+    # Older versions of transformers compute the rotary angles as a matrix product, which counts.
+    angles = 2 * 3 * 7 * (WIDE.hidden_size // WIDE.num_heads // 2)
+    assert counter.get_total_flops() - cost.forward(3 * 7, 3 * 7 * 7) in (0, angles)
     with FlopCounterMode(display=False) as counter:
         states.sum().backward()
     learns: Any = "all" if rank is None else "adapters"
