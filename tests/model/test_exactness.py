@@ -91,7 +91,10 @@ def folder(tmp_path: Path) -> Path:
 
 def _describe(folder: Path, settings: dict[str, Any]) -> None:
     kept = json.loads((folder / "config.json").read_text())
-    for name in ("rope_parameters", "sliding_window", "use_sliding_window", "layer_types"):
+    for name in (
+        "rope_parameters", "sliding_window", "use_sliding_window", "layer_types",
+        "quantization_config",
+    ):  # fmt: skip
         kept.pop(name, None)
     (folder / "config.json").write_text(json.dumps({**kept, **settings}))
 
