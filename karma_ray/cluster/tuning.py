@@ -26,6 +26,7 @@ from karma_ray.artifacts import SCHEMA_VERSION, absolute, content_hash, join, wr
 from karma_ray.cluster.search_space import Space, assignments
 from karma_ray.config import Config, override, to_dict
 from karma_ray.errors import InputError, KarmaRayError
+from karma_ray.report.record import number
 
 if TYPE_CHECKING:
     # A replaced objective needs neither PyTorch nor the stages.
@@ -239,22 +240,17 @@ def _collect(space: Space, base: Config, grid: tune.ResultGrid) -> Search:
 
 def best_of(trials: list[Trial], metric: str) -> Trial:
     """The trial to take; raises KarmaRayError when none ended with a number."""
-    done = [trial for trial in trials if trial.error is None and _is_number(trial.value)]
+    done = [trial for trial in trials if trial.error is None and number(trial.value) is not None]
     if not done:
         reason = trials[0].error or f"{metric} of {trials[0].value}"
         raise KarmaRayError(f"every trial failed; the first one with: {reason}")
     return max(done, key=_rank)
 
 
-def _is_number(value: float | None) -> bool:
-    """Whether a value can be compared; comparisons with NaN are always false."""
-    return value is not None and math.isfinite(value)
-
-
 def _rank(trial: Trial) -> tuple[bool, bool, float]:
     """Sort key: failed trials last, completed ones before stopped ones, then by the metric."""
-    value = trial.value if trial.value is not None and _is_number(trial.value) else -math.inf
-    return trial.error is None, not trial.stopped_early, value
+    value = number(trial.value)  # comparisons with NaN are always false
+    return trial.error is None, not trial.stopped_early, -math.inf if value is None else value
 
 
 def _write(result: Search, space: Space, base: Config, out: str) -> None:

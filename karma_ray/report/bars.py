@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from karma_ray.report.record import RunRecord
-from karma_ray.report.standing import HEADLINE, Standing, format_short, standing
+from karma_ray.report.standing import Standing, format_short, headline_places
 
 WIDTH = 50
 """Number of characters for 100 %."""
@@ -18,9 +18,7 @@ LEGEND = {
 
 def bars(record: RunRecord) -> list[str]:
     """Return a line per headline metric and a legend, or nothing without metrics."""
-    places = [
-        place for metric in HEADLINE if (place := standing(record, metric)) is not None
-    ]  # fmt: skip
+    places = headline_places(record)
     if not places:
         return []
     width = max(len(place.metric) for place in places)

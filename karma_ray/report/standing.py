@@ -96,6 +96,12 @@ def standing(record: RunRecord, metric: str) -> Standing | None:
     return Standing(metric, value, floor, floor_value, ceiling)
 
 
+def headline_places(record: RunRecord, prefix: str = "") -> list[Standing]:
+    """Return the run's standing on each headline metric that it measured on a part of the data."""
+    places = (standing(record, prefix + metric) for metric in HEADLINE)
+    return [place for place in places if place is not None]
+
+
 def sections(record: RunRecord) -> list[Section]:
     """Return the tables: all, in query, warm, cold, first, repeat; empty ones are left out."""
     result = []
@@ -118,9 +124,7 @@ def sections(record: RunRecord) -> list[Section]:
 
 def headline(record: RunRecord) -> list[str]:
     """Return sentences on the result: the verdict, the meaning of each metric, the checks."""
-    meanings = [
-        _sentence(place) for metric in HEADLINE if (place := standing(record, metric)) is not None
-    ]
+    meanings = [_sentence(place) for place in headline_places(record)]
     return [*verdict(record), *meanings, *check_sentences(record)]
 
 
@@ -133,8 +137,7 @@ def verdict(record: RunRecord) -> list[str]:
         return []
     lines = []
     for prefix, name in PARTS.items():
-        places = [standing(record, prefix + metric) for metric in HEADLINE]
-        compared = [place for place in places if place is not None and place.floor is not None]
+        compared = [p for p in headline_places(record, prefix) if p.floor is not None]
         count = number(record.metrics.get(f"{prefix}num_test"))
         if compared and count != 0:
             lines.append(f"{name} ({format_count(count)}): {_passed(compared)}.")

@@ -26,6 +26,7 @@ from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.frozen_states import KINDS, PORTION, FrozenStates, write_states
 from karma_ray.model.item_encoder import ItemEncoder, instruction_tokens
+from karma_ray.retrieval.encode import autocast
 
 LOG = logging.getLogger(__name__)
 VERSION = 1
@@ -160,7 +161,7 @@ class FrozenPortions:
         for begin in range(0, len(order), size):
             some = order[begin : begin + size]
             texts = torch.from_numpy(tokens[some, : lengths[some].max()].astype(np.int64))
-            with torch.autocast(device.type, torch.bfloat16, enabled=half):
+            with autocast(device, self.precision):
                 found = self.encoder.lower_states(
                     texts.to(device), torch.from_numpy(lengths[some]).to(device)
                 )

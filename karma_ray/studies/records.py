@@ -8,7 +8,6 @@ Records without `row` are older ones and are in no table.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from karma_ray.artifacts import read_lines, value_hash
 from karma_ray.config import Config, flattened, from_dict, override, to_dict
 from karma_ray.errors import InputError
 from karma_ray.evaluation.outcomes import Outcomes
+from karma_ray.report.record import number
 from karma_ray.training.config import EXECUTION, WARMED_UP_BY
 
 Record = dict[str, Any]
@@ -115,7 +115,7 @@ def validated(record: Record, metric: str = METRIC) -> float | None:
         curve = record.get("curve") or [{}]
         value = curve[-1].get(metric)
     # Comparisons with NaN are always false, so NaN could be chosen.
-    return float(value) if value is not None and math.isfinite(value) else None
+    return number(value)
 
 
 def chosen(members: Iterable[Record]) -> tuple[list[Record], dict[str, int]]:

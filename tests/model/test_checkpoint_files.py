@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from transformers import AutoConfig, ViTConfig, ViTModel
 
 from karma_ray.errors import InputError
@@ -87,5 +88,8 @@ def test_a_damaged_tokenizer_is_named(folder: Path) -> None:
 
 
 def test_whole_files_pass(folder: Path) -> None:
-    load_body(str(folder))
-    load_tokenizer(str(folder))
+    expected = build_tiny(tiny.BODY, 320, 0).state_dict()
+    found = load_body(str(folder)).state_dict()
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    assert load_tokenizer(str(folder)).get_vocab() == tiny.tokenizer().get_vocab()

@@ -184,6 +184,9 @@ def test_neutral_metadata_pass(tmp_path: Path) -> None:
         extra={**neutral, "llama.attention.causal": True, "general.name": "tiny"},
     )  # fmt: skip
     convert(str(tmp_path / "m.gguf"), str(tmp_path / "m"), FIELD)
+    gguf_files.write(tmp_path / "bare.gguf", gguf_files.whole("llama"))
+    convert(str(tmp_path / "bare.gguf"), str(tmp_path / "bare"), FIELD)
+    assert torch.equal(_logits(tmp_path / "m"), _logits(tmp_path / "bare"))
 
 
 def test_heads_that_are_rotated_in_part_are_refused(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -89,23 +91,13 @@ def test_new_items_in_the_catalogue_are_no_obstacle(
 
 
 def test_a_run_that_was_cut_off_goes_on_from_its_own_checkpoint(
-    parent: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    parent: tuple[str, str], tmp_path: Path, cut_off: Callable[[], AbstractContextManager[None]]
 ) -> None:
-    from karma_ray.training.checkpoints import store
-
     root, first = parent
     more = ("training.checkpoint_every=2", "training.steps=4")
     _train(root, str(tmp_path / "whole"), *more, init_from=first)
-    save = store.CheckpointStore.save
-
-    def cut(self: Any, *arguments: Any, **options: Any) -> None:
-        save(self, *arguments, **options)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store.CheckpointStore, "save", cut)
-        with pytest.raises(KeyboardInterrupt):
-            _train(root, str(tmp_path / "cut"), *more, init_from=first)
+    with cut_off():
+        _train(root, str(tmp_path / "cut"), *more, init_from=first)
     # Another way of execution, and RUN need not be named again: start.json knows it.
     changed = ("training.checkpoint_every=1", "training.encoder_delay=0")
     _train(root, str(tmp_path / "cut"), *more, *changed, resume=True)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -135,21 +136,13 @@ def test_a_changed_catalogue_or_other_weights_make_another_file(
 
 
 def test_a_run_that_was_cut_off_equals_an_uninterrupted_one(
-    finished: tuple[str, str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finished: tuple[str, str, str],
+    tmp_path: Path,
+    cut_off: Callable[[], AbstractContextManager[None]],
 ) -> None:
-    from karma_ray.training.checkpoints import store
-
     shop, cache, run = finished
-    save = store.CheckpointStore.save
-
-    def cut(self: Any, *arguments: Any, **options: Any) -> None:
-        save(self, *arguments, **options)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(store.CheckpointStore, "save", cut)
-        with pytest.raises(KeyboardInterrupt):
-            train_run(_config(), shop, str(tmp_path / "cut"), cache=cache)
+    with cut_off():
+        train_run(_config(), shop, str(tmp_path / "cut"), cache=cache)
     train_run(_config(), shop, str(tmp_path / "cut"), cache=cache, resume=True)
     assert _losses(tmp_path / "cut") == _losses(Path(run))
 
