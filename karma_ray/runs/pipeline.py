@@ -211,12 +211,15 @@ def _train(
     if stage.trained is not None:  # weights of the run given by --init-from
         job = replace(job, build=stage.build_finished)
     summary = run_training(job, resume=resume, max_failures=2, distribute=executor.train)
-    # What serves runs the whole encoder, so what is measured does.
-    return replace(stage, trained=summary["weights"], frozen=None)
+    return replace(stage, trained=summary["weights"])
 
 
 def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
-    """Write what serving needs: the bundle, the item embeddings and the index."""
+    """Write what serving needs: the bundle, the item embeddings and the index.
+
+    Outputs of frozen layers that were kept are used again, so embeddings of this catalogue differ
+    from those of the bundle by the rounding of what was kept.
+    """
     config, model = stage.config, stage.build_finished()
     facts = {"recipe": config.recipe, "seed": config.seed, **model_size(model)}
     save_bundle(model.interest, model.tokenizer, config.collate, folder.bundle, facts)

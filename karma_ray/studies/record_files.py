@@ -9,6 +9,7 @@ from pathlib import Path
 
 from karma_ray.artifacts import join, locked, read_lines, value_hash, write_lines
 from karma_ray.config import to_dict
+from karma_ray.studies.checkpoints import portable_assignments, portable_config
 from karma_ray.studies.plan import Data
 from karma_ray.studies.records import Record, outcomes_path, run_key, same_run
 from karma_ray.studies.trial import Trial
@@ -58,11 +59,11 @@ def write_found(trial: Trial, found: Record, data: Data, results: Path) -> None:
         "row": trial.row,
         "recipe": trial.config.recipe,
         "seed": trial.config.seed,
-        "set": list(trial.extra),
-        "assignments": list(trial.assignments),
+        "set": portable_assignments(trial.extra),
+        "assignments": portable_assignments(trial.assignments),
         **({"searched": list(trial.searched)} if trial.searched else {}),
     }
-    same = {"data_hash": data.hash, "config": to_dict(trial.config)}
+    same = {"data_hash": data.hash, "config": portable_config(to_dict(trial.config))}
     uri = str(results / f"{data.name}.jsonl")
     with locked(uri):  # two studies that finish a run at once must not lose a record
         known = list(read_lines(uri))

@@ -18,6 +18,7 @@ from karma_ray.config import Config, flattened, from_dict, override, to_dict
 from karma_ray.errors import InputError
 from karma_ray.evaluation.outcomes import Outcomes
 from karma_ray.report.record import number
+from karma_ray.studies.checkpoints import portable_fields
 from karma_ray.training.config import EXECUTION, WARMED_UP_BY
 
 Record = dict[str, Any]
@@ -64,7 +65,7 @@ def learnt_from(saved: Record) -> dict[str, Any]:
     Left out are execution settings, training settings of recipes that are not trained, and
     settings of decoders that are not built.
     """
-    fields = dict(flattened(settled(saved)))
+    fields = portable_fields(dict(flattened(settled(saved))))
     unused = _unused(saved)
     fields.pop("seed", None)
     recipe = fields.pop("recipe", "")
