@@ -222,10 +222,11 @@ class Stage:
         tokens, lengths = collator.catalog_tokens()
         drawn = np.random.default_rng(self.config.seed).permutation(len(tokens))
         rows = drawn[:NUM_WHITENED]
-        sample = torch.from_numpy(tokens[rows].astype(np.int64))
-        interest.item_encoder.whiten(
-            sample, torch.from_numpy(lengths[rows]), torch.from_numpy(rows)
-        )
+        if self.config.model.item_encoder.whiten:
+            sample = torch.from_numpy(tokens[rows].astype(np.int64))
+            interest.item_encoder.whiten(
+                sample, torch.from_numpy(lengths[rows]), torch.from_numpy(rows)
+            )
         if interest.item_encoder.config.lexical:
             rows = np.sort(drawn[:NUM_COUNTED])
             interest.item_encoder.words.fit(tokens[rows], lengths[rows])
