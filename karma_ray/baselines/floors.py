@@ -62,9 +62,7 @@ def build_floor(
     return AffinityRanker(catalog, data.query_matches(catalog), clicks)
 
 
-def _of_llm(
-    name: str, data: PreparedData, catalog: Catalog, vectors: TextVectors | None
-) -> Ranker:
+def _of_llm(name: str, data: PreparedData, catalog: Catalog, vectors: TextVectors | None) -> Ranker:
     if vectors is None:
         message = "needs a pretrained language model: name one with --set model.checkpoint=..."
         raise InputError("--recipe", name, message)

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 DECAY = 0.9
 """Weight of a history item relative to the next newer one."""
-QUERY_WEIGHT = 1.0
-"""Weight of the query's cosine beside that of the history, as in the floor `tfidf`."""
+QUERY_WEIGHT = 2.0
+"""Weight of the query's cosine beside that of the history; of 0.5, 1, 2 and 4 the best on H&M."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class TextVectors:
 
 
 class LlmRanker:
-    """score = cosine(query, item) + cosine(mean of the history's vectors, item).
+    """score = 2 cosine(query, item) + cosine(mean of the history's vectors, item).
 
     The newest item of the history has weight 1 in the mean, the one before it .9, and so on. A part
     that a request lacks adds 0.
@@ -46,7 +46,7 @@ class LlmRanker:
         self._queries: dict[str, NDArray[np.float32]] = {}
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
-        """Return sums of two cosines; a request without query and history scores 0."""
+        """Return weighted sums of two cosines; a request without query and history scores 0."""
         wanted = [query or "" for query in examples.column("query").to_pylist()]
         new = [q for q in dict.fromkeys(wanted) if q.strip() and q not in self._queries]
         if new:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import numpy as np
 import torch
@@ -30,7 +30,7 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import NO_PICTURE
 from karma_ray.data.prompts import Tokenizer, encode_texts
 from karma_ray.data.tokens import catalog_tokens, tokenizer_hash
-from karma_ray.model.backbone import hidden_size, keep_layers, load_body
+from karma_ray.model.backbone import hidden_size, load_item_body
 from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.item_encoder import ItemEncoder
@@ -51,32 +51,33 @@ MAX_FITTED = 200_000
 class LlmTexts:
     """An LLM without training, and the catalogue whose texts it encodes."""
 
-    checkpoint: str
-    modality: Any
-    layers: int  # the first ones that are used; 0: all
+    config: ItemEncoderConfig
     max_tokens: int
     items_uri: str
     cache: str
     precision: str = "bfloat16"
 
     @classmethod
-    def of(cls, config: Config, items_uri: str, cache: str, layers: int = 0) -> LlmTexts | None:
+    def of(cls, config: Config, items_uri: str, cache: str) -> LlmTexts | None:
         """Return those of a run; None if its configuration names no pretrained LLM."""
         if not names_llm(config):
             return None
         encoder = with_plain_checkpoints(config, cache).model.item_encoder
-        limit = config.collate.max_item_tokens
-        return cls(encoder.checkpoint, encoder.modality, layers, limit, items_uri, cache)
+        bare = ItemEncoderConfig(
+            encoder.checkpoint, pool="mean", layers=encoder.layers, modality=encoder.modality,
+            image_size=encoder.image_size,
+        )  # fmt: skip
+        return cls(bare, config.collate.max_item_tokens, items_uri, cache)
 
     def key(self) -> str:
         """Return a hash of everything that the vectors depend on."""
-        there = Path(self.checkpoint).exists()
+        checkpoint = self.config.checkpoint
         return value_hash({
             "version": VERSION,
             "items": content_hash(join(self.items_uri, "items")),
-            "weights": content_hash(self.checkpoint) if there else self.checkpoint,
+            "weights": content_hash(checkpoint) if Path(checkpoint).exists() else checkpoint,
             "tokenizer": tokenizer_hash(self.tokenizer),
-            "layers": self.layers,
+            "layers": self.config.layers,
             "max_tokens": self.max_tokens,
             "precision": self.precision,
         })  # fmt: skip
@@ -84,18 +85,16 @@ class LlmTexts:
     @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer of the checkpoint."""
-        return cast(Tokenizer, load_tokenizer(self.checkpoint, "model.item_encoder.checkpoint"))
+        return cast(
+            Tokenizer, load_tokenizer(self.config.checkpoint, "model.item_encoder.checkpoint")
+        )
 
     @cached_property
     def encoder(self) -> ItemEncoder:
         """The LLM with mean pooling, not yet whitened."""
-        field = "model.item_encoder.checkpoint"
-        body = load_body(self.checkpoint, field, with_vision=self.modality == "multimodal")
-        if self.layers:
-            keep_layers(body, self.layers, "model.item_encoder.layers")
-        config = ItemEncoderConfig(self.checkpoint, pool="mean", modality=self.modality)
+        body = load_item_body(self.config)
         with torch.random.fork_rng():  # a run draws the same numbers whether the file exists
-            encoder = ItemEncoder(body, config, hidden_size(body), [], 0)
+            encoder = ItemEncoder(body, self.config, hidden_size(body), [], 0)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return encoder.requires_grad_(False).to(device).eval()
 
@@ -119,7 +118,7 @@ class LlmTexts:
         tokens, lengths = catalog_tokens(
             Catalog.load(self.items_uri), self.tokenizer, self.max_tokens
         )
-        LOG.info("encoding %d items with %s as it is", len(lengths), self.checkpoint)
+        LOG.info("encoding %d items with %s as it is", len(lengths), self.config.checkpoint)
         states = self._pooled(tokens, lengths)
         encoder = self.encoder.cpu()
         encoder.whiten_states(states[:: -(-len(states) // MAX_FITTED)])

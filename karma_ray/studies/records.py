@@ -27,7 +27,10 @@ METRIC = "HR@50"
 """Validation metric by which settings are chosen."""
 
 _MEASURED = ("prepare.", "evaluation.")
-_ENCODED = ("model.item_encoder.checkpoint", "collate.max_item_tokens")
+_ENCODED = (
+    "model.weights", "model.item_encoder.checkpoint", "model.item_encoder.layers",
+    "collate.max_item_tokens",
+)  # fmt: skip
 """What a floor of a pretrained LLM depends on besides."""
 _ALWAYS = ("model.decodability.max_target_tokens",)
 """Decodability settings of the warm-up, on which every row depends."""

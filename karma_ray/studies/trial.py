@@ -62,8 +62,9 @@ def first_stage_key(config: Config, data: str) -> str:
 
     stages = [pretrain_key(config, ""), warmup_key(config, "", data)]
     kind = config.model.kind if config.recipe in recipes.TRAINED else ""
-    encoder, limit = vars(config.model.item_encoder), config.collate.max_item_tokens
-    floors = [vars(config.evaluation), [encoder, limit] if recipes.names_llm(config) else None]
+    model, limit = config.model, config.collate.max_item_tokens
+    encoder = [vars(model.item_encoder), model.weights, limit]
+    floors = [vars(config.evaluation), encoder if recipes.names_llm(config) else None]
     return value_hash([kind, stages if kind else None, *floors, config.seed])
 
 
