@@ -31,6 +31,10 @@ class EvaluationConfig:
     """Examples scored at once; memory is proportional to block_size x catalogue."""
     max_examples: CountOrZero = 0
     """Largest number of examples to evaluate (a seeded sample); 0: all."""
+    general_texts: str = ""
+    """Texts that are not items, on which forgetting is measured: a .txt with a text per line, or
+    Parquet with a column `text` or the columns of items. Default: DATA/other_items, if it is
+    there."""
 
     def corpus_size(self) -> int:
         """Return N of `sampled:N`, or 0 for the whole catalogue; raises InputError otherwise."""

@@ -129,7 +129,9 @@ def floor_metrics(evaluator: Evaluator, cache: str) -> dict[str, dict[str, float
     """
     config, source = evaluator.config, evaluator.source
     examples = content_hash(join(source.uri, "examples"))
-    key = [STAGE_VERSION, examples, asdict(config.evaluation), config.seed]
+    measured = asdict(config.evaluation)
+    measured.pop("general_texts")  # no ranker is measured on them
+    key = [STAGE_VERSION, examples, measured, config.seed]
     names = [name for name in recipes.FLOORS if name not in recipes.LLM_FLOORS]
     if exists(join(source.items_uri, "truth")):
         names += recipes.CEILINGS
