@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import pytest
 import torch
 from transformers import (
@@ -21,7 +22,7 @@ from transformers import (
 
 from karma_ray import recipes
 from karma_ray.artifacts import read_json, write_table
-from karma_ray.config import Config, override
+from karma_ray.config import override
 from karma_ray.data.prompts import encode_texts
 from karma_ray.data.schema import ITEMS
 from karma_ray.errors import InputError
@@ -35,7 +36,7 @@ from karma_ray.runs.forgetting import forgetting, general_texts
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.stages import Stage
 from karma_ray.training.checkpoints.checkpoint import save_weights
-from tests import tiny
+from tests import tiny, tiny_run
 
 TEXTS = ["a warm scarf for the garden", "boots", "the red chair is soft and warm in winter",
          "blue lamp beside a green vase", "x"]  # fmt: skip
@@ -147,6 +148,10 @@ def test_texts_come_from_a_file_or_the_data_and_are_no_items(shop: str, tmp_path
     items = {"item_id": ["a"], "title": ["cup"], "brand": ["acme"], "text": ["of clay"]}
     pl.DataFrame(items).write_parquet(table)
     assert general_texts(str(table), shop) == ["cup | acme | of clay"]
+    data = tiny_run.write_data(tmp_path)
+    others = [*tiny_run.items_table().slice(0, 1).to_pylist(), {"item_id": "x", "title": "tea"}]
+    write_table(pa.Table.from_pylist(others, schema=ITEMS), f"{data}/other_items")
+    assert general_texts("", data) == ["tea"]
     for given, reason in ((f"{shop}/items", "no text that is not an item's"),
                           (str(tmp_path / "none"), "does not exist"),
                           (f"{shop}/events", "neither a column text")):  # fmt: skip
@@ -154,22 +159,17 @@ def test_texts_come_from_a_file_or_the_data_and_are_no_items(shop: str, tmp_path
             general_texts(given, shop)
 
 
-def test_a_run_records_what_it_forgot_and_keeps_it(tmp_path: Path) -> None:
-    import pyarrow as pa
-
-    from karma_ray.data.synthetic.config import ToyShopConfig
-    from karma_ray.data.synthetic.shop import write_toy_shop
+def test_a_run_records_what_it_forgot_and_keeps_it(shop: str, tmp_path: Path) -> None:
     from karma_ray.runs.pipeline import evaluate_run, train_run
 
-    shop, cache, run = (str(tmp_path / name) for name in ("shop", "cache", "run"))
-    write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=60))
-    others = [{"item_id": f"o{n}", "title": text} for n, text in enumerate(TEXTS)]
-    write_table(pa.Table.from_pylist(others, schema=ITEMS), f"{shop}/other_items")
-    config = override(Config(recipe="action_only"), [
+    cache, run, texts = str(tmp_path / "cache"), str(tmp_path / "run"), tmp_path / "texts.txt"
+    texts.write_text("\n".join(TEXTS))
+    config = override(recipes.build("action_only"), [
         "model.tiny.hidden_size=32", "model.tiny.num_heads=2", "model.tiny.num_key_value_heads=1",
         "model.tiny.intermediate_size=64", "pretrain.steps=3", "warmup.steps=2",
-        "training.steps=3", "training.num_workers=0", "training.batch_size=8",
-        "evaluation.max_examples=20", "objective.generation=0", "objective.reconstruction=0",
+        "training.steps=3", "training.num_workers=0", "training.threads_per_worker=1",
+        "training.batch_size=8", "evaluation.max_examples=20",
+        f"evaluation.general_texts={texts}",
     ])  # fmt: skip
     metrics = train_run(config, shop, run, cache=cache)
     assert {name for name in metrics if name.startswith("forgetting/")} == NAMES
