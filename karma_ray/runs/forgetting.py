@@ -73,15 +73,15 @@ def _texts(uri: str) -> list[str]:
     return [text for text in table.column("text").to_pylist() if text and text.strip()]
 
 
-def forgetting(stage: Stage, cache: str) -> dict[str, float]:
+def forgetting(stage: Stage | None, cache: str) -> dict[str, float]:
     """Return `forgetting/encoder_before`, `encoder_after`, `decoder_before`, `decoder_after`.
 
-    Nothing is measured without texts, for a baseline over item ids, and for a run that trains
-    another run's model further, whose start is no checkpoint with a head.
+    Nothing is measured without texts, for floors (without a stage) and baselines over item ids,
+    and for a run that trains another run's model further, whose start is no checkpoint with a head.
     """
-    config = stage.config
-    if over_ids(config) or stage.tokenizer_folder is not None:
+    if stage is None or over_ids(stage.config) or stage.tokenizer_folder is not None:
         return {}
+    config = stage.config
     texts = general_texts(config.evaluation.general_texts, stage.items_uri)
     if not texts:
         return {}

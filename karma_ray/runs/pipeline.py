@@ -108,9 +108,7 @@ def train_run(
         run, "run", recipe=config.recipe, seed=config.seed, data=source.uri,
         items=source.items_uri, version=__version__, parents=parents,
     )  # fmt: skip
-    metrics = assess(config, source, run, stage, cache)
-    if stage is not None:
-        metrics |= forgetting(stage, cache)
+    metrics = assess(config, source, run, stage, cache) | forgetting(stage, cache)
     metrics["seconds"] = round(time.time() - started, 1)
     write_json(metrics, folder.metrics)
     render_report(run)
