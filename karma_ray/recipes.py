@@ -207,6 +207,11 @@ PRETRAINED = {
 overwrite what it knows, new modules that learn ten times as fast, and more of each text."""
 
 
+def names_llm(config: Config) -> bool:
+    """Whether the item encoder's weights come from a pretrained LLM."""
+    return config.model.item_encoder.checkpoint != "tiny"
+
+
 def suited_to_weights(config: Config, typed: Collection[str]) -> Config:
     """Return the configuration with `PRETRAINED`, except for `typed` fields, if it names an LLM."""
     model = config.model
@@ -247,15 +252,19 @@ UNTRAINED = {
     "popularity": "items by their training clicks",
     "tfidf": "word overlap with the query, rare words weighing more",
     "bm25": "word overlap with the query, by BM25",
+    "llm": "cosine of a pretrained LLM's text vectors to those of the query and the history",
     "query_filter": "items that match the query, in random order",
     "query_filter_popular": "items that match the query, by their training clicks",
     "affinity": "items that match the query, by the attributes that the user clicked before",
+    "llm_affinity": "items that match the query, by an LLM's text vectors of the history",
     "oracle": "the best ranking from query and history, where the truth is known",
     "taste_oracle": "the ranking of someone who knows the user's taste, where the truth is known",
 }
 """Floors and ceilings, with what each ranks by."""
 CEILINGS = ("oracle", "taste_oracle")
 FLOORS = tuple(name for name in UNTRAINED if name not in CEILINGS)
+LLM_FLOORS = ("llm", "llm_affinity")
+"""Floors that rank by a pretrained LLM; they need a configuration that names one."""
 
 
 def names() -> list[str]:

@@ -35,6 +35,10 @@ class EvaluationConfig:
     """Table of other words for queries: `hm`, or a .tsv, .csv or .parquet file with the columns
     `phrase` and `paraphrase`. A test query that the phrases cover whole (longest first) is
     rewritten and ranked again, which is measured under `paraphrased/`. Empty: not measured."""
+    general_texts: str = ""
+    """Texts that are not items, on which forgetting is measured: a .txt with a text per line, or
+    Parquet with a column `text` or the columns of items. Default: DATA/other_items, if it is
+    there."""
 
     def corpus_size(self) -> int:
         """Return N of `sampled:N`, or 0 for the whole catalogue; raises InputError otherwise."""

@@ -106,7 +106,12 @@ class ItemEncoder(nn.Module):
         single item, or texts that are cut before they differ) has no variance, so nothing is
         fitted.
         """
-        states = self.pooled(tokens, lengths, rows).double()
+        self.whiten_states(self.pooled(tokens, lengths, rows), ridge)
+
+    @torch.no_grad()
+    def whiten_states(self, states: Tensor, ridge: float = 0.01) -> None:
+        """As `whiten`, for the pooled states [U, d_item] of a sample."""
+        states = states.double()
         centred = states - states.mean(0)
         variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
         if variances.max() <= SAME_STATES * states.square().mean():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any, cast
 
@@ -21,12 +22,14 @@ from karma_ray.artifacts import (
     write_json,
 )
 from karma_ray.baselines.floors import build_floor
+from karma_ray.baselines.llm import TextVectors
 from karma_ray.baselines.popularity import warm_mask
 from karma_ray.baselines.ranker import Ranker
 from karma_ray.config import Config
 from karma_ray.data.draws import row_keys
 from karma_ray.data.paraphrases import Paraphrases
 from karma_ray.data.prepared import PreparedData
+from karma_ray.errors import InputError
 from karma_ray.evaluation.cases import collect_cases
 from karma_ray.evaluation.checks import hidden_item_effect, with_other_histories
 from karma_ray.evaluation.evaluate import EvaluationResult, evaluate
@@ -37,6 +40,7 @@ from karma_ray.metrics.collapse import spread
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.runs.stages import STAGE_VERSION, Stage
+from karma_ray.runs.text_vectors import LlmTexts
 from karma_ray.training.order import Source
 
 LOG = logging.getLogger(__name__)
@@ -116,7 +120,7 @@ def assess(
         floors = {name: value for name, value in floors.items() if name != config.recipe}
     write_json(floors, folder.path("floors.json"))
     if stage is None:
-        ranker = build_floor(config.recipe, source, config.seed)
+        ranker = build_floor(config.recipe, source, config.seed, _vectors(config, source, cache))
         return evaluator.both_splits(ranker, folder.path("outcomes"))
     retriever = Retriever.load(run, source.items_uri)
     metrics: dict[str, Any] = evaluator.both_splits(retriever, folder.path("outcomes"))
@@ -140,27 +144,54 @@ def assess(
 def floor_metrics(evaluator: Evaluator, cache: str) -> dict[str, dict[str, float]]:
     """Return the metrics of every floor, and of the ceilings where the truth is known.
 
-    They are cached per data set.
+    They are cached per data set; those of a pretrained LLM, if the run names one, per LLM too.
     """
-    source = evaluator.source
+    config, source = evaluator.config, evaluator.source
     examples = content_hash(join(source.uri, "examples"))
-    key = [STAGE_VERSION, examples, asdict(evaluator.config.evaluation), evaluator.config.seed]
+    measured = asdict(config.evaluation)
+    measured.pop("general_texts")  # no ranker is measured on them
+    key: list[Any] = [STAGE_VERSION, examples, measured, config.seed]
     if evaluator.held_out is not None:  # the examples are those of data that hold nothing out
         key.append(content_hash(join(source.uri, "sequences")))
     if evaluator.paraphrases is not None:
         key.append(evaluator.paraphrases.content_hash)
-    path = join(cache, f"floors-{value_hash(key)}.json")
-    floors = cast(dict[str, dict[str, float]], read_json(path)) if exists(path) else {}
-    names = [*recipes.FLOORS]
+    names = [name for name in recipes.FLOORS if name not in recipes.LLM_FLOORS]
     if exists(join(source.items_uri, "truth")):
         names += recipes.CEILINGS
+    floors = _cached(evaluator, cache, key, names, lambda: None)
+    try:
+        if texts := LlmTexts.of(config, source.items_uri, cache):
+            key.append(texts.key())
+            floors |= _cached(evaluator, cache, key, recipes.LLM_FLOORS, texts.vectors)
+    except InputError as error:  # a finished run is evaluated where its checkpoint is not
+        LOG.warning("the floors %s are left out: %s", ", ".join(recipes.LLM_FLOORS), error)
+    return floors
+
+
+def _cached(
+    evaluator: Evaluator, cache: str, key: list[Any], names: Sequence[str],
+    vectors: Callable[[], TextVectors | None],
+) -> dict[str, dict[str, float]]:  # fmt: skip
+    """Return the metrics of some floors; those that the file of this key lacks are measured."""
+    path = join(cache, f"floors-{value_hash(key)}.json")
+    floors = cast(dict[str, dict[str, float]], read_json(path)) if exists(path) else {}
     missing = [name for name in names if name not in floors]
+    found = vectors() if missing else None
     for name in missing:
         LOG.info("floor %s", name)
-        floors[name] = evaluator.both_splits(build_floor(name, source, evaluator.config.seed))
+        ranker = build_floor(name, evaluator.source, evaluator.config.seed, found)
+        floors[name] = evaluator.both_splits(ranker)
     if missing:
         write_json(floors, path)
     return floors
+
+
+def _vectors(config: Config, source: PreparedData, cache: str) -> TextVectors | None:
+    """Return the vectors that the recipe of an untrained run ranks by, if it ranks by any."""
+    if config.recipe not in recipes.LLM_FLOORS:
+        return None
+    texts = LlmTexts.of(config, source.items_uri, cache)
+    return texts.vectors() if texts else None
 
 
 def collapse_metrics(retriever: Retriever, examples: pa.Table, seed: int) -> dict[str, float]:

@@ -26,6 +26,7 @@ from karma_ray.data.pictures import has_images
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.model.lora import parse_rank
+from karma_ray.runs.forgetting import general_texts
 from karma_ray.runs.stages import Stage, finished_stage, with_checkpoints
 from karma_ray.training.config import EXECUTION
 
@@ -135,6 +136,8 @@ def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None
     if config.objective.built.image:
         config.model.imagery.check()
     parse_rank(config.model.peft)
+    if texts := config.evaluation.general_texts:
+        general_texts(texts, source.items_uri)  # raises before training
     lexical, items = config.model.item_encoder.lexical, source.facts["counts"]["items"]
     if lexical >= items:  # the lexical block checks its other needs once the texts are tokens
         message = f"must be below the number of items, {items}"

@@ -45,6 +45,7 @@ from karma_ray.runs.continuation import (
 )
 from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.first_stages import start_stage
+from karma_ray.runs.forgetting import PREFIX, forgetting
 from karma_ray.runs.joint import OnValidate, joint_job
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import CACHE, toy_shop
@@ -107,7 +108,7 @@ def train_run(
         run, "run", recipe=config.recipe, seed=config.seed, data=source.uri,
         items=source.items_uri, version=__version__, parents=parents,
     )  # fmt: skip
-    metrics = assess(config, source, run, stage, cache)
+    metrics = assess(config, source, run, stage, cache) | forgetting(stage, cache)
     metrics["seconds"] = round(time.time() - started, 1)
     write_json(metrics, folder.metrics)
     render_report(run)
@@ -153,8 +154,10 @@ def evaluate_run(
     source = PreparedData.load(absolute(data) if data else trained_on)
     stage = finished_stage(run, source.items_uri) if trained else None
     if source.uri == trained_on and out is None:
-        seconds = read_json(folder.metrics).get("seconds") if exists(folder.metrics) else None
-        metrics = assess(config, source, run, stage, cache) | {"seconds": seconds}
+        there = read_json(folder.metrics) if exists(folder.metrics) else {}
+        kept = {name: value for name, value in there.items() if name.startswith(PREFIX)}
+        metrics = assess(config, source, run, stage, cache) | kept
+        metrics["seconds"] = there.get("seconds")
         write_json(metrics, folder.metrics)
         render_report(run)
         return run, metrics

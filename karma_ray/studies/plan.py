@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from karma_ray import recipes
 from karma_ray.artifacts import absolute, exists, join
-from karma_ray.config import override
+from karma_ray.config import Config, override
 from karma_ray.data.pictures import has_images
 from karma_ray.data.prepared import fingerprint, read_data_manifest, require_data
 from karma_ray.data.visual import features_uri
@@ -91,6 +91,8 @@ def _missing(row: Row, data: Data, extra: Sequence[str]) -> str:
         return f"there is no recipe {row.built_from} yet"
     if row.built_from in recipes.CEILINGS and not exists(join(data.uri, "truth")):
         return f"the truth of {data.name} is unknown"
+    if row.built_from in recipes.LLM_FLOORS and not recipes.names_llm(override(Config(), extra)):
+        return "no pretrained model is named (--set model.checkpoint=...)"
     if row.needs_images and not any(a.startswith("collate.visual_features=") for a in extra):
         if not has_images(data.uri):
             return f"the items of {data.name} have no images"

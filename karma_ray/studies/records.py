@@ -28,6 +28,11 @@ METRIC = "HR@50"
 """Validation metric by which settings are chosen."""
 
 _MEASURED = ("prepare.", "evaluation.")
+_ENCODED = (
+    "model.weights", "model.item_encoder.checkpoint", "model.item_encoder.layers",
+    "collate.max_item_tokens",
+)  # fmt: skip
+"""What a floor of a pretrained LLM depends on besides."""
 _ALWAYS = ("model.decodability.max_target_tokens",)
 """Decodability settings of the warm-up, on which every row depends."""
 
@@ -71,7 +76,8 @@ def learnt_from(saved: Record) -> dict[str, Any]:
     recipe = fields.pop("recipe", "")
     kept = {n: value for n, value in fields.items() if n not in EXECUTION or n in WARMED_UP_BY}
     if recipe not in recipes.TRAINED:
-        kept = {name: value for name, value in kept.items() if name.startswith(_MEASURED)}
+        used = (*_MEASURED, *_ENCODED) if recipe in recipes.LLM_FLOORS else _MEASURED
+        kept = {name: value for name, value in kept.items() if name.startswith(used)}
         return {"recipe": recipe, **kept}
     return {
         name: value

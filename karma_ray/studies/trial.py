@@ -62,7 +62,10 @@ def first_stage_key(config: Config, data: str) -> str:
 
     stages = [pretrain_key(config, ""), warmup_key(config, "", data)]
     kind = config.model.kind if config.recipe in recipes.TRAINED else ""
-    return value_hash([kind, stages if kind else None, vars(config.evaluation), config.seed])
+    model, limit = config.model, config.collate.max_item_tokens
+    encoder = [vars(model.item_encoder), model.weights, limit]
+    floors = [vars(config.evaluation), encoder if recipes.names_llm(config) else None]
+    return value_hash([kind, stages if kind else None, *floors, config.seed])
 
 
 def first_stage(config: Config, data: str, cache: str, executor: Executor = HERE) -> None:

@@ -358,6 +358,22 @@ def test_hm_units_are_one_purchase_and_pictures_stay_with_their_article(tmp_path
     assert queries == {"ladieswear dress", None}  # one hat and the unknown type name nothing
 
 
+def test_hm_s_full_catalogue_gives_texts_that_are_no_items(tmp_path: Path) -> None:
+    source = write_hm(tmp_path / "source")
+    plain = import_data.main(["hm", str(source), str(tmp_path / "plain")])
+    assert not (tmp_path / "plain" / "other_items").exists()
+    articles = pl.read_parquet(source / "articles.parquet")
+    more = articles.with_columns(article_id=pl.format("9{}", "article_id"))
+    pl.concat([articles, more]).write_parquet(source / "articles_all_12.parquet")
+    manifest = import_data.main(["hm", str(source), str(tmp_path / "out")])
+    others = rows(tmp_path / "out", "other_items")
+    assert [item["item_id"] for item in others] == [f"900{n}" for n in range(6)]
+    assert others[0]["text"] == "Black, Solid, Basic, Women. Soft."
+    assert manifest["counts"].pop("other_items") == 6
+    assert manifest["counts"] == plain["counts"]
+    assert manifest["data_hash"] == plain["data_hash"]  # records name the same data
+
+
 def test_retail_rows_that_are_no_purchase_are_quarantined_by_reason(tmp_path: Path) -> None:
     manifest, out = run("online_retail", tmp_path)
     assert manifest["quarantined"] == {

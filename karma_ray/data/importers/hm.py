@@ -15,6 +15,7 @@ from karma_ray.data.importers.derive import (
 )
 from karma_ray.data.importers.output import DataFolder
 from karma_ray.data.importers.source import find_file, find_files, read_parquet, stream_parquet
+from karma_ray.data.schema import ITEMS
 
 _ATTRIBUTES = (
     "product_type_name", "index_group_name", "garment_group_name", "colour_group_name",
@@ -36,6 +37,8 @@ def import_hm(src: str, out: str, *, seed: int = 0) -> dict[str, Any]:
         queries = items.select("item_id", "query")
         _write_items(data, items.drop("query"), find_files(src, "images-", ".parquet"))
         data.add("query_matches", query_matches(queries))
+        for file in find_files(src, "articles_all_", ".parquet"):
+            _write_others(data, read_parquet(file, _ARTICLE_COLUMNS, _IDS), items)
 
         bad = pl.any_horizontal(pl.col(_SALE_COLUMNS).is_null())
         data.reject(sales.filter(bad), sales_file, "null user, item or day")
@@ -99,6 +102,13 @@ def hm_items(articles: pl.DataFrame) -> pl.DataFrame:
             *_ATTRIBUTES,
         )
     )
+
+
+def _write_others(data: DataFolder, articles: pl.DataFrame, items: pl.DataFrame) -> None:
+    """Write the articles of the full catalogue that are not items, as texts nobody searches."""
+    others = hm_items(articles).filter(~pl.col("item_id").is_in(items["item_id"].implode()))
+    names = [name for name in ITEMS.names if name != "image"]
+    data.add("other_items", others.select(*names, pl.lit(None, pl.Binary).alias("image")))
 
 
 def _write_items(data: DataFolder, items: pl.DataFrame, image_files: list[str]) -> None:

@@ -39,6 +39,7 @@ from karma_ray.errors import InputError
 
 _SCHEMAS = {
     "items": ITEMS,
+    "other_items": ITEMS,
     "events": EVENTS,
     "query_matches": QUERY_MATCHES,
     "quarantine_import": QUARANTINE,
@@ -48,7 +49,7 @@ _SCHEMAS = {
 }
 # Files of an import or of a later preparation, all of which a new import replaces.
 _OWNED = (
-    "items", "events", "query_matches", "quarantine_import", "sequences", "examples",
+    "items", "other_items", "events", "query_matches", "quarantine_import", "sequences", "examples",
     "quarantine", "truth", "prepared.json", "manifest.json",
 )  # fmt: skip
 
@@ -88,7 +89,8 @@ class DataFolder:
             return
         arrow = check_columns(arrow, _SCHEMAS[name], f"{name} of {self.uri}")
         write_table(arrow, join(self.work, name), f"part-{self._parts[name]:05d}")
-        if name != "quarantine_import":  # rejected rows contain the path of their file
+        # Rejected rows contain the path of their file, and other items are no part of any run.
+        if name not in ("quarantine_import", "other_items"):
             self._digest.update(f"{name} {table_hash(arrow)}".encode())
         self._parts[name] += 1
         self.rows[name] += arrow.num_rows
@@ -154,7 +156,9 @@ class DataFolder:
         machine; records of finished runs identify their data by it.
         """
         counts = {"users": len(self._users), "items": self.rows["items"]}
-        counts |= {k: self.rows[k] for k in ("events", "sequences") if self._parts[k]}
+        counts |= {
+            k: self.rows[k] for k in ("other_items", "events", "sequences") if self._parts[k]
+        }
         for split in ("valid", "test"):
             if self._parts[f"examples/split={split}"]:
                 counts[f"{split}_examples"] = self.rows[f"examples/split={split}"]

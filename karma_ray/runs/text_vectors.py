@@ -1,0 +1,163 @@
+"""Vectors of texts by the run's pretrained LLM as it is, for the floors `llm` and `llm_affinity`.
+
+A text's vector is the mean of the states of its tokens, whitened with the mean and the variances of
+the whole catalogue, at length 1. Those of the items are computed once and kept in the cache, under
+the content of all that they depend on.
+
+Legend: I items, n texts, L tokens, D width of the LLM.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn import functional
+from tqdm import tqdm
+
+from karma_ray.artifacts import content_hash, exists, join, locked, open_filesystem, value_hash
+from karma_ray.baselines.llm import TextVectors
+from karma_ray.config import Config
+from karma_ray.data.catalog import Catalog
+from karma_ray.data.pixels import NO_PICTURE
+from karma_ray.data.prompts import Tokenizer, encode_texts
+from karma_ray.data.tokens import catalog_tokens, tokenizer_hash
+from karma_ray.model.backbone import hidden_size, load_item_body
+from karma_ray.model.backbones.tokenizer import load_tokenizer
+from karma_ray.model.config import ItemEncoderConfig
+from karma_ray.model.item_encoder import ItemEncoder
+from karma_ray.recipes import names_llm
+from karma_ray.retrieval.encode import autocast
+from karma_ray.runs.plain_checkpoints import with_plain_checkpoints
+
+LOG = logging.getLogger(__name__)
+VERSION = 1
+"""Raised when the code computes other vectors from the same input: older files are not found."""
+BATCH_SLOTS = 4096
+"""Slots of a padded batch that is encoded at once."""
+MAX_FITTED = 200_000
+"""Items that the whitening is fitted on at most, evenly spaced over a larger catalogue."""
+
+
+@dataclass(frozen=True)
+class LlmTexts:
+    """An LLM without training, and the catalogue whose texts it encodes."""
+
+    config: ItemEncoderConfig
+    max_tokens: int
+    items_uri: str
+    cache: str
+    precision: str = "bfloat16"
+
+    @classmethod
+    def of(cls, config: Config, items_uri: str, cache: str) -> LlmTexts | None:
+        """Return those of a run; None if its configuration names no pretrained LLM."""
+        if not names_llm(config):
+            return None
+        encoder = with_plain_checkpoints(config, cache).model.item_encoder
+        bare = ItemEncoderConfig(
+            encoder.checkpoint, pool="mean", layers=encoder.layers, modality=encoder.modality,
+            image_size=encoder.image_size,
+        )  # fmt: skip
+        return cls(bare, config.collate.max_item_tokens, items_uri, cache)
+
+    def key(self) -> str:
+        """Return a hash of everything that the vectors depend on."""
+        checkpoint = self.config.checkpoint
+        return value_hash({
+            "version": VERSION,
+            "items": content_hash(join(self.items_uri, "items")),
+            "weights": content_hash(checkpoint) if Path(checkpoint).exists() else checkpoint,
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            "layers": self.config.layers,
+            "max_tokens": self.max_tokens,
+            "precision": self.precision,
+        })  # fmt: skip
+
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the checkpoint."""
+        return cast(
+            Tokenizer, load_tokenizer(self.config.checkpoint, "model.item_encoder.checkpoint")
+        )
+
+    @cached_property
+    def encoder(self) -> ItemEncoder:
+        """The LLM with mean pooling, not yet whitened."""
+        body = load_item_body(self.config)
+        with torch.random.fork_rng():  # a run draws the same numbers whether the file exists
+            encoder = ItemEncoder(body, self.config, hidden_size(body), [], 0)
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return encoder.requires_grad_(False).to(device).eval()
+
+    def vectors(self) -> TextVectors:
+        """Return the vectors of all items, computed unless the cache has them."""
+        path = join(self.cache, f"text-vectors-{self.key()}.npz")
+        with locked(path):
+            if not exists(path):
+                self._make(path)
+        fs, place = open_filesystem(path)
+        with fs.open(place, "rb") as source, np.load(source) as found:
+            items, mean, whitener = (found[name] for name in ("items", "mean", "whitener"))
+
+        def encode(texts: Sequence[str]) -> NDArray[np.float32]:
+            states = self._pooled(*encode_texts(self.tokenizer, texts, self.max_tokens))
+            return _whitened(states, torch.from_numpy(mean), torch.from_numpy(whitener))
+
+        return TextVectors(items, encode)
+
+    def _make(self, path: str) -> None:
+        tokens, lengths = catalog_tokens(
+            Catalog.load(self.items_uri), self.tokenizer, self.max_tokens
+        )
+        LOG.info("encoding %d items with %s as it is", len(lengths), self.config.checkpoint)
+        states = self._pooled(tokens, lengths)
+        encoder = self.encoder.cpu()
+        encoder.whiten_states(states[:: -(-len(states) // MAX_FITTED)])
+        mean, whitener = encoder.mean, encoder.output.weight
+        items = _whitened(states, mean, whitener)
+        fs, place = open_filesystem(path)
+        fs.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
+        draft = f"{place}.{os.getpid()}.tmp"
+        with fs.open(draft, "wb") as sink:
+            np.savez(sink, items=items, mean=mean.numpy(), whitener=whitener.detach().numpy())
+        fs.mv(draft, place)
+
+    @torch.no_grad()
+    def _pooled(self, tokens: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
+        """Return the pooled states [n, D] float32 of right-padded tokens [n, L].
+
+        Batches hold texts of about equal length, so little of the work is padding.
+        """
+        device = next(self.encoder.parameters()).device
+        order = np.argsort(lengths, kind="stable")
+        size = max(1, BATCH_SLOTS // int(lengths.max(initial=1)))
+        made = torch.empty(len(order), hidden_size(self.encoder.body))
+        with tqdm(total=len(order), unit="text", disable=None, leave=False) as bar:
+            for begin in range(0, len(order), size):
+                some = order[begin : begin + size]
+                texts = torch.from_numpy(tokens[some, : lengths[some].max()].astype(np.int64))
+                rows = torch.full((len(some),), NO_PICTURE)
+                with autocast(device, self.precision):
+                    found = self.encoder.pooled(
+                        texts.to(device), torch.from_numpy(lengths[some]).to(device), rows
+                    )
+                made[torch.from_numpy(some)] = found.float().cpu()
+                bar.update(len(some))
+        return made
+
+
+@torch.no_grad()
+def _whitened(
+    states: torch.Tensor, mean: torch.Tensor, whitener: torch.Tensor
+) -> NDArray[np.float32]:  # [n, D], [D], [D, D] -> [n, D]
+    """Return vectors of length 1."""
+    return functional.normalize((states - mean) @ whitener.T, dim=1).numpy()
