@@ -187,9 +187,11 @@ PRETRAINED = {
     "warmup.learning_rate": 5e-5,
     "pretrain.steps": 0,
     "collate.max_item_tokens": 48,
+    "model.item_encoder.pool": "mean",
 }
 """What a recipe is changed to where the weights come from a pretrained LLM: rates that do not
-overwrite what it knows, new modules that learn ten times as fast, and more of each text."""
+overwrite what it knows, new modules that learn ten times as fast, more of each text, and items as
+the mean of their tokens' states, because an LLM's last state is about the next token."""
 
 
 def suited_to_weights(config: Config, typed: Collection[str]) -> Config:
@@ -199,7 +201,10 @@ def suited_to_weights(config: Config, typed: Collection[str]) -> Config:
         model.item_encoder.checkpoint, model.user_decoder.checkpoint,
     ):  # fmt: skip
         return config
-    changes = [f"{name}={value}" for name, value in PRETRAINED.items() if name not in typed]
+    kept = {*typed}
+    if model.item_encoder.modality != "text":  # there most states of an item are its picture's
+        kept.add("model.item_encoder.pool")
+    changes = [f"{name}={value}" for name, value in PRETRAINED.items() if name not in kept]
     if changes:
         LOG.info("pretrained weights: %s", ", ".join(changes))
     return override(config, changes)

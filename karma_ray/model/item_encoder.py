@@ -25,6 +25,8 @@ from karma_ray.model.lexical import LexicalBlock
 from karma_ray.ranges import check_ranges
 
 LOG = logging.getLogger(__name__)
+SAMPLED_AT_ONCE, SMALL = 2048, 256
+"""Sampled items that a body of up to this width encodes at once; a wider one encodes fewer."""
 SAME_STATES = 1e-10
 """Variance, relative to the mean square, below which pooled states differ by rounding only."""
 
@@ -106,7 +108,15 @@ class ItemEncoder(nn.Module):
         single item, or texts that are cut before they differ) has no variance, so nothing is
         fitted.
         """
-        states = self.pooled(tokens, lengths, rows).double()
+        size = SAMPLED_AT_ONCE // max(1, hidden_size(self.body) // SMALL)
+        chunks = range(0, len(tokens), size)
+        states = torch.cat(
+            [
+                self.pooled(tokens[n : n + size], lengths[n : n + size],
+                            None if rows is None else rows[n : n + size])
+                for n in chunks
+            ]
+        ).double()  # fmt: skip
         centred = states - states.mean(0)
         variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
         if variances.max() <= SAME_STATES * states.square().mean():

@@ -26,7 +26,7 @@ from karma_ray.data.prompts import Tokenizer
 from karma_ray.data.tokens import TextLengths, catalog_tokens
 from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
-from karma_ray.model.backbone import num_layers
+from karma_ray.model.backbone import hidden_size, num_layers
 from karma_ray.model.backbones.checkpoints import load_lm_head, num_tokens
 from karma_ray.model.backbones.registry import checkpoint_family
 from karma_ray.model.backbones.tokenizer import check_tokens_shared, load_tokenizer
@@ -37,11 +37,12 @@ from karma_ray.runs.frozen_outputs import EncodeRemotely, FrozenOutputs
 from karma_ray.runs.stage_images import build_imagery, load_visual
 from karma_ray.training.checkpoints.checkpoint import load_weights
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 """Raised when the code changes the content of a cached stage, so that old caches are ignored."""
 
-NUM_WHITENED = 2048
-"""Items that the initial whitening of the item embeddings is fitted on."""
+NUM_WHITENED, WHITENED_PER_DIMENSION = 2048, 8
+"""Items that the initial whitening of the item embeddings is fitted on: as many, or as many for
+every dimension of a wide body, whose covariance a smaller sample would not determine."""
 NUM_COUNTED = 200_000
 """Items whose words are counted for the lexical block of the item embeddings."""
 
@@ -221,14 +222,17 @@ class Stage:
         collator = self.collator()
         tokens, lengths = collator.catalog_tokens()
         drawn = np.random.default_rng(self.config.seed).permutation(len(tokens))
-        rows = drawn[:NUM_WHITENED]
+        encoder = interest.item_encoder
+        rows = drawn[: max(NUM_WHITENED, WHITENED_PER_DIMENSION * hidden_size(encoder.body))]
         sample = torch.from_numpy(tokens[rows].astype(np.int64))
-        interest.item_encoder.whiten(
-            sample, torch.from_numpy(lengths[rows]), torch.from_numpy(rows)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder.to(device).whiten(
+            sample.to(device), torch.from_numpy(lengths[rows]).to(device), torch.from_numpy(rows)
         )
-        if interest.item_encoder.config.lexical:
+        encoder.cpu()
+        if encoder.config.lexical:
             rows = np.sort(drawn[:NUM_COUNTED])
-            interest.item_encoder.words.fit(tokens[rows], lengths[rows])
+            encoder.words.fit(tokens[rows], lengths[rows])
 
     def whole(self) -> KarmaModel:
         """Build the model from the checkpoints, without private decoders."""
