@@ -212,7 +212,7 @@ def _train(
         job = replace(job, build=stage.build_finished)
     summary = run_training(job, resume=resume, max_failures=2, distribute=executor.train)
     # What serves runs the whole encoder, so what is measured does.
-    return replace(stage, trained=summary["weights"], frozen=None)
+    return replace(stage, trained=summary["weights"], frozen=None, contents=None)
 
 
 def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from karma_ray.artifacts import RunFolder, join, read_json
+from karma_ray.artifacts import RunFolder, join, read_json, read_table
 from karma_ray.baselines.sequential import IdModel, IdRecommender, IdSizes
 from karma_ray.config import Config, from_dict
 from karma_ray.data.batch import Batch
@@ -135,10 +135,14 @@ class Stage:
     trained: str | None = None  # weights that stage 2 ended with
     tokenizer_folder: str | None = None  # default: the user decoder's checkpoint
     frozen: FrozenOutputs | None = None  # of the item encoder's frozen layers; None: run them
+    contents: str | None = None  # table of near-duplicates; None: those of equal text
 
     def catalog(self) -> Catalog:
         """Open the memory-mapped catalogue."""
-        return Catalog.load(self.items_uri)
+        catalog = Catalog.load(self.items_uri)
+        if self.contents is None:
+            return catalog
+        return catalog.with_contents(read_table(self.contents).column("content").to_numpy())
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that both LLMs share."""
