@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from karma_ray.config import Config, override
@@ -181,7 +182,7 @@ def toy() -> Config:
     )
 
 
-PRETRAINED = {
+PRETRAINED: dict[str, Any] = {
     "training.learning_rate": 5e-5,
     "training.new_module_lr": 10.0,
     "warmup.learning_rate": 5e-5,
@@ -195,19 +196,29 @@ the mean of their tokens' states, because an LLM's last state is about the next 
 
 
 def suited_to_weights(config: Config, typed: Collection[str]) -> Config:
-    """Return the configuration with `PRETRAINED`, except for `typed` fields, if it names an LLM."""
-    model = config.model
-    if model.kind != "karma" or "tiny" in (
-        model.item_encoder.checkpoint, model.user_decoder.checkpoint,
-    ):  # fmt: skip
+    """Return the configuration with `PRETRAINED`, except for `typed` fields, if it names an LLM.
+
+    Pooling, instruction and length of text are those of a folder of sentence-transformers, if the
+    item encoder starts from one. Raises InputError when the encoder does not compute what it does.
+    """
+    model, fields = config.model, dict(PRETRAINED)
+    item = model.item_encoder
+    if model.kind != "karma" or "tiny" in (item.checkpoint, model.user_decoder.checkpoint):
         return config
-    kept = {*typed}
-    if model.item_encoder.modality != "text":  # there most states of an item are its picture's
-        kept.add("model.item_encoder.pool")
-    changes = [f"{name}={value}" for name, value in PRETRAINED.items() if name not in kept]
-    if changes:
-        LOG.info("pretrained weights: %s", ", ".join(changes))
-    return override(config, changes)
+    if item.modality != "text":  # there most states of an item are its picture's
+        del fields["model.item_encoder.pool"]
+    elif Path(item.checkpoint).is_dir():
+        from karma_ray.model.backbones.sentence_folder import own_fields  # takes a second
+
+        fields |= own_fields(item.checkpoint)
+    fields = {name: value for name, value in fields.items() if name not in typed}
+    if fields:
+        LOG.info("pretrained weights: %s", ", ".join(f"{n}={v}" for n, v in fields.items()))
+    if (instruction := fields.pop("model.item_encoder.instruction", None)) is not None:
+        # Not as text of `--set`, which loses a space at its end.
+        item = replace(item, instruction=str(instruction))
+        config = replace(config, model=replace(model, item_encoder=item))
+    return override(config, [f"{name}={value}" for name, value in fields.items()])
 
 
 TRAINED: dict[str, Callable[[], Config]] = {

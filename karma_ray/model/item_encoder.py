@@ -18,6 +18,7 @@ from karma_ray.model.adapters import rms_normalize
 from karma_ray.model.backbone import hidden_size, run_body, run_packed, token_embeddings
 from karma_ray.model.backbones.family import BodyInput
 from karma_ray.model.backbones.registry import pictures_of
+from karma_ray.model.backbones.sentence_folder import SentenceFolder
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.frozen_layers import freeze_lower, num_frozen, only_layers
 from karma_ray.model.frozen_states import FrozenStates
@@ -198,3 +199,29 @@ class ItemEncoder(nn.Module):
             self.body, embeddings, last, num_prefix, torch.from_numpy(pictured).to(device),
             torch.from_numpy(pixels).to(device), learns=self.config.vision == "full",
         )  # fmt: skip
+
+
+@torch.no_grad()
+def start_from(encoder: ItemEncoder, folder: SentenceFolder) -> bool:
+    """Let an encoder compute what a folder of sentence-transformers does; False if it has no W_e.
+
+    Nothing is taken over by an encoder that pools otherwise. Raises InputError when the vectors
+    have another width than the user decoder.
+    """
+    if encoder.config.pool != folder.pool:
+        return False
+    if folder.pool == "emb_token":
+        encoder.item_token.copy_(token_embeddings(encoder.body)[folder.end])
+    projection = folder.projection()
+    if projection is None:
+        return False
+    mean, weight = projection
+    if weight.shape != encoder.output.weight.shape:
+        raise InputError(
+            "model.item_encoder.checkpoint", folder.root,
+            f"makes vectors of {len(weight)} dimensions, but the user decoder has the width "
+            f"{encoder.output.out_features}: take the decoder of that size, or leave out the Dense",
+        )  # fmt: skip
+    encoder.mean.copy_(mean)
+    encoder.output.weight.copy_(weight)
+    return True

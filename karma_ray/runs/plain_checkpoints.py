@@ -1,4 +1,5 @@
-"""Checkpoints in GGUF files become plain folders in the cache, once per content of the file."""
+"""Checkpoints become plain folders: GGUF files in the cache, once per content of the file, and
+folders of sentence-transformers that of their Transformer."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from pathlib import Path
 from karma_ray.artifacts import content_hash, exists, join, locked, value_hash, write_manifest
 from karma_ray.config import Config
 from karma_ray.model.backbones.gguf_file import convert, is_gguf
+from karma_ray.model.backbones.sentence_folder import plain_body
 from karma_ray.runs.stages import with_checkpoints
 
 LOG = logging.getLogger(__name__)
@@ -19,7 +21,8 @@ VERSION = 1
 
 
 def with_plain_checkpoints(config: Config, cache: str) -> Config:
-    """Return the configuration with folders in `cache` in place of GGUF files.
+    """Return the configuration with folders in `cache` in place of GGUF files, and the folders
+    of their Transformer in place of those of sentence-transformers.
 
     Raises InputError when a file cannot be converted exactly.
     """
@@ -31,7 +34,7 @@ def with_plain_checkpoints(config: Config, cache: str) -> Config:
 
 def _plain(checkpoint: str, field: str, cache: str) -> str:
     if not is_gguf(checkpoint):
-        return checkpoint
+        return plain_body(checkpoint)
     content = content_hash(checkpoint) if Path(checkpoint).is_file() else ""
     folder = join(cache, f"gguf-{value_hash({'version': VERSION, 'file': content})}")
     with locked(folder):

@@ -29,9 +29,11 @@ from karma_ray.errors import InputError
 from karma_ray.model.backbone import hidden_size, num_layers
 from karma_ray.model.backbones.checkpoints import load_lm_head, num_tokens
 from karma_ray.model.backbones.registry import checkpoint_family
+from karma_ray.model.backbones.sentence_folder import refuse_hub_name, sentence_folder
 from karma_ray.model.backbones.tokenizer import check_tokens_shared, load_tokenizer
 from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.interest import InterestModel
+from karma_ray.model.item_encoder import ItemEncoder, start_from
 from karma_ray.model.karma import KarmaModel
 from karma_ray.runs.frozen_outputs import EncodeRemotely, FrozenOutputs
 from karma_ray.runs.stage_images import build_imagery, load_visual
@@ -62,6 +64,7 @@ def is_tiny(config: Config) -> bool:
         )  # fmt: skip
     if item == "tiny":
         return True
+    refuse_hub_name(item)
     multimodal = config.model.item_encoder.modality == "multimodal"
     checkpoint_family(item, "model.item_encoder.checkpoint", with_vision=multimodal)
     checkpoint_family(user, "model.user_decoder.checkpoint")
@@ -222,11 +225,26 @@ class Stage:
         return model.eval()
 
     def fit_to_items(self, interest: InterestModel) -> None:
-        """Fit the whitening and the lexical block to the catalogue, before any training."""
+        """Fit the whitening and the lexical block to the catalogue, before any training.
+
+        A folder of sentence-transformers may give its own mean and W_e in place of a whitening.
+        """
         collator = self.collator()
         tokens, lengths = collator.catalog_tokens()
         drawn = np.random.default_rng(self.config.seed).permutation(len(tokens))
         encoder = interest.item_encoder
+        folder = sentence_folder(self.config.model.item_encoder.checkpoint)
+        if folder is None or not start_from(encoder, folder):
+            self._whiten(encoder, drawn, tokens, lengths)
+        if encoder.config.lexical:
+            rows = np.sort(drawn[:NUM_COUNTED])
+            encoder.words.fit(tokens[rows], lengths[rows])
+
+    @staticmethod
+    def _whiten(
+        encoder: ItemEncoder, drawn: np.ndarray, tokens: np.ndarray, lengths: np.ndarray
+    ) -> None:
+        """Fit the whitening to the first of the drawn rows [I]."""
         rows = drawn[: max(NUM_WHITENED, WHITENED_PER_DIMENSION * hidden_size(encoder.body))]
         sample = torch.from_numpy(tokens[rows].astype(np.int64))
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -234,9 +252,6 @@ class Stage:
             sample.to(device), torch.from_numpy(lengths[rows]).to(device), torch.from_numpy(rows)
         )
         encoder.cpu()
-        if encoder.config.lexical:
-            rows = np.sort(drawn[:NUM_COUNTED])
-            encoder.words.fit(tokens[rows], lengths[rows])
 
     def whole(self) -> KarmaModel:
         """Build the model from the checkpoints, without private decoders."""
