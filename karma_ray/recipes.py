@@ -196,7 +196,15 @@ the mean of their tokens' states, because an LLM's last state is about the next 
 
 
 def suited_to_weights(config: Config, typed: Collection[str]) -> Config:
-    """Return the configuration with `PRETRAINED`, except for `typed` fields, if it names an LLM.
+    """Return the configuration with `settings_of_weights`, and log them."""
+    changes = settings_of_weights(config, typed)
+    if changes:
+        LOG.info("pretrained weights: %s", ", ".join(changes))
+    return override(config, changes)
+
+
+def settings_of_weights(config: Config, typed: Collection[str]) -> list[str]:
+    """Return `PRETRAINED`, except for `typed` fields, as `--set` takes it, if an LLM is named.
 
     Pooling, instruction and length of text are those of a folder of sentence-transformers, if the
     item encoder starts from one. Raises InputError when the encoder does not compute what it does.
@@ -204,21 +212,14 @@ def suited_to_weights(config: Config, typed: Collection[str]) -> Config:
     model, fields = config.model, dict(PRETRAINED)
     item = model.item_encoder
     if model.kind != "karma" or "tiny" in (item.checkpoint, model.user_decoder.checkpoint):
-        return config
+        return []
     if item.modality != "text":  # there most states of an item are its picture's
         del fields["model.item_encoder.pool"]
     elif Path(item.checkpoint).is_dir():
         from karma_ray.model.backbones.sentence_folder import own_fields  # takes a second
 
         fields |= own_fields(item.checkpoint)
-    fields = {name: value for name, value in fields.items() if name not in typed}
-    if fields:
-        LOG.info("pretrained weights: %s", ", ".join(f"{n}={v}" for n, v in fields.items()))
-    if (instruction := fields.pop("model.item_encoder.instruction", None)) is not None:
-        # Not as text of `--set`, which loses a space at its end.
-        item = replace(item, instruction=str(instruction))
-        config = replace(config, model=replace(model, item_encoder=item))
-    return override(config, [f"{name}={value}" for name, value in fields.items()])
+    return [f"{name}={value}" for name, value in fields.items() if name not in typed]
 
 
 TRAINED: dict[str, Callable[[], Config]] = {

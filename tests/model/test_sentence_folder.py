@@ -164,7 +164,7 @@ def test_the_prompt_of_documents_becomes_the_instruction_unless_it_is_typed(
 ) -> None:
     prompts = {"query": "a question: ", "document": "title: none | text: "}
     folder = write_folder(tmp_path / "st", prompts=prompts, most=40)
-    assert suited(folder).model.item_encoder.instruction == "title: none | text: "
+    assert suited(folder).model.item_encoder.instruction == "title: none | text:"
     typed = suited(folder, "model.item_encoder.instruction=mine", "model.item_encoder.pool=mean")
     assert (typed.model.item_encoder.instruction, typed.model.item_encoder.pool) == ("mine", "mean")
     only_queries = write_folder(tmp_path / "other", prompts={"query": "a question: "})

@@ -105,7 +105,7 @@ def sentence_folder(checkpoint: str) -> SentenceFolder | None:
     facts = _json(body / "sentence_bert_config.json") or {}
     if facts.get("do_lower_case"):
         raise _refused(root, "lowers the case of all texts (do_lower_case)")
-    instruction = before + prompt
+    instruction = (before + prompt).strip()  # as `--set` takes it
     words = load_tokenizer(str(body), FIELD)
     put_before = len(words([instruction], add_special_tokens=False)["input_ids"][0])
     room = int(facts.get("max_seq_length") or words.model_max_length) - put_before
@@ -252,8 +252,7 @@ def _frame(root: Path, body: Path) -> tuple[str, list[int], int]:
     end = int(words.convert_tokens_to_ids(words.text_marks.end_of_text))
     if not before:
         return "", after, end
-    written = words.decode(before)
-    for instruction in (written, written.lstrip()):
-        if words([instruction], add_special_tokens=False)["input_ids"][0] == before:
-            return instruction, after, end
-    raise _refused(root, f"puts tokens before texts that no text gives ({written!r})")
+    written = words.decode(before).strip()
+    if words([written], add_special_tokens=False)["input_ids"][0] != before:
+        raise _refused(root, f"puts tokens before texts that no text gives ({written!r})")
+    return written, after, end
