@@ -17,7 +17,6 @@ from karma_ray.cli import default_out, parser, run
 from karma_ray.cluster.search_space import load_space
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.tuning import describe, search
-from karma_ray.config import from_dict, override, to_dict
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -34,8 +33,7 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     arguments = flags.parse_args(argv)
     space = load_space(arguments.space)
-    base = from_dict({**to_dict(space.base()), "seed": arguments.seed})
-    base = override(base, arguments.assignments)
+    base = space.base([f"seed={arguments.seed}", *arguments.assignments])
     out = arguments.out or default_out("tune")
     connect()
     result = search(

@@ -44,6 +44,17 @@ def test_a_pretrained_llm_is_trained_gently_unless_flags_say_otherwise(caplog) -
     assert load("--recipe", "karma_text") == recipes.karma_text()
 
 
+def test_a_pretrained_llm_reads_an_item_as_the_mean_of_its_tokens_unless_flags_say_otherwise() -> (
+    None
+):
+    llm = ("--recipe", "karma_text", "--set", "model.checkpoint=Qwen/Qwen3-0.6B")
+    assert load(*llm).model.item_encoder.pool == "mean"
+    typed = load(*llm, "--set", "model.item_encoder.pool=emb_token")
+    assert typed.model.item_encoder.pool == "emb_token"
+    pictured = load(*llm, "--set", "model.item_encoder.modality=multimodal")
+    assert pictured.model.item_encoder.pool == "eos"
+
+
 def test_a_saved_configuration_is_not_suited_anew(tmp_path) -> None:
     saved = load("--recipe", "hllm", "--set", "model.checkpoint=X", "--set", "pretrain.steps=7")
     path = tmp_path / "config.json"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from ray.tune.search.sample import Domain
 
 from karma_ray import recipes
-from karma_ray.config import Config, override
+from karma_ray.config import Config, assigned, override
 from karma_ray.errors import InputError
 
 
@@ -25,9 +25,13 @@ class Space:
     base_recipe: str
     fixed: tuple[str, ...]
 
-    def base(self) -> Config:
-        """Return the configuration that all trials share."""
-        return override(recipes.build(self.base_recipe), self.fixed)
+    def base(self, extra: Sequence[str] = ()) -> Config:
+        """Return the configuration that all trials share; `extra` is from --set.
+
+        It is suited to pretrained weights in fields that are neither set nor drawn.
+        """
+        config = override(recipes.build(self.base_recipe), [*self.fixed, *extra])
+        return recipes.suited_to_weights(config, assigned([*self.fixed, *extra, *self.domains]))
 
 
 def load_space(path: str) -> Space:

@@ -69,6 +69,12 @@ class Catalog:
             _write_arrow(source, path)
         return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), path)
 
+    def with_contents(self, ids: np.ndarray) -> Catalog:
+        """Return the catalogue with other content ids [I], for which more items are duplicates."""
+        other = Catalog(self.table, self.copy)
+        other._content_ids = ids
+        return other
+
     @property
     def num_items(self) -> int:
         """Number of items I."""
@@ -93,7 +99,8 @@ class Catalog:
 
     @property
     def content_ids(self) -> np.ndarray:
-        """Ids [I] int64, equal for items with equal normalised texts (near-duplicates)."""
+        """Ids [I] int64, equal for duplicates: items with equal normalised texts, unless others
+        were given (`with_contents`)."""
         if self._content_ids is None:
             seen: dict[str, int] = {}
             normal = (" ".join(text.lower().split()) for text in self.texts())

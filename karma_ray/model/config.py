@@ -43,8 +43,8 @@ class ItemEncoderConfig:
     """The item encoder E_phi, equation 2."""
 
     checkpoint: str = "tiny"
-    """`tiny`, or an LLM of a family in model/backbones/: a Hugging Face folder, a hub name or a
-    GGUF file. `model.checkpoint` sets it for both parts."""
+    """`tiny`, or an LLM of a family in model/backbones/: a Hugging Face folder, a hub name, a GGUF
+    file or a folder of sentence-transformers. `model.checkpoint` sets it for both parts."""
     pool: Literal["eos", "emb_token", "mean"] = "eos"
     """Item state: the end token's last hidden state, a learned [ITEM] vector's, or the mean."""
     layers: CountOrZero = 0

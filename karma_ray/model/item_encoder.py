@@ -18,6 +18,7 @@ from karma_ray.model.adapters import rms_normalize
 from karma_ray.model.backbone import hidden_size, run_body, run_packed, token_embeddings
 from karma_ray.model.backbones.family import BodyInput
 from karma_ray.model.backbones.registry import pictures_of
+from karma_ray.model.backbones.sentence_folder import SentenceFolder
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.frozen_layers import freeze_lower, num_frozen, only_layers
 from karma_ray.model.frozen_states import FrozenStates
@@ -25,6 +26,8 @@ from karma_ray.model.lexical import LexicalBlock
 from karma_ray.ranges import check_ranges
 
 LOG = logging.getLogger(__name__)
+SAMPLED_AT_ONCE, SMALL = 2048, 256
+"""Sampled items that a body of up to this width encodes at once; a wider one encodes fewer."""
 SAME_STATES = 1e-10
 """Variance, relative to the mean square, below which pooled states differ by rounding only."""
 
@@ -106,7 +109,12 @@ class ItemEncoder(nn.Module):
         single item, or texts that are cut before they differ) has no variance, so nothing is
         fitted.
         """
-        self.whiten_states(self.pooled(tokens, lengths, rows), ridge)
+        size = SAMPLED_AT_ONCE // max(1, hidden_size(self.body) // SMALL)
+        chunks = [slice(n, n + size) for n in range(0, len(tokens), size)]
+        states = [
+            self.pooled(tokens[c], lengths[c], None if rows is None else rows[c]) for c in chunks
+        ]
+        self.whiten_states(torch.cat(states), ridge)
 
     @torch.no_grad()
     def whiten_states(self, states: Tensor, ridge: float = 0.01) -> None:
@@ -193,3 +201,29 @@ class ItemEncoder(nn.Module):
             self.body, embeddings, last, num_prefix, torch.from_numpy(pictured).to(device),
             torch.from_numpy(pixels).to(device), learns=self.config.vision == "full",
         )  # fmt: skip
+
+
+@torch.no_grad()
+def start_from(encoder: ItemEncoder, folder: SentenceFolder) -> bool:
+    """Let an encoder compute what a folder of sentence-transformers does; False if it has no W_e.
+
+    Nothing is taken over by an encoder that pools otherwise. Raises InputError when the vectors
+    have another width than the user decoder.
+    """
+    if encoder.config.pool != folder.pool:
+        return False
+    if folder.pool == "emb_token":
+        encoder.item_token.copy_(token_embeddings(encoder.body)[folder.end])
+    projection = folder.projection()
+    if projection is None:
+        return False
+    mean, weight = projection
+    if weight.shape != encoder.output.weight.shape:
+        raise InputError(
+            "model.item_encoder.checkpoint", folder.root,
+            f"makes vectors of {len(weight)} dimensions, but the user decoder has the width "
+            f"{encoder.output.out_features}: take the decoder of that size, or leave out the Dense",
+        )  # fmt: skip
+    encoder.mean.copy_(mean)
+    encoder.output.weight.copy_(weight)
+    return True

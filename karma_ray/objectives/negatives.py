@@ -1,13 +1,24 @@
 """Masks and corrections of negatives, decided from frozen content only (method 1.5).
 
 They never use current embeddings: once these become parallel, a mask on their cosine would remove
-all negatives and the loss would fall to 0. Legend: N examples, P pool items, C items of a window.
+all negatives and the loss would fall to 0. Legend: N examples, P pool items, C items of a window,
+I items of the catalogue, E pairs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
 from torch import Tensor
+from torch.nn import functional
+
+MAX_SCORES = 16 * 1024 * 1024
+"""Cosines kept in memory at once."""
 
 
 def in_batch_mask(pool: Tensor, clicked: Tensor, clicked_mask: Tensor, window: Tensor) -> Tensor:
@@ -62,3 +73,55 @@ def first_occurrences(ids: Tensor) -> Tensor:
     fresh = ordered.new_ones(len(ids)).bool()
     fresh[1:] = ordered[1:] != ordered[:-1]
     return order[fresh].sort().values
+
+
+def grouped_contents(
+    contents: NDArray[np.int64],  # [I]
+    vectors: NDArray[np.float32],  # [I, D]
+    cosine: float,
+) -> NDArray[np.int64]:  # -> [I]
+    """Return content ids that are equal for near-duplicates too, numbered from 0.
+
+    Items belong together if their contents are equal or the cosine of their frozen vectors is
+    above `cosine`, and so do all items that a chain of such pairs connects. All pairs are
+    compared, which costs I^2 D multiplications.
+    """
+    groups: NDArray[np.int64] = np.unique(contents, return_inverse=True)[1]
+    held: list[NDArray[np.int64]] = []
+    for found in _parallel_pairs(vectors, cosine):
+        held.append(found)
+        if sum(part.shape[1] for part in held) > MAX_SCORES:
+            groups, held = _joined(groups, held), []
+    return _joined(groups, held)
+
+
+def _parallel_pairs(
+    vectors: NDArray[np.float32], cosine: float
+) -> Iterator[NDArray[np.int64]]:  # -> [2, E]
+    """Yield the rows (smaller, larger) of vectors with a cosine above `cosine`."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    units = functional.normalize(torch.from_numpy(vectors).to(device))
+    size = max(1, MAX_SCORES // max(1, len(units)))
+    for begin in range(0, len(units), size):
+        near = (units[begin : begin + size] @ units[begin:].T > cosine).triu(1)
+        found = near.nonzero().T.cpu().numpy()
+        if found.shape[1]:
+            yield found + begin
+
+
+def _joined(
+    groups: NDArray[np.int64], pairs: list[NDArray[np.int64]]
+) -> NDArray[np.int64]:  # [I], [2, E] each -> [I]
+    """Return the groups after those of each pair of items were united."""
+    if not pairs:
+        return groups
+    united = _components(groups[np.concatenate(pairs, 1)], int(groups.max()) + 1)
+    joined: NDArray[np.int64] = united[groups]
+    return joined
+
+
+def _components(pairs: NDArray[np.int64], count: int) -> NDArray[np.int64]:
+    """Return the connected component [count] of each of `count` nodes with edges [2, E]."""
+    edges = coo_array((np.ones(pairs.shape[1], bool), tuple(pairs)), shape=(count, count))
+    labels: NDArray[np.int64] = connected_components(edges, directed=False)[1].astype(np.int64)
+    return labels

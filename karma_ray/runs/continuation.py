@@ -162,6 +162,7 @@ def note_start(folder: RunFolder, stage: Stage, parent: str | None) -> None:
             "item_encoder": model.item_encoder.checkpoint,
             "user_decoder": model.user_decoder.checkpoint,
             "warm": stage.warm,
+            "contents": stage.contents,
             "trained": stage.trained,
             "tokenizer": stage.tokenizer_folder,
             "parent": parent,
@@ -190,6 +191,8 @@ def noted_stage(folder: RunFolder, config: Config, items_uri: str) -> Stage | No
         return None
     noted = read_json(folder.path("start.json"))
     needed = [join(noted[name], "model.safetensors") for name in ("warm", "trained") if noted[name]]
+    contents = noted.get("contents")
+    needed += [join(contents, "manifest.json")] if contents else []
     backbones = (noted["item_encoder"], noted["user_decoder"])
     needed += [name for name in backbones if name.startswith("/")]  # a folder, not a hub name
     if not all(exists(path) for path in needed):
@@ -197,5 +200,5 @@ def noted_stage(folder: RunFolder, config: Config, items_uri: str) -> Stage | No
     resolved = with_checkpoints(config, noted["item_encoder"], noted["user_decoder"])
     return Stage(
         resolved, items_uri, warm=noted["warm"], trained=noted["trained"],
-        tokenizer_folder=noted["tokenizer"],
+        tokenizer_folder=noted["tokenizer"], contents=contents,
     )  # fmt: skip

@@ -214,7 +214,7 @@ def _train(
     if stage.trained is not None:  # weights of the run given by --init-from
         job = replace(job, build=stage.build_finished)
     summary = run_training(job, resume=resume, max_failures=2, distribute=executor.train)
-    return replace(stage, trained=summary["weights"])
+    return replace(stage, trained=summary["weights"], contents=None)
 
 
 def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:

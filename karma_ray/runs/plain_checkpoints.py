@@ -1,4 +1,5 @@
-"""Checkpoints in GGUF files become plain folders in the cache, once per content of the file.
+"""Checkpoints become plain folders: GGUF files in the cache, once per content of the file, and
+folders of sentence-transformers that of their Transformer.
 
 So do checkpoints of random weights, the control that shows what pretrained knowledge is worth.
 """
@@ -15,6 +16,7 @@ from karma_ray.artifacts import content_hash, exists, join, locked, value_hash, 
 from karma_ray.config import Config
 from karma_ray.model.backbones.checkpoints import draw_weights
 from karma_ray.model.backbones.gguf_file import convert, is_gguf
+from karma_ray.model.backbones.sentence_folder import plain_body
 from karma_ray.runs.stages import with_checkpoints
 
 LOG = logging.getLogger(__name__)
@@ -24,7 +26,8 @@ VERSION = 1
 
 
 def with_plain_checkpoints(config: Config, cache: str) -> Config:
-    """Return the configuration with folders in `cache` in place of GGUF files and random weights.
+    """Return the configuration with folders in `cache` in place of GGUF files and of random
+    weights, and the folders of their Transformer in place of those of sentence-transformers.
 
     Raises InputError when a file cannot be converted exactly.
     """
@@ -42,7 +45,7 @@ def with_plain_checkpoints(config: Config, cache: str) -> Config:
 def _plain(checkpoint: str, field: str, cache: str) -> str:
     """Return the folder of a GGUF file; other checkpoints stay as they are."""
     if not is_gguf(checkpoint):
-        return checkpoint
+        return plain_body(checkpoint)
     content = content_hash(checkpoint) if Path(checkpoint).is_file() else ""
 
     def make(draft: str) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from karma_ray.artifacts import RunFolder, join, read_json
+from karma_ray.artifacts import RunFolder, join, read_json, read_table
 from karma_ray.baselines.sequential import IdModel, IdRecommender, IdSizes
 from karma_ray.config import Config, from_dict
 from karma_ray.data.batch import Batch
@@ -26,22 +26,25 @@ from karma_ray.data.prompts import Tokenizer
 from karma_ray.data.tokens import TextLengths, catalog_tokens
 from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
-from karma_ray.model.backbone import num_layers
+from karma_ray.model.backbone import hidden_size, num_layers
 from karma_ray.model.backbones.checkpoints import load_lm_head, num_tokens
 from karma_ray.model.backbones.registry import checkpoint_family
+from karma_ray.model.backbones.sentence_folder import refuse_hub_name, sentence_folder
 from karma_ray.model.backbones.tokenizer import check_tokens_shared, load_tokenizer
 from karma_ray.model.config import GeneratorConfig
 from karma_ray.model.interest import InterestModel
+from karma_ray.model.item_encoder import ItemEncoder, start_from
 from karma_ray.model.karma import KarmaModel
 from karma_ray.runs.frozen_outputs import EncodeRemotely, FrozenOutputs
 from karma_ray.runs.stage_images import build_imagery, load_visual
 from karma_ray.training.checkpoints.checkpoint import load_weights
 
-STAGE_VERSION = 2
+STAGE_VERSION = 3
 """Raised when the code changes the content of a cached stage, so that old caches are ignored."""
 
-NUM_WHITENED = 2048
-"""Items that the initial whitening of the item embeddings is fitted on."""
+NUM_WHITENED, WHITENED_PER_DIMENSION = 2048, 8
+"""Items that the initial whitening of the item embeddings is fitted on: as many, or as many for
+every dimension of a wide body, whose covariance a smaller sample would not determine."""
 NUM_COUNTED = 200_000
 """Items whose words are counted for the lexical block of the item embeddings."""
 
@@ -61,6 +64,7 @@ def is_tiny(config: Config) -> bool:
         )  # fmt: skip
     if item == "tiny":
         return True
+    refuse_hub_name(item)
     multimodal = config.model.item_encoder.modality == "multimodal"
     checkpoint_family(item, "model.item_encoder.checkpoint", with_vision=multimodal)
     checkpoint_family(user, "model.user_decoder.checkpoint")
@@ -134,10 +138,14 @@ class Stage:
     trained: str | None = None  # weights that stage 2 ended with
     tokenizer_folder: str | None = None  # default: the user decoder's checkpoint
     frozen: FrozenOutputs | None = None  # of the item encoder's frozen layers; None: run them
+    contents: str | None = None  # table of near-duplicates; None: those of equal text
 
     def catalog(self) -> Catalog:
         """Open the memory-mapped catalogue."""
-        return Catalog.load(self.items_uri)
+        catalog = Catalog.load(self.items_uri)
+        if self.contents is None:
+            return catalog
+        return catalog.with_contents(read_table(self.contents).column("content").to_numpy())
 
     def tokenizer(self) -> Tokenizer:
         """Load the tokenizer that both LLMs share."""
@@ -217,19 +225,34 @@ class Stage:
         return model.eval()
 
     def fit_to_items(self, interest: InterestModel) -> None:
-        """Fit the whitening and the lexical block to the catalogue, before any training."""
+        """Fit the whitening and the lexical block to the catalogue, before any training.
+
+        A folder of sentence-transformers may give its own mean and W_e in place of a whitening.
+        """
         collator = self.collator()
         tokens, lengths = collator.catalog_tokens()
         drawn = np.random.default_rng(self.config.seed).permutation(len(tokens))
-        rows = drawn[:NUM_WHITENED]
-        if self.config.model.item_encoder.whiten:
-            sample = torch.from_numpy(tokens[rows].astype(np.int64))
-            interest.item_encoder.whiten(
-                sample, torch.from_numpy(lengths[rows]), torch.from_numpy(rows)
-            )
-        if interest.item_encoder.config.lexical:
+        encoder = interest.item_encoder
+        folder = sentence_folder(self.config.model.item_encoder.checkpoint)
+        started = folder is not None and start_from(encoder, folder)
+        if encoder.config.whiten and not started:
+            self._whiten(encoder, drawn, tokens, lengths)
+        if encoder.config.lexical:
             rows = np.sort(drawn[:NUM_COUNTED])
-            interest.item_encoder.words.fit(tokens[rows], lengths[rows])
+            encoder.words.fit(tokens[rows], lengths[rows])
+
+    @staticmethod
+    def _whiten(
+        encoder: ItemEncoder, drawn: np.ndarray, tokens: np.ndarray, lengths: np.ndarray
+    ) -> None:
+        """Fit the whitening to the first of the drawn rows [I]."""
+        rows = drawn[: max(NUM_WHITENED, WHITENED_PER_DIMENSION * hidden_size(encoder.body))]
+        sample = torch.from_numpy(tokens[rows].astype(np.int64))
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        encoder.to(device).whiten(
+            sample.to(device), torch.from_numpy(lengths[rows]).to(device), torch.from_numpy(rows)
+        )
+        encoder.cpu()
 
     def whole(self) -> KarmaModel:
         """Build the model from the checkpoints, without private decoders."""

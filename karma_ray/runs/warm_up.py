@@ -19,6 +19,7 @@ from karma_ray.data.draws import hashed
 from karma_ray.data.steps import flattened as flat_list
 from karma_ray.data.steps import list_sizes
 from karma_ray.data.visual import VisualFeatures
+from karma_ray.model.backbones.sentence_folder import sentence_folder
 from karma_ray.model.config import DecodabilityConfig, ImageryConfig, ModelConfig
 from karma_ray.model.imagery import ImageTargets
 from karma_ray.model.karma import KarmaModel
@@ -91,6 +92,8 @@ def warmup_key(config: Config, items_hash: str, items_uri: str = "") -> dict[str
     kept = {n: value for n, value in fields.items() if n not in EXECUTION or n in WARMED_UP_BY}
     for name in ("model.item_encoder.checkpoint", "model.user_decoder.checkpoint"):
         kept[name] = content_hash(kept[name]) if Path(kept[name]).is_dir() else kept[name]
+    if folder := sentence_folder(config.model.item_encoder.checkpoint):
+        kept["model.item_encoder.checkpoint"] = content_hash(folder.root)
     kept["collate.visual_features"] = features_hash(config, items_uri)
     return {"version": STAGE_VERSION, "items": items_hash, **kept}
 

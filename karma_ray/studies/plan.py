@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from karma_ray import recipes
 from karma_ray.artifacts import absolute, exists, join
-from karma_ray.config import Config, override
+from karma_ray.config import Config, assigned, override
 from karma_ray.data.pictures import has_images
 from karma_ray.data.prepared import fingerprint, read_data_manifest, require_data
 from karma_ray.data.visual import features_uri
@@ -128,18 +128,24 @@ def planned(
 ) -> list[Trial]:
     """Return every row and seed, in the order of seeds, checked before the first one starts.
 
-    `extra` is applied after the settings of the data set.
+    `extra` is applied after the settings of the data set. These are for small models: with
+    pretrained weights `recipes.PRETRAINED` comes between them, then the settings of the row.
     """
     kind = data.name.partition("-")[0]
     base = SETTINGS.get(kind, SETTINGS["*"])
+    # The same for all rows, as rows are compared that were made under equal assignments.
+    plain = override(recipes.action_only(), [*base, *extra])
+    shared = recipes.settings_of_weights(plain, assigned(extra))
     trials = []
     for row in rows:
         config = override(recipes.build(row.built_from), [*base, *row.settings, *extra])
+        own = recipes.settings_of_weights(config, assigned([*row.settings, *extra]))
+        config = override(config, own)
         config.model.check()
         config.objective.check()
         config.evaluation.corpus_size()
         trials += [
-            Trial(row.name, replace(config, seed=seed), (*base, *extra), tuple(extra))
+            Trial(row.name, replace(config, seed=seed), (*base, *shared, *extra), tuple(extra))
             for seed in seeds
         ]
     return sorted(trials, key=lambda trial: seeds.index(trial.config.seed))

@@ -13,7 +13,7 @@ from jobs.ablate import main
 from karma_ray import cli, recipes
 from karma_ray.artifacts import read_lines, write_json
 from karma_ray.cluster.study import Outcome, run_study
-from karma_ray.config import override
+from karma_ray.config import override, to_dict
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
@@ -27,7 +27,7 @@ from karma_ray.studies.plan import (
     possible_rows,
 )
 from karma_ray.studies.record_files import finished_record
-from karma_ray.studies.records import OUTCOMES, outcomes_of, read_records
+from karma_ray.studies.records import OUTCOMES, baseline_key, outcomes_of, read_records, run_key
 from karma_ray.studies.rows import Row
 from karma_ray.studies.tables import TABLES
 from karma_ray.studies.trial import Trial, first_stage_key
@@ -102,6 +102,27 @@ def test_every_row_with_a_recipe_can_be_built(table: str, data: Data) -> None:
     assert TABLES[table].baseline in {row.name for row in rows}
     assert len(planned(rows, [0, 1], data)) == 2 * len(rows)
     assert len({row.name for row in TABLES[table].rows}) == len(TABLES[table].rows)
+
+
+def test_rows_with_pretrained_weights_are_trained_gently_and_stay_comparable(data: Data) -> None:
+    rows = [
+        Row("action_only", ""), Row("fast", "", "karma_text", ("training.learning_rate=1e-3",)),
+        Row("sasrec", "", "sasrec"),
+    ]  # fmt: skip
+    extra = ["model.checkpoint=Qwen/Qwen3-0.6B", "warmup.learning_rate=2e-4"]
+    trials = planned(rows, [0], data, extra)
+    rates = [trial.config.training.learning_rate for trial in trials]
+    assert rates[:2] == [5e-5, 1e-3] and rates[2] > 5e-5
+    for trial in trials[:2]:
+        assert trial.config.model.item_encoder.pool == "mean"
+        assert trial.config.warmup.learning_rate == 2e-4
+    keys = set()
+    for trial in trials:
+        record = {"config": to_dict(trial.config), "assignments": list(trial.assignments)}
+        keys.add(baseline_key(record, "action_only"))
+    assert keys == {run_key(to_dict(trials[0].config), None)}
+    (small,) = planned(rows[:1], [0], data)
+    assert not any("pool" in assignment for assignment in small.assignments)
 
 
 def test_trials_come_seed_by_seed_and_say_what_was_set(data: Data) -> None:

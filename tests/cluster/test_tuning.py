@@ -194,3 +194,19 @@ def test_drawn_values_survive_the_command_line(value: object) -> None:
         assert config.objective.lambda_dec == value
     else:
         assert text == str(value)
+
+
+def test_a_search_over_a_pretrained_llm_is_gentle_but_in_what_it_sets_or_draws(
+    tmp_path: Path,
+) -> None:
+    text = (
+        "from ray import tune\n"
+        "BASE_RECIPE, METRIC = 'karma_text', 'valid/HR@50'\n"
+        "SPACE = {'training.learning_rate': tune.loguniform(1e-5, 1e-4)}\n"
+        "FIXED = ('training.new_module_lr=3',)\n"
+    )
+    base = load_space(write_space(tmp_path, text)).base(["model.checkpoint=Qwen/Qwen3-0.6B"])
+    assert base.training.new_module_lr == 3
+    assert base.warmup.learning_rate == 5e-5 and base.model.item_encoder.pool == "mean"
+    drawn = override(base, assignments({"training.learning_rate": 2e-5}))
+    assert drawn.training.learning_rate == 2e-5

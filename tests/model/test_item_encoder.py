@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from karma_ray.metrics.collapse import effective_rank, mean_cosine
+from karma_ray.model import item_encoder
 from karma_ray.model.backbone import build_tiny, run_body, token_embeddings
 from karma_ray.model.config import ItemEncoderConfig, TinyBackboneConfig
 from karma_ray.model.item_encoder import ItemEncoder
@@ -137,6 +138,15 @@ def test_whitening_gives_item_embeddings_all_their_directions(pool: str) -> None
     after = _encode(encoder, *texts)
     assert abs(mean_cosine(after)) < 0.1
     assert effective_rank(after) > effective_rank(before)
+
+
+def test_whitening_in_portions_equals_whitening_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, parts = (tiny.model(pool="mean").interest.item_encoder for _ in range(2))
+    whole.whiten(*_texts())
+    monkeypatch.setattr(item_encoder, "SAMPLED_AT_ONCE", 2)
+    parts.whiten(*_texts())
+    torch.testing.assert_close(parts.mean, whole.mean)
+    torch.testing.assert_close(parts.output.weight, whole.output.weight, atol=1e-3, rtol=1e-3)
 
 
 @every_pool

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 
+from karma_ray.objectives import negatives
 from karma_ray.objectives.action import InfoNCE
 from karma_ray.objectives.negatives import (
     first_occurrences,
+    grouped_contents,
     hard_negative_mask,
     in_batch_mask,
     inclusion_log_chance,
@@ -103,3 +106,24 @@ def test_over_many_batches_the_corrected_denominator_is_that_of_the_whole_catalo
     assert float(found.mean()) == pytest.approx(wanted, abs=4 * error)
     assert 4 * error < 0.02 * wanted
     assert float(denominators(scores).mean()) < 0.8 * wanted
+
+
+@pytest.mark.parametrize("most", [1, 40, 10**6])
+def test_groups_of_contents_are_brute_force(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(negatives, "MAX_SCORES", most)
+    generator = np.random.default_rng(0)
+    vectors = generator.normal(size=(40, 3)).astype(np.float32)
+    contents = generator.integers(0, 35, 40)
+    units = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    linked = (units @ units.T > 0.99) | (contents[:, None] == contents)
+    for _ in range(6):  # chains of up to 64 pairs
+        linked = linked @ linked
+    groups = grouped_contents(contents, vectors, 0.99)
+    np.testing.assert_array_equal(groups[:, None] == groups, linked)
+    assert len(np.unique(groups)) < len(np.unique(contents)) and groups.max() < 40
+
+
+def test_without_larger_cosines_contents_stay_as_they_are() -> None:
+    contents = np.array([0, 1, 0, 2])
+    groups = grouped_contents(contents, np.eye(4, dtype=np.float32), 0.99)
+    np.testing.assert_array_equal(groups, contents)
