@@ -32,6 +32,7 @@ from karma_ray.artifacts import (
     read_json,
     read_manifest,
     read_table,
+    remove,
     value_hash,
     write_json,
 )
@@ -46,7 +47,6 @@ from karma_ray.data.pictures import (
     standing_part,
 )
 from karma_ray.data.prepared import require_data
-from karma_ray.data.staging import remove
 from karma_ray.data.visual import KIND, features_uri, grid_of, write_visual_manifest
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.vision_encoder import load_vision_encoder

@@ -30,6 +30,11 @@ def stop_on_signals() -> None:
         signal.signal(number, _receive)
 
 
+def forget() -> None:
+    """Take back what a signal asked for."""
+    _STATE.number = 0
+
+
 def is_requested() -> bool:
     """Whether the stage that trains should write a checkpoint and call `stop`."""
     return _STATE.number > 0

@@ -9,8 +9,6 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,8 +19,8 @@ from typing import Any, cast
 import torch
 
 from karma_ray.errors import KarmaRayError
-from karma_ray.runs import stopping
 from karma_ray.runs.executor import HERE
+from karma_ray.studies.child import work
 from karma_ray.studies.machine import trials_in_memory
 
 LOG = logging.getLogger(__name__)
@@ -71,7 +69,7 @@ class ThisMachine:
         # Spawned, as a forked child could not use the GPU.
         context = multiprocessing.get_context("spawn")
         ours, theirs = context.Pipe(duplex=False)
-        process = context.Process(target=_work, args=(theirs, threads, function, tuple(arguments)))
+        process = context.Process(target=work, args=(theirs, threads, function, tuple(arguments)))
         process.start()
         theirs.close()  # so that the end of the child closes the pipe
         return _Child(process, ours)
@@ -100,26 +98,3 @@ class ThisMachine:
                 task.process.kill()
             task.receive()
         return [task for task in tasks if task.reason is None]
-
-
-def _work(
-    pipe: Connection, threads: int, function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
-    """Run in a child: send (result, None), or (None, reason)."""
-    stopping.stop_on_signals()
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    torch.set_num_threads(threads)
-    try:
-        found = function(*arguments)
-    except Exception as error:
-        LOG.exception("%s failed", function.__name__)
-        pipe.send((None, str(error) or type(error).__name__))
-        return
-    pipe.send((found, None))
-
-
-def _end_with_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)
