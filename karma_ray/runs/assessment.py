@@ -111,7 +111,7 @@ def assess(
     metrics |= collapse_metrics(retriever, examples, config.seed)
     write_json(run_checks(evaluator, retriever, stage, examples), folder.path("checks.json"))
     cases = collect_cases(
-        retriever, stage.build_finished(), examples, evaluator.catalog,
+        retriever, stage.build_finished().to(retriever.device), examples, evaluator.catalog,
         count=NUM_CASES, seed=config.seed,
     )  # fmt: skip
     write_json(cases, folder.path("report", "cases.json"))
@@ -147,7 +147,7 @@ def collapse_metrics(retriever: Retriever, examples: pa.Table, seed: int) -> dic
     the sample deviate.
     """
     sample = sampled(examples, NUM_CHECKED, seed)
-    items = torch.from_numpy(retriever.table.embeddings)
+    items = torch.from_numpy(retriever.table.embeddings).to(retriever.device)
     model, interest = retriever.interest, retriever.interests(sample)
     learned = model.learned_width
     found = spread(items[:, :learned], interest[:, :learned])
@@ -169,6 +169,7 @@ def run_checks(
     source = Source.scan(join(evaluator.source.uri, "sequences"))
     rows = evaluator.source.sequences().slice(0, min(32, source.num_rows))
     batch = stage.collator().training(rows, row_keys(rows.num_rows, evaluator.config.seed))
+    batch = batch.to(retriever.device)
     return {
         "own_history": {name: own[name] for name in HEADLINE if name in own},
         "shuffled_history": {name: other[name] for name in HEADLINE if name in other},

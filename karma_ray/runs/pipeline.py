@@ -30,6 +30,7 @@ from karma_ray.artifacts import (
 from karma_ray.config import Config, from_dict, to_dict
 from karma_ray.data.prepared import PreparedData, read_data_manifest
 from karma_ray.errors import InputError
+from karma_ray.model.device import this_device
 from karma_ray.report.page import render_report
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
 from karma_ray.retrieval.export import save_bundle
@@ -217,7 +218,7 @@ def _train(
 
 def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
     """Write what serving needs: the bundle, the item embeddings and the index."""
-    config, model = stage.config, stage.build_finished()
+    config, model = stage.config, stage.build_finished().to(this_device())
     facts = {"recipe": config.recipe, "seed": config.seed, **model_size(model)}
     save_bundle(model.interest, model.tokenizer, config.collate, folder.bundle, facts)
     if config.training.num_workers and executor.embed is not None:

@@ -31,6 +31,7 @@ from karma_ray.model.backbones.checkpoints import load_lm_head, num_tokens
 from karma_ray.model.backbones.registry import checkpoint_family
 from karma_ray.model.backbones.tokenizer import check_tokens_shared, load_tokenizer
 from karma_ray.model.config import GeneratorConfig
+from karma_ray.model.device import this_device
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import KarmaModel
 from karma_ray.runs.frozen_outputs import EncodeRemotely, FrozenOutputs
@@ -223,9 +224,11 @@ class Stage:
         drawn = np.random.default_rng(self.config.seed).permutation(len(tokens))
         rows = drawn[:NUM_WHITENED]
         sample = torch.from_numpy(tokens[rows].astype(np.int64))
-        interest.item_encoder.whiten(
-            sample, torch.from_numpy(lengths[rows]), torch.from_numpy(rows)
+        device = this_device()  # thousands of texts are too much for a CPU beside a GPU
+        interest.item_encoder.to(device).whiten(
+            sample.to(device), torch.from_numpy(lengths[rows]).to(device), torch.from_numpy(rows)
         )
+        interest.item_encoder.to("cpu")
         if interest.item_encoder.config.lexical:
             rows = np.sort(drawn[:NUM_COUNTED])
             interest.item_encoder.words.fit(tokens[rows], lengths[rows])
