@@ -20,7 +20,6 @@ from karma_ray.artifacts import (
     value_hash,
     write_json,
 )
-from karma_ray.baselines.floors import build_floor
 from karma_ray.baselines.popularity import warm_mask
 from karma_ray.baselines.ranker import Ranker
 from karma_ray.config import Config
@@ -97,6 +96,8 @@ def assess(
         floors = {name: value for name, value in floors.items() if name != config.recipe}
     write_json(floors, folder.path("floors.json"))
     if stage is None:
+        from karma_ray.baselines.floors import build_floor
+
         ranker = build_floor(config.recipe, source, config.seed)
         return evaluator.both_splits(ranker, folder.path("outcomes"))
     retriever = Retriever.load(run, source.items_uri)
@@ -132,6 +133,8 @@ def floor_metrics(evaluator: Evaluator, cache: str) -> dict[str, dict[str, float
     if exists(join(source.items_uri, "truth")):
         names += recipes.CEILINGS
     missing = [name for name in names if name not in floors]
+    if missing:  # loaded only if needed, because scikit-learn takes its time
+        from karma_ray.baselines.floors import build_floor
     for name in missing:
         LOG.info("floor %s", name)
         floors[name] = evaluator.both_splits(build_floor(name, source, evaluator.config.seed))

@@ -218,14 +218,15 @@ def _train(
 
 def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
     """Write what serving needs: the bundle, the item embeddings and the index."""
-    config, model = stage.config, stage.build_finished().to(this_device())
+    config, model = stage.config, stage.build_finished()
     facts = {"recipe": config.recipe, "seed": config.seed, **model_size(model)}
     save_bundle(model.interest, model.tokenizer, config.collate, folder.bundle, facts)
     if config.training.num_workers and executor.embed is not None:
         executor.embed(folder.bundle, stage.items_uri, folder.item_embeddings)
     else:
         collator, catalog = stage.collator(), stage.catalog()
-        vectors = encode_catalog(model.interest, *collator.catalog_tokens())
+        interest = model.interest.to(this_device())
+        vectors = encode_catalog(interest, *collator.catalog_tokens())
         parents = {
             "bundle": read_manifest(folder.bundle)["content_hash"],
             "items": content_hash(join(stage.items_uri, "items")),
