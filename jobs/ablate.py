@@ -1,13 +1,15 @@
-"""Run the paper's tables, rows and seeds on Ray, with a committed record per run, and a report.
+"""Run the paper's tables, rows and seeds, with a committed record per run, and a report.
 
     python jobs/ablate.py table1 --data DATA --seeds 3
     python jobs/ablate.py table2 --data DATA --seeds 3 --rows karma_text,ar_mse_add
     python jobs/ablate.py baselines --data DATA --set model.user_decoder.query_mode=none
     python jobs/ablate.py baselines --data DATA --search 4
+    python jobs/ablate.py table1 --data DATA --without-ray --max-minutes 50
     python jobs/ablate.py report
 
-A run that has a record in --results with the same configuration and data is not repeated, so a
-study can be stopped and continued, also on another machine. docs/ablations.md lists the rows.
+Trials are tasks on Ray, or with --without-ray children of this process. A run that has a record in
+--results with the same configuration and data is not repeated, so a study can be stopped and
+continued, also on another machine. docs/ablations.md lists the rows.
 """
 
 from __future__ import annotations
@@ -21,9 +23,10 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.cli import parser, run
-from karma_ray.cluster.study import Outcome, run_study
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.runs.sources import CACHE, toy_shop
+from karma_ray.studies.here import ThisMachine
+from karma_ray.studies.machine import Machine
 from karma_ray.studies.page import write_report
 from karma_ray.studies.plan import (
     Data,
@@ -34,6 +37,7 @@ from karma_ray.studies.plan import (
     possible_rows,
 )
 from karma_ray.studies.search import chosen_trials, search_trials
+from karma_ray.studies.study import Outcome, run_study
 from karma_ray.studies.tables import TABLES
 from karma_ray.studies.trial import Trial
 
@@ -77,11 +81,19 @@ def _run(trials: Sequence[Trial], data: Data, flags: argparse.Namespace, begun: 
     if minutes and minutes > 0:
         minutes = max(1e-3, minutes - (time.monotonic() - begun) / 60)
     outcome = run_study(
-        trials, data, flags.results, runs="runs/study", cache=CACHE, concurrent=flags.concurrent,
-        max_minutes=minutes,
+        trials, data, flags.results, _machine(flags.without_ray), runs="runs/study", cache=CACHE,
+        concurrent=flags.concurrent, max_minutes=minutes,
     )  # fmt: skip
     print(f"runs     {outcome.told()}")
     return outcome
+
+
+def _machine(without_ray: bool) -> Machine:
+    if without_ray:
+        return ThisMachine()
+    from karma_ray.cluster.study import RayMachine
+
+    return RayMachine()
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -98,6 +110,10 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     flags.add_argument(
         "--concurrent", type=int, metavar="N",
         help="trials at a time (default: one per core, within the available memory)",
+    )  # fmt: skip
+    flags.add_argument(
+        "--without-ray", action="store_true",
+        help="run trials as children of this process, one at a time if there is a GPU",
     )  # fmt: skip
     flags.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",

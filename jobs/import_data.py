@@ -18,11 +18,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray import cli
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.importers.delimited import QUOTES
 from karma_ray.data.importers.log_files import TextFormat
 from karma_ray.data.importers.long import import_long, parse_mapping
 from karma_ray.data.importers.registry import FORMATS, importer
-from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
 
 

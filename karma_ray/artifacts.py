@@ -52,6 +52,13 @@ def absolute(uri: str) -> str:
     return path if "file" in fs.protocol else uri
 
 
+def remove(uri: str) -> None:
+    """Remove a file or folder if it exists."""
+    fs, path = open_filesystem(uri)
+    if fs.exists(path):
+        fs.rm(path, recursive=True)
+
+
 def exists(uri: str) -> bool:
     """Whether a file or folder exists at `uri`."""
     fs, path = open_filesystem(uri)

@@ -19,7 +19,7 @@ from pydantic import ConfigDict
 
 from karma_ray.artifacts import from_home
 from karma_ray.data.collate import CollateConfig
-from karma_ray.data.sessions import PrepareConfig
+from karma_ray.data.config import PrepareConfig
 from karma_ray.errors import InputError
 from karma_ray.evaluation.config import EvaluationConfig
 from karma_ray.model.config import ModelConfig

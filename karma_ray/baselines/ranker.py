@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
+from torch import Tensor
 
 
 class Ranker(Protocol):
@@ -18,4 +19,13 @@ class Ranker(Protocol):
         Only `query`, `user_id`, `timestamp` and the `history_*` columns may be read; the others
         contain the answer.
         """
+        ...
+
+
+@runtime_checkable
+class DeviceRanker(Protocol):
+    """A ranker whose scores are computed on a device, and may stay there."""
+
+    def score_on_device(self, examples: pa.Table) -> Tensor:
+        """Return the scores [b, I] of `Ranker.score`, where they were computed."""
         ...

@@ -19,6 +19,7 @@ from karma_ray.cluster.session import connect
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import encode_texts
 from karma_ray.errors import InputError
+from karma_ray.model.device import this_device
 from karma_ray.retrieval.encode import embedding_rows, encode_catalog, write_embedding_manifest
 from karma_ray.retrieval.export import load_bundle
 
@@ -35,6 +36,7 @@ class CatalogEncoder:
         torch.set_num_threads(1)
         self.bundle = load_bundle(bundle)
         self.catalog = Catalog.load(data)
+        self.bundle.interest.to(this_device())
         self.bundle.interest.attach_catalog(self.catalog, data)
         self.batch_size, self.precision = batch_size, precision
 
@@ -77,6 +79,7 @@ def embed_items(
         CatalogEncoder,
         fn_constructor_args=(bundle, data, batch_size, precision),
         compute=ray.data.ActorPoolStrategy(size=num_actors),
+        num_gpus=min(1.0, ray.cluster_resources().get("GPU", 0.0) / num_actors),
         batch_size=block,
     )
     fs, path = open_filesystem(absolute(out))

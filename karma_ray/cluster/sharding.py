@@ -16,9 +16,9 @@ import pyarrow as pa
 import ray
 
 from karma_ray.cluster.session import connect
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.fragments import Fragment
 from karma_ray.data.prepared import PreparedData
-from karma_ray.data.sessions import PrepareConfig
 from karma_ray.runs import preparation
 from karma_ray.runs.preparation import FragmentCheck, PartitionBuild
 

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 from numpy.typing import NDArray
 
 from karma_ray.errors import InputError
+
+if TYPE_CHECKING:
+    import polars as pl
 
 _LISTS = ("exposed", "clicked", "purchased")
 
@@ -49,6 +52,8 @@ def held_out_rows(categories: Sequence[str | None], chosen: set[str]) -> NDArray
 
 def without_items(pages: pl.DataFrame, item_ids: pa.Array) -> pl.DataFrame:
     """Remove items from the lists of all pages, and then the pages without a click."""
+    import polars as pl  # only preparation needs it
+
     gone = pl.Series(item_ids).implode()
     kept = pl.element().filter(~pl.element().is_in(gone))
     pages = pages.with_columns(pl.col(name).list.eval(kept) for name in _LISTS)

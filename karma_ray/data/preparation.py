@@ -16,10 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from karma_ray.artifacts import SCHEMA_VERSION
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.held_out import held_out_categories, held_out_rows
 from karma_ray.data.leakage import check_no_leak
 from karma_ray.data.schema import ITEMS, check_columns
-from karma_ray.data.sessions import PrepareConfig, build_examples, build_pages, build_sequences
+from karma_ray.data.sessions import build_examples, build_pages, build_sequences
 from karma_ray.data.splits import Cutoffs, choose_cutoffs
 from karma_ray.data.validation import check_events, check_items, check_share, count_reasons
 from karma_ray.errors import InputError

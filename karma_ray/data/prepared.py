@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
-import polars as pl
 import pyarrow as pa
 
 from karma_ray.artifacts import (
@@ -22,9 +21,9 @@ from karma_ray.artifacts import (
     value_hash,
 )
 from karma_ray.data.catalog import Catalog
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.held_out import held_out_categories, held_out_rows
 from karma_ray.data.schema import EXAMPLES, QUERY_MATCHES, SEQUENCES, check_columns
-from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
 
 SPLITS = ("valid", "test")
@@ -155,8 +154,8 @@ class QueryMatches:
         self._truth: dict[str, list[str]] = {}
         self._postings: dict[str, np.ndarray] | None = None
         if truth is not None:
-            frame = pl.DataFrame(pl.from_arrow(truth.select(QUERY_MATCHES.names))).drop_nulls()
-            for query, item_ids in frame.iter_rows():
+            rows = truth.select(QUERY_MATCHES.names).drop_null().to_pylist()
+            for query, item_ids in (row.values() for row in rows):
                 self._truth.setdefault(query, []).extend(item_ids)
 
     def rows(self, query: str | None) -> np.ndarray:

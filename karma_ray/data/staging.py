@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from karma_ray.artifacts import join, open_filesystem, read_table, write_json, write_table
+from karma_ray.artifacts import join, open_filesystem, read_table, remove, write_json, write_table
 from karma_ray.data.fragments import Fragment, list_fragments, read_fragment
 from karma_ray.data.schema import EXAMPLES, ITEMS, QUARANTINE, SEQUENCES, check_columns
 from karma_ray.data.validation import (
@@ -85,13 +85,6 @@ def publish(target: str, facts: dict[str, Any]) -> None:
     for table in ("sequences", "examples", "quarantine"):
         _replace(target, table)
     write_json(facts, join(target, "prepared.json"))
-
-
-def remove(uri: str) -> None:
-    """Remove a file or folder if it exists."""
-    fs, path = open_filesystem(uri)
-    if fs.exists(path):
-        fs.rm(path, recursive=True)
 
 
 def _check_share(

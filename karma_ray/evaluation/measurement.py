@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from karma_ray.baselines.ranker import Ranker
+from karma_ray.baselines.ranker import DeviceRanker, Ranker
 from karma_ray.data.catalog import Catalog
 from karma_ray.errors import KarmaRayError
 from karma_ray.evaluation.config import EvaluationConfig
 from karma_ray.evaluation.impressions import impressions, is_repeat, request_numbers
 from karma_ray.metrics import ranking
+from karma_ray.metrics.blocks import ArrayScores, ScoreBlock, TensorScores
 from karma_ray.metrics.semantic import TermMatrix, without_truth
 
 if TYPE_CHECKING:
@@ -59,6 +60,14 @@ class EvaluationDetails:
     """[G] weight of each judged request in gAUC."""
 
 
+def block_scores(ranker: Ranker, block: pa.Table) -> ScoreBlock:
+    """Return the scores of a block; those of a ranker on a GPU stay there."""
+    if isinstance(ranker, DeviceRanker):
+        values = ranker.score_on_device(block)
+        return ArrayScores(values.numpy()) if values.device.type == "cpu" else TensorScores(values)
+    return ArrayScores(np.asarray(ranker.score(block)))
+
+
 class Measurement:
     """One pass over the examples: `run` fills it, `metrics` and `details` read it."""
 
@@ -93,9 +102,9 @@ class Measurement:
         started = reported = time.monotonic()
         for start in range(0, num, size):
             block = self.examples.slice(start, size)
-            scores = np.asarray(ranker.score(block))
+            scores = block_scores(ranker, block)
             assert scores.shape == (block.num_rows, self.num_items), "a ranker scores all items"
-            if np.isnan(scores).any():
+            if scores.has_nan():
                 raise KarmaRayError(f"{type(ranker).__name__}: NaN among the scores")
             self._take(start, scores)
             if time.monotonic() - reported > _PROGRESS_SECONDS:
@@ -103,34 +112,26 @@ class Measurement:
                 done = start + block.num_rows
                 logger.info("evaluated %d of %d examples, %.0f s", done, num, reported - started)
 
-    def _take(self, start: int, scores: NDArray[np.floating]) -> None:  # scores [b, I]
-        here = slice(start, start + len(scores))
+    def _take(self, start: int, scores: ScoreBlock) -> None:  # scores [b, I]
+        here = slice(start, start + scores.shape[0])
         targets, mode = self.targets[here], self.config.js_mode
-        corpus = self._within_corpus(scores, targets)
-        self.ranks[here] = ranking.pessimistic_ranks(corpus, targets)
-        best = ranking.top_rows(corpus, JS_DEPTH + 1, targets, self.priority)
+        corpus = scores if self.left_out is None else scores.without(self.left_out, targets)
+        self.ranks[here] = corpus.pessimistic_ranks(targets)
+        best = corpus.top_rows(JS_DEPTH + 1, targets, self.priority)
         self.js[here] = self.terms.jaccard(targets, best[:, :JS_DEPTH], mode)
         self.js_excl[here] = self.terms.jaccard(targets, without_truth(targets, best), mode)
+        inside: dict[int, NDArray[np.int64]] = {}
         for row, target in enumerate(targets):
             if target >= 0 and self.queries[start + row]:
                 matching = self.query_matches.rows(self.queries[start + row])
                 if len(matching) < self.num_items and target in matching:
-                    rank = ranking.rank_within(scores[row], int(target), matching)
-                    self.query_ranks[start + row] = rank
-        first, last = np.searchsorted(self.pairs.example, [start, start + len(scores)])
+                    inside[row] = matching
+        rows = np.array([*inside], dtype=np.int64)
+        ranks = scores.ranks_within(rows, targets[rows], [*inside.values()])
+        self.query_ranks[start + rows] = ranks
+        first, last = np.searchsorted(self.pairs.example, [here.start, here.stop])
         at = self.pairs.example[first:last] - start
-        self.pair_scores[first:last] = scores[at, self.pairs.row[first:last]]
-
-    def _within_corpus(
-        self, scores: NDArray[np.floating], targets: NDArray[np.int64]
-    ) -> NDArray[np.floating]:  # [b, I], [b] -> [b, I]
-        """Return the scores with items outside `evaluation.corpus`, except the target, last."""
-        if self.left_out is None:
-            return scores
-        known = np.flatnonzero(targets >= 0)
-        corpus = np.where(self.left_out, -np.inf, scores)
-        corpus[known, targets[known]] = scores[known, targets[known]]
-        return corpus
+        self.pair_scores[first:last] = scores.at(at, self.pairs.row[first:last])
 
     def metrics(
         self, warm: NDArray[np.bool_], held_out: NDArray[np.bool_] | None = None

@@ -11,7 +11,6 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from karma_ray.artifacts import RunFolder, join, open_filesystem
 from karma_ray.evaluation.alarm import messages
-from karma_ray.report.plots import PLOTS
 from karma_ray.report.record import RunRecord, number, read_run
 from karma_ray.report.standing import format_count, headline, sections
 
@@ -42,6 +41,8 @@ def render_report(run: str) -> str:
     Missing parts (no training, no checks, no cases) are left out. Raises InputError when `run`
     is not a run folder.
     """
+    from karma_ray.report.plots import PLOTS  # here, so that no run waits for matplotlib to start
+
     record = read_run(run)
     report = RunFolder(record.run).report
     pictures = {name: plot(record) for name, (_, plot) in PLOTS.items()}

@@ -7,7 +7,7 @@ Legend: I items, L tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -27,42 +27,69 @@ if TYPE_CHECKING:
     from karma_ray.model.recall import RecallModel
 
 MANIFEST_KIND = "item_embeddings"
+CPU_BATCH = 256
+"""Items that a CPU encodes at once."""
+GPU_SLOTS = 32_768
+"""Slots of a padded batch that a GPU encodes at once."""
+WAITING = 2**26
+"""Numbers that wait on a GPU, a quarter of a gigabyte, before they are moved."""
 
 
 def encode_catalog(
     interest: RecallModel,
     tokens: NDArray[Any],  # [I, L]
     lengths: NDArray[Any],  # [I]
-    batch_size: int = 256,
+    batch_size: int | None = None,
     precision: str = "float32",
     rows: NDArray[np.int64] | None = None,  # [I]
 ) -> NDArray[np.float32]:  # [I, D]
-    """Encode every item, in the given order. The model's mode is restored afterwards.
+    """Encode every item, in the given order, on the model's device. Its mode is restored.
 
     `rows` are catalogue rows for multimodal encoders (default: 0 to I - 1). Batches have items of
     similar length, so there is little padding. Apart from rounding the result does not depend on
-    the batch of an item.
+    the batch of an item; `item_batches` says what they are by default.
     """
     device = next(interest.parameters()).device
     was_training = interest.training
     interest.eval()
     order = np.argsort(lengths, kind="stable")
     of_catalog = np.arange(len(lengths)) if rows is None else rows
-    parts: list[NDArray[np.float32]] = []
+    moved: list[NDArray[np.float32]] = []
+    parts: list[torch.Tensor] = []  # not waited for, so that a GPU is not idle between batches
     with torch.inference_mode(), autocast(device, precision):
-        for start in range(0, len(order), batch_size):
-            some = order[start : start + batch_size]
+        for some in item_batches(order, lengths, device, batch_size):
             width = max(1, int(lengths[some].max()))
             batch = torch.from_numpy(tokens[some, :width].astype(np.int64)).to(device)
             sizes = torch.from_numpy(lengths[some].astype(np.int64)).to(device)
             places = torch.from_numpy(of_catalog[some])
-            parts.append(interest.encode_items(batch, sizes, places).float().cpu().numpy())
+            parts.append(interest.encode_items(batch, sizes, places).float())
+            if device.type == "cpu" or sum(part.numel() for part in parts) > WAITING:
+                moved, parts = [*moved, *(part.cpu().numpy() for part in parts)], []
+    moved += [part.cpu().numpy() for part in parts]
     interest.train(was_training)
-    if not parts:
+    if not moved:
         return np.zeros((0, 0), np.float32)
-    result = np.empty((len(order), parts[0].shape[1]), np.float32)
-    result[order] = np.concatenate(parts)
+    result = np.empty((len(order), moved[0].shape[1]), np.float32)
+    result[order] = np.concatenate(moved)
     return result
+
+
+def item_batches(
+    order: NDArray[np.int64], lengths: NDArray[Any], device: torch.device, size: int | None
+) -> Iterator[NDArray[np.int64]]:
+    """Yield the items of each batch; `order` is by rising lengths.
+
+    Without `size` these are CPU_BATCH items on a CPU, and as many as GPU_SLOTS holds elsewhere.
+    """
+    start = 0
+    while start < len(order):
+        count = size or CPU_BATCH
+        if size is None and device.type != "cpu":
+            some = np.maximum(lengths[order[start : start + GPU_SLOTS]].astype(np.int64), 1)
+            slots = some * np.arange(1, len(some) + 1)  # of a batch that ends with this item
+            count = max(1, int(np.searchsorted(slots, GPU_SLOTS, side="right")))
+        yield order[start : start + count]
+        start += count
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -33,6 +33,7 @@ from karma_ray.retrieval.finite import check_finite
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    import torch
     from numpy.typing import NDArray
 
     Vectors = NDArray[np.float32]
@@ -162,6 +163,12 @@ class ItemIndex:
     def num_items(self) -> int:
         """Number of items in the index."""
         return len(self.item_ids)
+
+    def on(self, device: torch.device) -> ItemIndex:
+        """Return the index with its exact search on a device; approximate ones stay on the CPU."""
+        if not self._is_exact or self.engine.device == device:
+            return self
+        return dataclasses.replace(self, engine=ExactSearch(self.engine.vectors, device))
 
     def search(self, queries: Vectors, k: int) -> tuple[Rows, Vectors]:  # [B, D] -> [B, K]
         """Return rows and scores of the `k` best items per query, best first.

@@ -21,6 +21,7 @@ from karma_ray.artifacts import RunFolder, exists, read_manifest
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.collate import Collator
 from karma_ray.errors import InputError
+from karma_ray.model.device import this_device
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.finite import check_queries
@@ -72,14 +73,16 @@ class Retriever:
     ) -> None:
         """`collator` must use the row numbers of `table`; `index` may use others."""
         self.interest = interest.eval()
-        self.collator, self.table, self.index = collator, table, index
-        self.model_version, self.index_version = model_version, index.content_hash
         device = next(interest.parameters()).device
+        self.collator, self.table, self.index = collator, table, index.on(device)
+        self.model_version, self.index_version = model_version, index.content_hash
         self._embeddings = torch.from_numpy(table.embeddings).to(device)  # [I, D]
 
     @classmethod
-    def load(cls, run: str, data: str | None = None) -> Retriever:
-        """Load a finished run folder.
+    def load(
+        cls, run: str, data: str | None = None, device: torch.device | str | None = None
+    ) -> Retriever:
+        """Load a finished run folder; the default device is this process's GPU, if it has one.
 
         With `data`, rows (and columns of `score`) are in the order of that catalogue; otherwise in
         the order of the index, without reading a catalogue. Raises InputError that names a
@@ -93,7 +96,8 @@ class Retriever:
         order = index.item_ids if data is None else Catalog.load(data).item_ids
         table = table.in_order(order)
         collator = Collator(table, bundle.tokenizer, bundle.collate_config)
-        return cls(bundle.interest, collator, table, index, bundle.content_hash)
+        interest = bundle.interest.to(this_device(device))
+        return cls(interest, collator, table, index, bundle.content_hash)
 
     @classmethod
     def from_model(
@@ -108,6 +112,11 @@ class Retriever:
         table = ItemTable(catalog.item_ids, catalog.titles, embeddings, {})
         return cls(interest, collator, table, build_index(interest, table, kind))
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model, the item vectors and the scores are."""
+        return self._embeddings.device
+
     def interests(self, examples: pa.Table) -> Tensor:  # [B, D]
         """Return h_t of every request."""
         with torch.inference_mode():
@@ -116,13 +125,17 @@ class Retriever:
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # [B, I]
         """Return scores of the whole catalogue for rows of `examples`, in the table's order."""
+        scores: NDArray[np.float32] = self.score_on_device(examples).cpu().numpy()
+        return scores
+
+    def score_on_device(self, examples: pa.Table) -> Tensor:  # [B, I]
+        """Return the same scores on the device of the model."""
         with torch.inference_mode():
             queries = self._vectors(examples)  # [B, K, D]
             best = (queries[:, 0] @ self._index_vectors.T).float()
             for other in queries[:, 1:].unbind(1):
                 best = torch.maximum(best, (other @ self._index_vectors.T).float())
-            result: NDArray[np.float32] = best.cpu().numpy()
-        return result
+        return best
 
     def recall(
         self,
@@ -221,7 +234,9 @@ def build_index(
     )
 
 
-def index_run(run: str, kind: IndexKind | None = None) -> ItemIndex:
+def index_run(
+    run: str, kind: IndexKind | None = None, device: torch.device | str | None = None
+) -> ItemIndex:
     """Build and save RUN/index from RUN/bundle and RUN/item_embeddings."""
     folder = RunFolder(run)
     require_part(run, folder.bundle, "jobs/train.py --out RUN")
@@ -229,9 +244,8 @@ def index_run(run: str, kind: IndexKind | None = None) -> ItemIndex:
     bundle = load_bundle(folder.bundle)
     table = load_embeddings(folder.item_embeddings, bundle.content_hash)
     made = read_manifest(folder.item_embeddings)["content_hash"]
-    index = build_index(
-        bundle.interest, table, kind, bundle=bundle.content_hash, item_embeddings=made
-    )
+    interest = bundle.interest.to(this_device(device))
+    index = build_index(interest, table, kind, bundle=bundle.content_hash, item_embeddings=made)
     return index.save(folder.index)
 
 

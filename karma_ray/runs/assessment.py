@@ -21,7 +21,6 @@ from karma_ray.artifacts import (
     value_hash,
     write_json,
 )
-from karma_ray.baselines.floors import build_floor
 from karma_ray.baselines.llm import TextVectors
 from karma_ray.baselines.popularity import warm_mask
 from karma_ray.baselines.ranker import Ranker
@@ -120,6 +119,8 @@ def assess(
         floors = {name: value for name, value in floors.items() if name != config.recipe}
     write_json(floors, folder.path("floors.json"))
     if stage is None:
+        from karma_ray.baselines.floors import build_floor
+
         ranker = build_floor(config.recipe, source, config.seed, _vectors(config, source, cache))
         return evaluator.both_splits(ranker, folder.path("outcomes"))
     retriever = Retriever.load(run, source.items_uri)
@@ -134,7 +135,7 @@ def assess(
     metrics |= collapse_metrics(retriever, examples, config.seed)
     write_json(run_checks(evaluator, retriever, stage, examples), folder.path("checks.json"))
     cases = collect_cases(
-        retriever, stage.build_finished(), examples, evaluator.catalog,
+        retriever, stage.build_finished().to(retriever.device), examples, evaluator.catalog,
         count=NUM_CASES, seed=config.seed,
     )  # fmt: skip
     write_json(cases, folder.path("report", "cases.json"))
@@ -177,6 +178,8 @@ def _cached(
     floors = cast(dict[str, dict[str, float]], read_json(path)) if exists(path) else {}
     missing = [name for name in names if name not in floors]
     found = vectors() if missing else None
+    if missing:  # loaded only if needed, because scikit-learn takes its time
+        from karma_ray.baselines.floors import build_floor
     for name in missing:
         LOG.info("floor %s", name)
         ranker = build_floor(name, evaluator.source, evaluator.config.seed, found)
@@ -201,7 +204,7 @@ def collapse_metrics(retriever: Retriever, examples: pa.Table, seed: int) -> dic
     the sample deviate.
     """
     sample = sampled(examples, NUM_CHECKED, seed)
-    items = torch.from_numpy(retriever.table.embeddings)
+    items = torch.from_numpy(retriever.table.embeddings).to(retriever.device)
     model, interest = retriever.interest, retriever.interests(sample)
     learned = model.learned_width
     found = spread(items[:, :learned], interest[:, :learned])
@@ -223,6 +226,7 @@ def run_checks(
     source = Source.scan(join(evaluator.source.uri, "sequences"))
     rows = evaluator.source.sequences().slice(0, min(32, source.num_rows))
     batch = stage.collator().training(rows, row_keys(rows.num_rows, evaluator.config.seed))
+    batch = batch.to(retriever.device)
     return {
         "own_history": {name: own[name] for name in HEADLINE if name in own},
         "shuffled_history": {name: other[name] for name in HEADLINE if name in other},

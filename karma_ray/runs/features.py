@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import torch
 from tqdm import tqdm
 
 from karma_ray.artifacts import (
@@ -32,6 +31,7 @@ from karma_ray.artifacts import (
     read_json,
     read_manifest,
     read_table,
+    remove,
     value_hash,
     write_json,
 )
@@ -46,10 +46,10 @@ from karma_ray.data.pictures import (
     standing_part,
 )
 from karma_ray.data.prepared import require_data
-from karma_ray.data.staging import remove
 from karma_ray.data.visual import KIND, features_uri, grid_of, write_visual_manifest
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.vision_encoder import load_vision_encoder
+from karma_ray.model.device import this_device
 
 LOG = logging.getLogger(__name__)
 
@@ -162,7 +162,7 @@ class Loaded:
 
     def __call__(self) -> ImageEncoder:
         """Return the encoder, on this process's GPU if it has one."""
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = this_device()
         return load_vision_encoder(self.checkpoint, self.grid, device)
 
 

@@ -24,6 +24,7 @@ from karma_ray.data.tokens import catalog_tokens, tokenizer_hash
 from karma_ray.model.backbone import hidden_size, load_item_body
 from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.model.config import ItemEncoderConfig
+from karma_ray.model.device import this_device
 from karma_ray.model.frozen_states import KINDS, PORTION, FrozenStates, write_states
 from karma_ray.model.item_encoder import ItemEncoder, instruction_tokens
 from karma_ray.retrieval.encode import autocast
@@ -95,8 +96,7 @@ class FrozenOutputs:
         words = instruction_tokens(self.encoder, self.tokenizer())
         with torch.random.fork_rng():  # a run draws the same numbers whether the file exists
             encoder = ItemEncoder(body, self.encoder, hidden_size(body), words, 0)
-        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-        return FrozenPortions(encoder.to(device).eval(), *self.texts(), self.precision)
+        return FrozenPortions(encoder.to(this_device(device)).eval(), *self.texts(), self.precision)
 
     def make(self, encode: EncodeRemotely | None = None) -> None:
         """Make the file unless it exists; `encode` computes its portions in other processes."""

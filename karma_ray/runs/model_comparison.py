@@ -33,6 +33,7 @@ from karma_ray.evaluation.probe_sets import (
 )
 from karma_ray.metrics.attention import EPSILON
 from karma_ray.metrics.collapse import linear_cka
+from karma_ray.model.device import this_device
 from karma_ray.model.karma import KarmaModel
 from karma_ray.report.diagnosis_page import Comparison, Subject, render_diagnosis
 from karma_ray.runs.continuation import noted_stage
@@ -215,7 +216,7 @@ def _measure(
 ) -> ModelDiagnosis:  # fmt: skip
     started = time.monotonic()
     LOG.info("measuring %s", name)
-    model = model.to("cuda" if torch.cuda.is_available() else "cpu")
+    model = model.to(this_device())
     found = diagnose(model, probe_set, JointStep(config.objective).probe, wanted)
     LOG.info("measured %s in %.0f s", name, time.monotonic() - started)
     return found

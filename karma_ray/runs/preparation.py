@@ -7,6 +7,8 @@
 A `Shuffle` does the mapping and splitting: this process by default, or Ray Data for tables that
 are too large for it (cluster/sharding.py). Both write the same files. Each file is named after
 its fragment or partition, so a task that runs twice replaces its own file.
+
+What prepares is imported where it is used, so that data that are prepared need no polars.
 """
 
 from __future__ import annotations
@@ -22,17 +24,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from karma_ray.artifacts import absolute, exists, join, locked, read_table, write_table
+from karma_ray.artifacts import absolute, exists, join, locked, read_table, remove, write_table
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.fragments import Fragment, read_fragment
-from karma_ray.data.preparation import (
-    add_up,
-    build_partition,
-    catalogue_ids,
-    click_times,
-    cutoffs_of,
-    held_out_ids,
-    make_facts,
-)
 from karma_ray.data.prepared import (
     PreparedData,
     differences,
@@ -40,17 +34,7 @@ from karma_ray.data.prepared import (
     read_data_manifest,
     require_data,
 )
-from karma_ray.data.sessions import PrepareConfig
 from karma_ray.data.splits import Cutoffs
-from karma_ray.data.staging import (
-    WORK,
-    count_quarantined,
-    event_fragments,
-    publish,
-    read_catalogue,
-    remove,
-)
-from karma_ray.data.validation import check_events
 from karma_ray.errors import InputError, LeakError
 
 LOG = logging.getLogger(__name__)
@@ -123,6 +107,8 @@ def prepare(
 def _prepare_into(
     data_uri: str, config: PrepareConfig, out: str, shuffle: Shuffle
 ) -> dict[str, Any]:
+    from karma_ray.data.staging import WORK
+
     source, target = absolute(data_uri), absolute(out)
     remove(join(target, WORK))
     try:
@@ -140,6 +126,21 @@ def partition_of(user_ids: pa.ChunkedArray, num_partitions: int) -> pa.ChunkedAr
 
 
 def _prepare(source: str, target: str, config: PrepareConfig, shuffle: Shuffle) -> dict[str, Any]:
+    from karma_ray.data.preparation import (
+        add_up,
+        catalogue_ids,
+        cutoffs_of,
+        held_out_ids,
+        make_facts,
+    )
+    from karma_ray.data.staging import (
+        WORK,
+        count_quarantined,
+        event_fragments,
+        publish,
+        read_catalogue,
+    )
+
     manifest = read_data_manifest(source)
     fragments = event_fragments(source)
     num_rows = sum(fragment.num_rows for fragment in fragments)
@@ -178,6 +179,9 @@ class FragmentCheck:
 
     def __call__(self, fragment: Fragment) -> pa.Table:
         """Return the clean rows; the column `partition` has the partition of the user."""
+        from karma_ray.data.preparation import click_times
+        from karma_ray.data.validation import check_events
+
         table = read_fragment(self.folder, fragment.path, fragment.row_group)
         checked = check_events(
             table, self.item_ids, fragment.path, fragment.first_row, fragment.order
@@ -206,6 +210,8 @@ class PartitionBuild:
         A leak is returned instead of raised: Ray Data passes on the text of a task's exception
         but not its type. Nothing is published while there is a leak.
         """
+        from karma_ray.data.preparation import build_partition
+
         part = f"part-{group['partition'][0].as_py():05d}"
         try:
             events = group.drop_columns(["partition"])

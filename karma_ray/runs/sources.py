@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from karma_ray.artifacts import absolute, exists, join, locked, value_hash
-from karma_ray.data.sessions import PrepareConfig
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.data.visual import features_uri

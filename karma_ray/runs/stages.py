@@ -32,6 +32,7 @@ from karma_ray.model.backbones.registry import checkpoint_family
 from karma_ray.model.backbones.sentence_folder import refuse_hub_name, sentence_folder
 from karma_ray.model.backbones.tokenizer import check_tokens_shared, load_tokenizer
 from karma_ray.model.config import GeneratorConfig
+from karma_ray.model.device import this_device
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.item_encoder import ItemEncoder, start_from
 from karma_ray.model.karma import KarmaModel
@@ -248,7 +249,7 @@ class Stage:
         """Fit the whitening to the first of the drawn rows [I]."""
         rows = drawn[: max(NUM_WHITENED, WHITENED_PER_DIMENSION * hidden_size(encoder.body))]
         sample = torch.from_numpy(tokens[rows].astype(np.int64))
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = this_device()  # thousands of texts are too much for a CPU beside a GPU
         encoder.to(device).whiten(
             sample.to(device), torch.from_numpy(lengths[rows]).to(device), torch.from_numpy(rows)
         )

@@ -11,10 +11,11 @@ from dataclasses import replace
 from typing import Any
 
 import pyarrow as pa
-import torch
 
 from karma_ray.artifacts import absolute, exists, join, read_json
 from karma_ray.errors import InputError
+from karma_ray.model.device import this_device
+from karma_ray.runs import stopping
 from karma_ray.runs.batches import local_blocks
 from karma_ray.runs.run_log import ProgressLine
 from karma_ray.runs.worker import TrainJob, run_worker
@@ -50,7 +51,8 @@ def run_training(
         message = f"already holds checkpoints of the stage {job.stage}; resume, or use a new folder"
         raise InputError("run folder", job.run, message)
     if distribute is None or job.training.num_workers == 0:
-        return run_worker(job, LocalChannel(), progress)
+        with stopping.deferred():
+            return run_worker(job, LocalChannel(), progress)
     with ProgressLine(job.run, job.stage, job.training.steps, progress):
         return distribute(job, max_failures)
 
@@ -61,7 +63,7 @@ class LocalChannel:
     in_driver = True
 
     def __init__(self) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = this_device()
 
     def read_blocks(self, order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
         """Read the rows of training batches."""

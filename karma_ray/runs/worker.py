@@ -19,6 +19,7 @@ from torch import nn
 from karma_ray.artifacts import join, write_json
 from karma_ray.errors import StorageError, TakenOver
 from karma_ray.evaluation.alarm import Alarm, messages
+from karma_ray.runs import stopping
 from karma_ray.runs.batches import WorkerContext
 from karma_ray.runs.run_log import RunLog
 from karma_ray.training.checkpoints.checkpoint import Progress, load_checkpoint, save_weights
@@ -266,9 +267,13 @@ class _Hooks:
         training = job.training
         if training.validate_every and step % training.validate_every == 0:
             self.validate(step)
-        if training.checkpoint_every and step % training.checkpoint_every == 0:
+        stops = stopping.is_requested() and step < training.steps
+        if stops or (training.checkpoint_every and step % training.checkpoint_every == 0):
             score = self.valid.get(training.best_metric) if self._validated == step else None
             self._store.save(self._model, self._optimizer, Progress(step), score=score)
+        if stops:
+            LOG.info("%s: stopped after step %d of %d", job.stage, step, training.steps)
+            stopping.stop()
 
     def validate(self, step: int) -> None:
         """Evaluate on rank 0 while the others wait, preserving the random state of training.

@@ -15,9 +15,9 @@ from karma_ray.baselines.oracle import ClickRules, PosteriorOracle, TasteOracle,
 from karma_ray.baselines.popularity import training_clicks
 from karma_ray.baselines.query_filter import PopularQueryFilterRanker, QueryFilterRanker
 from karma_ray.data.catalog import Catalog
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.preparation import Prepared, prepare_tables
 from karma_ray.data.prepared import QueryMatches
-from karma_ray.data.sessions import PrepareConfig
 from karma_ray.data.synthetic import PersonaStates, ToyShopConfig, ToyTruth, write_toy_shop
 from karma_ray.data.synthetic.config import POSITION_FACTORS, START
 from karma_ray.data.synthetic.truth import MICROSECONDS_PER_DAY

@@ -10,10 +10,10 @@ import pytest
 
 from karma_ray.artifacts import read_json, read_table, write_json, write_table
 from karma_ray.cluster.sharding import ensure_prepared, prepare
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.preparation import Prepared, prepare_tables
 from karma_ray.data.prepared import PreparedData
 from karma_ray.data.schema import ITEMS
-from karma_ray.data.sessions import PrepareConfig
 from karma_ray.data.splits import Cutoffs, to_microseconds
 from karma_ray.data.validation import check_events
 from karma_ray.errors import InputError, TooManyBadRows

@@ -12,7 +12,7 @@ import pytest
 from jobs.ablate import main
 from karma_ray import cli, recipes
 from karma_ray.artifacts import read_lines, write_json
-from karma_ray.cluster.study import Outcome, run_study
+from karma_ray.cluster.study import RayMachine
 from karma_ray.config import override, to_dict
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
@@ -29,6 +29,7 @@ from karma_ray.studies.plan import (
 from karma_ray.studies.record_files import finished_record
 from karma_ray.studies.records import OUTCOMES, baseline_key, outcomes_of, read_records, run_key
 from karma_ray.studies.rows import Row
+from karma_ray.studies.study import Outcome, run_study
 from karma_ray.studies.tables import TABLES
 from karma_ray.studies.trial import Trial, first_stage_key
 
@@ -78,7 +79,7 @@ def test_unknown_names_are_refused_with_the_choices(data: Data) -> None:
     trials = planned([Row("action_only", "")], [0], data)
     for limits in ({"concurrent": 0}, {"max_minutes": -1.0}):
         with pytest.raises(InputError, match=next(iter(limits)).replace("_", "-")):
-            run_study(trials, data, "results", runs="runs", cache="cache", **limits)  # type: ignore[arg-type]
+            run_study(trials, data, "results", RayMachine(), runs="runs", cache="cache", **limits)  # type: ignore[arg-type]
 
 
 def test_rows_that_cannot_run_are_skipped_with_the_reason(
@@ -162,8 +163,9 @@ class Study:
 
     def run(self, trials: list[Trial], **limits: Any) -> Outcome:
         return run_study(
-            trials, self.data, self.results, runs=self.runs, cache=self.cache, **limits
-        )
+            trials, self.data, self.results, RayMachine(), runs=self.runs, cache=self.cache,
+            **limits,
+        )  # fmt: skip
 
     def lines(self) -> list[str]:
         return (self.results / "toy_shop.jsonl").read_text().splitlines()

@@ -9,11 +9,11 @@ import pyarrow.compute as pc
 import pytest
 
 from karma_ray.artifacts import write_json, write_table
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.held_out import held_out_categories, leaf
 from karma_ray.data.preparation import Prepared, prepare_tables
 from karma_ray.data.prepared import PreparedData, differences
 from karma_ray.data.schema import ITEMS
-from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
 from karma_ray.runs.preparation import ensure_prepared, prepare
 from tests.data.logs import at, event, events_table, random_events

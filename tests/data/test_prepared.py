@@ -9,10 +9,10 @@ import pytest
 
 from karma_ray.artifacts import write_json, write_table
 from karma_ray.data.catalog import Catalog
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.preparation import prepare_tables
 from karma_ray.data.prepared import PreparedData, QueryMatches, differences, fingerprint, terms
 from karma_ray.data.schema import EXAMPLES, ITEMS, QUERY_MATCHES, SEQUENCES
-from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError, TooManyBadRows
 from tests.data.logs import event, events_table, items_table, random_events
 

@@ -9,9 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.preparation import Prepared, prepare_tables
 from karma_ray.data.schema import EXAMPLES, SEQUENCES
-from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
 from tests.data.logs import at, event, events_table, items_table, random_events
 

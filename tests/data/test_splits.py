@@ -8,10 +8,10 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.leakage import check_no_leak
 from karma_ray.data.preparation import Prepared, prepare_tables
 from karma_ray.data.schema import EXAMPLES, SEQUENCES
-from karma_ray.data.sessions import PrepareConfig
 from karma_ray.data.splits import Cutoffs, choose_cutoffs, to_microseconds
 from karma_ray.errors import InputError, LeakError
 from tests.data.logs import at, items_table, random_events

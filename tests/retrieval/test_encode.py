@@ -8,7 +8,14 @@ import torch
 
 from karma_ray.artifacts import read_table
 from karma_ray.errors import InputError, KarmaRayError, SkewError
-from karma_ray.retrieval.encode import ItemTable, encode_catalog, load_embeddings, save_embeddings
+from karma_ray.retrieval.encode import (
+    GPU_SLOTS,
+    ItemTable,
+    encode_catalog,
+    item_batches,
+    load_embeddings,
+    save_embeddings,
+)
 from tests import tiny_run
 
 
@@ -25,6 +32,17 @@ def test_batch_size_and_item_order_change_nothing_beyond_rounding(encoded) -> No
     order = np.random.default_rng(0).permutation(len(lengths))
     small = encode_catalog(model, tokens[order], lengths[order], batch_size=3)
     np.testing.assert_allclose(small, whole[order], atol=1e-5)
+
+
+def test_a_gpu_encodes_as_many_items_at_once_as_its_slots_hold() -> None:
+    lengths = np.sort(np.random.default_rng(0).integers(0, 90, 5000))
+    lengths[-1] = GPU_SLOTS + 1  # encoded alone
+    order = np.arange(len(lengths))
+    parts = list(item_batches(order, lengths, torch.device("cuda"), None))
+    assert np.array_equal(np.concatenate(parts), order) and len(parts) < 12
+    assert all(len(p) * lengths[p].max() <= GPU_SLOTS for p in parts[:-1]) and len(parts[-1]) == 1
+    sizes = [len(p) for p in item_batches(order, lengths, torch.device("cpu"), None)]
+    assert set(sizes[:-1]) == {256}
 
 
 def test_the_result_is_the_encoder_item_by_item(encoded) -> None:

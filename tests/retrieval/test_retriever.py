@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from karma_ray.errors import InputError, SkewError
+from karma_ray.model.device import this_device
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.requests import HistoryItem, Request, request_table
 from karma_ray.retrieval.retriever import Retriever, check_run, index_run
@@ -46,6 +48,24 @@ def test_a_loaded_run_scores_as_the_model_in_memory(retriever: Retriever) -> Non
     memory = Retriever.from_model(model, tiny_run.collator(words, items), items, vectors)
     examples = request_table(REQUESTS)
     assert np.array_equal(memory.score(examples), retriever.score(examples))
+
+
+def test_the_device_is_an_argument_and_by_default_the_gpu_of_the_process(
+    run: str, retriever: Retriever, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = request_table(REQUESTS)
+    scores, answers = retriever.score(examples), retriever.recall_batch(REQUESTS, 10)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert this_device().type == "cuda" and this_device("cpu").type == "cpu"
+    # A step that took the default instead of the argument would look for the GPU.
+    there = Retriever.load(run, device="cpu")
+    assert there.device.type == there.index.engine.device.type == "cpu"
+    assert np.array_equal(there.score(examples), scores)
+    assert there.recall_batch(REQUESTS, 10) == answers
+    assert index_run(run, device="cpu").num_items == 40
+    if not torch.backends.cuda.is_built():
+        with pytest.raises((AssertionError, RuntimeError), match=r"(?i)cuda"):
+            Retriever.load(run)
 
 
 def test_requests_do_not_influence_each_other(retriever: Retriever) -> None:

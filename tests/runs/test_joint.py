@@ -10,7 +10,7 @@ import pytest
 from karma_ray import recipes
 from karma_ray.baselines.popularity import click_shares
 from karma_ray.config import override
-from karma_ray.data.sessions import PrepareConfig
+from karma_ray.data.config import PrepareConfig
 from karma_ray.errors import InputError
 from karma_ray.runs.joint import joint_job
 from karma_ray.runs.pipeline import train_run

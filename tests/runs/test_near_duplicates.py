@@ -13,9 +13,9 @@ import pytest
 from karma_ray import recipes
 from karma_ray.artifacts import read_json, read_lines, read_manifest
 from karma_ray.config import Config, override
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.draws import row_keys
 from karma_ray.data.prepared import PreparedData
-from karma_ray.data.sessions import PrepareConfig
 from karma_ray.model.backbone import build_tiny, save_body
 from karma_ray.model.backbones.tokenizer import save_tokenizer
 from karma_ray.retrieval.encode import encode_catalog

@@ -24,6 +24,7 @@ from karma_ray.artifacts import (
     write_manifest,
     write_table,
 )
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.schema import (
     EVENTS,
     EXAMPLES,
@@ -33,7 +34,6 @@ from karma_ray.data.schema import (
     SEQUENCES,
     check_columns,
 )
-from karma_ray.data.sessions import PrepareConfig
 from karma_ray.data.table_hash import table_hash
 from karma_ray.errors import InputError
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.schema import EXAMPLES, SEQUENCES
-from karma_ray.data.sessions import PrepareConfig
 
 MAX_HISTORY = PrepareConfig().max_history
 

@@ -67,7 +67,9 @@ class VisionEncoder:
         return patches.transpose(1, 2).reshape(len(pixels), -1, rows, columns)
 
 
-def load_vision_encoder(checkpoint: str, grid: int, device: str = "cpu") -> VisionEncoder:
+def load_vision_encoder(
+    checkpoint: str, grid: int, device: torch.device | str = "cpu"
+) -> VisionEncoder:
     """Load the vision part of a Hugging Face folder (or hub name).
 
     Raises InputError when it cannot be loaded, lacks weights or takes no images.
