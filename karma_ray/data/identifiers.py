@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any, NoReturn
-
-import polars as pl
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from karma_ray.errors import InputError
+
+if TYPE_CHECKING:  # a machine that only trains or serves needs no polars
+    import polars as pl
 
 MISSING = ("", "nan", "NaN", "null", "NULL", "None", "\\N", "<NA>")
 """Texts that programs write for a missing value."""
@@ -28,6 +29,8 @@ def id_text(values: pl.Series, field: str) -> pl.Series:
     Integral floats become the text of the integer; lists stay lists. Raises InputError, which
     names `field`, on floats beyond 2^53 and on types that cannot be ids.
     """
+    import polars as pl
+
     kind = values.dtype
     if isinstance(kind, pl.List):
         rows = pl.DataFrame({"row": range(len(values)), "ids": values.rename("ids")})
@@ -73,6 +76,8 @@ def one_id(value: Any, field: str) -> str | None:
 
 def known_text(name: str) -> pl.Expr:
     """Return column `name` as text without outer spaces, with words for missing values as null."""
+    import polars as pl
+
     text = pl.col(name).cast(pl.String).str.strip_chars()
     return pl.when(~text.is_in(MISSING)).then(text).alias(name)
 

@@ -5,7 +5,6 @@ Legend: `events` and `items` are input, `sequences` trains, `examples` evaluates
 
 from __future__ import annotations
 
-import polars as pl
 import pyarrow as pa
 
 from karma_ray.data.identifiers import id_text
@@ -101,6 +100,8 @@ def check_columns(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
             continue
         column = table.column(field.name)
         if _of_floats(column.type) and field.type in (pa.string(), STRINGS):
+            import polars as pl
+
             text = id_text(pl.Series(values=column), f"{source}: column {field.name}")
             column = pa.chunked_array([text.to_arrow()])
         try:
