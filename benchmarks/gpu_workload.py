@@ -1,4 +1,4 @@
-"""What `gpu_check.py` measures: batches made of random numbers, and models of a shape on a device.
+"""What `gpu_check.py` measures: batches of random numbers, models of a shape, a deadline.
 
 Texts, histories and queries have lengths as those of a shop with short texts; everything else is
 drawn from a seed, so no data, no tokenizer and no checkpoint is needed.
@@ -6,9 +6,15 @@ drawn from a seed, so no data, no tokenizer and no checkpoint is needed.
 
 from __future__ import annotations
 
+import gc
+import itertools
+import json
+import statistics
+import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,6 +35,59 @@ MODEL = ModelConfig(tiny=TinyBackboneConfig(64, 2, 2, 1, 128, 512))
 OBJECTIVE = ObjectiveConfig(action_loss="infonce")
 END_OF_TEXT, FIRST_WORD = 0, 8
 """The first ids are special tokens and prompts."""
+
+
+@dataclass
+class Check:
+    """What all parts share: device, deadline, peaks and the lines that were printed."""
+
+    device: torch.device
+    deadline: float
+    seed: int = 0
+    peaks: dict[str, float] = field(default_factory=dict)
+    failed: list[str] = field(default_factory=list)
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the shapes are the real ones."""
+        return self.device.type == "cuda"
+
+    def left(self) -> float:
+        """Seconds to the deadline."""
+        return self.deadline - time.monotonic()
+
+    def say(self, part: str, **facts: Any) -> None:
+        """Print one line of results, and progress for a person."""
+        print(json.dumps({"part": part, **facts}), flush=True)
+
+    def attempt(self, part: str, needs: float, run: Callable[[], None], **facts: Any) -> None:
+        """Run unless less than `needs` seconds are left; say what was skipped and what failed."""
+        if self.left() < needs:
+            why = f"{self.left():.0f} s are left, {needs:.0f} are needed"
+            return self.say(part, skipped=why, **facts)
+        print(f"{part} {facts or ''}: {self.left():.0f} s left", file=sys.stderr, flush=True)
+        try:
+            run()
+        except torch.OutOfMemoryError as error:
+            self.say(part, error="out of memory", detail=str(error)[:200], **facts)
+        except Exception as error:  # the other parts can still tell something
+            self.failed.append(part)
+            self.say(part, error=f"{type(error).__name__}: {error}"[:500], **facts)
+        finally:
+            gc.collect()  # models are cycles, and the next one needs their memory
+            if self.on_gpu:
+                torch.cuda.empty_cache()
+
+    def seconds_of(self, run: Callable[[], Any], times: int = 5) -> float:
+        """Median seconds of a call that ends on the device."""
+        found = []
+        for _ in range(times + 1):
+            started = time.perf_counter()
+            run()
+            if self.on_gpu:
+                torch.cuda.synchronize()
+            found.append(time.perf_counter() - started)
+        return statistics.median(found[1:])
 
 
 @dataclass(frozen=True)
@@ -127,7 +186,7 @@ def train(
     ends: list[torch.cuda.Event | float] = []
     started = time.perf_counter()
 
-    def endless() -> object:
+    def endless() -> Iterator[Batch]:
         number = 0
         while number < most and (number < 3 or time.perf_counter() - started < seconds):
             yield batches[number % len(batches)]
@@ -142,7 +201,7 @@ def train(
     )  # fmt: skip
     if device.type == "cuda":
         torch.cuda.synchronize()
-    return [_between(a, b) for a, b in zip(ends[1:], ends[2:], strict=False)]
+    return [_between(a, b) for a, b in itertools.pairwise(ends[1:])]
 
 
 def _now(device: torch.device) -> torch.cuda.Event | float:
