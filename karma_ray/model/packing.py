@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention.varlen import varlen_attn
 
+from karma_ray.data.batch import host_of, upload
+
 # A finite value instead of minus infinity: exp(-1e9) is exactly 0 in every dtype, and rows that
 # are fully masked stay finite.
 HIDDEN = -1e9
@@ -39,12 +41,13 @@ class Packing:
     @cached_property
     def index(self) -> Tensor:
         """Flat positions [N] of the real tokens."""
-        return self.real.flatten().nonzero().squeeze(1)
+        return upload(host_of(self.real).flatten().nonzero().squeeze(1), self.real.device)
 
     @cached_property
     def starts(self) -> Tensor:
         """First packed token of each row, and the end [B + 1] int32."""
-        return functional.pad(self.real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        ends = host_of(self.real).sum(1).cumsum(0)
+        return upload(functional.pad(ends, (1, 0)).to(torch.int32), self.real.device)
 
     @cached_property
     def bias(self) -> Tensor:
@@ -68,7 +71,7 @@ class Packing:
 
 def worth_packing(real: Tensor) -> bool:
     """Whether the slots [B, S] have enough padding to make packing worthwhile."""
-    count = int(real.sum())  # 0: the layers still run, because workers must stay in step
+    count = int(host_of(real).sum())  # 0: the layers still run, because workers must stay in step
     return 0 < count < 0.8 * real.numel()
 
 
