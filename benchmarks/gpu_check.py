@@ -211,7 +211,8 @@ def prepared(check: Check, shape: str, users: int) -> tuple[KarmaModel, list[Bat
     """The model on the device, two batches on the CPU, and the step with its gradient cache."""
     size = Size(users) if check.on_gpu else replace(SMALL, users=users)
     batches = [make_batch(size, vocabulary(shape), check.seed + n) for n in range(2)]
-    step = JointStep(OBJECTIVE, micro_batch_size=min(users, 32 if check.on_gpu else 4))
+    micro = min(users, 32 if check.on_gpu else 4)
+    step = JointStep(OBJECTIVE, micro_batch_size=micro, micro_tokens=0)  # as memory allows
     return build_model(shape, check.device), batches, step
 
 
