@@ -21,16 +21,13 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional
-from transformers import Qwen3Config, Qwen3Model
 
+from benchmarks.shapes import BODIES, SHAPES, Words, build_body
 from karma_ray.artifacts import absolute
 from karma_ray.config import Config, from_dict, to_dict
 from karma_ray.data.batch import Batch
-from karma_ray.data.prompts import SpecialTokens
 from karma_ray.errors import InputError
 from karma_ray.model.backbone import build_tiny
-from karma_ray.model.backbones.checkpoints import ATTENTION
-from karma_ray.model.backbones.plain_text import use_fast_layers
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.karma import DECODE_PROMPT, KarmaModel
 from karma_ray.training.loop import tensors_of
@@ -38,46 +35,7 @@ from karma_ray.training.optim import build_optimizer
 from karma_ray.training.step import Step, StepOutput
 from karma_ray.training.step_state import AT_THE_END
 
-VOCABULARY = 151_936
-COMMON = {
-    "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128,
-    "vocab_size": VOCABULARY, "rope_theta": 1e6, "tie_word_embeddings": True,
-}  # fmt: skip
-BODIES: dict[str, dict[str, Any]] = {
-    "0.6b": {**COMMON, "hidden_size": 1024, "intermediate_size": 3072},
-    "1.7b": {**COMMON, "hidden_size": 2048, "intermediate_size": 6144},
-}
-SHAPES = {"tiny": None, "qwen3-0.6b": ("0.6b", "0.6b"), "qwen3-1.7b+0.6b": ("1.7b", "0.6b")}
-"""Item encoder and user decoder."""
-
-
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
-
-
-@dataclass(frozen=True)
-class Words:
-    """What a model asks of its tokenizer, written down."""
-
-    ids: dict[str, int]
-    prompts: dict[str, list[int]]
-    size: int
-
-    def __call__(self, text: list[str], **options: Any) -> dict[str, list[list[int]]]:
-        """Token ids of the prompts."""
-        return {"input_ids": [self.prompts[line] for line in text]}
-
-    @property
-    def text_marks(self) -> SpecialTokens:
-        """The special tokens, in the order in which `ids` has them."""
-        return SpecialTokens(*self.ids)
-
-    def convert_tokens_to_ids(self, tokens: str) -> int:
-        """Id of a special token."""
-        return self.ids[tokens]
-
-    def decode(self, token_ids: Any, **options: Any) -> str:
-        """Nothing is spoken here."""
-        return ""
 
 
 @dataclass(frozen=True)
@@ -100,7 +58,7 @@ class Workload:
                 tiny = self.config.model.tiny
                 bodies = [build_tiny(tiny, self.words.size, seed + n) for n in (1, 2)]
             else:
-                bodies = [self._body(BODIES[name]) for name in names]
+                bodies = [build_body(name, self.num_layers) for name in names]
         interest = InterestModel(self.config.model, *bodies, self.words, seed)
         return KarmaModel(interest, self.words).to(self.device)
 
@@ -134,7 +92,9 @@ class Workload:
     def facts(self) -> dict[str, Any]:
         """The settings that stand in every line."""
         training = self.config.training
-        layers = self.num_layers or COMMON["num_hidden_layers"]
+        names = SHAPES[self.shape]
+        deepest = max((BODIES[name]["num_hidden_layers"] for name in names or ()), default=0)
+        layers = self.num_layers or deepest
         return {
             "shape": self.shape,
             "layers": self.config.model.tiny.num_layers if self.shape == "tiny" else layers,
@@ -144,13 +104,6 @@ class Workload:
             "device": self.device,
             "clock": self.clock,
         }
-
-    def _body(self, shape: dict[str, Any]) -> Qwen3Model:
-        layers = self.num_layers or shape["num_hidden_layers"]
-        settings = {**shape, "num_hidden_layers": layers, "use_cache": False}
-        body = Qwen3Model(Qwen3Config(**settings, attn_implementation=ATTENTION))
-        use_fast_layers(body)
-        return body
 
     def save(self, path: str) -> None:
         """Write batches, prompts and configuration as one safetensors file."""

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karma_ray.data.batch import Batch
+from karma_ray.data.batch import Batch, host_of, upload
 from karma_ray.data.draws import TEXTS, hashed
 from karma_ray.data.prompts import SpecialIds
 from karma_ray.errors import InputError
@@ -46,14 +46,15 @@ def text_targets(
     tokens: Tensor, lengths: Tensor, special: SpecialIds, max_tokens: int
 ) -> TextTargets:
     """Build targets from item tokens [R, L], which end with the end of text, and lengths [R]."""
-    words = (lengths - 1).clamp(max=max_tokens)
-    width = int(words.max()) if len(words) else 0
-    text = tokens[:, :width]
+    counts = (host_of(lengths) - 1).clamp(max=max_tokens)
+    width = int(counts.max()) if len(counts) else 0
+    words, text = upload(counts, tokens.device), tokens[:, :width]
     position = torch.arange(width + 1, device=tokens.device)
+    mask = upload(torch.arange(width + 1) <= counts[:, None], tokens.device)
     start = torch.full_like(text[:, :1], special.text_start)
     labels = functional.pad(text, (0, 1), value=special.text_end)
     labels = torch.where(position == words[:, None], special.text_end, labels)
-    return TextTargets(torch.cat([start, text], 1), labels, position <= words[:, None])
+    return TextTargets(torch.cat([start, text], 1), labels, mask)
 
 
 def shuffled_text(targets: TextTargets, items: Tensor, key: int) -> TextTargets:
@@ -63,14 +64,16 @@ def shuffled_text(targets: TextTargets, items: Tensor, key: int) -> TextTargets:
     text that is as many rows further as the most frequent item has. A row that still meets its
     own item (if one item fills more than half of the rows) decodes nothing.
     """
-    rows = torch.nonzero(targets.mask.any(1)).flatten()
+    items, wanted, device = host_of(items), host_of(targets.mask), targets.mask.device
+    rows = torch.nonzero(wanted.any(1)).flatten()
     if not len(rows):
         return targets
-    found = items[rows].cpu().numpy()
-    order = rows[torch.from_numpy(hashed(key, TEXTS, found).argsort(kind="stable")).to(rows.device)]
-    source = torch.arange(len(items), device=items.device)
+    found = items[rows].numpy()
+    order = rows[torch.from_numpy(hashed(key, TEXTS, found).argsort(kind="stable"))]
+    source = torch.arange(len(items))
     source[order] = order.roll(-int(np.unique(found, return_counts=True)[1].max()))
-    mask = targets.mask[source] & (items[source] != items)[:, None]
+    mask = upload(wanted[source] & (items[source] != items)[:, None], device)
+    source = upload(source, device)
     return TextTargets(targets.inputs[source], targets.labels[source], mask)
 
 
@@ -98,7 +101,8 @@ def run_branches(
     if not see_readout:
         to_prefix &= torch.arange(slots, device=readout.device) != readout[..., None]
     kind, owner, place = _places(branches, num_decoded, readout.device)  # [E]
-    real = torch.cat([branch.real.reshape(num_windows, -1) for branch in branches], 1)  # [B, E]
+    planned = torch.cat([host_of(branch.real).reshape(num_windows, -1) for branch in branches], 1)
+    real = upload(planned, readout.device)  # [B, E]
     among = _among(branches, kind, place) & (owner[:, None] == owner)
 
     total = slots + len(kind)
@@ -115,7 +119,7 @@ def run_branches(
         torch.cat([prefix.embeddings, *soft], 1),
         visible,
         torch.cat([prefix.layout.positions, start + behind + place], 1),
-        torch.cat([prefix.layout.real, real], 1),
+        upload(torch.cat([host_of(prefix.layout.real), planned], 1), real.device),
     )
     parts = torch.split(states[:, slots:], [part.shape[1] for part in soft], 1)
     return states[:, :slots], [
@@ -190,18 +194,23 @@ def vector_to_text(
     count = len(vectors)
     parts = [embed[prompt].expand(count, -1, -1), vectors[:, None].to(embed.dtype)]
     if condition is None or condition_mask is None:
-        real = functional.pad(mask, (len(prompt) + 1, 0), value=True) & mask[:, :1]
-        states = run_body(body, torch.cat([*parts, embed[inputs]], 1), real=real)
+        wanted = host_of(mask)
+        real = functional.pad(wanted, (len(prompt) + 1, 0), value=True) & wanted[:, :1]
+        states = run_body(
+            body, torch.cat([*parts, embed[inputs]], 1), real=upload(real, mask.device)
+        )
         return states[:, len(prompt) + 1 :]
     # `<s>` precedes the query and the text follows it: w_1 is predicted at the query's last token.
     parts += [embed[inputs[:, :1]], embed[condition], embed[inputs[:, 1:]]]
     soft = torch.cat(parts, 1)
-    head = torch.ones(count, len(prompt) + 2, dtype=torch.bool, device=soft.device)
-    used = torch.cat([head, condition_mask, torch.ones_like(mask[:, 1:])], 1)
-    real = torch.cat([head, condition_mask, mask[:, 1:]], 1) & mask[:, :1]
+    head = torch.ones(count, len(prompt) + 2, dtype=torch.bool)
+    used = torch.cat([upload(head, soft.device), condition_mask, torch.ones_like(mask[:, 1:])], 1)
+    wanted = host_of(mask)
+    planned = torch.cat([head, host_of(condition_mask), wanted[:, 1:]], 1) & wanted[:, :1]
     order = torch.arange(soft.shape[1], device=soft.device)
     visible = (order[:, None] >= order[None, :]) & used[:, None, :]
     positions = used.long().cumsum(1) - 1
+    real = upload(planned, mask.device)
     states = run_body(body, soft, visible, positions.clamp(min=0), real)
     first = len(prompt) + 1 + condition_mask.sum(1)  # last real slot before w_1
     begin = states[torch.arange(count, device=soft.device), first]

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from karma_ray.data.batch import Batch
+from karma_ray.data.batch import Batch, host_of, upload
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import NO_PICTURE
 from karma_ray.data.prompts import SpecialIds, Tokenizer
@@ -125,7 +125,9 @@ class InterestModel(RecallModel):
         return super().search_vectors(interest, keys)
 
     def _encode_queries(self, batch: Batch) -> Tensor:
-        rows = torch.arange(len(batch.query_lengths), device=batch.query_lengths.device)
+        device, lengths = batch.query_lengths.device, host_of(batch.query_lengths) + 1
+        rows = torch.arange(len(lengths), device=device)
         closed = torch.nn.functional.pad(batch.query_tokens, (0, 1), value=self.end_of_text)
         closed[rows, batch.query_lengths] = self.end_of_text
-        return self.encode_items(closed, batch.query_lengths + 1, torch.full_like(rows, NO_PICTURE))
+        none = upload(torch.full_like(lengths, NO_PICTURE), device)
+        return self.encode_items(closed, upload(lengths, device), none)

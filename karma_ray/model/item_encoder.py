@@ -10,6 +10,7 @@ import logging
 import torch
 from torch import Tensor, nn
 
+from karma_ray.data.batch import host_of, upload
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import NO_PICTURE, PixelTable, catalog_pixels
 from karma_ray.data.prompts import Tokenizer
@@ -135,11 +136,11 @@ class ItemEncoder(nn.Module):
 
     def pooled(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the pooled states e_raw [U, d_item]."""
-        if self.states is not None and rows is not None and bool((rows >= 0).all()):
+        if self.states is not None and rows is not None and bool((host_of(rows) >= 0).all()):
             return self._pool(*self._from_states(self.states, lengths, rows))
         prefix = self.instruction.expand(len(tokens), -1)
         embeddings = token_embeddings(self.body)[torch.cat([prefix, tokens], 1)]
-        last = lengths + prefix.shape[1] - 1
+        last = upload(host_of(lengths) + prefix.shape[1] - 1, tokens.device)
         order = torch.arange(len(tokens), device=tokens.device)
         if self.config.pool == "emb_token":
             at_last = torch.zeros(embeddings.shape[:2], dtype=torch.bool, device=tokens.device)
@@ -150,7 +151,7 @@ class ItemEncoder(nn.Module):
         else:
             seen = BodyInput(embeddings, None, last, ())
         embeddings, last = seen.embeddings, seen.last
-        real = torch.arange(embeddings.shape[1], device=tokens.device) <= last[:, None]
+        real = _slots_upto(last, embeddings.shape[1])
         states = run_body(
             self.body, embeddings, positions=seen.positions, real=real, deep=seen.deep
         )
@@ -173,9 +174,10 @@ class ItemEncoder(nn.Module):
         self, table: FrozenStates, lengths: Tensor, rows: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the last states [U, S, d_item], the real slots [U, S] and the last one [U]."""
-        last = lengths + len(self.instruction) - 1
-        lower = table.gather(rows.cpu().numpy(), (last + 1).cpu().numpy()).to(last.device)
-        real = torch.arange(int(last.max()) + 1, device=last.device) <= last[:, None]
+        ends = host_of(lengths) + len(self.instruction)
+        last = upload(ends - 1, lengths.device)
+        lower = upload(table.gather(host_of(rows).numpy(), ends.numpy()), last.device)
+        real = _slots_upto(last, int(ends.max()))
         with only_layers(self.body, self.num_frozen):
             return run_packed(self.body, lower.float(), real), real, last
 
@@ -191,11 +193,11 @@ class ItemEncoder(nn.Module):
         """Return the input with the pictures of the items at `rows` inserted."""
         if rows is None:
             raise ValueError("a multimodal item encoder needs catalogue rows beside the tokens")
-        if bool((rows == NO_PICTURE).all()):
+        if bool((host_of(rows) == NO_PICTURE).all()):
             return BodyInput(embeddings, None, last, ())
         if self.pictures is None:
             raise ValueError("a multimodal item encoder needs pictures: call attach_catalog first")
-        pictured, pixels = self.pictures.gather(rows.cpu().numpy())
+        pictured, pixels = self.pictures.gather(host_of(rows).numpy())
         device = embeddings.device
         return pictures_of(self.body).insert(
             self.body, embeddings, last, num_prefix, torch.from_numpy(pictured).to(device),
@@ -227,3 +229,8 @@ def start_from(encoder: ItemEncoder, folder: SentenceFolder) -> bool:
     encoder.mean.copy_(mean)
     encoder.output.weight.copy_(weight)
     return True
+
+
+def _slots_upto(last: Tensor, num_slots: int) -> Tensor:
+    """Return the mask [U, S] of slots up to the last ones [U], planned on the host."""
+    return upload(torch.arange(num_slots) <= host_of(last)[:, None], last.device)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from karma_ray.data.batch import Batch
+from karma_ray.data.batch import Batch, host_of, upload
 from karma_ray.data.draws import TOKENS, uniform
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.model.backbone import token_embeddings
@@ -137,8 +137,8 @@ class KarmaModel(nn.Module):
             interest = interest.detach()
         targets = self.targets(batch)
         if dropout and config.recon_text == "shuffled":
-            item = batch.item_index.gather(1, batch.decode_step).flatten()
-            targets = shuffled_text(targets, batch.item_rows[item], int(batch.row_key[0]))
+            items, key = host_of(batch.item_rows)[_decoded_items(batch)], host_of(batch.row_key)[0]
+            targets = shuffled_text(targets, items, int(key))
         inputs = self._drop_tokens(targets, batch) if dropout else targets.inputs
         return self._decode(interest, inputs, targets, *self._query(batch, batch.decode_step))
 
@@ -151,12 +151,14 @@ class KarmaModel(nn.Module):
 
     def targets(self, batch: Batch) -> TextTargets:
         """Return the texts at the decoded positions, R = B M rows; masked where none is decoded."""
-        item = batch.item_index.gather(1, batch.decode_step).flatten()
+        chosen, device = _decoded_items(batch), batch.decode_mask.device
+        item, lengths = upload(chosen, device), upload(host_of(batch.item_lengths)[chosen], device)
         targets = text_targets(
-            batch.item_tokens[item], batch.item_lengths[item], self.special,
+            batch.item_tokens[item], lengths, self.special,
             self.decodability.config.max_target_tokens,
         )  # fmt: skip
-        return replace(targets, mask=targets.mask & batch.decode_mask.flatten()[:, None])
+        mask = host_of(targets.mask) & host_of(batch.decode_mask).flatten()[:, None]
+        return replace(targets, mask=upload(mask, device))
 
     @torch.no_grad()
     def speak(
@@ -186,10 +188,10 @@ class KarmaModel(nn.Module):
         """Return query tokens [R, Lq] and their mask at steps [B, M], if Task 2 may read them."""
         if self.decodability.config.recon_cond != "fig1":
             return None, None
-        index = batch.query_index.gather(1, steps).flatten()
-        tokens, lengths = batch.query_tokens[index], batch.query_lengths[index]
-        order = torch.arange(tokens.shape[1], device=tokens.device)
-        return tokens, order < lengths[:, None]
+        index = host_of(batch.query_index).gather(1, host_of(steps)).flatten()
+        tokens = batch.query_tokens[upload(index, batch.query_tokens.device)]
+        real = torch.arange(tokens.shape[1]) < host_of(batch.query_lengths)[index][:, None]
+        return tokens, upload(real, tokens.device)
 
     def _decode(
         self, vectors: Tensor, inputs: Tensor, targets: TextTargets,
@@ -208,11 +210,11 @@ class KarmaModel(nn.Module):
         share = self.decodability.config.recon_token_dropout
         if share == 0.0:
             return targets.inputs
-        keys = batch.row_key.cpu().numpy()[:, None, None]
-        steps = batch.decode_step.cpu().numpy()[:, :, None]
+        keys = host_of(batch.row_key).numpy()[:, None, None]
+        steps = host_of(batch.decode_step).numpy()[:, :, None]
         places = np.arange(targets.inputs.shape[1])
         numbers = torch.from_numpy(uniform(keys, TOKENS, steps, places))
-        drawn = numbers.to(targets.inputs.device).view(targets.inputs.shape)
+        drawn = upload(numbers.view(targets.inputs.shape), targets.inputs.device)
         dropped = (drawn < share) & (targets.inputs != self.special.text_start)
         return targets.inputs.masked_fill(dropped, self.special.end_of_text)
 
@@ -224,3 +226,8 @@ class KarmaModel(nn.Module):
                 break
             kept.append(token)
         return self.tokenizer.decode(kept, skip_special_tokens=True).strip()
+
+
+def _decoded_items(batch: Batch) -> Tensor:
+    """Return the items [R] at the decoded positions, on the host."""
+    return host_of(batch.item_index).gather(1, host_of(batch.decode_step)).flatten()

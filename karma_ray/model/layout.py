@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from karma_ray.data.batch import host_of, upload
 from karma_ray.model.config import UserDecoderConfig
 
 
@@ -49,8 +50,7 @@ def build_layout(
     step, offset = slot // block, slot % block  # [S - n_p]
     is_item = (offset == width)[None, :]
     slot_group = group[:, step]
-    used = torch.where(is_item, item_mask[:, step], offset[None] < query_lengths[:, step])
-    used = used & step_mask[:, step]
+    used = _used(query_lengths, width, item_mask, step_mask)
 
     causal = slot[:, None] >= slot[None, :]
     same_step = step[:, None] == step[None, :]
@@ -78,10 +78,17 @@ def build_layout(
     if kind == "items_only":
         last_item = num_prompt + before * block - 1  # slot of the last item of earlier groups
         readout = torch.where(before > 0, last_item, num_prompt - 1)
+    planned = _used(host_of(query_lengths), width, host_of(item_mask), host_of(step_mask))
     if kind == "items_only":
-        used = used & is_item
-    real = functional.pad(used, (num_prompt, 0), value=True)
+        planned = planned & (torch.arange(planned.shape[1]) % block == width)
+    real = upload(functional.pad(planned, (num_prompt, 0), value=True), device)
     return Layout(visible, positions, real, readout)
+
+
+def _used(query_lengths: Tensor, width: int, item_mask: Tensor, step_mask: Tensor) -> Tensor:
+    """Return the mask [B, T (W + 1)] of the slots behind the prompt that hold a token or item."""
+    words = torch.arange(width, device=step_mask.device) < query_lengths[..., None]
+    return (torch.cat([words, item_mask[..., None]], 2) & step_mask[..., None]).flatten(1)
 
 
 def other_group_steps(group: Tensor, step_mask: Tensor) -> Tensor:
@@ -96,7 +103,7 @@ def num_query_slots(config: UserDecoderConfig, query_lengths: Tensor) -> int:
     """Return W: 1 for a pooled vector, or the length of the longest query in tokens."""
     if config.query_mode != "tokens":
         return 1
-    return max(1, int(query_lengths.max()) if query_lengths.numel() else 1)
+    return max(1, int(host_of(query_lengths).max()) if query_lengths.numel() else 1)
 
 
 def _positions(

@@ -10,6 +10,7 @@ Legend: B rows, S slots, N real tokens, H heads, K key/value heads, d head width
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -17,10 +18,15 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+
+from karma_ray.data.batch import host_of, upload
 
 # A finite value instead of minus infinity: exp(-1e9) is exactly 0 in every dtype, and rows that
 # are fully masked stay finite.
 HIDDEN = -1e9
+KNOWS_SHARED_KEYS = "enable_gqa" in inspect.signature(varlen_attn).parameters
+"""Whether the variable-length kernel's wrapper takes fewer keys than queries (not PyTorch 2.11)."""
 
 
 @dataclass(frozen=True)
@@ -35,12 +41,13 @@ class Packing:
     @cached_property
     def index(self) -> Tensor:
         """Flat positions [N] of the real tokens."""
-        return self.real.flatten().nonzero().squeeze(1)
+        return upload(host_of(self.real).flatten().nonzero().squeeze(1), self.real.device)
 
     @cached_property
     def starts(self) -> Tensor:
         """First packed token of each row, and the end [B + 1] int32."""
-        return functional.pad(self.real.sum(1).cumsum(0), (1, 0)).to(torch.int32)
+        ends = host_of(self.real).sum(1).cumsum(0)
+        return upload(functional.pad(ends, (1, 0)).to(torch.int32), self.real.device)
 
     @cached_property
     def bias(self) -> Tensor:
@@ -64,7 +71,7 @@ class Packing:
 
 def worth_packing(real: Tensor) -> bool:
     """Whether the slots [B, S] have enough padding to make packing worthwhile."""
-    count = int(real.sum())  # 0: the layers still run, because workers must stay in step
+    count = int(host_of(real).sum())  # 0: the layers still run, because workers must stay in step
     return 0 < count < 0.8 * real.numel()
 
 
@@ -105,11 +112,7 @@ def _on_grid(
 ) -> Tensor:
     """[B, H, S, d], [B, K, S, d] -> [B, H, S, d]."""
     if query.is_cuda and packing.maps is None:
-        mask = None if packing.visible is None else packing.visible[:, None]
-        return functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
-            scale=scaling, enable_gqa=True,
-        )  # fmt: skip
+        return _fused(query, key, value, packing.visible, scaling, dropout)
     # On a CPU plain products are faster than the fused kernel at these lengths
     # (benchmarks/engine.py). Heads that share a key form one batched product, without copies.
     heads, shared = query.shape[1], key.shape[1]
@@ -124,18 +127,42 @@ def _on_grid(
     return (weights @ value[:, :, None]).flatten(1, 2)
 
 
+def _fused(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scaling: float,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """[B, H, S, d], [B, K, S, d] -> [B, H, S, d] by PyTorch's fused kernels on a GPU."""
+    # Of these only the causal kernel of half precision knows shared keys; with a mask PyTorch
+    # would silently take unfused products in float32.
+    shared = visible is None and query.dtype != torch.float32
+    if not shared:
+        key, value = (_one_per_head(states, query.shape[1], 1) for states in (key, value))
+    mask = None if visible is None else visible[:, None]
+    return functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
+        scale=scaling, enable_gqa=shared,
+    )  # fmt: skip
+
+
+def _one_per_head(states: Tensor, heads: int, axis: int) -> Tensor:
+    """Repeat the K keys or values along `axis` for the `heads` that share them."""
+    return states.repeat_interleave(heads // states.shape[axis], axis)
+
+
 def _variable_length(
     query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float
 ) -> Tensor:
     """Causal attention of packed rows on a GPU: [N, H, d], [N, K, d] -> [N, H, d]."""
-    from torch.nn.attention.varlen import varlen_attn
-
     longest = packing.real.shape[1]
+    options: dict[str, Any] = {"enable_gqa": True}
+    if not KNOWS_SHARED_KEYS:
+        options = {}
+        key, value = (_one_per_head(states, query.shape[1], 1) for states in (key, value))
     return cast(
         Tensor,
         varlen_attn(
             query, key, value, packing.starts, packing.starts, longest, longest,
-            scale=scaling, window_size=(-1, 0), enable_gqa=True,
+            scale=scaling, window_size=(-1, 0), **options,
         ),
     )  # fmt: skip
 

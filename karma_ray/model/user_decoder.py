@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karma_ray.data.batch import Batch
+from karma_ray.data.batch import Batch, host_of, upload
 from karma_ray.errors import InputError
 from karma_ray.model.adapters import SoftToken, rms_normalize
 from karma_ray.model.backbone import hidden_size, run_body, token_embeddings
@@ -73,13 +73,11 @@ class UserDecoder(nn.Module):
         `items` [U, D] are the embeddings of the batch's unique items. `queries` [V, D] are the
         embeddings of its unique queries by E_phi under query_mode `encoder`, otherwise None.
         """
-        used = (
-            batch.query_lengths if self.config.query_mode == "tokens" else batch.query_lengths[:0]
-        )
-        width = num_query_slots(self.config, used)
+        width = num_query_slots(self.config, batch.query_lengths)
         query_tokens, lengths = self._queries(batch, queries, width)  # [V, W, D], [V]
+        used = upload(lengths[host_of(batch.query_index)], batch.group.device)
         layout = build_layout(
-            self.config.layout, len(self.prompt), lengths[batch.query_index], width,
+            self.config.layout, len(self.prompt), used, width,
             batch.group, batch.item_mask, batch.step_mask,
         )  # fmt: skip
         soft_items = self.projector(items)[batch.item_index][:, :, None]  # [B, T, 1, D]
@@ -107,15 +105,15 @@ class UserDecoder(nn.Module):
         return rms_normalize(torch.cat([h, words], -1))
 
     def _queries(self, batch: Batch, encoded: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
-        """Return soft tokens [V, W, D] of the unique queries, and their used slots [V]."""
+        """Return soft tokens [V, W, D] of the unique queries; their used slots [V] on the host."""
         missing = (batch.query_lengths == 0) | (self.config.query_mode == "none")
         no_query = self.no_query.expand(len(missing), width, -1)
         rows = token_embeddings(self.body)[batch.query_tokens]  # [V, Lq, D]
-        lengths = torch.ones_like(batch.query_lengths)
+        lengths = torch.ones_like(host_of(batch.query_lengths))
         if self.config.query_mode == "tokens":
             soft = rows[:, :width]
             soft = functional.pad(soft, (0, 0, 0, width - soft.shape[1]))
-            lengths = batch.query_lengths.clamp(min=1)
+            lengths = host_of(batch.query_lengths).clamp(min=1)
         elif self.config.query_mode == "encoder" and encoded is not None:
             soft = self.projector(encoded)[:, None]
         elif self.config.query_mode == "embed_pool":

@@ -32,7 +32,8 @@ def in_batch_mask(pool: Tensor, clicked: Tensor, clicked_mask: Tensor, window: T
     # Looked up instead of compared pairwise: [B, C, P] would be larger than the scores.
     if len(pool) == 0:
         return torch.ones(len(window), 0, dtype=torch.bool, device=pool.device)
-    contents, place = torch.unique(pool, return_inverse=True)
+    contents = pool.sort().values
+    place = torch.searchsorted(contents, pool)  # equal contents have the place of the first
     found = torch.searchsorted(contents, clicked).clamp(max=len(contents) - 1)
     hit = clicked_mask & (contents[found] == clicked)
     taken = torch.zeros(len(clicked), len(contents) + 1, dtype=torch.bool, device=pool.device)

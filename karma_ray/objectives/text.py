@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from karma_ray.data.batch import host_of, upload
+
 CHUNK = 2048
 
 
@@ -22,7 +24,8 @@ def token_cross_entropy(
     Logits are computed for `chunk` targets at a time, and again in the backward pass. Values
     outside the mask are 0.
     """
-    picked, wanted = states[mask], labels[mask]
+    index = upload(host_of(mask).flatten().nonzero().squeeze(1), mask.device)
+    picked, wanted = states.flatten(0, 1).index_select(0, index), labels.flatten()[index]
     parts = []
     # Without targets the result keeps a zero gradient, so that all workers run the backward.
     for begin in range(0, len(wanted), chunk) or (0,):
@@ -36,8 +39,8 @@ def token_cross_entropy(
                     checkpoint(_chunk, picked[piece], head, wanted[piece], use_reentrant=False),
                 )
             )
-    result = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device)
-    return result.masked_scatter(mask, torch.cat(parts))
+    result = torch.zeros(mask.numel(), dtype=torch.float32, device=mask.device)
+    return result.index_copy(0, index, torch.cat(parts)).view(mask.shape)
 
 
 def reduce_tokens(values: Tensor, mask: Tensor, reduction: str) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from karma_ray.data.batch import Batch
+from karma_ray.data.batch import Batch, host_of, upload
 from karma_ray.data.draws import hashed
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.recall import RecallModel
@@ -71,6 +71,13 @@ def trained_steps(batch: Batch, positions: str) -> Tensor:
     return trained
 
 
+def _places(batch: Batch, objective: ObjectiveConfig) -> tuple[Tensor, Tensor]:
+    """Return windows [N] and steps [N] of the steps in L_act."""
+    trained = trained_steps(batch.on_host(), objective.act_positions)
+    window, step = trained.nonzero(as_tuple=True)
+    return upload(window, batch.loss_mask.device), upload(step, batch.loss_mask.device)
+
+
 def action_term(
     model: RecallModel,
     batch: Batch,
@@ -85,7 +92,7 @@ def action_term(
     In-batch negatives are the items of the pool that the window's user did not click; hard
     negatives are used only at their own step.
     """
-    window, step = trained_steps(batch, objective.act_positions).nonzero(as_tuple=True)
+    window, step = _places(batch, objective)
     content = batch.item_content[batch.item_index]  # [B, T]
     hard = hard_negative_mask(
         batch.item_content[batch.hard_index], batch.hard_mask, content, batch.item_mask
@@ -140,8 +147,9 @@ def generated_loss(
     """
     if model.generator is None:
         return None
-    window, step = trained_steps(batch, objective.act_positions).nonzero(as_tuple=True)
-    keys = hashed(batch.row_key[window].cpu().numpy(), step.cpu().numpy())
+    window, step = _places(batch, objective)
+    own = host_of(batch.row_key)[host_of(window)]
+    keys = hashed(own.numpy(), host_of(step).numpy())
     targets = items[batch.item_index[window, step]]
     with torch.autocast(interest.device.type, enabled=False):
         values = model.generator.losses(interest[window, step].float(), targets, keys)

@@ -88,8 +88,9 @@ class TrainingConfig:
     """Whether every worker holds the whole model (DDP) or a shard of its layers (FSDP2)."""
     micro_batch_size: CountOrZero = 0
     """User windows in a worker's memory at once (gradient cache, same result); 0: all of them."""
-    micro_tokens: Count = 16_384
-    """Item tokens that the gradient cache encodes at once."""
+    micro_tokens: CountOrZero = 16_384
+    """Item tokens that the gradient cache encodes at once; 0: what fits into the GPU's free
+    memory (16,384 on a CPU)."""
     activation_checkpointing: bool = False
     """Keep only the inputs of the layers and recompute the rest in the backward pass."""
     compile: bool = False

@@ -8,8 +8,7 @@ need only the first.
 
 Frozen layers whose states are kept cost nothing, as the pass that made them is part of no step.
 
-Also not counted are norms, activations, softmax, pooling, look-ups and the optimiser, which are
-all linear in tokens.
+Also not counted are norms, activations, softmax, pooling, look-ups and the optimiser.
 
 Legend: B windows, T steps, U items, V queries, M decoded positions, H hard negatives, D width.
 """
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karma_ray.data.batch import Batch
+from karma_ray.data.batch import Batch, host_of
 from karma_ray.model.backbone import num_layers
 from karma_ray.model.backbones.registry import family_of
 from karma_ray.model.karma import KarmaModel
@@ -96,7 +95,8 @@ class Work:
         cls, model: KarmaModel, batch: Batch, *, positions: str = "all", own: Tensor | None = None,
         pool: int | None = None,
     ) -> Work:  # fmt: skip
-        """Compute the counts as sums over masks, copied to the host once."""
+        """Compute the counts as sums over masks, on the host."""
+        batch, own = batch.on_host(), None if own is None else host_of(own)
         encoder = model.interest.item_encoder
         user, config = model.interest.user_decoder, model.decodability.config
         lengths = batch.item_lengths if own is None else batch.item_lengths[own]

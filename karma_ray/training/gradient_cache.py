@@ -21,9 +21,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from karma_ray.data.batch import Batch
+from karma_ray.data.batch import Batch, host_of, upload
 from karma_ray.training.item_table import SharedBatch
-from karma_ray.training.parallel import global_max, global_sum
+from karma_ray.training.parallel import global_max, global_sum, is_parallel
 
 Encode = Callable[[Tensor, Tensor, Tensor], Tensor]
 """tokens [O, L], lengths [O], catalogue rows [O] -> e [O, D]."""
@@ -69,20 +69,24 @@ def micro_batches(batch: Batch, size: int) -> Iterator[tuple[Batch, Tensor]]:
 
     Every worker yields equally many parts; one that has no windows left yields parts without loss.
     """
-    count = int(global_max(torch.tensor(-(-batch.num_windows // size), device=_device(batch))))
+    device = batch.step_mask.device
+    count = _largest(-(-batch.num_windows // size), device)
+    batch = batch.on_host()  # planned there, and moved part by part
     by_length = batch.step_mask.sum(1).argsort(stable=True)
     for rows in by_length.tensor_split(count):
-        if len(rows):
-            yield narrow(batch, rows)
-        else:
-            part, used = narrow(batch, by_length[:1])
+        part, used = narrow(batch, rows if len(rows) else by_length[:1])
+        if not len(rows):
             nothing = torch.zeros_like(part.loss_mask)
             none = torch.zeros_like(part.decode_mask)
-            yield replace(part, loss_mask=nothing, decode_mask=none), used
+            part = replace(part, loss_mask=nothing, decode_mask=none)
+        yield part.to(device), upload(used, device)
 
 
 def narrow(batch: Batch, rows: Tensor) -> tuple[Batch, Tensor]:
-    """Return the batch with only the windows `rows`, and the items [U] that they use."""
+    """Return the batch with only the windows `rows`, and the items [U] that they use.
+
+    On an accelerator this waits; `micro_batches` does it on the host.
+    """
     steps = max(1, int(batch.step_mask[rows].sum(1).max()))
     item_index, hard_index = batch.item_index[rows, :steps], batch.hard_index[rows, :steps]
     item_mask, hard_mask = batch.item_mask[rows, :steps], batch.hard_mask[rows, :steps]
@@ -123,14 +127,20 @@ def run_backward(output: Tensor, gradient: Tensor | None = None) -> None:
 
 def _chunks(shared: SharedBatch, micro_tokens: int) -> list[Tensor]:
     """Split this worker's items, sorted by length, into equally many chunks on every worker."""
-    lengths = shared.batch.item_lengths[shared.own]
-    own = shared.own[lengths.argsort(stable=True)]
-    before = shared.batch.item_lengths[own].cumsum(0)
-    total = before[-1] if len(before) else before.new_zeros(())
-    count = int(global_max(-(-total // micro_tokens)).clamp(min=1))
-    number = (before - 1) * count // total.clamp(min=1)
+    own, item_lengths = host_of(shared.own), host_of(shared.batch.item_lengths)
+    device = shared.own.device
+    own = own[item_lengths[own].argsort(stable=True)]
+    before = item_lengths[own].cumsum(0)
+    total = int(before[-1]) if len(before) else 0
+    count = max(1, _largest(-(-total // micro_tokens), device))
+    number = (before - 1) * count // max(1, total)
     sizes = torch.bincount(number, minlength=count).tolist()
-    return list(torch.split(own, sizes))
+    return [upload(chunk, device) for chunk in torch.split(own, sizes)]
+
+
+def _largest(count: int, device: torch.device) -> int:
+    """Return the largest count of all workers."""
+    return int(global_max(torch.tensor(count, device=device))) if is_parallel() else count
 
 
 def _places(shared: SharedBatch, items: Tensor) -> Tensor:
@@ -153,7 +163,3 @@ def _replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
         if len(states) > 1:
             torch.cuda.set_rng_state(states[1], device)
         yield
-
-
-def _device(batch: Batch) -> torch.device:
-    return batch.step_mask.device

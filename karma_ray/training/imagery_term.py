@@ -59,7 +59,7 @@ def image_flops(model: KarmaModel, batch: Batch) -> float:
     """
     if model.imagery is None:
         return 0.0
-    imagery, user = model.imagery, model.interest.user_decoder
+    imagery, user, batch = model.imagery, model.interest.user_decoder, batch.on_host()
     has_image = batch.visual_mask & batch.decode_mask
     counts = torch.stack([has_image.sum(), (has_image * (2 * batch.decode_step + 1)).sum()])
     images, seen = (int(value) for value in counts.tolist())

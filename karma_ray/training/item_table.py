@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from karma_ray.data.batch import Batch
+from karma_ray.data.batch import Batch, host_of, upload
 from karma_ray.objectives.negatives import first_occurrences
 from karma_ray.training.parallel import (
     all_gather_ints,
@@ -66,23 +66,27 @@ class SharedBatch:
         For an empty share this is one item whose vector is dropped, because all workers must run
         the layers equally often.
         """
-        rows = items if len(items) else items.new_zeros(1)
-        lengths = self.batch.item_lengths[rows]
-        tokens = self.batch.item_tokens[rows, : int(lengths.max())]
-        return tokens, lengths, self.batch.item_rows[rows]
+        items = items if len(items) else items.new_zeros(1)
+        chosen = host_of(items)
+        lengths = host_of(self.batch.item_lengths)[chosen]
+        tokens = self.batch.item_tokens[items, : int(lengths.max())]
+        rows = host_of(self.batch.item_rows)[chosen]
+        return tokens, upload(lengths, items.device), upload(rows, items.device)
 
 
 def share_items(batch: Batch) -> SharedBatch:
     """Unite the workers' item tables; this is a collective that every worker calls once a step."""
-    positives = torch.zeros_like(batch.item_rows)
-    positives[batch.item_index[batch.loss_mask]] = 1
-    uses, clicks = batch.item_mask.sum() + batch.hard_mask.sum(), batch.loss_mask.sum()
-    counts = global_sum(torch.stack([uses, clicks])).tolist()
+    host, device = batch.on_host(), batch.item_rows.device
+    positives = torch.zeros_like(host.item_rows)
+    positives[host.item_index[host.loss_mask]] = 1
+    uses, clicks = host.item_mask.sum() + host.hard_mask.sum(), host.loss_mask.sum()
+    counts = torch.stack([uses, clicks])
     if world_size() == 1:
-        everything = torch.arange(len(batch.item_rows), device=batch.item_rows.device)
-        pool = _pool(positives, batch.item_content)
-        return SharedBatch(batch, pool, (everything,), *counts)
-    width = int(global_max(torch.tensor(batch.item_tokens.shape[1], device=clicks.device)))
+        everything = upload(torch.arange(len(host.item_rows)), device)
+        pool = upload(_pool(positives, host.item_content), device)
+        return SharedBatch(batch, pool, (everything,), *counts.tolist())
+    counts, positives = global_sum(counts.to(device)), positives.to(device)
+    width = int(global_max(torch.tensor(batch.item_tokens.shape[1], device=device)))
     tokens = functional.pad(batch.item_tokens, (0, width - batch.item_tokens.shape[1]))
     facts = torch.stack([batch.item_rows, batch.item_lengths, batch.item_content, positives], 1)
     table = all_gather_ints(torch.cat([facts, tokens], 1))
@@ -103,7 +107,7 @@ def share_items(batch: Batch) -> SharedBatch:
     longest_first = shared.item_lengths.argsort(descending=True, stable=True)
     shares = tuple(longest_first[number :: world_size()] for number in range(world_size()))
     pool = _pool(positives, shared.item_content)
-    return SharedBatch(shared, pool, shares, *counts)
+    return SharedBatch(shared, pool, shares, *counts.tolist())
 
 
 def _pool(positives: Tensor, content: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -147,19 +147,31 @@ def _backward(
 ) -> Tensor:  # fmt: skip
     """Compute and clip the gradients of the global loss; returns their norm before clipping.
 
-    Raises NonFiniteLoss before or after the backward pass.
+    Raises NonFiniteLoss. What it tells of is read back once, after the backward pass, so that
+    nothing waits in between.
     """
-    _check_terms(output, batch, number, failure_dir)
+    names, bad = _bad_terms(output)
     if output.loss.requires_grad:
         output.loss.backward()  # type: ignore[no-untyped-call]
     sum_gradients(model.parameters())
     norm = clip_gradients(model, grad_clip)
-    _check_norm(norm, output, batch, number, failure_dir)
+    bad_norm = (~torch.isfinite(norm)).to(bad)[None]
+    *terms, own, worst = torch.cat([bad, bad_norm]).tolist()
+    if any(terms):
+        # Logged terms are global; a worker's own loss shows whose batch is the cause.
+        guilty = bool(own) or not terms[names.index("loss")]
+        name = next(name for name, count in zip(names, terms, strict=True) if count)
+        _refuse(name, output, batch, number, failure_dir, guilty=guilty)
+    if worst:  # all workers have the norm of the summed gradients, so no exchange is needed
+        _refuse("the gradient norm", output, batch, number, failure_dir, guilty=True)
     return norm
 
 
-def _check_terms(output: StepOutput, batch: Any, number: int, folder: str | None) -> None:
-    """Raise on every worker when a loss term of any worker is not finite."""
+def _bad_terms(output: StepOutput) -> tuple[list[str], Tensor]:
+    """Return the names of the loss terms, and on how many workers each is not finite.
+
+    The last number tells whether this worker's own loss is not.
+    """
     terms = {name: value for name, value in output.logs.items() if name.startswith("loss/")}
     terms["loss"] = output.loss
     names = sorted(terms, key=lambda name: (name in ("loss", "loss/total"), name))
@@ -168,25 +180,16 @@ def _check_terms(output: StepOutput, batch: Any, number: int, folder: str | None
         [torch.as_tensor(terms[name], device=device).detach().float() for name in names]
     )
     bad = (~torch.isfinite(values)).to(torch.int32)
-    everywhere = global_sum(bad).tolist()
-    if not any(everywhere):
-        return
-    name = next(name for name, count in zip(names, everywhere, strict=True) if count)
-    # Logged terms are global; a worker's own loss shows whose batch is the cause.
     own = names.index("loss")
-    guilty = bool(bad[own]) or not everywhere[own]
+    return names, torch.cat([global_sum(bad), bad[own : own + 1]])
+
+
+def _refuse(
+    name: str, output: StepOutput, batch: Any, number: int, folder: str | None, *, guilty: bool
+) -> NoReturn:
     elsewhere = f" on another worker; its batch was saved below {folder}"
     saved = _saved_failure(output, batch, number, folder) if guilty else elsewhere
     raise NonFiniteLoss(f"{name} is not finite at step {number}{saved}")
-
-
-def _check_norm(
-    norm: Tensor, output: StepOutput, batch: Any, number: int, folder: str | None
-) -> None:
-    # All workers have the norm of the summed gradients, so no exchange is needed.
-    if not torch.isfinite(norm):
-        saved = _saved_failure(output, batch, number, folder)
-        raise NonFiniteLoss(f"the gradient norm is not finite at step {number}{saved}")
 
 
 def _saved_failure(output: StepOutput, batch: Any, number: int, folder: str | None) -> str:

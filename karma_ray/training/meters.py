@@ -61,14 +61,14 @@ class Meters:
         # The norm is equal on all workers, so averaging does not change it.
         logs["grad_norm"] = grad_norm
         for name, value in logs.items():
-            self._take(name, torch.as_tensor(value, device=output.loss.device))
+            self._take(name, torch.as_tensor(value))  # numbers of the host stay there
         self.num_steps += 1
         self._device = output.loss.device
 
     def note(self, probes: dict[str, float]) -> None:
         """Add the metrics of a reporting step's batch."""
         for name, value in probes.items():
-            self._take(name, torch.as_tensor(value, device=self._device))
+            self._take(name, torch.as_tensor(value))
 
     def _take(self, name: str, value: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + value.detach().double()
@@ -77,8 +77,8 @@ class Meters:
     def record(self, step: int, rate: float) -> dict[str, float]:
         """Return the means since the last call, and reset."""
         names = sorted(self._sums)
-        means = torch.stack([self._sums[name] / self._counts[name] for name in names])
-        totals = global_sum(means).tolist()
+        means = [(self._sums[name] / self._counts[name]).to(self._device) for name in names]
+        totals = global_sum(torch.stack(means)).tolist()
         elapsed = max(time.perf_counter() - self._start, 1e-9)
         record: dict[str, float] = {"step": step, "seconds": elapsed}
         for name, total in zip(names, totals, strict=True):

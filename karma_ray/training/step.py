@@ -35,6 +35,7 @@ from karma_ray.training.action_term import (
 from karma_ray.training.gradient_cache import CachedItems, micro_batches, run_backward
 from karma_ray.training.imagery_term import image_gap, image_means, num_images
 from karma_ray.training.item_table import SharedBatch, share_items
+from karma_ray.training.memory import tokens_at_once
 from karma_ray.training.parallel import global_sum
 from karma_ray.training.step_state import AT_THE_END, StepState
 
@@ -165,7 +166,11 @@ class JointStep:
         if frozen and state.bank is not None:
             items = state.bank[batch.item_rows]
         else:
-            cached = CachedItems(shared, model.interest.encode_items, self.micro_tokens)
+            encoder = model.interest.item_encoder
+            tokens = self.micro_tokens or tokens_at_once(
+                encoder.body, encoder.num_frozen, batch.item_rows.device
+            )
+            cached = CachedItems(shared, model.interest.encode_items, tokens)
             items = cached.vectors
             if frozen:
                 items, cached = items.detach(), None

@@ -117,3 +117,44 @@ def test_a_packed_step_is_a_padded_step(
     padded = tiny.gradients(karma, padded_loss)
     torch.testing.assert_close(loss, padded_loss, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(packed, padded, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_fused_attention_of_a_gpu_is_the_plain_one(masked: bool, dtype: torch.dtype) -> None:
+    draw = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(3, heads, 7, 8, generator=draw).to(dtype) for heads in (4, 2, 2)
+    )
+    visible = torch.ones(7, 7, dtype=torch.bool).tril().repeat(3, 1, 1)
+    visible[1, 3:, 1] = not masked
+    plan = Packing(torch.ones(3, 7, dtype=torch.bool), visible if masked else None)
+    plain = packing._on_grid(query, key, value, plan, 0.3, 0.0)
+    fused = packing._fused(query, key, value, plan.visible, 0.3, 0.0)
+    torch.testing.assert_close(fused, plain, atol=1e-6 if dtype is torch.float32 else 0.02, rtol=0)
+
+
+def _row_by_row(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, ends: Tensor, longest: int,
+    widest: int, *, scale: float, window_size: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """What `varlen_attn` of PyTorch 2.11 computes: as many keys as queries, and no other option."""
+    assert query.shape == key.shape == value.shape and window_size == (-1, 0)
+    found = []
+    for begin, end in zip(starts[:-1].tolist(), starts[1:].tolist(), strict=True):
+        parts = (states[begin:end].transpose(0, 1) for states in (query, key, value))
+        row = torch.nn.functional.scaled_dot_product_attention(*parts, is_causal=True, scale=scale)
+        found.append(row.transpose(0, 1))
+    return torch.cat(found)
+
+
+def test_a_kernel_without_shared_keys_gets_one_key_per_head(monkeypatch) -> None:
+    monkeypatch.setattr(packing, "varlen_attn", _row_by_row)
+    monkeypatch.setattr(packing, "KNOWS_SHARED_KEYS", False)
+    real = torch.arange(6) < torch.tensor([[6], [2], [3]])
+    plan, draw = Packing(real), torch.Generator().manual_seed(0)
+    grids = [torch.randn(3, heads, 6, 8, generator=draw) for heads in (4, 2, 2)]
+    packed = [plan.collect(grid.transpose(1, 2)) for grid in grids]
+    plain = packing._on_grid(*grids, Packing(torch.ones_like(real)), 0.3, 0.0)
+    found = packing._variable_length(*packed, plan, 0.3)
+    torch.testing.assert_close(found, plan.collect(plain.transpose(1, 2)))

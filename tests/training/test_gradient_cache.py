@@ -70,7 +70,7 @@ def _assert_close(found: Found, wanted: Found) -> None:
 
 
 @pytest.mark.parametrize("micro_batch_size", [1, 2, 4, 100])
-@pytest.mark.parametrize("micro_tokens", [1, 30, 10_000])
+@pytest.mark.parametrize("micro_tokens", [0, 1, 30])
 def test_a_batch_in_parts_is_the_whole_batch(micro_batch_size: int, micro_tokens: int) -> None:
     parts = JointStep(
         ObjectiveConfig(), micro_batch_size=micro_batch_size, micro_tokens=micro_tokens

@@ -1,0 +1,77 @@
+"""benchmarks/gpu_check.py on a CPU, where ray, polars and faiss cannot be imported."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPT = ROOT / "benchmarks/gpu_check.py"
+PROGRAM = """
+import runpy, sys
+for package in ("ray", "polars", "faiss"):
+    sys.modules[package] = None  # importing it raises ImportError
+runpy.run_path(sys.argv.pop(1), run_name="__main__")
+"""
+
+
+def lines(*flags: str) -> list[dict[str, Any]]:
+    command = [sys.executable, "-c", PROGRAM, str(SCRIPT), "--device", "cpu", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, list[dict[str, Any]]]:
+    parts: dict[str, list[dict[str, Any]]] = {}
+    for line in lines():
+        parts.setdefault(line["part"], []).append(line)
+    return parts
+
+
+def test_every_part_reports_and_the_end_stands_last(found) -> None:
+    assert list(found) == ["machine", "equality", "step", "kernels", "encode", "end"]
+    assert not [line for part in found.values() for line in part if "error" in line]
+    assert found["end"][0]["failed"] == []
+    (machine,) = found["machine"]
+    assert machine["torch"] and machine["transformers"] and machine["device"] == "cpu"
+    assert min(*machine["matmul_tflops"].values(), machine["copy_gb_per_s"]) > 0
+
+
+def test_a_float32_step_equals_the_cpu_packed_and_padded(found) -> None:
+    exact = [line for line in found["equality"] if line["precision"] == "float32"]
+    assert {line["packed"] for line in found["equality"]} == {True, False}
+    assert len(exact) == 2 and len(found["equality"]) == 4
+    for line in exact:
+        assert line["loss_difference"] < 1e-6
+        assert line["relative_difference"] < 1e-5
+
+
+def test_a_step_reports_its_speed_and_the_profile_its_kernels_and_waits(found) -> None:
+    for line in found["step"]:
+        assert line["spread"][0] <= line["seconds"] <= line["spread"][1]
+        assert 0 < line["mfu"] < 1.5
+        assert line["tokens_per_s"] * line["seconds"] == pytest.approx(line["tokens"], rel=0.02)
+    (profile,) = found["kernels"]
+    assert len(profile["top"]) == 15
+    assert math.isfinite(sum(row["share"] for row in profile["top"]))
+    assert profile["operators_per_step"] > 100
+    assert profile["waits_per_step"]["aten::item"] > 0
+
+
+def test_encoding_reports_items_and_requests(found) -> None:
+    assert {line["batch_size"] for line in found["encode"] if "items_per_s" in line} == {256, 2048}
+    assert {line["users"] for line in found["encode"] if "requests_per_s" in line} == {1, 64}
+
+
+def test_parts_that_begin_too_late_say_that_they_were_skipped() -> None:
+    late = lines("--minutes", "0.02", "--parts", "equality")
+    assert late[0]["part"] == "machine" and late[-1]["part"] == "end"
+    assert all("skipped" in line for line in late[1:-1])
