@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from karma_ray import recipes
+from karma_ray import pretrained, recipes
 from karma_ray.artifacts import RunFolder, from_home, join, read_json
 from karma_ray.config import Config, assigned, describe_fields, from_dict, override, to_dict
 from karma_ray.errors import InputError, KarmaRayError
@@ -63,7 +63,7 @@ def parser(description: str, *, config: bool = False) -> argparse.ArgumentParser
 def load_config(arguments: argparse.Namespace, default_recipe: str) -> Config:
     """Return the configuration that the flags describe; raises InputError.
 
-    A recipe is suited to the origin of its weights (`recipes.PRETRAINED`) in fields that are not
+    A recipe is suited to the origin of its weights (`pretrained.PRETRAINED`) in fields that are not
     set by flags.
     """
     if arguments.config:
@@ -77,7 +77,7 @@ def load_config(arguments: argparse.Namespace, default_recipe: str) -> Config:
     config = override(config, arguments.assignments)
     if arguments.config:  # it says everything
         return config
-    return recipes.suited_to_weights(config, assigned(arguments.assignments))
+    return pretrained.suited_to_weights(config, assigned(arguments.assignments))
 
 
 def default_out(recipe: str) -> str:

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
-from karma_ray.config import Config, override
+from karma_ray.config import Config
 from karma_ray.errors import InputError
 from karma_ray.model.config import TinyBackboneConfig
-
-LOG = logging.getLogger(__name__)
 
 
 def _with_objective(name: str, generation: float, reconstruction: float) -> Config:
@@ -136,7 +132,7 @@ def naive() -> Config:
     return replace(
         base,
         model=replace(base.model, item_encoder=encoder),
-        objective=replace(base.objective, hard_ramp=0.0),
+        objective=replace(base.objective, hard_ramp=0.0, duplicate_cosine=1.0),
         training=replace(base.training, encoder_delay=0.0),
     )
 
@@ -195,51 +191,6 @@ def toy() -> Config:
         ),
         evaluation=replace(base.evaluation, max_examples=3000),
     )
-
-
-PRETRAINED: dict[str, Any] = {
-    "training.learning_rate": 5e-5,
-    "training.new_module_lr": 10.0,
-    "warmup.learning_rate": 5e-5,
-    "pretrain.steps": 0,
-    "collate.max_item_tokens": 48,
-    "model.item_encoder.pool": "mean",
-}
-"""What a recipe is changed to where the weights come from a pretrained LLM: rates that do not
-overwrite what it knows, new modules that learn ten times as fast, more of each text, and items as
-the mean of their tokens' states, because an LLM's last state is about the next token."""
-
-
-def names_llm(config: Config) -> bool:
-    """Whether the item encoder's weights come from a pretrained LLM."""
-    return config.model.item_encoder.checkpoint != "tiny"
-
-
-def suited_to_weights(config: Config, typed: Collection[str]) -> Config:
-    """Return the configuration with `settings_of_weights`, and log them."""
-    changes = settings_of_weights(config, typed)
-    if changes:
-        LOG.info("pretrained weights: %s", ", ".join(changes))
-    return override(config, changes)
-
-
-def settings_of_weights(config: Config, typed: Collection[str]) -> list[str]:
-    """Return `PRETRAINED`, except for `typed` fields, as `--set` takes it, if an LLM is named.
-
-    Pooling, instruction and length of text are those of a folder of sentence-transformers, if the
-    item encoder starts from one. Raises InputError when the encoder does not compute what it does.
-    """
-    model, fields = config.model, dict(PRETRAINED)
-    item = model.item_encoder
-    if model.kind != "karma" or "tiny" in (item.checkpoint, model.user_decoder.checkpoint):
-        return []
-    if item.modality != "text":  # there most states of an item are its picture's
-        del fields["model.item_encoder.pool"]
-    elif Path(item.checkpoint).is_dir():
-        from karma_ray.model.backbones.sentence_folder import own_fields  # takes a second
-
-        fields |= own_fields(item.checkpoint)
-    return [f"{name}={value}" for name, value in fields.items() if name not in typed]
 
 
 TRAINED: dict[str, Callable[[], Config]] = {

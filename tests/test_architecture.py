@@ -29,6 +29,7 @@ ROOMS = (
     "evaluation",
     "training",
     "config",
+    "pretrained",
     "recipes",
     "report",
     "runs",

@@ -10,7 +10,7 @@ from typing import Any
 
 from ray.tune.search.sample import Domain
 
-from karma_ray import recipes
+from karma_ray import pretrained, recipes
 from karma_ray.config import Config, assigned, override
 from karma_ray.errors import InputError
 
@@ -31,7 +31,7 @@ class Space:
         It is suited to pretrained weights in fields that are neither set nor drawn.
         """
         config = override(recipes.build(self.base_recipe), [*self.fixed, *extra])
-        return recipes.suited_to_weights(config, assigned([*self.fixed, *extra, *self.domains]))
+        return pretrained.suited_to_weights(config, assigned([*self.fixed, *extra, *self.domains]))
 
 
 def load_space(path: str) -> Space:

@@ -34,7 +34,7 @@ from karma_ray.model.backbone import hidden_size, load_item_body
 from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.item_encoder import ItemEncoder
-from karma_ray.recipes import names_llm
+from karma_ray.pretrained import names_llm
 from karma_ray.retrieval.encode import autocast
 from karma_ray.runs.plain_checkpoints import with_plain_checkpoints
 

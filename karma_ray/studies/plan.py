@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from karma_ray import recipes
+from karma_ray import pretrained, recipes
 from karma_ray.artifacts import absolute, exists, join
 from karma_ray.config import Config, assigned, override
 from karma_ray.data.pictures import has_images
@@ -91,7 +91,7 @@ def _missing(row: Row, data: Data, extra: Sequence[str]) -> str:
         return f"there is no recipe {row.built_from} yet"
     if row.built_from in recipes.CEILINGS and not exists(join(data.uri, "truth")):
         return f"the truth of {data.name} is unknown"
-    if row.built_from in recipes.LLM_FLOORS and not recipes.names_llm(override(Config(), extra)):
+    if row.built_from in recipes.LLM_FLOORS and not pretrained.names_llm(override(Config(), extra)):
         return "no pretrained model is named (--set model.checkpoint=...)"
     if row.needs_images and not any(a.startswith("collate.visual_features=") for a in extra):
         if not has_images(data.uri):
@@ -129,17 +129,17 @@ def planned(
     """Return every row and seed, in the order of seeds, checked before the first one starts.
 
     `extra` is applied after the settings of the data set. These are for small models: with
-    pretrained weights `recipes.PRETRAINED` comes between them, then the settings of the row.
+    pretrained weights `pretrained.PRETRAINED` comes between them, then the settings of the row.
     """
     kind = data.name.partition("-")[0]
     base = SETTINGS.get(kind, SETTINGS["*"])
     # The same for all rows, as rows are compared that were made under equal assignments.
     plain = override(recipes.action_only(), [*base, *extra])
-    shared = recipes.settings_of_weights(plain, assigned(extra))
+    shared = pretrained.settings_of_weights(plain, assigned(extra))
     trials = []
     for row in rows:
         config = override(recipes.build(row.built_from), [*base, *row.settings, *extra])
-        own = recipes.settings_of_weights(config, assigned([*row.settings, *extra]))
+        own = pretrained.settings_of_weights(config, assigned([*row.settings, *extra]))
         config = override(config, own)
         config.model.check()
         config.objective.check()

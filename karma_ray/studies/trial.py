@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from karma_ray import recipes
+from karma_ray import pretrained, recipes
 from karma_ray.artifacts import (
     RunFolder,
     exists,
@@ -64,7 +64,7 @@ def first_stage_key(config: Config, data: str) -> str:
     kind = config.model.kind if config.recipe in recipes.TRAINED else ""
     model, limit = config.model, config.collate.max_item_tokens
     encoder = [vars(model.item_encoder), model.weights, limit]
-    floors = [vars(config.evaluation), encoder if recipes.names_llm(config) else None]
+    floors = [vars(config.evaluation), encoder if pretrained.names_llm(config) else None]
     return value_hash([kind, stages if kind else None, *floors, config.seed])
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import nn
 
-from karma_ray import cli, recipes
+from karma_ray import cli, pretrained, recipes
 from karma_ray.config import Config, override
 from karma_ray.data.prompts import SpecialIds, encode_texts
 from karma_ray.errors import InputError
@@ -245,5 +245,5 @@ def test_an_ordinary_checkpoint_is_no_such_folder(tmp_path: Path) -> None:
     assert sentence_folder(user) is None and plain_body(user) == user
     assert plain_body("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     plain = override(recipes.action_only(), [f"model.checkpoint={user}"])
-    assert recipes.suited_to_weights(plain, ()).model.item_encoder.pool == "mean"
+    assert pretrained.suited_to_weights(plain, ()).model.item_encoder.pool == "mean"
     assert ItemEncoderConfig().pool == "eos"
