@@ -19,7 +19,12 @@ from karma_ray.cluster.session import connect
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import encode_texts
 from karma_ray.errors import InputError
-from karma_ray.retrieval.encode import embedding_rows, encode_catalog, write_embedding_manifest
+from karma_ray.retrieval.encode import (
+    embedding_rows,
+    encode_catalog,
+    own_device,
+    write_embedding_manifest,
+)
 from karma_ray.retrieval.export import load_bundle
 
 LOG = logging.getLogger(__name__)
@@ -36,6 +41,7 @@ class CatalogEncoder:
         self.bundle = load_bundle(bundle)
         self.catalog = Catalog.load(data)
         self.bundle.interest.attach_catalog(self.catalog, data)
+        self.bundle.interest.to(own_device())
         self.batch_size, self.precision = batch_size, precision
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> pa.Table:

@@ -66,6 +66,11 @@ def encode_catalog(
     return result
 
 
+def own_device() -> torch.device:
+    """Return this process's GPU, if it has one, otherwise the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return a bfloat16 autocast if asked for, otherwise a context that does nothing."""
     return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")

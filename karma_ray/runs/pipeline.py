@@ -31,7 +31,7 @@ from karma_ray.config import Config, from_dict, to_dict
 from karma_ray.data.prepared import PreparedData, read_data_manifest
 from karma_ray.errors import InputError
 from karma_ray.report.page import render_report
-from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
+from karma_ray.retrieval.encode import ItemTable, encode_catalog, own_device, save_embeddings
 from karma_ray.retrieval.export import save_bundle
 from karma_ray.retrieval.retriever import check_run, index_run
 from karma_ray.runs.assessment import assess
@@ -224,7 +224,8 @@ def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
         executor.embed(folder.bundle, stage.items_uri, folder.item_embeddings)
     else:
         collator, catalog = stage.collator(), stage.catalog()
-        vectors = encode_catalog(model.interest, *collator.catalog_tokens())
+        interest = model.interest.to(own_device())
+        vectors = encode_catalog(interest, *collator.catalog_tokens())
         parents = {
             "bundle": read_manifest(folder.bundle)["content_hash"],
             "items": content_hash(join(stage.items_uri, "items")),
