@@ -9,10 +9,12 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import polars as pl
 import pyarrow as pa
+import pyarrow.csv
+import pyarrow.parquet
 
 from karma_ray.artifacts import exists, open_filesystem, value_hash
 from karma_ray.errors import InputError
@@ -40,11 +42,11 @@ class Paraphrases:
         known = sorted(path.stem for path in _TABLES.glob("*.tsv"))
         frame = _read(str(_TABLES / f"{name}.tsv") if name in known else name, known)
         for column in _COLUMNS:
-            if column not in frame.columns:
+            if column not in frame.column_names:
                 problem = f"has no column {column}"
-                raise InputError(FIELD, name, problem, choices=frame.columns)
+                raise InputError(FIELD, name, problem, choices=frame.column_names)
         table: dict[str, str] = {}
-        for phrase, paraphrase in frame.select(_COLUMNS).cast(pl.String).iter_rows():
+        for phrase, paraphrase in zip(*map(partial(_texts, frame), _COLUMNS), strict=True):
             if not (key := _plain(phrase)) or not (value := " ".join((paraphrase or "").split())):
                 raise InputError(FIELD, name, "has a row with an empty cell")
             if table.setdefault(key, value) != value:
@@ -97,7 +99,12 @@ def _plain(text: str | None) -> str:
     return " ".join((text or "").lower().split())
 
 
-def _read(uri: str, known: list[str]) -> pl.DataFrame:
+def _texts(frame: pa.Table, column: str) -> list[str | None]:
+    values: list[str | None] = frame.column(column).cast(pa.string()).to_pylist()
+    return values
+
+
+def _read(uri: str, known: list[str]) -> pa.Table:
     ending = Path(uri).suffix.lower()
     if ending not in (".parquet", *_SEPARATORS) or not exists(uri):
         problem = "is neither a known table nor a .tsv, .csv or .parquet file"
@@ -106,10 +113,12 @@ def _read(uri: str, known: list[str]) -> pl.DataFrame:
     content = io.BytesIO(fs.cat_file(path))
     try:
         if ending == ".parquet":
-            return pl.read_parquet(content)
-        quote = '"' if ending == ".csv" else None
-        return pl.read_csv(
-            content, separator=_SEPARATORS[ending], quote_char=quote, infer_schema=False
+            return pyarrow.parquet.read_table(content)
+        quote: str | bool = '"' if ending == ".csv" else False
+        parsing = pyarrow.csv.ParseOptions(delimiter=_SEPARATORS[ending], quote_char=quote)
+        as_text = pyarrow.csv.ConvertOptions(
+            column_types=dict.fromkeys(_COLUMNS, pa.string()), null_values=[]
         )
-    except pl.exceptions.PolarsError as error:
+        return pyarrow.csv.read_csv(content, parse_options=parsing, convert_options=as_text)
+    except pa.ArrowException as error:
         raise InputError(FIELD, uri, f"cannot be read ({error})") from None

@@ -17,6 +17,7 @@ import pyarrow as pa
 import torch
 
 from karma_ray.artifacts import read_manifest, read_table, write_manifest, write_table
+from karma_ray.data.batch import upload
 from karma_ray.errors import SkewError
 from karma_ray.retrieval.finite import check_finite
 from karma_ray.retrieval.index import check_parent
@@ -59,8 +60,8 @@ def encode_catalog(
     with torch.inference_mode(), autocast(device, precision):
         for some in item_batches(order, lengths, device, batch_size):
             width = max(1, int(lengths[some].max()))
-            batch = torch.from_numpy(tokens[some, :width].astype(np.int64)).to(device)
-            sizes = torch.from_numpy(lengths[some].astype(np.int64)).to(device)
+            batch = upload(torch.from_numpy(tokens[some, :width].astype(np.int64)), device)
+            sizes = upload(torch.from_numpy(lengths[some].astype(np.int64)), device)
             places = torch.from_numpy(of_catalog[some])
             parts.append(interest.encode_items(batch, sizes, places).float())
             if device.type == "cpu" or sum(part.numel() for part in parts) > WAITING:

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from karma_ray.artifacts import write_manifest
+from karma_ray.data.batch import host_of, upload
 from karma_ray.data.prompts import encode_texts
 from karma_ray.model.backbone import build_tiny, run_body, save_body, token_embeddings
 from karma_ray.model.backbones.tokenizer import save_tokenizer, train_tokenizer
@@ -42,13 +43,17 @@ class PretrainStep:
         """Return the mean cross-entropy per token."""
         embed = token_embeddings(body)
         labels = batch.tokens[:, 1:]
-        mask = torch.arange(labels.shape[1], device=labels.device) < batch.lengths[:, None] - 1
+        lengths = host_of(batch.lengths)
+        real = torch.arange(labels.shape[1]) < lengths[:, None] - 1
+        mask = upload(real, labels.device)
         states = run_body(body, embed[batch.tokens[:, :-1]], real=mask)
         values = token_cross_entropy(states, embed, labels, mask)
         loss = values.sum() / global_sum(mask.sum()).clamp(min=1)
-        return StepOutput(
-            loss, {"loss/pretrain": global_sum(loss.detach()), "tokens": float(batch.lengths.sum())}
-        )
+        logs: dict[str, Tensor | float] = {
+            "loss/pretrain": global_sum(loss.detach()),
+            "tokens": float(lengths.sum()),
+        }
+        return StepOutput(loss, logs)
 
 
 def pretrain(

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from karma_ray.data.batch import Batch
+from karma_ray.data.batch import Batch, host_of, upload
 from karma_ray.metrics.collapse import spread
 from karma_ray.model.imagery import ImageTargets
 from karma_ray.model.karma import Decoded, KarmaModel
@@ -64,8 +64,8 @@ class TokenBatch:
     def to(self, device: torch.device | str) -> TokenBatch:
         """Return the same batch on another device."""
         images = None if self.images is None else self.images.to(device)
-        rows = None if self.rows is None else self.rows.to(device)
-        return TokenBatch(self.tokens.to(device), self.lengths.to(device), images, rows)
+        rows = None if self.rows is None else upload(self.rows, device)
+        return TokenBatch(upload(self.tokens, device), upload(self.lengths, device), images, rows)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ class WarmupStep:
             image = model.image_losses(items, batch.images).sum() / count
             logs["loss/image"] = global_sum(image.detach())
             loss = loss + self.lambda_img * image
-        return StepOutput(loss, {**logs, "tokens": float(batch.lengths.sum())})
+        return StepOutput(loss, {**logs, "tokens": float(host_of(batch.lengths).sum())})
 
     @torch.no_grad()
     def gap(self, model: KarmaModel, batch: TokenBatch) -> float:
