@@ -126,6 +126,21 @@ def hllm() -> Config:
     )
 
 
+def naive() -> Config:
+    """`action_only` without what keeps embeddings apart: whitening, ramp and delay of other terms.
+
+    All other settings are those of the paper; the tasks of decodability can be added to it.
+    """
+    base = _with_objective("naive", 0.0, 0.0)
+    encoder = replace(base.model.item_encoder, whiten=False, lexical=0)
+    return replace(
+        base,
+        model=replace(base.model, item_encoder=encoder),
+        objective=replace(base.objective, hard_ramp=0.0),
+        training=replace(base.training, encoder_delay=0.0),
+    )
+
+
 def frozen_encoder() -> Config:
     """`action_only` with the pretrained item encoder frozen: only the user decoder is trained."""
     base = _with_objective("frozen_encoder", 0.0, 0.0)
@@ -239,6 +254,7 @@ TRAINED: dict[str, Callable[[], Config]] = {
     "ar_edm": ar_edm,
     "ar_fm": ar_fm,
     "hllm": hllm,
+    "naive": naive,
     "frozen_encoder": frozen_encoder,
     "sasrec": sasrec,
     "hstu": hstu,

@@ -63,7 +63,12 @@ class RayShuffle:
     def build(self, clean: Any, build: PartitionBuild, partitions: int) -> list[dict[str, Any]]:
         """Shuffle by partition once, then run a task per partition."""
         built = clean.groupby("partition", num_partitions=partitions).map_groups(
-            _build, batch_format="pyarrow", fn_kwargs={"build": build}
+            _build,
+            batch_format="pyarrow",
+            fn_kwargs={
+                "build": replace(build, held_out=None),
+                "held_out": None if build.held_out is None else ray.put(build.held_out),
+            },
         )
         return list(built.take_all())
 
@@ -74,9 +79,9 @@ def _check_fragment(batch: pa.Table, check: FragmentCheck, item_ids: ray.ObjectR
     return replace(check, item_ids=ray.get(item_ids))(Fragment(**described))
 
 
-def _build(group: pa.Table, build: PartitionBuild) -> pa.Table:
+def _build(group: pa.Table, build: PartitionBuild, held_out: ray.ObjectRef | None) -> pa.Table:
     """Run as a task: write the files of one partition and return its counts."""
-    return build(group)
+    return replace(build, held_out=None if held_out is None else ray.get(held_out))(group)
 
 
 def _show_progress(progress: bool) -> None:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from karma_ray.artifacts import SCHEMA_VERSION
+from karma_ray.data.held_out import held_out_categories, held_out_rows
 from karma_ray.data.leakage import check_no_leak
 from karma_ray.data.schema import ITEMS, check_columns
 from karma_ray.data.sessions import PrepareConfig, build_examples, build_pages, build_sequences
@@ -67,8 +68,10 @@ def prepare_tables(
         check_share(reasons[-1], rows, config.max_bad_share, source)
     times = click_times(checked.table)
     cutoffs = cutoffs_of([times], config, manifest)
-    partition = build_partition(checked.table, cutoffs, config)
-    counts = [checked_items.counts, {"items": len(item_ids)}, checked.counts, partition.counts]
+    held_out, of_held_out = held_out_ids(checked_items.table, config)
+    partition = build_partition(checked.table, cutoffs, config, held_out)
+    of_items = {**checked_items.counts, "items": len(item_ids), **of_held_out}
+    counts = [of_items, checked.counts, partition.counts]
     facts = make_facts(config, cutoffs, add_up(counts), add_up(reasons), manifest)
     quarantine = pa.concat_tables([checked_items.quarantine, checked.quarantine])
     return Prepared(partition.sequences, partition.examples, quarantine, facts)
@@ -79,6 +82,19 @@ def catalogue_ids(items: pa.Table) -> pa.Array:
     if items.num_rows == 0:
         raise InputError("items", 0, "rows: the catalogue is empty")
     return pa.array(items.column("item_id").to_pylist(), pa.string())
+
+
+def held_out_ids(items: pa.Table, config: PrepareConfig) -> tuple[pa.Array | None, dict[str, int]]:
+    """Return the ids of validated items in held-out categories, and counts of both.
+
+    None and no counts if nothing is held out. Raises InputError as `held_out_categories` does.
+    """
+    if config.hold_out == 0:
+        return None, {}
+    categories = items.column("category").to_pylist()
+    chosen = held_out_categories(categories, config.hold_out, config.seed)
+    ids = catalogue_ids(items).filter(pa.array(held_out_rows(categories, chosen)))
+    return ids, {"held_out_categories": len(chosen), "held_out_items": len(ids)}
 
 
 def click_times(clean: pa.Table) -> pa.Table:
@@ -104,10 +120,15 @@ def cutoffs_of(
     )
 
 
-def build_partition(clean: pa.Table, cutoffs: Cutoffs, config: PrepareConfig) -> Partition:
-    """Build sequences and examples of a partition of whole users, and check them for leaks."""
+def build_partition(
+    clean: pa.Table, cutoffs: Cutoffs, config: PrepareConfig, held_out: pa.Array | None = None
+) -> Partition:
+    """Build sequences and examples of a partition of whole users, and check them for leaks.
+
+    The items `held_out` (ids) are in examples alone.
+    """
     pages = build_pages(clean)
-    sequences = build_sequences(pages, cutoffs, config)
+    sequences = build_sequences(pages, cutoffs, config, held_out)
     examples = {
         "valid": build_examples(pages, cutoffs.valid_start, cutoffs.test_start, config),
         "test": build_examples(pages, cutoffs.test_start, None, config),

@@ -22,6 +22,7 @@ from karma_ray.artifacts import (
     value_hash,
 )
 from karma_ray.data.catalog import Catalog
+from karma_ray.data.held_out import held_out_categories, held_out_rows
 from karma_ray.data.schema import EXAMPLES, QUERY_MATCHES, SEQUENCES, check_columns
 from karma_ray.data.sessions import PrepareConfig
 from karma_ray.errors import InputError
@@ -76,6 +77,15 @@ class PreparedData:
             truth = check_columns(read_table(folder), QUERY_MATCHES, "query_matches")
         return QueryMatches(catalog or self.catalog(), truth)
 
+    def held_out(self, catalog: Catalog) -> np.ndarray | None:
+        """Return the mask [I] of items that `prepare.hold_out` kept out of training, or None."""
+        made_with = self.facts.get("prepare") or {}
+        if not made_with.get("hold_out"):
+            return None
+        categories = catalog.column("category") or []
+        share, seed = made_with["hold_out"], made_with["seed"]
+        return held_out_rows(categories, held_out_categories(categories, share, seed))
+
 
 def require_data(uri: str) -> None:
     """Raise InputError when there is no data folder at `uri`."""
@@ -104,9 +114,10 @@ def read_data_manifest(uri: str) -> dict[str, Any]:
 def differences(facts: Mapping[str, Any], config: PrepareConfig) -> dict[str, tuple[Any, Any]]:
     """Return the fields in which `facts` and `config` differ: name -> (there, wanted).
 
-    `num_partitions` is ignored, as it does not change any row.
+    `num_partitions` is ignored, as it does not change any row. Data that were prepared before
+    `hold_out` existed hold nothing out.
     """
-    made_with = facts.get("prepare") or {}
+    made_with = {"hold_out": 0.0, **(facts.get("prepare") or {})}
     wanted = {name: value for name, value in asdict(config).items() if name != "num_partitions"}
     return {
         name: (made_with.get(name), value)

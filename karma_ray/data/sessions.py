@@ -17,6 +17,7 @@ import polars as pl
 import pyarrow as pa
 
 from karma_ray.data.hard_negatives import page_negatives
+from karma_ray.data.held_out import without_items
 from karma_ray.data.schema import EXAMPLES, SEQUENCES
 from karma_ray.data.splits import Cutoffs, check_shares
 from karma_ray.ranges import Count, CountOrZero, Share, ShareBelowOne, check_ranges
@@ -39,7 +40,11 @@ class PrepareConfig:
     num_partitions: Count = 4
     """Partitions of the shuffle by user; the result does not depend on it."""
     seed: CountOrZero = 0
-    """Seed for choosing unclicked items when a page has more than are kept."""
+    """Seed for choosing unclicked items when a page has more than are kept, and for `hold_out`."""
+    hold_out: ShareBelowOne = 0.0
+    """Share of the catalogue's categories whose items leave all training clicks, histories and
+    negatives; metrics under `held_out/` are those of the test clicks on them. A category is the
+    last part of a path `a > b > c`."""
 
     def check(self) -> None:
         """Raise InputError on sizes and shares out of range."""
@@ -78,15 +83,21 @@ def build_pages(events: pa.Table) -> pl.DataFrame:
     return frame.with_columns(session.alias("session"))
 
 
-def build_sequences(pages: pl.DataFrame, cutoffs: Cutoffs, config: PrepareConfig) -> pa.Table:
+def build_sequences(
+    pages: pl.DataFrame, cutoffs: Cutoffs, config: PrepareConfig, held_out: pa.Array | None = None
+) -> pa.Table:
     """Build training windows (SEQUENCES) from the clicks before `valid_start` only.
 
+    The items `held_out` (ids) are in none of them, neither as a click nor as a negative.
     A window has size = max_history + 1 clicks, so that its last step has as long a history as a
     request may have. A user with n <= size clicks has one window. More clicks are divided into a
     first window of that size and further ones shifted by size // 2. The part of a window that an
     earlier one contains is context, so every click has `loss_mask` true in exactly one window.
     """
-    pages = pages.filter(pl.col("time") < cutoffs.valid_start).drop("page").with_row_index("page")
+    pages = pages.filter(pl.col("time") < cutoffs.valid_start).drop("page")
+    if held_out is not None:
+        pages = without_items(pages, held_out)
+    pages = pages.with_row_index("page")
     clicks = _Clicks.of(pages)
     start, end, loss_from = _windows(clicks.user_start, config.max_history + 1)
     negatives = page_negatives(pages, "session", config.num_hard_negatives, config.seed)

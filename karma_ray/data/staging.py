@@ -14,7 +14,6 @@ import pyarrow as pa
 
 from karma_ray.artifacts import join, open_filesystem, read_table, write_json, write_table
 from karma_ray.data.fragments import Fragment, list_fragments, read_fragment
-from karma_ray.data.preparation import catalogue_ids
 from karma_ray.data.schema import EXAMPLES, ITEMS, QUARANTINE, SEQUENCES, check_columns
 from karma_ray.data.validation import (
     ITEM_REASONS,
@@ -43,10 +42,10 @@ def event_fragments(data_uri: str) -> list[Fragment]:
 
 def read_catalogue(
     data_uri: str, target: str, max_bad_share: float
-) -> tuple[pa.Array, dict[str, int]]:
-    """Return the catalogue's ids and counts, and quarantine bad items in `target`'s work folder.
+) -> tuple[pa.Table, dict[str, int]]:
+    """Return the valid items and counts, and quarantine bad ones in `target`'s work folder.
 
-    Raises InputError on wrong columns or an empty catalogue, and TooManyBadRows.
+    Raises InputError on wrong columns, and TooManyBadRows.
     """
     folder = join(data_uri, "items")
     fragments, schemas = list_fragments(folder)
@@ -62,8 +61,7 @@ def read_catalogue(
     write_table(quarantine, join(target, WORK, "quarantine"), "items")
     rows = checked.counts["item_rows"]
     _check_share(target, count_reasons(quarantine), rows, max_bad_share, "items")
-    ids = catalogue_ids(checked.table)
-    return ids, {**checked.counts, "items": len(ids)}
+    return checked.table, {**checked.counts, "items": checked.table.num_rows}
 
 
 def count_quarantined(target: str, event_rows: int, max_bad_share: float) -> dict[str, int]:

@@ -31,6 +31,10 @@ class EvaluationConfig:
     """Examples scored at once; memory is proportional to block_size x catalogue."""
     max_examples: CountOrZero = 0
     """Largest number of examples to evaluate (a seeded sample); 0: all."""
+    paraphrases: str = ""
+    """Table of other words for queries: `hm`, or a .tsv, .csv or .parquet file with the columns
+    `phrase` and `paraphrase`. A test query that the phrases cover whole (longest first) is
+    rewritten and ranked again, which is measured under `paraphrased/`. Empty: not measured."""
 
     def corpus_size(self) -> int:
         """Return N of `sampled:N`, or 0 for the whole catalogue; raises InputError otherwise."""

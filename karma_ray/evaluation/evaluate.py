@@ -39,6 +39,7 @@ def evaluate(
     config: EvaluationConfig,
     train_item_ids: NDArray[np.bool_] | set[str],
     query_matches: QueryMatches,
+    held_out: NDArray[np.bool_] | None = None,
     seed: int = 0,
 ) -> EvaluationResult:
     """Return all metrics of a ranker on `examples`, and the values per example behind them.
@@ -51,7 +52,8 @@ def evaluate(
     matches all items or not the target. An empty section has only its counts. A target that is
     not in the catalogue is a miss, and cold.
 
-    `train_item_ids` is the mask [I] of training-clicked items, or their ids. With
+    `train_item_ids` is the mask [I] of training-clicked items, or their ids. With a mask [I]
+    `held_out` there is also the section `held_out/` of the targets in it. With
     `config.max_examples` a sample drawn from `seed` is evaluated. Raises KarmaRayError when a
     score is NaN.
     """
@@ -60,7 +62,8 @@ def evaluate(
     warm = _as_mask(train_item_ids, catalog)
     measurement = Measurement(taken, catalog, config, query_matches)
     measurement.run(ranker)
-    return EvaluationResult(measurement.metrics(warm), measurement.details(sample))
+    metrics = measurement.metrics(warm, held_out)
+    return EvaluationResult(metrics, measurement.details(sample))
 
 
 def _sampled_rows(num: int, limit: int, seed: int) -> NDArray[np.int64]:

@@ -132,7 +132,9 @@ class Measurement:
         corpus[known, targets[known]] = scores[known, targets[known]]
         return corpus
 
-    def metrics(self, warm: NDArray[np.bool_]) -> dict[str, float]:
+    def metrics(
+        self, warm: NDArray[np.bool_], held_out: NDArray[np.bool_] | None = None
+    ) -> dict[str, float]:
         """Return the averages over all examples and over every section."""
         known = self.targets >= 0
         is_warm = known & warm[np.where(known, self.targets, 0)]
@@ -144,6 +146,9 @@ class Measurement:
             "first/": (~repeat, ~pairs.seen),
             "repeat/": (repeat, pairs.seen),
         }
+        if held_out is not None:
+            is_held_out = known & held_out[np.where(known, self.targets, 0)]
+            sections["held_out/"] = (is_held_out, held_out[pairs.row])
         result: dict[str, float] = {}
         for prefix, (examples, clicks) in sections.items():
             section = self._section(examples, clicks | ~pairs.clicked)

@@ -39,6 +39,8 @@ class Examples:
     """[G]"""
     group_weight: NDArray[np.float64]
     """[G] weight in gAUC."""
+    held_out: NDArray[np.bool_] | None = None
+    """[n] whether the target's category is held out of training; None if none is."""
 
 
 @dataclass(frozen=True)
@@ -54,28 +56,36 @@ class Outcomes:
     """[n] JS@50 in [0, 1]."""
     group_auc: NDArray[np.float64]
     """[G] in [0, 1]."""
+    paraphrased_rank: NDArray[np.int64] | None = None
+    """[n] as `rank`, when the query is asked in other words; None if that is not measured."""
 
     def values(self, metric: str) -> Values | None:
         """Return (value, user, weight), each [m], whose weighted mean is `metric` in percent.
 
-        Metrics: HR@K, NDCG@K, MRR, JS@50 and gAUC; the first three also under `cold/`, `warm/` and
-        `in_query/`, JS@50 under the first two. None for other metrics and if nothing is measured.
+        Metrics: HR@K, NDCG@K, MRR, JS@50 and gAUC; the first three also under `cold/`, `warm/`,
+        `held_out/`, `in_query/` and `paraphrased/`, JS@50 under the first three. None for other
+        metrics and if nothing is measured.
         """
         section, _, name = metric.rpartition("/")
         if metric == "gAUC":
             found = (100 * self.group_auc, self.examples.group_user, self.examples.group_weight)
             return found if len(self.group_auc) else None
+        every, cold = np.ones(len(self.rank), dtype=bool), self.examples.cold
         sections = {
-            "": np.ones(len(self.rank), dtype=bool),
-            "cold": self.examples.cold,
-            "warm": ~self.examples.cold,
-            "in_query": self.query_rank > 0,
+            "": (every, self.rank),
+            "cold": (cold, self.rank),
+            "warm": (~cold, self.rank),
+            "held_out": (self.examples.held_out, self.rank),
+            "in_query": (self.query_rank > 0, self.query_rank),
+            "paraphrased": (every, self.paraphrased_rank),
         }
-        if section not in sections or (name == "JS@50" and section == "in_query"):
+        mask, ranks = sections.get(section, (None, None))
+        if mask is None or ranks is None or not mask.any():
             return None
-        mask = sections[section]
-        values = self._per_example(name, self.query_rank if section == "in_query" else self.rank)
-        if values is None or not mask.any():
+        if name == "JS@50" and ranks is not self.rank:
+            return None
+        values = self._per_example(name, ranks)
+        if values is None:
             return None
         return 100 * values[mask], self.examples.user[mask], np.ones(int(mask.sum()))
 
@@ -90,23 +100,30 @@ class Outcomes:
 
     @classmethod
     def of(
-        cls, details: EvaluationDetails, cold: NDArray[np.bool_], users: Iterable[str | None]
+        cls,
+        details: EvaluationDetails,
+        cold: NDArray[np.bool_],
+        users: Iterable[str | None],
+        held_out: NDArray[np.bool_] | None = None,
+        paraphrased: EvaluationDetails | None = None,
     ) -> Outcomes:
-        """Build outcomes from an evaluation's values per example; cold [n].
+        """Build outcomes from an evaluation's values per example; cold and held_out [n].
 
-        `users` are those of all examples, including the ones outside a sample, so that a user has
-        the same number in every sample.
+        `paraphrased` has those of the same examples with the queries in other words. `users` are
+        those of all examples, including the ones outside a sample, so that a user has the same
+        number in every sample.
         """
         numbers = {name: number for number, name in enumerate(dict.fromkeys(users))}
         user = [numbers[name] for name in details.user_ids]
         group = [numbers[name] for name in details.group_user_ids]
         examples = Examples(
             np.array(user, dtype=np.int64), cold, np.array(group, dtype=np.int64),
-            details.group_weights,
+            details.group_weights, held_out,
         )  # fmt: skip
         return cls(
             examples, np.minimum(details.ranks, _LARGEST), details.query_ranks, details.js,
             details.group_auc,
+            None if paraphrased is None else np.minimum(paraphrased.ranks, _LARGEST),
         )  # fmt: skip
 
     def packed(self) -> tuple[bytes, bytes]:
@@ -124,6 +141,10 @@ class Outcomes:
             "overlap": np.rint(self.overlap * _OVERLAP_PARTS),
             "group_auc": np.rint(self.group_auc * _AUC_PARTS),
         }
+        if these.held_out is not None:
+            examples["held_out"] = these.held_out
+        if self.paraphrased_rank is not None:
+            outcomes["paraphrased_rank"] = self.paraphrased_rank
         return _packed(examples), _packed(outcomes)
 
     def save(self, folder: str) -> None:
@@ -141,10 +162,11 @@ class Outcomes:
         these = Examples(
             of["user"], of["cold"].astype(bool), of["group_user"],
             of["group_weight"].astype(np.float64),
+            of["held_out"].astype(bool) if "held_out" in of else None,
         )  # fmt: skip
         return cls(
             these, did["rank"], did["query_rank"], did["overlap"] / _OVERLAP_PARTS,
-            did["group_auc"] / _AUC_PARTS,
+            did["group_auc"] / _AUC_PARTS, did.get("paraphrased_rank"),
         )  # fmt: skip
 
 

@@ -23,7 +23,7 @@ from karma_ray.model.backbones.registry import (
     checkpoint_family,
     family_of,
 )
-from karma_ray.model.config import TinyBackboneConfig, check_layers
+from karma_ray.model.config import ItemEncoderConfig, TinyBackboneConfig, check_layers
 
 
 def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> nn.Module:
@@ -59,6 +59,17 @@ def load_body(
     Raises InputError when its family is unknown or unsuitable.
     """
     return checkpoint_family(checkpoint, field, with_vision=with_vision).load(checkpoint, field)
+
+
+def load_item_body(config: ItemEncoderConfig) -> nn.Module:
+    """Load the body of an item encoder, with as many of its layers as the encoder has."""
+    body = load_body(
+        config.checkpoint, "model.item_encoder.checkpoint",
+        with_vision=config.modality == "multimodal",
+    )  # fmt: skip
+    if config.layers:
+        keep_layers(body, config.layers, "model.item_encoder.layers")
+    return body
 
 
 def save_body(body: nn.Module, folder: str) -> None:
@@ -144,7 +155,7 @@ def truncated(body: nn.Module, num_layers: int) -> nn.Module:
     return light
 
 
-def keep_layers(body: nn.Module, num_layers: int, field: str = "model.user_decoder.layers") -> None:
+def keep_layers(body: nn.Module, num_layers: int, field: str = "num_layers") -> None:
     """Keep only the first `num_layers` layers of a body, in place.
 
     Raises InputError that names `field` when the body has fewer.

@@ -47,6 +47,10 @@ class ItemEncoderConfig:
     file or a folder of sentence-transformers. `model.checkpoint` sets it for both parts."""
     pool: Literal["eos", "emb_token", "mean"] = "eos"
     """Item state: the end token's last hidden state, a learned [ITEM] vector's, or the mean."""
+    layers: CountOrZero = 0
+    """Use only the first layers of the checkpoint, which is cheaper; 0: all of them."""
+    whiten: bool = True
+    """Fit the mean and W_e to the catalogue before training, so that e uses all its dimensions."""
     train_layers: CountOrZero = 0
     """Train only this many of the top layers and what is above them. The token embeddings and the
     layers below stay as they are, and their outputs are computed once for all items; 0: train all
@@ -208,6 +212,9 @@ class IdModelConfig:
 class ModelConfig:
     """All parts of the model."""
 
+    weights: Literal["pretrained", "random"] = "pretrained"
+    """Control: `random` draws the weights of the checkpoints anew, from `seed`, and keeps their
+    shapes and tokenizer, so that nothing is known that the data do not teach."""
     kind: Literal["karma", "sasrec", "hstu"] = "karma"
     """KARMA, or a baseline over item ids, which uses only the parts `score` and `ids`."""
     ids: IdModelConfig = field(default_factory=IdModelConfig)
@@ -236,14 +243,21 @@ class ModelConfig:
         # Checkpoints are asked when they are loaded; a tiny one would be pretrained first.
         item, user, tiny = self.item_encoder, self.user_decoder, self.tiny
         for name, part, wanted in (
+            ("item_encoder.layers", item, item.layers),
             ("item_encoder.train_layers", item, item.train_layers),
             ("user_decoder.layers", user, user.layers),
         ):
             if part.checkpoint == "tiny":
                 check_layers(f"model.{name}", wanted, tiny.num_layers)
-        if item.train_layers and item.modality == "multimodal":
-            message = "is not for an encoder that reads pictures, whose states are not kept"
-            raise InputError("model.item_encoder.train_layers", item.train_layers, message, [0])
+        if item.modality == "multimodal":
+            for name in ("layers", "train_layers"):
+                if getattr(item, name):
+                    message = "is not for an encoder that reads pictures"
+                    value = getattr(item, name)
+                    raise InputError(f"model.item_encoder.{name}", value, message, [0])
+        if self.weights == "random" and item.checkpoint == "tiny":
+            message = "is for checkpoints; without one set pretrain.steps=0"
+            raise InputError("model.weights", "random", message, ["pretrained"])
         if item.train_layers and item.pool == "emb_token":
             message = "learns a vector below the layers that train_layers freezes"
             choices = ["eos", "mean"]

@@ -17,7 +17,7 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import NO_PICTURE
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.model.adapters import Score
-from karma_ray.model.backbone import hidden_size, keep_layers, load_body
+from karma_ray.model.backbone import hidden_size, keep_layers, load_body, load_item_body
 from karma_ray.model.config import GeneratorConfig, ModelConfig
 from karma_ray.model.frozen_layers import num_frozen
 from karma_ray.model.generator import Generator
@@ -59,13 +59,10 @@ class InterestModel(RecallModel):
         """Load both bodies from their checkpoints, with adapters if `config.peft` asks for them."""
         rank = parse_rank(config.peft)
         encoder = config.item_encoder
-        item = load_body(
-            encoder.checkpoint, "model.item_encoder.checkpoint",
-            with_vision=encoder.modality == "multimodal",
-        )  # fmt: skip
+        item = load_item_body(encoder)
         user = load_body(config.user_decoder.checkpoint, "model.user_decoder.checkpoint")
         if config.user_decoder.layers:
-            keep_layers(user, config.user_decoder.layers)
+            keep_layers(user, config.user_decoder.layers, "model.user_decoder.layers")
         if rank is not None:
             adapt(item, rank, seed, num_frozen(encoder, item))
             adapt(user, rank, seed + 1)

@@ -17,6 +17,8 @@ SECTIONS = {
     "cold/": "Cold items (never clicked in training)",
     "first/": "First-time targets",
     "repeat/": "Repeat targets",
+    "held_out/": "Categories held out of training",
+    "paraphrased/": "The same queries in other words",
 }
 PARTS = {"": "All test clicks", "warm/": "Items clicked in training", "cold/": "New items"}
 CEILING = "oracle"

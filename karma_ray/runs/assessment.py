@@ -25,12 +25,14 @@ from karma_ray.baselines.popularity import warm_mask
 from karma_ray.baselines.ranker import Ranker
 from karma_ray.config import Config
 from karma_ray.data.draws import row_keys
+from karma_ray.data.paraphrases import Paraphrases
 from karma_ray.data.prepared import PreparedData
 from karma_ray.evaluation.cases import collect_cases
 from karma_ray.evaluation.checks import hidden_item_effect, with_other_histories
 from karma_ray.evaluation.evaluate import EvaluationResult, evaluate
 from karma_ray.evaluation.impressions import sampled
 from karma_ray.evaluation.outcomes import Outcomes
+from karma_ray.evaluation.paraphrased import ParaphrasedRanker, paraphrased_metrics
 from karma_ray.metrics.collapse import spread
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
@@ -51,6 +53,9 @@ class Evaluator:
         self.catalog = source.catalog()
         self.warm = warm_mask(source.sequences(), self.catalog)
         self.matches = source.query_matches(self.catalog)
+        self.held_out = source.held_out(self.catalog)
+        named = config.evaluation.paraphrases
+        self.paraphrases = Paraphrases.load(named) if named else None
 
     def __call__(self, ranker: Ranker, examples: pa.Table) -> dict[str, float]:
         """Return the metrics of a ranker as a flat mapping."""
@@ -60,24 +65,38 @@ class Evaluator:
         """Return the metrics, and the values per example that they average."""
         return evaluate(
             ranker, examples, self.catalog, config=self.config.evaluation,
-            train_item_ids=self.warm, query_matches=self.matches, seed=self.config.seed,
+            train_item_ids=self.warm, query_matches=self.matches, held_out=self.held_out,
+            seed=self.config.seed,
         )  # fmt: skip
 
     def both_splits(self, ranker: Ranker, outcomes: str | None = None) -> dict[str, float]:
         """Return the test metrics, and the validation metrics under `valid/`.
 
+        With `evaluation.paraphrases` those of the rewritten test queries are under `paraphrased/`.
         The outcome of every test example is written to the folder `outcomes`, if given.
         """
         examples = self.source.examples("test")
         test = self.detailed(ranker, examples)
+        metrics, again = test.metrics, None
+        if self.paraphrases is not None and examples.num_rows:
+            again = self.detailed(ParaphrasedRanker(ranker, self.paraphrases), examples)
+            metrics = metrics | paraphrased_metrics(again, examples, self.paraphrases)
         if outcomes is not None:
-            targets = examples.column("positive_item_id").take(pa.array(test.details.rows))
-            rows = self.catalog.rows(targets.to_pylist())
-            cold = ~((rows >= 0) & self.warm[np.maximum(rows, 0)])
-            users = examples.column("user_id").to_pylist()
-            Outcomes.of(test.details, cold, users).save(outcomes)
+            self._outcomes(examples, test, again).save(outcomes)
         valid = self(ranker, self.source.examples("valid"))
-        return test.metrics | {f"valid/{name}": value for name, value in valid.items()}
+        return metrics | {f"valid/{name}": value for name, value in valid.items()}
+
+    def _outcomes(
+        self, examples: pa.Table, test: EvaluationResult, again: EvaluationResult | None
+    ) -> Outcomes:
+        targets = examples.column("positive_item_id").take(pa.array(test.details.rows))
+        rows = self.catalog.rows(targets.to_pylist())
+        known, at = rows >= 0, np.maximum(rows, 0)
+        cold = ~(known & self.warm[at])
+        held_out = None if self.held_out is None else known & self.held_out[at]
+        users = examples.column("user_id").to_pylist()
+        paraphrased = None if again is None else again.details
+        return Outcomes.of(test.details, cold, users, held_out, paraphrased)
 
 
 def assess(
@@ -126,6 +145,10 @@ def floor_metrics(evaluator: Evaluator, cache: str) -> dict[str, dict[str, float
     source = evaluator.source
     examples = content_hash(join(source.uri, "examples"))
     key = [STAGE_VERSION, examples, asdict(evaluator.config.evaluation), evaluator.config.seed]
+    if evaluator.held_out is not None:  # the examples are those of data that hold nothing out
+        key.append(content_hash(join(source.uri, "sequences")))
+    if evaluator.paraphrases is not None:
+        key.append(evaluator.paraphrases.content_hash)
     path = join(cache, f"floors-{value_hash(key)}.json")
     floors = cast(dict[str, dict[str, float]], read_json(path)) if exists(path) else {}
     names = [*recipes.FLOORS]

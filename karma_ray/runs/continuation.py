@@ -21,6 +21,7 @@ from karma_ray.artifacts import (
     write_json,
 )
 from karma_ray.config import Config, flattened, from_dict, to_dict
+from karma_ray.data.paraphrases import Paraphrases
 from karma_ray.data.pictures import has_images
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
@@ -106,6 +107,8 @@ def check_resumed(config: Config, source: PreparedData, folder: RunFolder) -> No
 def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None:
     """Raise InputError on settings that would fail later on a worker or drop clicks silently."""
     config.evaluation.corpus_size()  # raises on an invalid corpus
+    if named := config.evaluation.paraphrases:
+        Paraphrases.load(named).check(source.examples("test"))
     if config.recipe not in recipes.TRAINED:
         return
     training, warmup = config.training, config.warmup

@@ -21,7 +21,7 @@ from karma_ray.config import Config
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.data.tokens import catalog_tokens, tokenizer_hash
-from karma_ray.model.backbone import hidden_size, load_body
+from karma_ray.model.backbone import hidden_size, load_item_body
 from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.frozen_states import KINDS, PORTION, FrozenStates, write_states
@@ -72,6 +72,7 @@ class FrozenOutputs:
             "version": VERSION,
             "items": content_hash(join(self.items_uri, "items")),
             "weights": content_hash(checkpoint) if Path(checkpoint).exists() else checkpoint,
+            "layers": self.encoder.layers,
             "train_layers": self.encoder.train_layers,
             "tokenizer": tokenizer_hash(tokenizer := self.tokenizer()),
             "end_of_text": SpecialIds.of(tokenizer).end_of_text,
@@ -90,7 +91,7 @@ class FrozenOutputs:
 
     def portions(self, device: str | None = None) -> FrozenPortions:
         """Load the frozen layers; the default device is this process's GPU, if it has one."""
-        body = load_body(self.encoder.checkpoint, "model.item_encoder.checkpoint")
+        body = load_item_body(self.encoder)
         words = instruction_tokens(self.encoder, self.tokenizer())
         with torch.random.fork_rng():  # a run draws the same numbers whether the file exists
             encoder = ItemEncoder(body, self.encoder, hidden_size(body), words, 0)

@@ -169,6 +169,7 @@ class Validation:
             config=replace(config.evaluation, max_examples=CURVE_EXAMPLES),
             train_item_ids=warm_mask(self.source.sequences(), catalog),
             query_matches=self.source.query_matches(catalog),
+            held_out=self.source.held_out(catalog),
             seed=config.seed,
         ).metrics
         if self.on_validate is not None:

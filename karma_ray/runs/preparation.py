@@ -27,8 +27,10 @@ from karma_ray.data.fragments import Fragment, read_fragment
 from karma_ray.data.preparation import (
     add_up,
     build_partition,
+    catalogue_ids,
     click_times,
     cutoffs_of,
+    held_out_ids,
     make_facts,
 )
 from karma_ray.data.prepared import (
@@ -71,7 +73,7 @@ def ensure_prepared(
 
     They are reused if they were prepared with `config` from the same files. Data that came
     pre-split (their prepared.json says `"presplit": true`) are used unchanged. Raises InputError
-    when the data must be prepared again but have no events.
+    when the data must be prepared again, or categories be held out, but they have no events.
     """
     require_data(data_uri)
     if (data := _standing(data_uri, config)) is not None:
@@ -89,6 +91,9 @@ def _standing(data_uri: str, config: PrepareConfig) -> PreparedData | None:
     if exists(join(data_uri, "prepared.json")):
         data = PreparedData.load(data_uri)
         changed = {} if data.facts.get("presplit") else differences(data.facts, config)
+        if data.facts.get("presplit") and config.hold_out:
+            message = f"is not possible: {data_uri} came split, without events"
+            raise InputError("prepare.hold_out", config.hold_out, message)
         if data.facts.get("presplit") or (not changed and not has_events):
             return data
         if not has_events:
@@ -138,7 +143,9 @@ def _prepare(source: str, target: str, config: PrepareConfig, shuffle: Shuffle) 
     manifest = read_data_manifest(source)
     fragments = event_fragments(source)
     num_rows = sum(fragment.num_rows for fragment in fragments)
-    item_ids, item_counts = read_catalogue(source, target, config.max_bad_share)
+    items, item_counts = read_catalogue(source, target, config.max_bad_share)
+    item_ids = catalogue_ids(items)
+    held_out, of_held_out = held_out_ids(items, config)
     work = join(target, WORK)
     LOG.info("prepare: checking %d event rows against %d items", num_rows, len(item_ids))
     check = FragmentCheck(join(source, "events"), work, item_ids, config.num_partitions)
@@ -146,11 +153,12 @@ def _prepare(source: str, target: str, config: PrepareConfig, shuffle: Shuffle) 
     quarantined = count_quarantined(target, num_rows, config.max_bad_share)
     cutoffs = cutoffs_of([read_table(join(work, "click_times"))], config, manifest)
     LOG.info("prepare: splitting by user into %d partitions", config.num_partitions)
-    reports = shuffle.build(clean, PartitionBuild(work, cutoffs, config), config.num_partitions)
+    build = PartitionBuild(work, cutoffs, config, held_out)
+    reports = shuffle.build(clean, build, config.num_partitions)
     rows = [*read_table(join(work, "counts")).to_pylist(), *reports]
     for leak in filter(None, (row["leak"] for row in rows)):
         raise LeakError(leak)
-    counts = add_up([item_counts, *(json.loads(row["counts"]) for row in rows)])
+    counts = add_up([item_counts, of_held_out, *(json.loads(row["counts"]) for row in rows)])
     facts = make_facts(config, cutoffs, counts, quarantined, manifest)
     facts["input"] = fingerprint(source)
     if target != source:
@@ -189,6 +197,8 @@ class PartitionBuild:
     work: str
     cutoffs: Cutoffs
     config: PrepareConfig
+    held_out: pa.Array | None = None
+    """Ids of items that are in no training window."""
 
     def __call__(self, group: pa.Table) -> pa.Table:
         """Return one row with the partition's counts, as JSON.
@@ -199,7 +209,7 @@ class PartitionBuild:
         part = f"part-{group['partition'][0].as_py():05d}"
         try:
             events = group.drop_columns(["partition"])
-            built = build_partition(events, self.cutoffs, self.config)
+            built = build_partition(events, self.cutoffs, self.config, self.held_out)
         except LeakError as leak:
             return _report({}, str(leak))
         write_table(built.sequences, join(self.work, "sequences"), part)

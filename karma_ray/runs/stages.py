@@ -234,7 +234,7 @@ class Stage:
         drawn = np.random.default_rng(self.config.seed).permutation(len(tokens))
         encoder = interest.item_encoder
         folder = sentence_folder(self.config.model.item_encoder.checkpoint)
-        if folder is None or not start_from(encoder, folder):
+        if (folder is None or not start_from(encoder, folder)) and encoder.config.whiten:
             self._whiten(encoder, drawn, tokens, lengths)
         if encoder.config.lexical:
             rows = np.sort(drawn[:NUM_COUNTED])

@@ -21,7 +21,8 @@ from karma_ray.studies.rows import Row
 
 METRICS = (
     "gAUC", "HR@10", "HR@50", "HR@200", "HR@1000", "NDCG@10", "JS@50", "cold/HR@50",
-    "in_query/HR@10",
+    "in_query/HR@10", "held_out/HR@50", "paraphrased/HR@10", "paraphrased/HR@50",
+    "paraphrased/HR@200",
 )  # fmt: skip
 """Compared metrics, which are also kept as values per example."""
 _NORMAL = (1.960, 0.842)

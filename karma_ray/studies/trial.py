@@ -22,7 +22,7 @@ from karma_ray.artifacts import (
 from karma_ray.config import Config
 from karma_ray.runs.executor import HERE, Executor
 
-CURVE = ("HR@10", "HR@50", "HR@200", "gAUC", "JS@50_excl_gt", "cold/HR@50")
+CURVE = ("HR@10", "HR@50", "HR@200", "gAUC", "JS@50_excl_gt", "cold/HR@50", "held_out/HR@50")
 """Validation metrics that are recorded at every validated step."""
 LAST_REPORTS = 5
 """Number of last reports whose metrics are averaged, because each covers one batch."""

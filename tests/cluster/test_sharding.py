@@ -67,6 +67,21 @@ def test_partitions_do_not_change_a_row(tmp_path: Path, ray_cluster: None) -> No
 
 
 @pytest.mark.ray
+def test_partitions_hold_the_same_categories_out(tmp_path: Path, ray_cluster: None) -> None:
+    uri, _ = shop(tmp_path / "data")
+    events = pa.concat_tables([pq.read_table(f"{uri}/events/{name}.parquet") for name in "ab"])
+    kinds = pa.array([f"kind {n % 7}" for n in range(60)])
+    items = items_table(60).drop_columns(["category"]).append_column("category", kinds)
+    write_table(items, f"{uri}/items")
+    config = PrepareConfig(max_history=6, num_hard_negatives=3, num_partitions=3, hold_out=0.3)
+    whole = prepare_tables(events, items, config)
+    facts = prepare(uri, config, progress=False)
+    assert rows_of(PreparedData.load(uri).sequences()) == rows_of(whole.sequences)
+    assert facts["counts"] == whole.facts["counts"]
+    assert facts["counts"]["held_out_categories"] == 2
+
+
+@pytest.mark.ray
 def test_data_are_prepared_anew_only_when_something_changed(
     tmp_path: Path, ray_cluster: None
 ) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -17,6 +20,7 @@ from tests.evaluation.test_evaluate import (
 )
 
 WARM = np.arange(NUM_ITEMS) % 3 > 0
+HELD_OUT = np.arange(NUM_ITEMS) % 6 == 0
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +28,7 @@ def result() -> EvaluationResult:
     catalog = make_catalog()
     return evaluate(
         Likes(catalog), make_examples(), catalog, config=CONFIG, train_item_ids=WARM,
-        query_matches=make_matches(catalog),
+        query_matches=make_matches(catalog), held_out=HELD_OUT,
     )  # fmt: skip
 
 
@@ -32,14 +36,17 @@ def result() -> EvaluationResult:
 def outcomes(result: EvaluationResult) -> Outcomes:
     examples = make_examples()
     rows = make_catalog().rows(examples.column("positive_item_id").to_pylist())
-    made = Outcomes.of(result.details, ~WARM[rows], examples.column("user_id").to_pylist())
+    made = Outcomes.of(
+        result.details, ~WARM[rows], examples.column("user_id").to_pylist(), HELD_OUT[rows],
+        replace(result.details, ranks=result.details.ranks + 3),
+    )  # fmt: skip
     return Outcomes.unpacked(*made.packed())
 
 
 @pytest.mark.parametrize(
     "metric",
     ["HR@10", "HR@50", "NDCG@10", "MRR", "JS@50", "gAUC", "cold/HR@10", "warm/MRR", "cold/JS@50",
-     "in_query/HR@10", "in_query/NDCG@10", "in_query/MRR"],
+     "in_query/HR@10", "in_query/NDCG@10", "in_query/MRR", "held_out/HR@10", "held_out/JS@50"],
 )  # fmt: skip
 def test_unpacked_values_average_to_the_metric(
     result: EvaluationResult, outcomes: Outcomes, metric: str
@@ -50,6 +57,29 @@ def test_unpacked_values_average_to_the_metric(
     assert len(values) == len(users) == len(weights)
     # shares are kept in parts of 2,000, a reciprocal rank in full
     assert np.average(values, weights=weights) == pytest.approx(result.metrics[metric], abs=0.03)
+
+
+def test_the_ranks_of_paraphrases_are_paired_with_the_others(outcomes: Outcomes) -> None:
+    usual, other = outcomes.values("HR@10"), outcomes.values("paraphrased/HR@10")
+    assert usual is not None and other is not None
+    assert np.array_equal(other[0], 100.0 * (outcomes.rank <= 7)) and other[0].mean() > 0
+    assert np.array_equal(usual[1], other[1])
+    assert outcomes.values("paraphrased/JS@50") is None
+
+
+def test_what_is_not_measured_is_not_stored(result: EvaluationResult) -> None:
+    users = make_examples().column("user_id").to_pylist()
+    made = Outcomes.of(result.details, np.zeros(len(result.details.ranks), dtype=bool), users)
+    back = Outcomes.unpacked(*made.packed())
+    assert back.examples.held_out is None and back.paraphrased_rank is None
+    assert back.values("held_out/HR@10") is None and back.values("paraphrased/HR@10") is None
+    for content, names in zip(
+        made.packed(),
+        (["user", "cold", "group_user", "group_weight"],
+         ["rank", "query_rank", "overlap", "group_auc"]),
+        strict=True,
+    ):  # fmt: skip
+        assert np.load(io.BytesIO(content)).files == names
 
 
 def test_a_user_has_one_number_whatever_was_sampled(result: EvaluationResult) -> None:

@@ -192,7 +192,7 @@ def test_the_first_layers_of_a_checkpoint_are_saved_and_loaded_as_a_plain_folder
     assert len(loaded.layers) == loaded.config.num_hidden_layers == 1
     assert torch.equal(run_body(loaded, soft), run_body(body, soft))
     with pytest.raises(InputError, match=r"model\.user_decoder\.layers.*more than the 1 layers"):
-        keep_layers(body, 2)
+        keep_layers(body, 2, "model.user_decoder.layers")
 
 
 # --- the mask --------------------------------------------------------------------------------

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from karma_ray.artifacts import RunFolder, read_manifest, write_json
 from karma_ray.config import Config, describe_fields, override
 from karma_ray.data.collate import CollateConfig
 from karma_ray.errors import InputError
+from karma_ray.model.backbone import load_body
 from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.model.config import ModelConfig
 from karma_ray.model.interest import InterestModel
@@ -99,3 +101,24 @@ def test_the_short_form_sets_both_and_is_explained() -> None:
     config = override(Config(), ["model.checkpoint=x", "model.item_encoder.checkpoint=y"])
     assert _folders(config) == ("y", "x")
     assert "model.checkpoint sets model.item_encoder.checkpoint and" in describe_fields()
+
+
+def test_random_weights_have_the_shapes_and_the_tokenizer_and_follow_the_seed(
+    tmp_path: Path,
+) -> None:
+    file, cache = tmp_path / "m.gguf", str(tmp_path / "cache")
+    gguf_files.write(file, gguf_files.whole("llama"))
+    known = load_body(_folders(with_plain_checkpoints(_config(file), cache))[0])
+    config = override(_config(file), ["model.weights=random"])
+    folders = [_folders(with_plain_checkpoints(replace(config, seed=n), cache)) for n in (0, 1, 0)]
+    assert folders[0] == folders[2] != folders[1] and folders[0][0] == folders[0][1]
+    first, second = (load_body(item) for item, _ in folders[:2])
+    shapes = {name: value.shape for name, value in known.state_dict().items()}
+    assert {name: value.shape for name, value in first.state_dict().items()} == shapes
+    name = "layers.0.mlp.up_proj.weight"
+    drawn = [body.state_dict()[name] for body in (known, first, second)]
+    assert not torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[1], drawn[2])
+    assert drawn[1].std().item() == pytest.approx(known.config.initializer_range, rel=0.1)
+    assert not is_tiny(with_plain_checkpoints(config, cache))
+    with pytest.raises(InputError, match=r"pretrain\.steps=0"):
+        override(Config(), ["model.weights=random"]).model.check()

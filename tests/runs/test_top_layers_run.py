@@ -28,7 +28,8 @@ SMALL = [
     "pretrain.steps=8", "warmup.steps=4", "warmup.train=all", "training.steps=6",
     "training.batch_size=8", "training.report_every=1", "training.checkpoint_every=2",
     "training.num_workers=0", "training.threads_per_worker=1", "evaluation.max_examples=30",
-    "model.tiny.num_layers=3", "model.item_encoder.train_layers=1", "model.user_decoder.layers=2",
+    "model.tiny.num_layers=4", "model.item_encoder.layers=3",
+    "model.item_encoder.train_layers=1", "model.user_decoder.layers=2",
     "training.encoder_delay=0.5",
 ]  # fmt: skip
 
@@ -63,6 +64,7 @@ def test_the_top_layer_alone_learns_in_both_stages_and_the_bundle_holds_the_whol
     first = load_file(f"{start['item_encoder']}/model.safetensors")
     warm = load_file(f"{start['warm']}/model.safetensors")
     last = load_file(f"{run}/bundle/item_encoder/model.safetensors")
+    first = {name: v for name, v in first.items() if not name.startswith("layers.3.")}
     assert last.keys() == first.keys()
     for name, value in first.items():
         lower = name.startswith(("embed_tokens", "layers.0.", "layers.1."))

@@ -16,9 +16,11 @@ from transformers import (
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.utils import logging as transformers_logging
 
+from karma_ray.data.prompts import Tokenizer
 from karma_ray.errors import InputError
 from karma_ray.model import packing
 from karma_ray.model.backbones.checkpoint_files import loaded
+from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer
 
 transformers_logging.disable_progress_bar()
 
@@ -78,6 +80,20 @@ def load_lm_head(checkpoint: str, *, empty: bool = False) -> Tensor | None:
     if "lm_head.weight" in info["missing_keys"]:  # transformers would use a random one
         raise InputError("checkpoint", checkpoint, "has no language-model head, tied or its own")
     return cast(Tensor, whole.get_output_embeddings().weight.detach().clone())
+
+
+def draw_weights(checkpoint: str, folder: str, field: str, seed: int) -> None:
+    """Write a checkpoint of text with its shapes and tokenizer, and weights drawn by transformers.
+
+    Raises InputError when the checkpoint cannot be loaded.
+    """
+    config_facts(checkpoint, field)
+    config = AutoConfig.from_pretrained(checkpoint)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.save_pretrained(folder, safe_serialization=True)
+    save_tokenizer(cast(Tokenizer, load_tokenizer(checkpoint, field)), folder)
 
 
 def colour_scale(checkpoint: str) -> tuple[list[float], list[float]]:
