@@ -209,10 +209,10 @@ class ItemEncoder(nn.Module):
 def start_from(encoder: ItemEncoder, folder: SentenceFolder) -> bool:
     """Let an encoder compute what a folder of sentence-transformers does; False if it has no W_e.
 
-    Nothing is taken over by an encoder that pools otherwise. Raises InputError when the vectors
-    have another width than the user decoder.
+    Nothing is taken over by an encoder that pools otherwise or lacks upper layers.
+    Raises InputError when the vectors have another width than the user decoder.
     """
-    if encoder.config.pool != folder.pool:
+    if encoder.config.pool != folder.pool or encoder.config.layers:
         return False
     if folder.pool == "emb_token":
         encoder.item_token.copy_(token_embeddings(encoder.body)[folder.end])

@@ -142,6 +142,15 @@ def test_without_dense_the_pooled_states_are_the_librarys_and_are_whitened(
     assert found is not None and not start_from(interest.item_encoder, found)
 
 
+def test_fewer_layers_take_no_dense_of_the_whole_body(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "st", linear(True))
+    cut, whole = suited(folder, "model.item_encoder.layers=1"), suited(folder)
+    vectors = [encoded(folder, config, tmp_path) for config in (cut, whole)]
+    library = library_vectors(Path(folder), TEXTS)
+    assert not np.allclose(vectors[0], library, atol=0.1)
+    np.testing.assert_allclose(vectors[1], library, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("pool", "instruction"),
     [("eos", ""), ("emb_token", "an item of a shop:"), ("mean", "an item:")],
