@@ -62,6 +62,16 @@ _KARMA_INFONCE = Row(
 _LOGQ = "objective.logq=true"
 
 
+_NAIVE = (
+    "training.encoder_delay=0", "training.encoder_lr=1", "objective.hard_weight=1",
+)  # fmt: skip
+"""Undoes what a data set's settings protect embeddings by."""
+
+
+def _naive(name: str, title: str, *settings: str) -> Row:
+    return Row(name, title, recipe="naive", settings=(*_NAIVE, *settings))
+
+
 def _over_infonce(recipe: str, title: str) -> Row:
     return Row(f"{recipe}_infonce", title, recipe=recipe, settings=_OVER_INFONCE)
 
@@ -110,6 +120,22 @@ TABLES = {
             _over_infonce(
                 "null_both_shuffled",
                 "Task 1, and Task 2 with other items' texts, over HLLM's loss (null)",
+            ),
+        ),
+    ),
+    "naive": Table(
+        "Semantic decodability without what keeps embeddings apart",
+        "naive",
+        (
+            _naive("naive", "Clicks alone"),
+            _naive("naive_task2", "with Task 2", "objective.reconstruction=1"),
+            _naive(
+                "naive_karma", "with Tasks 1 and 2", "objective.generation=1",
+                "objective.reconstruction=1",
+            ),
+            _naive(
+                "naive_shuffled", "Task 2 with other items' texts (null)",
+                "objective.reconstruction=1", "model.decodability.recon_text=shuffled",
             ),
         ),
     ),
