@@ -36,8 +36,14 @@ def profile_step(
         train(model, step, batches, 60.0, count)
     events = list(trace.events() or ())
     calls = Counter(event.name for event in events)
-    on_device = [e for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
-    kernels = [e for e in on_device if not e.name.startswith(("Mem", "ProfilerStep"))]
+    on_device = [
+        event
+        for event in events
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and "#" not in event.name  # a named span such as Optimizer.step#AdamW.step
+        and not getattr(event, "is_user_annotation", False)
+    ]
+    kernels = [event for event in on_device if not event.name.startswith("Mem")]
     facts: dict[str, Any] = {
         "steps": count,
         "operators_per_step": round(sum(n for k, n in calls.items() if "::" in k) / count, 1),

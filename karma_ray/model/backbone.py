@@ -135,6 +135,7 @@ def _states(
 ) -> Tensor:
     if positions.dim() == 3:
         positions = positions.movedim(-1, 0)  # transformers puts the three axes first
+    plan.prepare()
     options = {"deep": deep} if deep else {}
     output = body(
         inputs_embeds=embeddings, position_ids=positions, use_cache=False, packing=plan, **options

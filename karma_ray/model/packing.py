@@ -59,6 +59,11 @@ class Packing:
         bias = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
         return bias.masked_fill_(~visible, HIDDEN)[:, None, None]
 
+    def prepare(self) -> None:
+        """Compute what a GPU's kernels read before the layers run, which may be compiled."""
+        if self.packed and self.real.is_cuda:
+            _ = self.index, self.starts
+
     def collect(self, grid: Tensor) -> Tensor:
         """Return the real tokens [N, ...] of a grid [B, S, ...]."""
         return cast(Tensor, _Collect.apply(grid.flatten(0, 1), self.index))  # type: ignore[no-untyped-call]
