@@ -61,6 +61,9 @@ class ItemEncoderConfig:
     """Dimensions of the lexical block: counted words of the item, appended to e without learning,
     and the mean over the history appended to h. It helps when clicks are few and the encoder
     would learn to ignore the user's taste."""
+    block: Literal["words", "states", "both"] = "words"
+    """What the lexical block holds: counted words; the whitened mean of the states after the frozen
+    layers (what the LLM says of an item before any click; needs `train_layers`); half of each."""
     modality: Literal["text", "multimodal"] = "text"
     """What the encoder reads of an item: its text, or its image and text (`checkpoint` must be
     of a family that reads pictures)."""
@@ -255,6 +258,9 @@ class ModelConfig:
                     message = "is not for an encoder that reads pictures"
                     value = getattr(item, name)
                     raise InputError(f"model.item_encoder.{name}", value, message, [0])
+        if item.block != "words" and not (item.lexical and item.train_layers):
+            message = "needs model.item_encoder.lexical and model.item_encoder.train_layers"
+            raise InputError("model.item_encoder.block", item.block, message, choices=["words"])
         if self.weights == "random" and item.checkpoint == "tiny":
             message = "is for checkpoints; without one set pretrain.steps=0"
             raise InputError("model.weights", "random", message, ["pretrained"])

@@ -6,6 +6,7 @@ Legend: U items, L tokens, D width of h and e.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from karma_ray.model.backbones.sentence_folder import SentenceFolder
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.frozen_layers import freeze_lower, num_frozen, only_layers
 from karma_ray.model.frozen_states import FrozenStates
-from karma_ray.model.lexical import LexicalBlock
+from karma_ray.model.lexical import LexicalBlock, StateBlock
 from karma_ray.ranges import check_ranges
 
 LOG = logging.getLogger(__name__)
@@ -39,10 +40,27 @@ def instruction_tokens(config: ItemEncoderConfig, tokenizer: Tokenizer) -> list[
     return list(tokenizer([words], add_special_tokens=False)["input_ids"][0]) if words else []
 
 
+@dataclass(frozen=True)
+class LowerStates:
+    """The states of items after the frozen layers, of their real tokens alone."""
+
+    states: Tensor  # [N, d_item] float32, one item behind the other
+    real: Tensor  # [U, S]
+    last: Tensor  # [U] the last real slot
+
+    def means(self) -> Tensor:
+        """Return each item's mean [U, d_item]."""
+        counts = host_of(self.last) + 1
+        owner = upload(torch.repeat_interleave(torch.arange(len(counts)), counts), self.real.device)
+        summed = self.states.new_zeros(len(counts), self.states.shape[1])
+        return summed.index_add_(0, owner, self.states) / (self.last[:, None] + 1)
+
+
 class ItemEncoder(nn.Module):
     """Backbone, pooling and W_e: e = RMSNorm(W_e (e_raw - mean)), method 1.2; see `whiten`.
 
-    With `lexical` the counted words of the item are appended, see LexicalBlock. With `train_layers`
+    With `lexical` a fixed block is appended: counted words of the item, see LexicalBlock, or what
+    the LLM says of it before training, see StateBlock. With `train_layers`
     the lower layers are frozen; where `states` holds their outputs, items are encoded from these.
     """
 
@@ -77,8 +95,13 @@ class ItemEncoder(nn.Module):
         if config.pool == "emb_token":
             self.item_token = nn.Parameter(0.02 * torch.randn(raw, generator=generator))
         self.register_buffer("instruction", torch.tensor(instruction, dtype=torch.long))
-        if config.lexical:
-            self.words = LexicalBlock(len(token_embeddings(body)), config.lexical, width)
+        size = config.lexical
+        of_states = {"words": 0, "both": size // 2, "states": size}[config.block]
+        part = width / 2 if config.block == "both" else width  # both together have one length
+        if of_words := size - of_states:
+            self.words = LexicalBlock(len(token_embeddings(body)), of_words, part)
+        if of_states:
+            self.known = StateBlock(raw, of_states, part)
 
     def attach_catalog(self, catalog: Catalog, data_uri: str) -> None:
         """Load the pictures of a data folder's items; a text encoder needs none."""
@@ -91,10 +114,14 @@ class ItemEncoder(nn.Module):
         `rows` [U] are catalogue rows, whose pictures a multimodal encoder reads; for a query they
         must be NO_PICTURE (-1).
         """
-        learned = rms_normalize(self.output(self.pooled(tokens, lengths, rows) - self.mean))
-        if not self.config.lexical:
-            return learned
-        return torch.cat([learned, self.words(tokens, lengths)], 1)
+        lower = self._lower(tokens, lengths, rows)
+        pooled = self._pooled(tokens, lengths, rows, lower)
+        parts = [rms_normalize(self.output(pooled - self.mean))]
+        if hasattr(self, "words"):
+            parts.append(self.words(tokens, lengths))
+        if lower is not None and hasattr(self, "known"):
+            parts.append(self.known(lower.means()))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
 
     @torch.no_grad()
     def whiten(
@@ -110,10 +137,9 @@ class ItemEncoder(nn.Module):
         single item, or texts that are cut before they differ) has no variance, so nothing is
         fitted.
         """
-        size = SAMPLED_AT_ONCE // max(1, hidden_size(self.body) // SMALL)
-        chunks = [slice(n, n + size) for n in range(0, len(tokens), size)]
         states = [
-            self.pooled(tokens[c], lengths[c], None if rows is None else rows[c]) for c in chunks
+            self.pooled(tokens[c], lengths[c], None if rows is None else rows[c])
+            for c in self._chunks(len(tokens))
         ]
         self.whiten_states(torch.cat(states), ridge)
 
@@ -136,8 +162,30 @@ class ItemEncoder(nn.Module):
 
     def pooled(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the pooled states e_raw [U, d_item]."""
-        if self.states is not None and rows is not None and bool((host_of(rows) >= 0).all()):
-            return self._pool(*self._from_states(self.states, lengths, rows))
+        return self._pooled(tokens, lengths, rows, self._lower(tokens, lengths, rows))
+
+    @torch.no_grad()
+    def fit_known(self, tokens: Tensor, lengths: Tensor, rows: Tensor) -> None:
+        """Fit the block of frozen states to a sample of items, given as to `whiten`."""
+        means = []
+        for some in self._chunks(len(tokens)):
+            lower = self._lower(tokens[some], lengths[some], rows[some])
+            assert lower is not None
+            means.append(lower.means())
+        self.known.fit(torch.cat(means))
+
+    def _chunks(self, count: int) -> list[slice]:
+        """Divide a sample into portions that fit into memory."""
+        size = SAMPLED_AT_ONCE // max(1, hidden_size(self.body) // SMALL)
+        return [slice(start, start + size) for start in range(0, count, size)]
+
+    def _pooled(
+        self, tokens: Tensor, lengths: Tensor, rows: Tensor | None, lower: LowerStates | None
+    ) -> Tensor:
+        if lower is not None:
+            with only_layers(self.body, self.num_frozen):
+                states = run_packed(self.body, lower.states, lower.real)
+            return self._pool(states, lower.real, lower.last)
         prefix = self.instruction.expand(len(tokens), -1)
         embeddings = token_embeddings(self.body)[torch.cat([prefix, tokens], 1)]
         last = upload(host_of(lengths) + prefix.shape[1] - 1, tokens.device)
@@ -170,16 +218,19 @@ class ItemEncoder(nn.Module):
         with only_layers(self.body, 0, self.num_frozen):
             return run_body(self.body, embeddings, real=real)[real]
 
-    def _from_states(
-        self, table: FrozenStates, lengths: Tensor, rows: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the last states [U, S, d_item], the real slots [U, S] and the last one [U]."""
+    def _lower(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None) -> LowerStates | None:
+        """Return the states after the frozen layers, kept or computed; None where the body is run
+        in one go."""
+        kept = self.states is not None and rows is not None and bool((host_of(rows) >= 0).all())
+        if not kept and not hasattr(self, "known"):
+            return None
         ends = host_of(lengths) + len(self.instruction)
         last = upload(ends - 1, lengths.device)
-        lower = upload(table.gather(host_of(rows).numpy(), ends.numpy()), last.device)
-        real = _slots_upto(last, int(ends.max()))
-        with only_layers(self.body, self.num_frozen):
-            return run_packed(self.body, lower.float(), real), real, last
+        if kept and self.states is not None and rows is not None:
+            found = upload(self.states.gather(host_of(rows).numpy(), ends.numpy()), last.device)
+        else:
+            found = self.lower_states(tokens, lengths)
+        return LowerStates(found.float(), _slots_upto(last, int(ends.max())), last)
 
     def _pool(self, states: Tensor, real: Tensor, last: Tensor) -> Tensor:
         """Return the pooled states [U, d_item] of states [U, S, d_item]."""

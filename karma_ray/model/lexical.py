@@ -32,7 +32,7 @@ class LexicalBlock(nn.Module):
     weight: Tensor
     mean: Tensor
 
-    def __init__(self, num_words: int, size: int, width: int) -> None:
+    def __init__(self, num_words: int, size: int, width: float) -> None:
         super().__init__()
         self.scale = length_ratio(width, size)
         self.register_buffer("weight", torch.zeros(num_words, size))
@@ -73,7 +73,44 @@ class LexicalBlock(nn.Module):
         self.mean.copy_(torch.from_numpy(mean))
 
 
-def length_ratio(width: int, size: int) -> float:
+class StateBlock(nn.Module):
+    """The first principal axes of an LLM's states after its frozen layers, each of variance 1.
+
+    As the lexical block it has the length of `width` dimensions of scale 1, for any size, and is
+    never learned.
+    """
+
+    weight: Tensor
+    mean: Tensor
+
+    def __init__(self, num_states: int, size: int, width: float) -> None:
+        super().__init__()
+        if size > num_states:
+            message = f"must be at most {num_states}, the width of the item encoder"
+            raise InputError("model.item_encoder.lexical", size, message)
+        self.scale = length_ratio(width, size)
+        self.register_buffer("weight", torch.zeros(size, num_states))
+        self.register_buffer("mean", torch.zeros(num_states))
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Mean states of items [U, d] -> [U, K]."""
+        return rms_normalize((states.float() - self.mean) @ self.weight.T) * self.scale
+
+    @torch.no_grad()
+    def fit(self, states: Tensor, ridge: float = 0.01) -> None:
+        """Fit the axes to the mean states [U, d] of a sample of items.
+
+        `ridge`, a share of the largest variance, keeps rounding noise from being amplified.
+        """
+        centred = states.double() - states.double().mean(0)
+        variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
+        strongest = slice(len(variances) - len(self.weight), None)
+        scales = (variances.clamp(min=0) + ridge * variances.max()).clamp(min=1e-30).rsqrt()
+        self.weight.copy_((axes * scales)[:, strongest].T)
+        self.mean.copy_(states.double().mean(0))
+
+
+def length_ratio(width: float, size: int) -> float:
     """Return the scale at which `size` dimensions have the length of `width` of scale 1."""
     return math.sqrt(width / size)
 

@@ -55,7 +55,7 @@ class FrozenOutputs:
         encoder = config.model.item_encoder
         if config.model.kind != "karma" or not encoder.train_layers:
             return None
-        bare = replace(encoder, lexical=0)  # counted words do not pass through the layers
+        bare = replace(encoder, lexical=0, block="words")  # blocks are computed beside the layers
         outputs = cls(
             bare, tokenizer_folder, items_uri, config.collate.max_item_tokens,
             config.training.precision,

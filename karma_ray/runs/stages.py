@@ -238,21 +238,20 @@ class Stage:
         started = folder is not None and start_from(encoder, folder)
         if encoder.config.whiten and not started:
             self._whiten(encoder, drawn, tokens, lengths)
-        if encoder.config.lexical:
+        if encoder.config.lexical and encoder.config.block != "states":
             rows = np.sort(drawn[:NUM_COUNTED])
             encoder.words.fit(tokens[rows], lengths[rows])
+        if encoder.config.block != "words":
+            encoder.fit_known(*_sampled(encoder, drawn, tokens, lengths))
 
     @staticmethod
     def _whiten(
         encoder: ItemEncoder, drawn: np.ndarray, tokens: np.ndarray, lengths: np.ndarray
     ) -> None:
         """Fit the whitening to the first of the drawn rows [I]."""
-        rows = drawn[: max(NUM_WHITENED, WHITENED_PER_DIMENSION * hidden_size(encoder.body))]
-        sample = torch.from_numpy(tokens[rows].astype(np.int64))
         device = this_device()  # thousands of texts are too much for a CPU beside a GPU
-        encoder.to(device).whiten(
-            sample.to(device), torch.from_numpy(lengths[rows]).to(device), torch.from_numpy(rows)
-        )
+        sample, sizes, rows = _sampled(encoder, drawn, tokens, lengths)
+        encoder.to(device).whiten(sample.to(device), sizes.to(device), rows)
         encoder.cpu()
 
     def whole(self) -> KarmaModel:
@@ -271,6 +270,15 @@ class Stage:
         head = load_lm_head(config.user_decoder.checkpoint, empty=bundled)
         imagery = build_imagery(self.config, self.items_uri, interest, self.trained)
         return KarmaModel(interest, tokenizer, lm_head=head, decodes=False, imagery=imagery)
+
+
+def _sampled(
+    encoder: ItemEncoder, drawn: np.ndarray, tokens: np.ndarray, lengths: np.ndarray
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return tokens [n, L], lengths [n] and rows [n] of the first of the drawn rows [I]."""
+    rows = drawn[: max(NUM_WHITENED, WHITENED_PER_DIMENSION * hidden_size(encoder.body))]
+    sample = torch.from_numpy(tokens[rows].astype(np.int64))
+    return sample, torch.from_numpy(lengths[rows]), torch.from_numpy(rows)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,13 @@ from karma_ray.training.step import JointStep
 from tests import tiny
 from tests.top_layers import DEEP, model, states
 
-TABLES = [{}, {"pool": "mean"}, {"instruction": "an item:"}, {"lexical": 8}]
+TABLES = [
+    {},
+    {"pool": "mean"},
+    {"instruction": "an item:"},
+    {"lexical": 8},
+    {"lexical": 8, "block": "both"},
+]
 
 
 def step(karma: KarmaModel, **changes: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -40,6 +46,12 @@ def step(karma: KarmaModel, **changes: Any) -> tuple[torch.Tensor, dict[str, tor
     found = {n: p.grad.clone() for n, p in karma.named_parameters() if p.grad is not None}
     karma.zero_grad(set_to_none=True)
     return output.loss.detach(), found
+
+
+def fit_known(karma: KarmaModel) -> None:
+    """Fit the block of frozen states to the catalogue."""
+    sample = [torch.from_numpy(values.astype(np.int64)) for values in tiny.item_tokens()]
+    karma.interest.item_encoder.fit_known(*sample, torch.arange(len(sample[0])))
 
 
 def assert_same(
@@ -66,6 +78,8 @@ def test_loss_and_gradients_are_those_of_running_the_frozen_layers(
     karma, batch = model(train_layers, **encoder), tiny.batch()
     if encoder.get("lexical"):
         karma.interest.item_encoder.words.fit(*tiny.item_tokens())
+    if encoder.get("block"):
+        fit_known(karma)
     table = states(karma, tmp_path / "states.npy")
     live, interest = step(karma), karma.interest
     seen = interest.encode_items(batch.item_tokens, batch.item_lengths, batch.item_rows)
@@ -133,6 +147,35 @@ def test_the_catalogue_and_its_whitening_are_those_of_the_whole_encoder(tmp_path
         found.append((encoder.mean.clone(), encode_catalog(interest, tokens, lengths)))
     torch.testing.assert_close(*(mean for mean, _ in found))
     np.testing.assert_allclose(*(vectors for _, vectors in found), rtol=1e-4, atol=1e-5)
+
+
+def test_a_block_of_states_is_their_whitened_mean_and_never_learns(tmp_path: Path) -> None:
+    karma = model(1, lexical=4, block="states")
+    fit_known(karma)
+    encoder, (tokens, lengths) = karma.interest.item_encoder, tiny.item_tokens()
+    table = states(karma, tmp_path / "states.npy")
+    ends = table.counts.cumsum()
+    means = np.stack(
+        [table.values[e - n : e].mean(0) for e, n in zip(ends, table.counts, strict=True)]
+    )
+    centred = means - means.mean(0)
+    variances, axes = np.linalg.eigh(centred.T @ centred / len(centred))
+    expected = centred @ (axes / np.sqrt(variances + 0.01 * variances.max()))[:, -4:]
+    expected *= np.sqrt(DEEP.hidden_size) / np.linalg.norm(expected, axis=1, keepdims=True)
+    before = encode_catalog(karma.interest, tokens, lengths)[:, -4:]
+    signs = np.sign((before * expected).sum(0))  # axes have no sign of their own
+    np.testing.assert_allclose(before * signs, expected, atol=2e-3)
+    with torch.no_grad():
+        for value in encoder.parameters():
+            if value.requires_grad:
+                value.add_(0.1)
+    after = encode_catalog(karma.interest, tokens, lengths)
+    np.testing.assert_array_equal(after[:, -4:], before)
+    assert not step(karma)[1].keys() & {"interest.item_encoder.known.weight"}
+    with pytest.raises(InputError, match=r"item_encoder\.block.*train_layers"):
+        replace(Config().model, item_encoder=ItemEncoderConfig(lexical=4, block="states")).check()
+    with pytest.raises(InputError, match=f"at most {DEEP.hidden_size}"):
+        model(1, lexical=DEEP.hidden_size + 1, block="states")
 
 
 def test_half_precision_takes_half_the_room_and_is_nearly_the_same(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ SMALL = [
     "training.num_workers=0", "training.threads_per_worker=1", "evaluation.max_examples=30",
     "model.tiny.num_layers=4", "model.item_encoder.layers=3",
     "model.item_encoder.train_layers=1", "model.user_decoder.layers=2",
-    "training.encoder_delay=0.5",
+    "training.encoder_delay=0.5", "model.item_encoder.block=both",
 ]  # fmt: skip
 
 
