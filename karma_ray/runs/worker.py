@@ -251,9 +251,6 @@ class _Hooks:
         if self._log is not None:
             self._log.add(record)
         self._channel.report(record)
-        if self._channel.device.type == "cpu" and time.monotonic() > self._trimmed + TRIM_SECONDS:
-            trim_heap()
-            self._trimmed = time.monotonic()
         return self._job.should_stop is not None and self._job.should_stop(record)
 
     def _stall_share(self, record: Record) -> float:
@@ -263,6 +260,9 @@ class _Hooks:
         return stalled / max(record.get("seconds", 0.0) + stalled, 1e-9)
 
     def after_step(self, step: int) -> None:
+        if self._channel.device.type == "cpu" and time.monotonic() > self._trimmed + TRIM_SECONDS:
+            trim_heap()
+            self._trimmed = time.monotonic()
         job = self._job
         training = job.training
         if training.validate_every and step % training.validate_every == 0:
