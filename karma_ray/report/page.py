@@ -11,6 +11,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from karma_ray.artifacts import RunFolder, join, open_filesystem
 from karma_ray.evaluation.alarm import messages
+from karma_ray.report.account import (
+    cost_sentences,
+    forgetting_rows,
+    knowledge_sentences,
+    llm_sentences,
+    size_sentences,
+)
 from karma_ray.report.record import RunRecord, number, read_run
 from karma_ray.report.standing import format_count, headline, sections
 
@@ -25,9 +32,6 @@ _DATA_FACTS = {
     "test_start": "test starts",
     "notes": "notes",
 }
-
-_SIZES = ("num_parameters", "num_trained", "item_layers", "item_layers_frozen", "user_layers")
-"""What the bundle's manifest says of the model."""
 
 BARS = "comparison"
 """The plot at the top of the page; the others are shown as curves."""
@@ -82,13 +86,14 @@ def _facts(record: RunRecord) -> dict[str, Any]:
         "num_test": format_count(record.metrics.get("num_test")),
         "labels": record.labels(),
         "alarms": [message for line in record.lines for message in messages(line)],
-        "headline": headline(record),
+        "headline": [*headline(record), *knowledge_sentences(record)],
         "sections": sections(record),
         "has_ceilings": any(ranker.role == "ceiling" for ranker in record.rankers()),
         "tags": _tags(record),
         "checks": _checks(record),
         "data": _data(record),
-        "size": _size(record),
+        "account": [*llm_sentences(record), *size_sentences(record), *cost_sentences(record)],
+        "forgetting": forgetting_rows(record),
         "config": json.dumps(record.config, indent=2, ensure_ascii=False),
         "item_encoder": record.checkpoint("item_encoder"),
         "user_decoder": record.checkpoint("user_decoder"),
@@ -129,24 +134,6 @@ def _data(record: RunRecord) -> list[tuple[str, str]]:
         for key, title in _DATA_FACTS.items()
         if record.data.get(key) not in (None, [], {}, "")
     ]
-
-
-def _size(record: RunRecord) -> str:
-    """What of the model learnt, as a sentence; empty where the bundle does not say."""
-    facts = {name: number(record.bundle.get(name)) for name in _SIZES}
-    whole, trained, layers, frozen, user = facts.values()
-    if whole is None or trained is None:
-        return ""
-    share = "All" if trained == whole else f"{trained:,.0f} of the"
-    sentence = f"{share} {whole:,.0f} weights learn"
-    if frozen:
-        sentence += (
-            f", of the item encoder the top {(layers or 0) - frozen:.0f} of {layers:.0f} layers"
-        )
-    wanted = record.config.get("model", {}).get("user_decoder", {}).get("layers")
-    if wanted:
-        sentence += f"; the user decoder is the first {user:.0f} layers of its checkpoint"
-    return f"{sentence}."
 
 
 def _plain(value: object) -> str:

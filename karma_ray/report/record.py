@@ -41,6 +41,7 @@ class RunRecord:
     cases: list[dict[str, Any]]
     data: dict[str, Any]
     bundle: dict[str, Any]
+    cost: dict[str, Any]
 
     @property
     def recipe(self) -> str:
@@ -126,4 +127,5 @@ def read_run(run: str) -> RunRecord:
         cases=part("report", "cases.json", default=[]),
         data=part("data.json", default={}),
         bundle=part("bundle", "manifest.json", default={}),
+        cost=part("cost.json", default={}),
     )

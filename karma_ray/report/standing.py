@@ -20,6 +20,13 @@ SECTIONS = {
     "held_out/": "Categories held out of training",
     "paraphrased/": "The same queries in other words",
 }
+NOTES = {
+    "held_out/": "Clicks on categories that no training click had (prepare.hold_out): only what "
+    "the model reads in the items' texts can find them.",
+    "paraphrased/": "The test again, with queries in words that training never saw "
+    "(evaluation.paraphrases): what is lost against the first table hung on the words themselves.",
+}
+"""Sentences that explain a section."""
 PARTS = {"": "All test clicks", "warm/": "Items clicked in training", "cold/": "New items"}
 CEILING = "oracle"
 
@@ -64,6 +71,7 @@ class Section:
     num_test: str
     rankers: list[Ranked]
     rows: list[tuple[str, list[Cell]]]
+    note: str = ""
 
 
 def format_metric(value: float | None) -> str:
@@ -105,7 +113,7 @@ def headline_places(record: RunRecord, prefix: str = "") -> list[Standing]:
 
 
 def sections(record: RunRecord) -> list[Section]:
-    """Return the tables: all, in query, warm, cold, first, repeat; empty ones are left out."""
+    """Return the tables: those of `SECTIONS`; empty ones are left out."""
     result = []
     rankers = record.rankers()
     for prefix, title in SECTIONS.items():
@@ -120,7 +128,7 @@ def sections(record: RunRecord) -> list[Section]:
             counts = [ranker.value(prefix + "num_test") for ranker in rankers]
             known = [count for count in counts if count is not None]
             num_test = format_count(max(known)) if known else "–"
-            result.append(Section(title, num_test, rankers, rows))
+            result.append(Section(title, num_test, rankers, rows, NOTES.get(prefix, "")))
     return result
 
 

@@ -8,6 +8,12 @@ from typing import Any
 
 from karma_ray.artifacts import RunFolder, exists
 from karma_ray.evaluation.alarm import messages
+from karma_ray.report.account import (
+    cost_sentences,
+    knowledge_sentences,
+    llm_sentences,
+    size_sentences,
+)
 from karma_ray.report.bars import bars
 from karma_ray.report.record import RunRecord, read_run
 from karma_ray.report.standing import check_sentences, format_count, verdict
@@ -18,7 +24,10 @@ NUM_SHOWN = 3
 
 
 def summary(run: str) -> str:
-    """Return the closing screen of a run, at most 40 lines; raises InputError without a run."""
+    """Return the closing screen of a run, at most 40 lines, or 50 where it says which LLM it used.
+
+    Raises InputError without a run.
+    """
     record = read_run(run)
     notes = [*check_sentences(record), *record.labels(), *_quarantine(record), *_alarms(record)]
     blocks = [
@@ -31,9 +40,19 @@ def summary(run: str) -> str:
         bars(record),
         *(_case(name, case) for name, case in _two_cases(record)),
         _wrapped(notes),
+        _wrapped(_account(record)),
         _places(record),
     ]
     return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _account(record: RunRecord) -> list[str]:
+    """Say of a run with an LLM which it is, how much of it learns, what it cost and forgot."""
+    llm = llm_sentences(record)
+    if not llm:
+        return knowledge_sentences(record)
+    size, cost = size_sentences(record), cost_sentences(record)
+    return [" ".join([*llm, *size[:1]]), *cost, *knowledge_sentences(record)]
 
 
 def _two_cases(record: RunRecord) -> list[tuple[str, dict[str, Any]]]:

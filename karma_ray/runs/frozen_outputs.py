@@ -7,6 +7,7 @@ worker on another machine, where the cache holds no such file, makes its own.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from karma_ray.artifacts import content_hash, exists, join, value_hash
+from karma_ray.artifacts import content_hash, exists, join, read_json, value_hash, write_json
 from karma_ray.config import Config
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import SpecialIds, Tokenizer
@@ -117,7 +118,17 @@ class FrozenOutputs:
                 found, total=total, initial=total - len(missing), unit="portion", disable=None
             )
 
+        started = time.perf_counter()
         write_states(self.path, counts, width, self.precision, portions)
+        write_json({"seconds": round(time.perf_counter() - started, 1)}, self._facts)
+
+    @property
+    def _facts(self) -> str:
+        return str(Path(self.path).with_suffix(".json"))
+
+    def seconds(self) -> float | None:
+        """Return how long the last of the processes took that made the file; None if unknown."""
+        return float(read_json(self._facts)["seconds"]) if exists(self._facts) else None
 
     def attach(self, encoder: ItemEncoder) -> None:
         """Let an encoder of the same weights read the file, which is made if it is not here."""

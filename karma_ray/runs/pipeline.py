@@ -10,7 +10,6 @@ interrupted run continues with `resume=True`.
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -30,6 +29,7 @@ from karma_ray.artifacts import (
 from karma_ray.config import Config, from_dict, to_dict
 from karma_ray.data.prepared import PreparedData, read_data_manifest
 from karma_ray.errors import InputError
+from karma_ray.model.backbones.checkpoints import shape_facts
 from karma_ray.model.device import this_device
 from karma_ray.report.page import render_report
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
@@ -44,6 +44,7 @@ from karma_ray.runs.continuation import (
     noted_parent,
     noted_stage,
 )
+from karma_ray.runs.cost import Cost
 from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.first_stages import start_stage
 from karma_ray.runs.forgetting import PREFIX, forgetting
@@ -76,7 +77,7 @@ def train_run(
     Raises InputError on bad input.
     """
     run, cache = absolute(out), absolute(cache)
-    folder, started = RunFolder(run), time.time()
+    folder, cost = RunFolder(run), Cost()
     if run.rsplit("/", 1)[-1] == "latest":
         raise InputError("--out", out, "is the name of the link to the newest run")
     if not resume and (exists(folder.metrics) or exists(folder.checkpoints)):
@@ -95,22 +96,23 @@ def train_run(
     if init := noted_parent(folder, parent):
         parents["init"] = init
     write_json(to_dict(config), folder.config)
-    facts = _data_facts(source)
-    write_json(facts, folder.path("data.json"))
+    write_json(facts := _data_facts(source), folder.path("data.json"))
     stage = None
     if config.recipe in recipes.TRAINED:
         found = noted_stage(folder, config, source.items_uri) if resume else None
         stage = _first_stage(config, source, cache, run, found, parent, executor)
         note_start(folder, stage, init)
-        _note_text_lengths(stage, folder, facts)
+        _note_items(stage, folder, facts)
         stage = _train(stage, source, run, on_validate, resume, executor)
-        _serve_side(stage, folder, executor)
+        with cost.timed("embedding"):
+            _serve_side(stage, folder, executor)
     write_manifest(
         run, "run", recipe=config.recipe, seed=config.seed, data=source.uri,
         items=source.items_uri, version=__version__, parents=parents,
     )  # fmt: skip
-    metrics = assess(config, source, run, stage, cache) | forgetting(stage, cache)
-    metrics["seconds"] = round(time.time() - started, 1)
+    with cost.timed("evaluation"):
+        metrics = assess(config, source, run, stage, cache) | forgetting(stage, cache)
+    metrics["seconds"] = cost.save(run, stage)
     write_json(metrics, folder.metrics)
     render_report(run)
     folder.link_latest()
@@ -125,12 +127,19 @@ def _check_workers(config: Config, executor: Executor) -> None:
         raise InputError("training.num_workers", workers, message, choices=[0, 1])
 
 
-def _note_text_lengths(stage: Stage, folder: RunFolder, facts: Mapping[str, Any]) -> None:
-    """Write to data.json how much of the items' texts is read, and warn if much is cut off."""
+def _note_items(stage: Stage, folder: RunFolder, facts: Mapping[str, Any]) -> None:
+    """Write to data.json how much of the items' texts is read, and warn if much is cut off.
+
+    Near-duplicates that were found are counted there too.
+    """
     if over_ids(stage.config):
         return
     lengths = stage.text_lengths()
-    write_json({**facts, "item_texts": asdict(lengths)}, folder.path("data.json"))
+    known = {**facts, "item_texts": asdict(lengths)}
+    if stage.contents is not None:
+        groups = read_manifest(stage.contents, "near_duplicates")
+        known["near_duplicates"] = {name: groups[name] for name in ("grouped", "items", "cosine")}
+    write_json(known, folder.path("data.json"))
     if warning := lengths.warning():
         LOG.warning(warning)
 
@@ -226,6 +235,8 @@ def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
     """
     config, model = stage.config, stage.build_finished()
     facts = {"recipe": config.recipe, "seed": config.seed, **model_size(model)}
+    if not over_ids(config):
+        facts["checkpoints"] = _checkpoint_shapes(config)
     save_bundle(model.interest, model.tokenizer, config.collate, folder.bundle, facts)
     if config.training.num_workers and executor.embed is not None:
         executor.embed(folder.bundle, stage.items_uri, folder.item_embeddings)
@@ -240,6 +251,12 @@ def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
         table = ItemTable(catalog.item_ids, catalog.titles, vectors, parents)
         save_embeddings(table, folder.item_embeddings)
     index_run(folder.root)
+
+
+def _checkpoint_shapes(config: Config) -> dict[str, dict[str, Any]]:
+    """Return family, layers and width of both parts' checkpoints, as they were before any cut."""
+    parts = {"item_encoder": config.model.item_encoder, "user_decoder": config.model.user_decoder}
+    return {name: shape_facts(part.checkpoint) for name, part in parts.items()}
 
 
 def _data_facts(source: PreparedData) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from karma_ray.errors import StorageError, TakenOver
 from karma_ray.evaluation.alarm import Alarm, messages
 from karma_ray.runs import stopping
 from karma_ray.runs.batches import WorkerContext
+from karma_ray.runs.cost import peak_gib
 from karma_ray.runs.run_log import RunLog
 from karma_ray.training.checkpoints.checkpoint import Progress, load_checkpoint, save_weights
 from karma_ray.training.checkpoints.outage import reason, redacted, retried
@@ -154,6 +155,7 @@ def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[
         "last": hooks.last,
         "valid": hooks.valid,
         "failed_checkpoints": len(store.failed),
+        "peak_gib": peak_gib(),
     }
     _save_final(job.final, model, summary, channel.device)
     return summary

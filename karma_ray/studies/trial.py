@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -90,6 +89,7 @@ def train_trial(
     """
     import torch
 
+    from karma_ray.runs.cost import peak_gib
     from karma_ray.runs.pipeline import train_run
 
     started = time.monotonic()
@@ -116,7 +116,7 @@ def train_trial(
         "steps": joint[-1]["step"] if joint else 0,
         "seconds": round(time.monotonic() - started, 1),
         "resumed": resumed,
-        "peak_gib": _peak_gib(),
+        "peak_gib": peak_gib(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
         "examples": _content(folder.path("outcomes", "examples.npz")),
@@ -144,17 +144,6 @@ def _probes(lines: list[dict[str, Any]]) -> dict[str, float]:
     names = dict.fromkeys(name for line in lines for name in line if name.startswith(_PROBES))
     found = {name: [line[name] for line in lines if line.get(name) is not None] for name in names}
     return {name: float(np.mean(values)) for name, values in found.items() if values}
-
-
-def _peak_gib() -> dict[str, float]:
-    """Return the peak memory of this process, and of its part of the GPU."""
-    import torch
-
-    # ru_maxrss is in kilobytes on Linux.
-    peak = {"host": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
-    if torch.cuda.is_available():
-        peak["gpu"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
-    return peak
 
 
 def _content(uri: str) -> bytes:

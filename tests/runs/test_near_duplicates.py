@@ -112,3 +112,6 @@ def test_a_resumed_run_masks_what_it_masked_and_evaluation_asks_for_no_table(
         for run in (cut, whole)
     ]  # fmt: skip
     assert lines[0] == lines[1] and len(lines[0]) == 4
+    told = read_json(f"{whole}/data.json")["near_duplicates"]
+    manifest = read_manifest(str(table), "near_duplicates")
+    assert told == {name: manifest[name] for name in ("grouped", "items", "cosine")}

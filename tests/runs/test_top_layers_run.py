@@ -82,6 +82,14 @@ def test_the_top_layer_alone_learns_in_both_stages_and_the_bundle_holds_the_whol
     still = sum(first[name].numel() for name in frozen)
     assert facts["num_parameters"] - facts["num_trained"] == still
     assert "the top 1 of 3 layers" in Path(run, "report", "model_card.md").read_text()
+    assert facts["checkpoints"]["item_encoder"]["layers"] == 4
+
+
+def test_the_run_says_what_its_stages_cost(finished: tuple[str, str, str]) -> None:
+    cost = read_json(f"{finished[2]}/cost.json")
+    assert set(cost["seconds"]) == {"frozen", "embedding", "evaluation"}
+    assert all(seconds >= 0 for seconds in cost["seconds"].values())
+    assert cost["peak_gib"]["host"] > 0
 
 
 def test_the_bundle_embeds_the_catalogue_as_the_run_did(finished: tuple[str, str, str]) -> None:

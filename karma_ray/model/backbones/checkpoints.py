@@ -47,6 +47,17 @@ def config_facts(checkpoint: str, field: str) -> dict[str, Any]:
     return facts
 
 
+def shape_facts(checkpoint: str) -> dict[str, Any]:
+    """Return family, layers and width of a checkpoint's language model."""
+    config = AutoConfig.from_pretrained(checkpoint)
+    text = config.get_text_config()
+    return {
+        "family": config.model_type,
+        "layers": text.num_hidden_layers,
+        "width": text.hidden_size,
+    }
+
+
 def num_tokens(checkpoint: str) -> int:
     """Return the number of rows of a checkpoint's token embeddings."""
     return int(AutoConfig.from_pretrained(checkpoint).get_text_config().vocab_size)
