@@ -30,7 +30,7 @@ SEARCHED: dict[str, tuple[Any, ...]] = {
     "objective.hard_weight": (1.0, 0.5),
     "objective.batch_weight": (1.0, 0.1),
     "objective.action_loss": ("pairwise", "infonce", "bce", "mse"),
-    "training.encoder_grad": ("full", "targets_only", "frozen"),
+    "training.encoder_grad": ("full", "targets_only", "head", "frozen"),
     "model.decodability.recon_decoder": ("shared", "separate", "light:1", "frozen"),
     "model.decodability.recon_cond": ("eq7", "fig1"),
     "model.decodability.task1_see_readout": (True, False),

@@ -32,7 +32,7 @@ SPACE = {
     "objective.generation": tune.uniform(0.0, 1.0),
     "objective.reconstruction": tune.uniform(0.0, 1.0),
     "collate.num_decoded": tune.choice([2, 1, 0]),
-    "training.encoder_grad": tune.choice(["full", "targets_only", "frozen"]),
+    "training.encoder_grad": tune.choice(["full", "targets_only", "head", "frozen"]),
     "warmup.train": tune.choice(["decoder", "adapters_only", "all"]),
     "warmup.skip": tune.choice([False, True]),
 }

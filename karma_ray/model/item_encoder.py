@@ -114,14 +114,23 @@ class ItemEncoder(nn.Module):
         `rows` [U] are catalogue rows, whose pictures a multimodal encoder reads; for a query they
         must be NO_PICTURE (-1).
         """
+        return self.embed(self.features(tokens, lengths, rows))
+
+    def features(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Return what e is made of: the pooled states and the fixed block [U, d_item + K]."""
         lower = self._lower(tokens, lengths, rows)
-        pooled = self._pooled(tokens, lengths, rows, lower)
-        parts = [rms_normalize(self.output(pooled - self.mean))]
+        parts = [self._pooled(tokens, lengths, rows, lower)]
         if hasattr(self, "words"):
             parts.append(self.words(tokens, lengths))
         if lower is not None and hasattr(self, "known"):
             parts.append(self.known(lower.means()))
         return torch.cat(parts, 1) if len(parts) > 1 else parts[0]
+
+    def embed(self, features: Tensor) -> Tensor:
+        """Return e [U, D] of `features` [U, d_item + K]."""
+        raw = len(self.mean)
+        learned = rms_normalize(self.output(features[:, :raw] - self.mean))
+        return torch.cat([learned, features[:, raw:]], 1) if self.config.lexical else learned
 
     @torch.no_grad()
     def whiten(

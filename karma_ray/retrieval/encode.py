@@ -7,7 +7,7 @@ Legend: I items, L tokens, D width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -43,14 +43,18 @@ def encode_catalog(
     batch_size: int | None = None,
     precision: str = "float32",
     rows: NDArray[np.int64] | None = None,  # [I]
+    encode: Callable[..., torch.Tensor] | None = None,
 ) -> NDArray[np.float32]:  # [I, D]
     """Encode every item, in the given order, on the model's device. Its mode is restored.
+
+    `encode` is another function of the model with the arguments of `encode_items`, the default.
 
     `rows` are catalogue rows for multimodal encoders (default: 0 to I - 1). Batches have items of
     similar length, so there is little padding. Apart from rounding the result does not depend on
     the batch of an item; `item_batches` says what they are by default.
     """
     device = next(interest.parameters()).device
+    encode = encode or interest.encode_items
     was_training = interest.training
     interest.eval()
     order = np.argsort(lengths, kind="stable")
@@ -63,7 +67,7 @@ def encode_catalog(
             batch = upload(torch.from_numpy(tokens[some, :width].astype(np.int64)), device)
             sizes = upload(torch.from_numpy(lengths[some].astype(np.int64)), device)
             places = torch.from_numpy(of_catalog[some])
-            parts.append(interest.encode_items(batch, sizes, places).float())
+            parts.append(encode(batch, sizes, places).float())
             if device.type == "cpu" or sum(part.numel() for part in parts) > WAITING:
                 moved, parts = [*moved, *(part.cpu().numpy() for part in parts)], []
     moved += [part.cpu().numpy() for part in parts]

@@ -85,7 +85,8 @@ def joint_job(
 class BeforeStep:
     """Prepares a step: freezes or unfreezes the item encoder and fills the history bank.
 
-    The bank is filled once while the encoder is frozen, and every R steps under `targets_only`.
+    The bank is filled once while the encoder, or all of it but its head, is frozen, and every R
+    steps under `targets_only`.
     `shares` is the popularity of each item, for the objective's correction.
     """
 
@@ -101,15 +102,23 @@ class BeforeStep:
         training = self.stage.config.training
         frozen = self.step.is_frozen(state.progress)
         # Queries may go through the item encoder too (query_mode=encoder).
-        set_trained(model.interest.item_encoder, not frozen)
+        if training.encoder_grad == "head":
+            model.interest.item_encoder.output.requires_grad_(not frozen)
+        else:
+            set_trained(model.interest.item_encoder, not frozen)
         if training.encoder_grad == "full" and not frozen:
             return replace(state, bank=None)
-        due = not frozen and step % training.bank_refresh_steps == 0
+        refreshed = training.encoder_grad == "targets_only" and not frozen
+        due = refreshed and step % training.bank_refresh_steps == 0
         if state.bank is not None and not due:
             return state
         self._collator = self._collator or self.stage.collator()
         tokens = self._collator.catalog_tokens()
-        vectors = encode_catalog(model.interest, *tokens, precision=training.precision)
+        features = model.interest.item_encoder.features
+        vectors = encode_catalog(
+            model.interest, *tokens, precision=training.precision,
+            encode=features if training.encoder_grad == "head" else None,
+        )  # fmt: skip
         device = next(model.parameters()).device
         return replace(state, bank=torch.from_numpy(vectors).to(device))
 

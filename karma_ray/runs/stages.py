@@ -195,8 +195,9 @@ class Stage:
             head = model.lm_head if hasattr(model, "lm_head") else None
             model = KarmaModel(model.interest, model.tokenizer, lm_head=head, imagery=images)
         model.interest.generate_with(self.config.model.generator, self.config.seed)
-        if self.config.training.encoder_grad == "frozen":
-            model.interest.item_encoder.requires_grad_(False)
+        if (learning := self.config.training.encoder_grad) in ("frozen", "head"):
+            encoder = model.interest.item_encoder.requires_grad_(False)
+            encoder.output.requires_grad_(learning == "head")
         return model
 
     def build_trained(self) -> KarmaModel:

@@ -34,8 +34,8 @@ from karma_ray.runs.worker import TrainJob
 from karma_ray.training.config import EXECUTION, WARMED_UP_BY, TrainingConfig
 from karma_ray.training.loop import Record
 from karma_ray.training.optim import RateMultiplier, RateMultipliers
-from karma_ray.training.step import TokenBatch, WarmupStep
 from karma_ray.training.step_state import StepState
+from karma_ray.training.warmup_step import TokenBatch, WarmupStep
 
 LOG = logging.getLogger(__name__)
 

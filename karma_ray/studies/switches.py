@@ -57,7 +57,7 @@ TEXT = (
     Switch("objective.act_reduction", ("paper_sum",)),
     Switch("objective.ce_reduction", ("sum",)),
     Switch("collate.num_decoded", ("1", "0")),
-    Switch("training.encoder_grad", ("targets_only", "frozen")),
+    Switch("training.encoder_grad", ("targets_only", "head", "frozen")),
     Switch("warmup.train", ("adapters_only", "all")),
     Switch("warmup.skip", ("true",)),
 )

@@ -57,8 +57,9 @@ class TrainingConfig:
     """Upper bound of the global gradient norm."""
     precision: Literal["bfloat16", "float32"] = "bfloat16"
     """Compute type; master weights and losses are always float32."""
-    encoder_grad: Literal["full", "targets_only", "frozen"] = "full"
-    """Where the item encoder gets gradients: everywhere, targets and negatives only, or nowhere."""
+    encoder_grad: Literal["full", "targets_only", "head", "frozen"] = "full"
+    """Where the item encoder gets gradients: everywhere; from targets and negatives only; in its
+    head W_e alone, for which all items' pooled states are computed once; nowhere."""
     encoder_delay: ShareBelowOne = 0.0
     """Share of the steps in which the item encoder is frozen while the user decoder learns to
     use its embeddings (gradual unfreezing, 1801.06146)."""

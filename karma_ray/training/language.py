@@ -27,8 +27,9 @@ from karma_ray.training.config import PretrainConfig
 from karma_ray.training.loop import fit
 from karma_ray.training.optim import build_optimizer
 from karma_ray.training.parallel import global_sum
-from karma_ray.training.step import StepOutput, TokenBatch
+from karma_ray.training.step import StepOutput
 from karma_ray.training.step_state import AT_THE_END, StepState
+from karma_ray.training.warmup_step import TokenBatch
 
 Record = dict[str, float]
 

@@ -15,9 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from karma_ray.data.batch import Batch, host_of, upload
+from karma_ray.data.batch import Batch
 from karma_ray.metrics.collapse import spread
-from karma_ray.model.imagery import ImageTargets
 from karma_ray.model.karma import Decoded, KarmaModel
 from karma_ray.objectives.losses import (
     LossTerms,
@@ -32,7 +31,7 @@ from karma_ray.training.action_term import (
     observe_items,
     trained_steps,
 )
-from karma_ray.training.gradient_cache import CachedItems, micro_batches, run_backward
+from karma_ray.training.gradient_cache import CachedItems, Encode, micro_batches, run_backward
 from karma_ray.training.imagery_term import image_gap, image_means, num_images
 from karma_ray.training.item_table import SharedBatch, share_items
 from karma_ray.training.memory import tokens_at_once
@@ -50,58 +49,6 @@ class StepOutput:
 
 
 Step = Callable[[nn.Module, Any, StepState], StepOutput]
-
-
-@dataclass(frozen=True)
-class TokenBatch:
-    """Item texts of pretraining and warm-up."""
-
-    tokens: Tensor  # [R, L]
-    lengths: Tensor  # [R]
-    images: ImageTargets | None = None
-    rows: Tensor | None = None  # [R] of the catalogue, for multimodal item encoders
-
-    def to(self, device: torch.device | str) -> TokenBatch:
-        """Return the same batch on another device."""
-        images = None if self.images is None else self.images.to(device)
-        rows = None if self.rows is None else upload(self.rows, device)
-        return TokenBatch(upload(self.tokens, device), upload(self.lengths, device), images, rows)
-
-
-@dataclass(frozen=True)
-class WarmupStep:
-    """Stage 1 (method 1.10): decode an item's text, and image, from its embedding alone."""
-
-    lambda_img: float = 0.0  # L_warm = CE + lambda_img L_img
-
-    def __call__(
-        self, model: nn.Module, batch: TokenBatch, state: StepState = AT_THE_END
-    ) -> StepOutput:
-        """Return the mean over items of the token-mean cross-entropy, plus L_img if built."""
-        assert isinstance(model, KarmaModel)
-        items = model.interest.encode_items(batch.tokens, batch.lengths, batch.rows)
-        values = decoded_losses(
-            model.decode_items(batch.tokens, batch.lengths, items), "token_mean"
-        )
-        loss = values.sum() / global_sum(values.new_tensor(float(len(values))))
-        logs: dict[str, Tensor | float] = {"loss/warmup": global_sum(loss.detach())}
-        if batch.images is not None and self.lambda_img:
-            count = global_sum(batch.images.mask.sum()).clamp(min=1)
-            image = model.image_losses(items, batch.images).sum() / count
-            logs["loss/image"] = global_sum(image.detach())
-            loss = loss + self.lambda_img * image
-        return StepOutput(loss, {**logs, "tokens": float(host_of(batch.lengths).sum())})
-
-    @torch.no_grad()
-    def gap(self, model: KarmaModel, batch: TokenBatch) -> float:
-        """Return CE(shuffled e) - CE(e) in nats per token: 0 when the decoder ignores e."""
-        items = model.interest.encode_items(batch.tokens, batch.lengths, batch.rows)
-        own = decoded_losses(model.decode_items(batch.tokens, batch.lengths, items), "token_mean")
-        other = items.roll(1, 0)
-        shuffled = decoded_losses(
-            model.decode_items(batch.tokens, batch.lengths, other), "token_mean"
-        )
-        return float((shuffled - own).mean())
 
 
 @dataclass(frozen=True)
@@ -146,16 +93,25 @@ class JointStep:
 
     def _encoder(self, state: StepState) -> Literal["full", "frozen", "bank"]:
         """Return how the step gets its item embeddings: encoded, encoded frozen, or looked up."""
-        if not self.is_frozen(state.progress):
-            return "full"
-        return "frozen" if state.bank is None else "bank"
+        frozen = self.is_frozen(state.progress)
+        if state.bank is not None and (frozen or self.encoder_grad == "head"):
+            return "bank"
+        return "frozen" if frozen else "full"
 
     def _items(self, model: KarmaModel, shared: SharedBatch, state: StepState) -> Tensor:
         """Return e [G, D] of the step's unique items, without gradient while frozen."""
-        if self.is_frozen(state.progress) and state.bank is not None:
+        frozen = self.is_frozen(state.progress)
+        if frozen and state.bank is not None and self.encoder_grad != "head":
             return state.bank[shared.batch.item_rows]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.is_frozen(state.progress)):
-            return shared.encoded(model.interest.encode_items)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+            return shared.encoded(self._encode(model, state))
+
+    def _encode(self, model: KarmaModel, state: StepState) -> Encode:
+        """Return how items are encoded: from their texts, or with `head` from banked features."""
+        bank = state.bank
+        if self.encoder_grad != "head" or bank is None:
+            return model.interest.encode_items
+        return lambda tokens, lengths, rows: model.interest.item_encoder.embed(bank[rows])
 
     def _in_parts(
         self, model: KarmaModel, shared: SharedBatch, count: Tensor, state: StepState
@@ -163,14 +119,14 @@ class JointStep:
         """Run forward and backward part by part, with the gradient cache."""
         batch, cached = shared.batch, None
         frozen = self.is_frozen(state.progress)
-        if frozen and state.bank is not None:
+        if frozen and state.bank is not None and self.encoder_grad != "head":
             items = state.bank[batch.item_rows]
         else:
             encoder = model.interest.item_encoder
             tokens = self.micro_tokens or tokens_at_once(
                 encoder.body, encoder.num_frozen, batch.item_rows.device
             )
-            cached = CachedItems(shared, model.interest.encode_items, tokens)
+            cached = CachedItems(shared, self._encode(model, state), tokens)
             items = cached.vectors
             if frozen:
                 items, cached = items.detach(), None

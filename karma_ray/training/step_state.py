@@ -14,7 +14,8 @@ class StepState:
     progress: float = 1.0
     """Share of the training that is done, for schedules of the objective."""
     bank: Tensor | None = None
-    """Cached embeddings [I, D] of the whole catalogue, if the encoder gets no gradient."""
+    """Cached embeddings [I, D] of the whole catalogue, if the encoder gets no gradient, or the
+    features [I, d_item + K] that they are made of, if only the encoder's head does."""
     shares: Tensor | None = None
     """Share [I] of the training clicks on each item's content, if `objective.logq` needs it."""
 

@@ -9,7 +9,8 @@ from karma_ray.data.prompts import encode_texts
 from karma_ray.model.backbone import token_embeddings
 from karma_ray.model.karma import KarmaModel
 from karma_ray.objectives.losses import ObjectiveConfig
-from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
+from karma_ray.training.step import JointStep
+from karma_ray.training.warmup_step import TokenBatch, WarmupStep
 from tests import tiny
 
 

@@ -27,7 +27,8 @@ from karma_ray.model.lora import adapt, merged
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle, save_bundle
-from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
+from karma_ray.training.step import JointStep
+from karma_ray.training.warmup_step import TokenBatch, WarmupStep
 from tests import multimodal, tiny
 
 ROWS = [1, 0, 7, 5, 12]  # rows 0 and 5 have no picture

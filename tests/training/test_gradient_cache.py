@@ -83,6 +83,7 @@ def test_a_batch_in_parts_is_the_whole_batch(micro_batch_size: int, micro_tokens
     [
         {"encoder_grad": "targets_only"},
         {"encoder_grad": "frozen"},
+        {"encoder_grad": "head"},
         {"objective": ObjectiveConfig(generation=0.0, reconstruction=0.0)},
         {"objective": ObjectiveConfig(act_positions="last", action_loss="infonce")},
         {"objective": LOGQ.objective},

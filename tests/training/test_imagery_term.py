@@ -15,7 +15,8 @@ from karma_ray.data.draws import row_keys
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.runs.warm_up import TokenCollate, token_table
 from karma_ray.training.imagery_term import image_flops, num_images
-from karma_ray.training.step import JointStep, TokenBatch, WarmupStep
+from karma_ray.training.step import JointStep
+from karma_ray.training.warmup_step import TokenBatch, WarmupStep
 from tests import pictures, tiny
 
 ACTION_ONLY = ObjectiveConfig(generation=0.0, reconstruction=0.0)

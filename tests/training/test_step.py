@@ -14,17 +14,17 @@ from karma_ray.data.collate import Batch
 from karma_ray.model.backbone import build_tiny, run_body, token_embeddings
 from karma_ray.model.karma import Decoded, KarmaModel
 from karma_ray.objectives.losses import ObjectiveConfig
+from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.training.action_term import Pool, action_term, trained_steps
 from karma_ray.training.item_table import share_items
 from karma_ray.training.language import PretrainStep
 from karma_ray.training.step import (
     JointStep,
-    TokenBatch,
-    WarmupStep,
     decoded_interest,
     decoded_losses,
 )
 from karma_ray.training.step_state import AT_THE_END, StepState
+from karma_ray.training.warmup_step import TokenBatch, WarmupStep
 from tests import tiny
 
 ACTION_ONLY = ObjectiveConfig(generation=0.0, reconstruction=0.0)
@@ -302,6 +302,33 @@ def test_a_frozen_encoder_gets_no_gradient_at_all(banked: bool) -> None:
     loss = JointStep(ObjectiveConfig(), "frozen")(karma, batch, state).loss
     found = tiny.gradients(karma, loss)
     assert found and not _encoder(found)
+
+
+@pytest.mark.parametrize("micro_batch_size", [0, 1])
+def test_only_the_head_learns_from_features_that_are_computed_once(micro_batch_size: int) -> None:
+    karma, batch = tiny.model(), tiny.batch()
+    everywhere = JointStep(ObjectiveConfig(), "full")(karma, batch)
+    wanted = tiny.gradients(karma, everywhere.loss)
+    encoder, head = karma.interest.item_encoder, "interest.item_encoder.output.weight"
+    encoder.requires_grad_(False)
+    encoder.output.requires_grad_(True)
+    tokens, lengths = tiny.item_tokens()
+    features = encode_catalog(karma.interest, tokens, lengths, encode=encoder.features)
+    state = StepState(bank=torch.from_numpy(features))
+    step = JointStep(ObjectiveConfig(), "head", micro_batch_size=micro_batch_size)
+    karma.zero_grad(set_to_none=True)
+    output = step(karma, batch, state)
+    torch.testing.assert_close(output.loss.detach(), everywhere.loss.detach())
+    if not micro_batch_size:
+        output.loss.backward()  # type: ignore[no-untyped-call]
+    found = {n: p.grad for n, p in karma.named_parameters() if p.grad is not None}
+    assert {name for name in found if "item_encoder" in name} == {head}
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, wanted[name], rtol=1e-4, atol=1e-5, msg=name)
+    delayed = JointStep(ObjectiveConfig(), "head", encoder_delay=0.5)
+    assert head not in tiny.gradients(
+        karma, delayed(karma, batch, replace(state, progress=0.4)).loss
+    )
 
 
 def test_a_delayed_encoder_is_frozen_before_its_share_of_the_training() -> None:
