@@ -245,13 +245,13 @@ class ModelConfig:
         self.generator.check()
         # Checkpoints are asked when they are loaded; a tiny one would be pretrained first.
         item, user, tiny = self.item_encoder, self.user_decoder, self.tiny
-        for name, part, wanted in (
-            ("item_encoder.layers", item, item.layers),
-            ("item_encoder.train_layers", item, item.train_layers),
-            ("user_decoder.layers", user, user.layers),
+        for name, part, wanted, kept in (
+            ("item_encoder.layers", item, item.layers, 0),
+            ("item_encoder.train_layers", item, item.train_layers, item.layers),
+            ("user_decoder.layers", user, user.layers, 0),
         ):
-            if part.checkpoint == "tiny":
-                check_layers(f"model.{name}", wanted, tiny.num_layers)
+            if kept or part.checkpoint == "tiny":
+                check_layers(f"model.{name}", wanted, kept or tiny.num_layers)
         if item.modality == "multimodal":
             for name in ("layers", "train_layers"):
                 if getattr(item, name):
@@ -263,6 +263,9 @@ class ModelConfig:
             raise InputError("model.item_encoder.block", item.block, message, choices=["words"])
         if self.weights == "random" and item.checkpoint == "tiny":
             message = "is for checkpoints; without one set pretrain.steps=0"
+            raise InputError("model.weights", "random", message, ["pretrained"])
+        if self.weights == "random" and item.modality == "multimodal":
+            message = "is not for an encoder that reads pictures"
             raise InputError("model.weights", "random", message, ["pretrained"])
         if item.train_layers and item.pool == "emb_token":
             message = "learns a vector below the layers that train_layers freezes"

@@ -44,7 +44,7 @@ class _Child:
         self.is_over = True
         try:
             self.found, self.reason = self.pipe.recv()
-        except EOFError:
+        except (EOFError, OSError):  # ended before an answer, or in the midst of one
             self.process.join()
             self.reason = f"its process ended with exit code {self.process.exitcode}"
         self.pipe.close()

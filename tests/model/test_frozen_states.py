@@ -239,6 +239,8 @@ def test_a_file_that_the_disk_cannot_hold_is_refused_before_the_work(tmp_path: P
     ("encoder", "message"),
     [
         ({"train_layers": 3}, r"train_layers: 3 is more than the 2 layers"),
+        ({"layers": 1, "train_layers": 2}, r"train_layers: 2 is more than the 1 layers"),
+        ({"layers": 1, "train_layers": 2, "checkpoint": "x"}, r"train_layers: 2 .* the 1 layers"),
         ({"train_layers": 1, "modality": "multimodal"}, r"train_layers: 1 .*pictures"),
         ({"train_layers": 1, "pool": "emb_token"}, r"pool: 'emb_token' .*choices: eos, mean"),
     ],

@@ -122,3 +122,5 @@ def test_random_weights_have_the_shapes_and_the_tokenizer_and_follow_the_seed(
     assert not is_tiny(with_plain_checkpoints(config, cache))
     with pytest.raises(InputError, match=r"pretrain\.steps=0"):
         override(Config(), ["model.weights=random"]).model.check()
+    with pytest.raises(InputError, match=r"model\.weights: 'random' .*pictures; choices"):
+        override(config, ["model.item_encoder.modality=multimodal"]).model.check()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,5 +141,10 @@ def test_children_answer_fail_die_and_stop() -> None:
         machine.result(fails)
     with pytest.raises(KarmaRayError, match="exit code 3"):
         machine.result(dies)
+    ours, theirs = multiprocessing.Pipe(duplex=False)
+    os.write(theirs.fileno(), struct.pack("!i", 9) + b"x")  # of an answer of nine bytes
+    theirs.close()
+    with pytest.raises(KarmaRayError, match="exit code 3"):
+        machine.result(replace(dies, pipe=ours, is_over=False))
     assert machine.ended([sleeps], 0.0) == [] and machine.stop([sleeps]) == []
     assert not sleeps.process.is_alive()

@@ -28,6 +28,29 @@ def lines(results: Path) -> list[str]:
     return (results / "shop.jsonl").read_text().splitlines()
 
 
+def test_a_file_that_is_measured_with_is_named_by_its_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("here", "there", "hm", "tiny"):  # folders of the names `hm` and `tiny` say nothing
+        Path(name).mkdir()
+        Path(name, "words.tsv").write_text("phrase\tparaphrase\nmug\tcup\n")
+    here, there, usual = (
+        trial("tfidf", f"evaluation.paraphrases={name}")
+        for name in ("here/words.tsv", "there/words.tsv", "hm")
+    )
+    for made in (here, usual):
+        write_found(made, {"metrics": {}}, SHOP, tmp_path)
+    known = read_records(tmp_path)
+    (named,) = (r["set"][0].partition("=")[2] for r in known if "words" in r["set"][0])
+    assert named.startswith("words.tsv@")
+    assert {r["config"]["evaluation"]["paraphrases"] for r in known} == {named, "hm"}
+    assert {r["config"]["model"]["item_encoder"]["checkpoint"] for r in known} == {"tiny"}
+    assert all(finished_record(made, SHOP, known) for made in (here, there, usual))
+    Path("there/words.tsv").write_text("phrase\tparaphrase\nmug\tbeaker\n")
+    assert finished_record(there, SHOP, known) is None
+
+
 def test_a_record_that_is_replaced_leaves_the_other_lines_alone(tmp_path: Path) -> None:
     for seed in (2, 0, 1):
         write_found(trial("action_only", seed=seed), {"metrics": {"HR@10": 1 / 3}}, SHOP, tmp_path)
