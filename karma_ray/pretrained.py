@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from karma_ray.config import Config, override
+from karma_ray.errors import InputError
+from karma_ray.recipes import MADE_FOR_LLM
 
 LOG = logging.getLogger(__name__)
 
@@ -41,12 +43,18 @@ def settings_of_weights(config: Config, typed: Collection[str]) -> list[str]:
     """Return `PRETRAINED`, except for `typed` fields, as `--set` takes it, if an LLM is named.
 
     Pooling, instruction and length of text are those of a folder of sentence-transformers, if the
-    item encoder starts from one. Raises InputError when the encoder does not compute what it does.
+    item encoder starts from one. Raises InputError when the encoder does not compute what it does,
+    and when a recipe that is made for an LLM names none.
     """
     model, fields = config.model, dict(PRETRAINED)
-    item = model.item_encoder
+    item, own = model.item_encoder, config.recipe in MADE_FOR_LLM
     if model.kind != "karma" or "tiny" in (item.checkpoint, model.user_decoder.checkpoint):
+        if own:
+            message = f"is not enough for the recipe {config.recipe}: name a pretrained LLM"
+            raise InputError("model.checkpoint", "tiny", f"{message} (docs/pretrained.md)")
         return []
+    if own:
+        del fields["training.learning_rate"]
     if item.modality != "text":  # there most states of an item are its picture's
         del fields["model.item_encoder.pool"]
     elif Path(item.checkpoint).is_dir():

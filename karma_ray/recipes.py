@@ -122,6 +122,24 @@ def hllm() -> Config:
     )
 
 
+def karma_llm() -> Config:
+    """A pretrained LLM as it recalls best here (docs/pretrained.md): `hllm` with a fixed block.
+
+    Of the item encoder only the head is trained, so its layers run once for every item. Half of
+    the block is counted words, half what the LLM says of an item.
+    """
+    base = hllm()
+    encoder = replace(base.model.item_encoder, layers=12, train_layers=1, lexical=512, block="both")
+    decoder = replace(base.model.user_decoder, layers=6)
+    return replace(
+        base,
+        recipe="karma_llm",
+        model=replace(base.model, item_encoder=encoder, user_decoder=decoder),
+        warmup=replace(base.warmup, skip=True),
+        training=replace(base.training, encoder_grad="head", steps=600, learning_rate=2e-4),
+    )
+
+
 def naive() -> Config:
     """`action_only` without what keeps embeddings apart: whitening, ramp and delay of other terms.
 
@@ -210,12 +228,15 @@ TRAINED: dict[str, Callable[[], Config]] = {
     "ar_edm": ar_edm,
     "ar_fm": ar_fm,
     "hllm": hllm,
+    "karma_llm": karma_llm,
     "naive": naive,
     "frozen_encoder": frozen_encoder,
     "sasrec": sasrec,
     "hstu": hstu,
     "toy": toy,
 }
+MADE_FOR_LLM = ("karma_llm",)
+"""Recipes whose settings were chosen for a pretrained LLM; without one they cannot be run."""
 UNTRAINED = {
     "popularity": "items by their training clicks",
     "tfidf": "word overlap with the query, rare words weighing more",

@@ -6,8 +6,8 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from karma_ray import recipes
-from karma_ray.config import Config, describe_fields, from_dict, override, to_dict
+from karma_ray import pretrained, recipes
+from karma_ray.config import Config, assigned, describe_fields, from_dict, override, to_dict
 from karma_ray.errors import InputError
 
 
@@ -153,3 +153,13 @@ def test_a_word_stays_a_word() -> None:
     )
     assert changed.model.user_decoder.query_mode == "none"
     assert changed.model.item_encoder.instruction == "1"
+
+
+def test_a_recipe_made_for_an_llm_keeps_its_rate_and_asks_for_one() -> None:
+    typed = ["model.checkpoint=SomeLLM/1B"]
+    config = override(recipes.build("karma_llm"), typed)
+    suited = pretrained.suited_to_weights(config, assigned(typed))
+    assert suited.training.learning_rate == config.training.learning_rate == 2e-4
+    assert suited.model.item_encoder.pool == "mean" and suited.pretrain.steps == 0
+    with pytest.raises(InputError, match=r"model\.checkpoint.*name a pretrained LLM"):
+        pretrained.suited_to_weights(recipes.build("karma_llm"), ())

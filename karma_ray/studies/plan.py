@@ -91,7 +91,8 @@ def _missing(row: Row, data: Data, extra: Sequence[str]) -> str:
         return f"there is no recipe {row.built_from} yet"
     if row.built_from in recipes.CEILINGS and not exists(join(data.uri, "truth")):
         return f"the truth of {data.name} is unknown"
-    if row.built_from in recipes.LLM_FLOORS and not pretrained.names_llm(override(Config(), extra)):
+    of_llm = (*recipes.LLM_FLOORS, *recipes.MADE_FOR_LLM)
+    if row.built_from in of_llm and not pretrained.names_llm(override(Config(), extra)):
         return "no pretrained model is named (--set model.checkpoint=...)"
     if row.needs_images and not any(a.startswith("collate.visual_features=") for a in extra):
         if not has_images(data.uri):

@@ -96,6 +96,11 @@ TABLES = {
                 "hllm_logq", "HLLM-style, in-batch negatives corrected for popularity",
                 recipe="hllm", settings=(_LOGQ,),
             ),
+            Row(
+                "karma_llm", "a pretrained LLM, InfoNCE, words and LLM in a fixed block",
+                settings=("training.encoder_delay=0", "training.encoder_lr=1",
+                          "training.steps=600"),
+            ),
             Row("frozen_encoder", "frozen text encoder, trained user decoder"),
             Row("action_only", "Pairwise CE, clicks alone"),
             Row("karma_text", "KARMA, text"),
