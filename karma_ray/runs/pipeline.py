@@ -255,8 +255,10 @@ def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
 
 def _checkpoint_shapes(config: Config) -> dict[str, dict[str, Any]]:
     """Return family, layers and width of both parts' checkpoints, as they were before any cut."""
-    parts = {"item_encoder": config.model.item_encoder, "user_decoder": config.model.user_decoder}
-    return {name: shape_facts(part.checkpoint) for name, part in parts.items()}
+    return {
+        "item_encoder": shape_facts(config.model.item_encoder.checkpoint),
+        "user_decoder": shape_facts(config.model.user_decoder.checkpoint),
+    }
 
 
 def _data_facts(source: PreparedData) -> dict[str, Any]:
