@@ -52,7 +52,8 @@ class ObjectiveConfig:
     the inverse of its probability to be in the batch (`negatives.inclusion_log_chance`)."""
     duplicate_cosine: Share = 0.99
     """With a pretrained item encoder, items whose embeddings have a larger cosine before joint
-    training are duplicates, hence no negatives of each other; 1: only those of equal text."""
+    training are duplicates, hence no negatives of each other; 1: only those of equal text, as in a
+    run of --init-from."""
     lambda_dec: Weight = 1.0
     """Weight of all decodability terms together."""
     generation: Weight = 1.0

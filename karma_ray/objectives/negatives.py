@@ -80,28 +80,26 @@ def grouped_contents(
     contents: NDArray[np.int64],  # [I]
     vectors: NDArray[np.float32],  # [I, D]
     cosine: float,
+    device: torch.device | str = "cpu",
 ) -> NDArray[np.int64]:  # -> [I]
     """Return content ids that are equal for near-duplicates too, numbered from 0.
 
     Items belong together if their contents are equal or the cosine of their frozen vectors is
     above `cosine`, and so do all items that a chain of such pairs connects. All pairs are
-    compared, which costs I^2 D multiplications.
+    compared, which costs I^2 D multiplications on `device`.
     """
     groups: NDArray[np.int64] = np.unique(contents, return_inverse=True)[1]
     held: list[NDArray[np.int64]] = []
-    for found in _parallel_pairs(vectors, cosine):
+    for found in _parallel_pairs(torch.from_numpy(vectors).to(device), cosine):
         held.append(found)
         if sum(part.shape[1] for part in held) > MAX_SCORES:
             groups, held = _joined(groups, held), []
     return _joined(groups, held)
 
 
-def _parallel_pairs(
-    vectors: NDArray[np.float32], cosine: float
-) -> Iterator[NDArray[np.int64]]:  # -> [2, E]
+def _parallel_pairs(vectors: Tensor, cosine: float) -> Iterator[NDArray[np.int64]]:  # -> [2, E]
     """Yield the rows (smaller, larger) of vectors with a cosine above `cosine`."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    units = functional.normalize(torch.from_numpy(vectors).to(device))
+    units = functional.normalize(vectors)
     size = max(1, MAX_SCORES // max(1, len(units)))
     for begin in range(0, len(units), size):
         near = (units[begin : begin + size] @ units[begin:].T > cosine).triu(1)

@@ -23,9 +23,10 @@ from karma_ray.artifacts import (
 from karma_ray.config import Config, flattened, from_dict, to_dict
 from karma_ray.data.paraphrases import Paraphrases
 from karma_ray.data.pictures import has_images
-from karma_ray.data.prepared import PreparedData
+from karma_ray.data.prepared import PreparedData, differences
 from karma_ray.errors import InputError
 from karma_ray.model.lora import parse_rank
+from karma_ray.pretrained import names_llm
 from karma_ray.runs.forgetting import general_texts
 from karma_ray.runs.stages import Stage, finished_stage, with_checkpoints
 from karma_ray.training.config import EXECUTION
@@ -105,11 +106,24 @@ def check_resumed(config: Config, source: PreparedData, folder: RunFolder) -> No
         raise InputError("--data", source.uri, message)
 
 
+def warn_of_other_split(config: Config, source: PreparedData) -> None:
+    """Warn if the data of a finished run were prepared otherwise since it was trained."""
+    changed = {} if source.facts.get("presplit") else differences(source.facts, config.prepare)
+    for name, (there, wanted) in changed.items():
+        LOG.warning(
+            "%s was prepared again since the run: prepare.%s was %r and is %r, so clicks and items "
+            "that are measured as unseen may have been trained on", source.uri, name, wanted, there,
+        )  # fmt: skip
+
+
 def check_sizes(config: Config, source: PreparedData, with_warmup: bool) -> None:
     """Raise InputError on settings that would fail later on a worker or drop clicks silently."""
     config.evaluation.corpus_size()  # raises on an invalid corpus
     if named := config.evaluation.paraphrases:
         Paraphrases.load(named).check(source.examples("test"))
+    if config.recipe in recipes.LLM_FLOORS and not names_llm(config):
+        message = "needs a pretrained language model: name one with --set model.checkpoint=..."
+        raise InputError("--recipe", config.recipe, message)
     if config.recipe not in recipes.TRAINED:
         return
     training, warmup = config.training, config.warmup

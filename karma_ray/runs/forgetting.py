@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from karma_ray.artifacts import (
@@ -31,6 +30,7 @@ from karma_ray.evaluation.forgetting import next_token_loss
 from karma_ray.model.backbone import keep_layers, load_body, load_item_body
 from karma_ray.model.backbones.checkpoints import load_lm_head
 from karma_ray.model.config import ModelConfig
+from karma_ray.model.device import this_device
 from karma_ray.model.karma import KarmaModel
 from karma_ray.runs.stages import Stage, over_ids
 
@@ -142,6 +142,6 @@ def _before(
 
 
 def _loss(body: nn.Module, head: Tensor | None, sample: Sample) -> float:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = this_device()
     there = None if head is None else head.to(device)
     return next_token_loss(body.to(device).eval(), there, *sample)

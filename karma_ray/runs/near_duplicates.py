@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from karma_ray.artifacts import exists, join, locked, value_hash, write_manifest, write_table
+from karma_ray.model.device import this_device
 from karma_ray.objectives.negatives import grouped_contents
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.runs.stages import Stage
@@ -53,7 +54,7 @@ def with_near_duplicates(stage: Stage, items_hash: str, cache: str) -> Stage:
 
 def _write(stage: Stage, cosine: float, folder: str) -> None:
     equal = stage.catalog().content_ids
-    contents = grouped_contents(equal, _embeddings(stage), cosine)
+    contents = grouped_contents(equal, _embeddings(stage), cosine, this_device())
     largest = int(np.bincount(contents).max())
     # Texts that are cut before they differ, say. Without negatives nothing would be learnt.
     if largest > max(LARGEST_SHARE * len(contents), np.bincount(equal).max()):
@@ -79,7 +80,6 @@ def _embeddings(stage: Stage) -> NDArray[np.float32]:  # -> [I, D]
     """Encode the catalogue with the weights that joint training starts with."""
     with torch.random.fork_rng():  # a run draws the same numbers whether the table exists
         interest = stage.build_joint().interest
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     tokens = stage.collator().catalog_tokens()
     # In float32, as whitening enlarges what rounding to bfloat16 changes.
-    return encode_catalog(interest.to(device), *tokens)
+    return encode_catalog(interest.to(this_device()), *tokens)

@@ -43,6 +43,7 @@ from karma_ray.runs.continuation import (
     note_start,
     noted_parent,
     noted_stage,
+    warn_of_other_split,
 )
 from karma_ray.runs.cost import Cost
 from karma_ray.runs.executor import HERE, Executor
@@ -163,6 +164,8 @@ def evaluate_run(
     trained_on = read_manifest(run, "run")["data"]
     source = PreparedData.load(absolute(data) if data else trained_on)
     stage = finished_stage(run, source.items_uri) if trained else None
+    if source.uri == trained_on:
+        warn_of_other_split(config, source)
     if source.uri == trained_on and out is None:
         there = read_json(folder.metrics) if exists(folder.metrics) else {}
         kept = {name: value for name, value in there.items() if name.startswith(PREFIX)}

@@ -33,6 +33,7 @@ from karma_ray.data.tokens import catalog_tokens, tokenizer_hash
 from karma_ray.model.backbone import hidden_size, load_item_body
 from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.model.config import ItemEncoderConfig
+from karma_ray.model.device import this_device
 from karma_ray.model.item_encoder import ItemEncoder
 from karma_ray.pretrained import names_llm
 from karma_ray.retrieval.encode import autocast
@@ -95,8 +96,7 @@ class LlmTexts:
         body = load_item_body(self.config)
         with torch.random.fork_rng():  # a run draws the same numbers whether the file exists
             encoder = ItemEncoder(body, self.config, hidden_size(body), [], 0)
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        return encoder.requires_grad_(False).to(device).eval()
+        return encoder.requires_grad_(False).to(this_device()).eval()
 
     def vectors(self) -> TextVectors:
         """Return the vectors of all items, computed unless the cache has them."""
@@ -120,15 +120,16 @@ class LlmTexts:
         )
         LOG.info("encoding %d items with %s as it is", len(lengths), self.config.checkpoint)
         states = self._pooled(tokens, lengths)
-        encoder = self.encoder.cpu()
-        encoder.whiten_states(states[:: -(-len(states) // MAX_FITTED)])
-        mean, whitener = encoder.mean, encoder.output.weight
+        encoder = self.encoder
+        fitted = states[:: -(-len(states) // MAX_FITTED)]
+        encoder.whiten_states(fitted.to(encoder.mean.device))
+        mean, whitener = encoder.mean.cpu(), encoder.output.weight.cpu()
         items = _whitened(states, mean, whitener)
         fs, place = open_filesystem(path)
         fs.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
         draft = f"{place}.{os.getpid()}.tmp"
         with fs.open(draft, "wb") as sink:
-            np.savez(sink, items=items, mean=mean.numpy(), whitener=whitener.detach().numpy())
+            np.savez(sink, items=items, mean=mean.numpy(), whitener=whitener.numpy())
         fs.mv(draft, place)
 
     @torch.no_grad()

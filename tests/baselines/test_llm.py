@@ -21,6 +21,7 @@ from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer
 from karma_ray.runs.assessment import Evaluator, floor_metrics
+from karma_ray.runs.continuation import check_sizes
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.text_vectors import LlmTexts
 from karma_ray.studies.plan import Data, named_rows, possible_rows
@@ -166,6 +167,8 @@ def test_without_a_model_the_recipe_is_refused_and_the_row_left_out(shop: str) -
     source = ensure_prepared(shop, Config().prepare)
     with pytest.raises(InputError, match="--recipe: 'llm' needs a pretrained language model"):
         build_floor("llm", source)
+    with pytest.raises(InputError, match="--recipe: 'llm' needs a pretrained language model"):
+        check_sizes(recipes.build("llm"), source, with_warmup=False)
     rows, data = named_rows("baselines", "llm,llm_affinity,affinity"), Data.open(shop)
     allowed, reasons = possible_rows(rows, data)
     assert [row.name for row in allowed] == ["affinity"] and set(reasons) == {"llm", "llm_affinity"}

@@ -16,6 +16,7 @@ from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.evaluation.outcomes import FILES, Outcomes
 from karma_ray.runs.assessment import Evaluator
+from karma_ray.runs.continuation import warn_of_other_split
 from karma_ray.runs.pipeline import train_run
 from karma_ray.runs.preparation import ensure_prepared
 
@@ -108,6 +109,17 @@ def test_a_table_of_other_queries_is_refused_before_anything_is_trained(
         config = settings(recipe, f"evaluation.paraphrases={named}")
         with pytest.raises(InputError, match=r"keys\.tsv' covers no query of the test, such as"):
             train_run(config, shop, str(tmp_path / recipe))
+
+
+def test_an_evaluation_on_data_prepared_otherwise_warns(
+    data: PreparedData, held_out: PreparedData, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = settings("tfidf", "prepare.hold_out=0.25", "prepare.num_partitions=1")
+    warn_of_other_split(config, held_out)
+    assert not caplog.messages
+    warn_of_other_split(config, data)
+    (message,) = caplog.messages
+    assert "prepare.hold_out was 0.25 and is 0.0" in message
 
 
 def test_floors_are_measured_anew_for_other_words_and_other_clicks(
