@@ -175,3 +175,23 @@ def test_a_finished_run_is_trained_further_on_states_of_its_own_encoder(
     for name, value in theirs.items():
         lower = name.startswith(("embed_tokens", "layers.0.", "layers.1."))
         assert torch.equal(value, ours[name]) == lower, name
+
+
+def test_with_head_the_whole_body_stays_and_its_head_learns(
+    finished: tuple[str, str, str], tmp_path: Path
+) -> None:
+    shop, cache, _ = finished
+    more = ["training.encoder_grad=head", "training.encoder_delay=0", "training.steps=3"]
+    train_run(_config(*more), shop, str(tmp_path / "run"), cache=cache)
+    start = read_json(f"{tmp_path}/run/start.json")
+    warm = load_file(f"{start['warm']}/model.safetensors")
+    last = load_file(f"{tmp_path}/run/checkpoints/joint/final/model.safetensors")
+    changed = {
+        name for name, value in last.items()
+        if name.startswith("interest.item_encoder") and not torch.equal(value, warm[name])
+    }  # fmt: skip
+    assert changed == {"interest.item_encoder.output.weight"}
+    lines = [
+        line for line in read_lines(f"{tmp_path}/run/metrics.jsonl") if line["stage"] == "joint"
+    ]
+    assert all(line["loss/total"] > 0 for line in lines) and len(lines) == 3
