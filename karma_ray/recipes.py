@@ -123,7 +123,7 @@ def hllm() -> Config:
 
 
 def karma_llm() -> Config:
-    """A pretrained LLM as it recalls best here (docs/pretrained.md): `hllm` with a fixed block.
+    """A pretrained LLM at little cost (docs/pretrained.md): `hllm` with a fixed block.
 
     Of the item encoder only the head is trained, so its layers run once for every item. Half of
     the block is counted words, half what the LLM says of an item.
