@@ -101,7 +101,11 @@ def test_rows_that_cannot_run_are_skipped_with_the_reason(
 def test_every_row_with_a_recipe_can_be_built(table: str, data: Data) -> None:
     rows = [row for row in TABLES[table].rows if row.built_from in recipes.names()]
     assert TABLES[table].baseline in {row.name for row in rows}
-    assert len(planned(rows, [0, 1], data)) == 2 * len(rows)
+    of_llm = [row for row in rows if row.built_from in recipes.MADE_FOR_LLM]
+    small = [row for row in rows if row not in of_llm]
+    assert len(planned(small, [0, 1], data)) == 2 * len(small)
+    named = planned(of_llm, [0], data, ["model.checkpoint=Qwen/Qwen3-0.6B"])
+    assert len(named) == len(of_llm) and set(of_llm).isdisjoint(possible_rows(rows, data)[0])
     assert len({row.name for row in TABLES[table].rows}) == len(TABLES[table].rows)
 
 
