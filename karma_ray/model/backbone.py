@@ -23,7 +23,12 @@ from karma_ray.model.backbones.registry import (
     checkpoint_family,
     family_of,
 )
-from karma_ray.model.config import ItemEncoderConfig, TinyBackboneConfig, check_layers
+from karma_ray.model.config import (
+    ItemEncoderConfig,
+    TinyBackboneConfig,
+    UserDecoderConfig,
+    check_layers,
+)
 
 
 def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> nn.Module:
@@ -69,6 +74,14 @@ def load_item_body(config: ItemEncoderConfig) -> nn.Module:
     )  # fmt: skip
     if config.layers:
         keep_layers(body, config.layers, "model.item_encoder.layers")
+    return body
+
+
+def load_user_body(config: UserDecoderConfig) -> nn.Module:
+    """Load the body of a user decoder, with as many of its layers as the decoder has."""
+    body = load_body(config.checkpoint, "model.user_decoder.checkpoint")
+    if config.layers:
+        keep_layers(body, config.layers, "model.user_decoder.layers")
     return body
 
 

@@ -17,7 +17,7 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import NO_PICTURE
 from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.model.adapters import Score
-from karma_ray.model.backbone import hidden_size, keep_layers, load_body, load_item_body
+from karma_ray.model.backbone import hidden_size, load_item_body, load_user_body
 from karma_ray.model.config import GeneratorConfig, ModelConfig
 from karma_ray.model.frozen_layers import num_frozen
 from karma_ray.model.generator import Generator
@@ -60,9 +60,7 @@ class InterestModel(RecallModel):
         rank = parse_rank(config.peft)
         encoder = config.item_encoder
         item = load_item_body(encoder)
-        user = load_body(config.user_decoder.checkpoint, "model.user_decoder.checkpoint")
-        if config.user_decoder.layers:
-            keep_layers(user, config.user_decoder.layers, "model.user_decoder.layers")
+        user = load_user_body(config.user_decoder)
         if rank is not None:
             adapt(item, rank, seed, num_frozen(encoder, item))
             adapt(user, rank, seed + 1)

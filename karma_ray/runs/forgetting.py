@@ -13,7 +13,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from karma_ray.artifacts import (
-    content_hash,
+    checkpoint_hash,
     exists,
     join,
     open_filesystem,
@@ -27,9 +27,9 @@ from karma_ray.data.prompts import encode_texts
 from karma_ray.data.schema import ITEMS, check_columns
 from karma_ray.errors import InputError
 from karma_ray.evaluation.forgetting import next_token_loss
-from karma_ray.model.backbone import keep_layers, load_body, load_item_body
+from karma_ray.model.backbone import load_item_body, load_user_body
 from karma_ray.model.backbones.checkpoints import load_lm_head
-from karma_ray.model.config import ModelConfig
+from karma_ray.model.config import ItemEncoderConfig, ModelConfig, UserDecoderConfig
 from karma_ray.model.device import this_device
 from karma_ray.model.karma import KarmaModel
 from karma_ray.runs.stages import Stage, over_ids
@@ -91,12 +91,13 @@ def forgetting(stage: Stage | None, cache: str) -> dict[str, float]:
     model = stage.build_trained()
     found: dict[str, float] = {}
     for name in _trunks(config.model):
+        part = config.model.item_encoder if name == "encoder" else config.model.user_decoder
         try:
-            body, head, checkpoint = _start(config.model, name)
+            head = load_lm_head(part.checkpoint)
         except InputError as error:  # such as an encoder of sentences, without a head
             LOG.warning("forgetting of the %s is not measured: %s", name, error)
             continue
-        found[f"{PREFIX}{name}_before"] = _before(body, head, checkpoint, sample, cache)
+        found[f"{PREFIX}{name}_before"] = _before(part, head, sample, cache)
         found[f"{PREFIX}{name}_after"] = _loss(*_end(model, name, head), sample)
     return found
 
@@ -104,18 +105,6 @@ def forgetting(stage: Stage | None, cache: str) -> dict[str, float]:
 def _trunks(model: ModelConfig) -> list[str]:
     """Return the trunks that read text alone."""
     return ["decoder"] if model.item_encoder.modality == "multimodal" else ["encoder", "decoder"]
-
-
-def _start(model: ModelConfig, name: str) -> tuple[nn.Module, Tensor | None, str]:
-    """Return a trunk's body and head (None: tied) as training finds them, and their checkpoint."""
-    if name == "encoder":
-        checkpoint = model.item_encoder.checkpoint
-        return load_item_body(model.item_encoder), load_lm_head(checkpoint), checkpoint
-    checkpoint, layers = model.user_decoder.checkpoint, model.user_decoder.layers
-    body = load_body(checkpoint, "model.user_decoder.checkpoint")
-    if layers:
-        keep_layers(body, layers, "model.user_decoder.layers")
-    return body, load_lm_head(checkpoint), checkpoint
 
 
 def _end(model: KarmaModel, name: str, head: Tensor | None) -> tuple[nn.Module, Tensor | None]:
@@ -130,13 +119,19 @@ Sample = tuple[np.ndarray, np.ndarray]
 
 
 def _before(
-    body: nn.Module, head: Tensor | None, checkpoint: str, sample: Sample, cache: str
+    part: ItemEncoderConfig | UserDecoderConfig, head: Tensor | None, sample: Sample, cache: str
 ) -> float:
-    """Return the loss of a start, which runs with the same checkpoint share."""
-    weights = content_hash(checkpoint) if exists(checkpoint) else checkpoint
-    key = [weights, len(body.layers), [part.tolist() for part in sample]]  # type: ignore[arg-type]
+    """Return the loss of a start, which trunks and runs with the same layers share.
+
+    Its body is loaded only if the cache lacks it.
+    """
+    key = [checkpoint_hash(part.checkpoint), part.layers, [values.tolist() for values in sample]]
     path = join(cache, f"forgetting-{value_hash(key)}.json")
     if not exists(path):
+        if isinstance(part, ItemEncoderConfig):
+            body = load_item_body(part)
+        else:
+            body = load_user_body(part)
         write_json({"loss": _loss(body, head, sample)}, path)
     return float(read_json(path)["loss"])
 

@@ -17,7 +17,15 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from karma_ray.artifacts import content_hash, exists, join, read_json, value_hash, write_json
+from karma_ray.artifacts import (
+    checkpoint_hash,
+    content_hash,
+    exists,
+    join,
+    read_json,
+    value_hash,
+    write_json,
+)
 from karma_ray.config import Config
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import SpecialIds, Tokenizer
@@ -69,11 +77,10 @@ class FrozenOutputs:
 
     def key(self) -> dict[str, object]:
         """Return everything that the states depend on; checkpoint and tables by their content."""
-        checkpoint = self.encoder.checkpoint
         return {
             "version": VERSION,
             "items": content_hash(join(self.items_uri, "items")),
-            "weights": content_hash(checkpoint) if Path(checkpoint).exists() else checkpoint,
+            "weights": checkpoint_hash(self.encoder.checkpoint),
             "layers": self.encoder.layers,
             "train_layers": self.encoder.train_layers,
             "tokenizer": tokenizer_hash(tokenizer := self.tokenizer()),

@@ -12,7 +12,15 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from karma_ray.artifacts import content_hash, exists, join, locked, value_hash, write_manifest
+from karma_ray.artifacts import (
+    checkpoint_hash,
+    content_hash,
+    exists,
+    join,
+    locked,
+    value_hash,
+    write_manifest,
+)
 from karma_ray.config import Config
 from karma_ray.model.backbones.checkpoints import draw_weights
 from karma_ray.model.backbones.gguf_file import convert, is_gguf
@@ -60,7 +68,7 @@ def _plain(checkpoint: str, field: str, cache: str) -> str:
 
 def _random(checkpoint: str, field: str, seed: int, cache: str) -> str:
     """Return the folder of a checkpoint's shapes and tokenizer with random weights."""
-    origin = content_hash(checkpoint) if Path(checkpoint).is_dir() else checkpoint
+    origin = checkpoint_hash(checkpoint)
 
     def make(draft: str) -> None:
         LOG.info("drawing the weights of %s anew", checkpoint)

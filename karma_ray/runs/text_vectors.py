@@ -14,7 +14,6 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import cast
 
 import numpy as np
@@ -23,7 +22,15 @@ from numpy.typing import NDArray
 from torch.nn import functional
 from tqdm import tqdm
 
-from karma_ray.artifacts import content_hash, exists, join, locked, open_filesystem, value_hash
+from karma_ray.artifacts import (
+    checkpoint_hash,
+    content_hash,
+    exists,
+    join,
+    locked,
+    open_filesystem,
+    value_hash,
+)
 from karma_ray.baselines.llm import TextVectors
 from karma_ray.config import Config
 from karma_ray.data.catalog import Catalog
@@ -72,11 +79,10 @@ class LlmTexts:
 
     def key(self) -> str:
         """Return a hash of everything that the vectors depend on."""
-        checkpoint = self.config.checkpoint
         return value_hash({
             "version": VERSION,
             "items": content_hash(join(self.items_uri, "items")),
-            "weights": content_hash(checkpoint) if Path(checkpoint).exists() else checkpoint,
+            "weights": checkpoint_hash(self.config.checkpoint),
             "tokenizer": tokenizer_hash(self.tokenizer),
             "layers": self.config.layers,
             "max_tokens": self.max_tokens,

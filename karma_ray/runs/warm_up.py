@@ -5,14 +5,21 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import torch
 from torch import nn
 
-from karma_ray.artifacts import content_hash, exists, join, locked, value_hash, write_table
+from karma_ray.artifacts import (
+    checkpoint_hash,
+    content_hash,
+    exists,
+    join,
+    locked,
+    value_hash,
+    write_table,
+)
 from karma_ray.config import Config, flattened, to_dict
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.draws import hashed
@@ -91,7 +98,7 @@ def warmup_key(config: Config, items_hash: str, items_uri: str = "") -> dict[str
     fields = dict(flattened(to_dict(warmup_config(config))))
     kept = {n: value for n, value in fields.items() if n not in EXECUTION or n in WARMED_UP_BY}
     for name in ("model.item_encoder.checkpoint", "model.user_decoder.checkpoint"):
-        kept[name] = content_hash(kept[name]) if Path(kept[name]).is_dir() else kept[name]
+        kept[name] = checkpoint_hash(kept[name])
     if folder := sentence_folder(config.model.item_encoder.checkpoint):
         kept["model.item_encoder.checkpoint"] = content_hash(folder.root)
     kept["collate.visual_features"] = features_hash(config, items_uri)
