@@ -14,7 +14,7 @@ import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from karma_ray.baselines.histories import history_counts
-from karma_ray.baselines.query_filter import behind_match
+from karma_ray.baselines.query_filter import behind_matches
 from karma_ray.data.catalog import Catalog
 
 if TYPE_CHECKING:
@@ -67,12 +67,7 @@ class AffinityRanker:
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
         """Return dense ranks of the affinity, with matching items above all others."""
         values = self._affinity(history_counts(examples, self._catalog))
-        queries = examples.column("query").to_pylist()
-        rows = [
-            behind_match(value, self._matches.rows(query))
-            for value, query in zip(values, queries, strict=True)
-        ]
-        return np.stack(rows) if rows else values.astype(np.float32)
+        return behind_matches(values, examples, self._matches)
 
     def _affinity(self, history: sp.csr_matrix) -> NDArray[np.float64]:  # [b, I] -> [b, I]
         total = np.repeat(self._popularity[None, :], history.shape[0], axis=0)

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from karma_ray.baselines.query_filter import behind_match
+from karma_ray.baselines.query_filter import behind_matches
 from karma_ray.data.catalog import Catalog
 
 if TYPE_CHECKING:
@@ -69,12 +69,7 @@ class LlmAffinityRanker:
         """Return dense ranks of the cosine, with matching items above all others."""
         items = self._vectors.items
         values = history_vectors(examples, self._catalog, items) @ items.T
-        queries = examples.column("query").to_pylist()
-        rows = [
-            behind_match(value, self._matches.rows(query))
-            for value, query in zip(values, queries, strict=True)
-        ]
-        return np.stack(rows) if rows else values
+        return behind_matches(values, examples, self._matches)
 
 
 def history_vectors(

@@ -30,6 +30,15 @@ def behind_match(
     return ranks
 
 
+def behind_matches(
+    values: NDArray[np.floating] | NDArray[np.int64], examples: pa.Table, matches: QueryMatches
+) -> NDArray[np.float32]:  # [b, I] -> [b, I]
+    """Return `behind_match` of each request's values and the items that match its query."""
+    queries = examples.column("query").to_pylist()
+    rows = [behind_match(v, matches.rows(query)) for v, query in zip(values, queries, strict=True)]
+    return np.stack(rows) if rows else values.astype(np.float32)
+
+
 class QueryFilterRanker:
     """Matching items first, in an order that is drawn per request and seed.
 
@@ -62,9 +71,8 @@ class PopularQueryFilterRanker:
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
         """Return dense popularity ranks, with matching items above all others."""
-        queries = examples.column("query").to_pylist()
-        rows = [behind_match(self._clicks, self._matches.rows(query)) for query in queries]
-        return np.stack(rows) if rows else np.zeros((0, len(self._clicks)), dtype=np.float32)
+        values = np.broadcast_to(self._clicks, (examples.num_rows, len(self._clicks)))
+        return behind_matches(values, examples, self._matches)
 
 
 def _key(text: str) -> int:
