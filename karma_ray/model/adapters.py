@@ -5,6 +5,7 @@ Legend: D width, N any leading shape.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -18,6 +19,26 @@ def rms_normalize(x: Tensor, eps: float = 1e-6) -> Tensor:
     """Parameter-free RMSNorm over the last dimension, in float32."""
     x = x.float()
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+@dataclass(frozen=True)
+class Whitening:
+    """Mean [d] and principal axes (the columns of [d, d]) of states, weakest first, in float64."""
+
+    mean: Tensor
+    axes: Tensor
+    variances: Tensor  # [d]
+    scales: Tensor  # [d]; a state's component along an axis times its scale has variance 1
+
+    @classmethod
+    def of(cls, states: Tensor, ridge: float) -> Whitening:
+        """Fit states [n, d]; `ridge`, a share of the largest variance, is added to every variance,
+        so that rounding noise is not amplified."""
+        states = states.double()
+        centred = states - states.mean(0)
+        variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
+        raised = variances.clamp(min=0) + ridge * variances.max()
+        return cls(states.mean(0), axes, variances, raised.clamp(min=1e-30).rsqrt())
 
 
 class SoftToken(nn.Module):

@@ -16,7 +16,7 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import NO_PICTURE, PixelTable, catalog_pixels
 from karma_ray.data.prompts import Tokenizer
 from karma_ray.errors import InputError
-from karma_ray.model.adapters import rms_normalize
+from karma_ray.model.adapters import Whitening, rms_normalize
 from karma_ray.model.backbone import hidden_size, run_body, run_packed, token_embeddings
 from karma_ray.model.backbones.family import BodyInput
 from karma_ray.model.backbones.registry import pictures_of
@@ -155,19 +155,16 @@ class ItemEncoder(nn.Module):
     @torch.no_grad()
     def whiten_states(self, states: Tensor, ridge: float = 0.01) -> None:
         """As `whiten`, for the pooled states [U, d_item] of a sample."""
-        states = states.double()
-        centred = states - states.mean(0)
-        variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
-        if variances.max() <= SAME_STATES * states.square().mean():
+        found = Whitening.of(states, ridge)
+        if found.variances.max() <= SAME_STATES * states.double().square().mean():
             LOG.warning(
                 "all of %d sampled items have the same text, so the model cannot distinguish them: "
                 "use different texts, or read more of each (collate.max_item_tokens)", len(states),
             )  # fmt: skip
             return
-        self.mean.copy_(states.mean(0))
-        scales = (variances.clamp(min=0) + ridge * variances.max()).rsqrt()
+        self.mean.copy_(found.mean)
         rotation = self.output.weight.double()
-        self.output.weight.copy_(rotation @ (axes * scales) @ axes.T)
+        self.output.weight.copy_(rotation @ (found.axes * found.scales) @ found.axes.T)
 
     def pooled(self, tokens: Tensor, lengths: Tensor, rows: Tensor | None = None) -> Tensor:
         """Return the pooled states e_raw [U, d_item]."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from karma_ray.errors import InputError
-from karma_ray.model.adapters import rms_normalize
+from karma_ray.model.adapters import Whitening, rms_normalize
 
 
 class LexicalBlock(nn.Module):
@@ -98,16 +98,11 @@ class StateBlock(nn.Module):
 
     @torch.no_grad()
     def fit(self, states: Tensor, ridge: float = 0.01) -> None:
-        """Fit the axes to the mean states [U, d] of a sample of items.
-
-        `ridge`, a share of the largest variance, keeps rounding noise from being amplified.
-        """
-        centred = states.double() - states.double().mean(0)
-        variances, axes = torch.linalg.eigh(centred.T @ centred / len(states))
-        strongest = slice(len(variances) - len(self.weight), None)
-        scales = (variances.clamp(min=0) + ridge * variances.max()).clamp(min=1e-30).rsqrt()
-        self.weight.copy_((axes * scales)[:, strongest].T)
-        self.mean.copy_(states.double().mean(0))
+        """Fit the axes to the mean states [U, d] of a sample of items; see Whitening.of."""
+        found = Whitening.of(states, ridge)
+        strongest = slice(len(found.scales) - len(self.weight), None)
+        self.weight.copy_((found.axes * found.scales)[:, strongest].T)
+        self.mean.copy_(found.mean)
 
 
 def length_ratio(width: float, size: int) -> float:
