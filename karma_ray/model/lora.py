@@ -94,6 +94,13 @@ def set_trained(module: nn.Module, trained: bool) -> None:
         value.requires_grad_(trained and not own)
 
 
+def set_encoder_trained(encoder: nn.Module, trained: bool, *, head_only: bool) -> None:
+    """`set_trained` for an item encoder, of which with `head_only` nothing but W_e ever learns."""
+    set_trained(encoder, trained and not head_only)
+    if head_only:
+        cast(Any, encoder).output.requires_grad_(trained)
+
+
 def merged(body: nn.Module) -> nn.Module:
     """Return an equivalent body without adapters: a plain body itself, or a merged copy."""
     if rank_of(body) is None:

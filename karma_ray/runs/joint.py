@@ -21,7 +21,7 @@ from karma_ray.evaluation.diagnosis import content_sink
 from karma_ray.evaluation.evaluate import evaluate
 from karma_ray.evaluation.probe_sets import ItemSample, item_sample
 from karma_ray.model.karma import KarmaModel
-from karma_ray.model.lora import set_trained
+from karma_ray.model.lora import set_encoder_trained
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.runs.batches import ordered_batches
@@ -102,10 +102,8 @@ class BeforeStep:
         training = self.stage.config.training
         frozen = self.step.is_frozen(state.progress)
         # Queries may go through the item encoder too (query_mode=encoder).
-        if training.encoder_grad == "head":
-            model.interest.item_encoder.output.requires_grad_(not frozen)
-        else:
-            set_trained(model.interest.item_encoder, not frozen)
+        head_only = training.encoder_grad == "head"
+        set_encoder_trained(model.interest.item_encoder, not frozen, head_only=head_only)
         if training.encoder_grad == "full" and not frozen:
             return replace(state, bank=None)
         refreshed = training.encoder_grad == "targets_only" and not frozen
@@ -117,7 +115,7 @@ class BeforeStep:
         features = model.interest.item_encoder.features
         vectors = encode_catalog(
             model.interest, *tokens, precision=training.precision,
-            encode=features if training.encoder_grad == "head" else None,
+            encode=features if head_only else None,
         )  # fmt: skip
         device = next(model.parameters()).device
         return replace(state, bank=torch.from_numpy(vectors).to(device))

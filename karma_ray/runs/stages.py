@@ -36,6 +36,7 @@ from karma_ray.model.device import this_device
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.item_encoder import ItemEncoder, start_from
 from karma_ray.model.karma import KarmaModel
+from karma_ray.model.lora import set_encoder_trained
 from karma_ray.runs.frozen_outputs import EncodeRemotely, FrozenOutputs
 from karma_ray.runs.stage_images import build_imagery, load_visual
 from karma_ray.training.checkpoints.checkpoint import load_weights
@@ -196,8 +197,8 @@ class Stage:
             model = KarmaModel(model.interest, model.tokenizer, lm_head=head, imagery=images)
         model.interest.generate_with(self.config.model.generator, self.config.seed)
         if (learning := self.config.training.encoder_grad) in ("frozen", "head"):
-            encoder = model.interest.item_encoder.requires_grad_(False)
-            encoder.output.requires_grad_(learning == "head")
+            is_head = learning == "head"
+            set_encoder_trained(model.interest.item_encoder, is_head, head_only=is_head)
         return model
 
     def build_trained(self) -> KarmaModel:

@@ -100,11 +100,16 @@ class JointStep:
 
     def _items(self, model: KarmaModel, shared: SharedBatch, state: StepState) -> Tensor:
         """Return e [G, D] of the step's unique items, without gradient while frozen."""
-        frozen = self.is_frozen(state.progress)
-        if frozen and state.bank is not None and self.encoder_grad != "head":
-            return state.bank[shared.batch.item_rows]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not frozen):
+        if (bank := self._embeddings(state)) is not None:
+            return bank[shared.batch.item_rows]
+        learns = not self.is_frozen(state.progress)
+        with torch.set_grad_enabled(torch.is_grad_enabled() and learns):
             return shared.encoded(self._encode(model, state))
+
+    def _embeddings(self, state: StepState) -> Tensor | None:
+        """Return the bank if the step takes e from it as it is; with `head` it holds features."""
+        looked_up = self.is_frozen(state.progress) and self.encoder_grad != "head"
+        return state.bank if looked_up else None
 
     def _encode(self, model: KarmaModel, state: StepState) -> Encode:
         """Return how items are encoded: from their texts, or with `head` from banked features."""
@@ -118,9 +123,8 @@ class JointStep:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """Run forward and backward part by part, with the gradient cache."""
         batch, cached = shared.batch, None
-        frozen = self.is_frozen(state.progress)
-        if frozen and state.bank is not None and self.encoder_grad != "head":
-            items = state.bank[batch.item_rows]
+        if (bank := self._embeddings(state)) is not None:
+            items = bank[batch.item_rows]
         else:
             encoder = model.interest.item_encoder
             tokens = self.micro_tokens or tokens_at_once(
@@ -128,7 +132,7 @@ class JointStep:
             )
             cached = CachedItems(shared, self._encode(model, state), tokens)
             items = cached.vectors
-            if frozen:
+            if self.is_frozen(state.progress):
                 items, cached = items.detach(), None
         observe_items(model.interest, items)
         history = self._history(batch, items, state)
