@@ -47,18 +47,16 @@ def settings_of_weights(config: Config, typed: Collection[str]) -> list[str]:
     and when a recipe that is made for an LLM names none.
     """
     model, fields = config.model, dict(PRETRAINED)
-    item, own = model.item_encoder, config.recipe in MADE_FOR_LLM
+    item, own = model.item_encoder, MADE_FOR_LLM.get(config.recipe, ())
     if model.kind != "karma" or "tiny" in (item.checkpoint, model.user_decoder.checkpoint):
         if own:
             message = f"is not enough for the recipe {config.recipe}: name a pretrained LLM"
             raise InputError("model.checkpoint", "tiny", f"{message} (docs/pretrained.md)")
         return []
-    if own:
-        del fields["training.learning_rate"]
     if item.modality != "text":  # there most states of an item are its picture's
         del fields["model.item_encoder.pool"]
     elif Path(item.checkpoint).is_dir():
         from karma_ray.model.backbones.sentence_folder import own_fields  # takes a second
 
         fields |= own_fields(item.checkpoint)
-    return [f"{name}={value}" for name, value in fields.items() if name not in typed]
+    return [f"{name}={value}" for name, value in fields.items() if name not in (*typed, *own)]

@@ -235,8 +235,9 @@ TRAINED: dict[str, Callable[[], Config]] = {
     "hstu": hstu,
     "toy": toy,
 }
-MADE_FOR_LLM = ("karma_llm",)
-"""Recipes whose settings were chosen for a pretrained LLM; without one they cannot be run."""
+MADE_FOR_LLM = {"karma_llm": ("training.learning_rate",)}
+"""Recipes that cannot be run without a pretrained LLM -> what they set other than
+`pretrained.PRETRAINED`."""
 UNTRAINED = {
     "popularity": "items by their training clicks",
     "tfidf": "word overlap with the query, rare words weighing more",
