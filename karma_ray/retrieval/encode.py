@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import nn
+from tqdm import tqdm
 
 from karma_ray.artifacts import read_manifest, read_table, write_manifest, write_table
 from karma_ray.data.batch import upload
@@ -37,31 +39,34 @@ WAITING = 2**26
 
 
 def encode_catalog(
-    interest: RecallModel,
+    model: nn.Module,
     tokens: NDArray[Any],  # [I, L]
     lengths: NDArray[Any],  # [I]
     batch_size: int | None = None,
     precision: str = "float32",
     rows: NDArray[np.int64] | None = None,  # [I]
     encode: Callable[..., torch.Tensor] | None = None,
+    progress: bool = False,
 ) -> NDArray[np.float32]:  # [I, D]
     """Encode every item, in the given order, on the model's device. Its mode is restored.
 
-    `encode` is another function of the model with the arguments of `encode_items`, the default.
+    `encode` is a function of the model with the arguments of a RecallModel's `encode_items`, which
+    is the default. With `progress` a terminal shows how far it is.
 
     `rows` are catalogue rows for multimodal encoders (default: 0 to I - 1). Batches have items of
     similar length, so there is little padding. Apart from rounding the result does not depend on
     the batch of an item; `item_batches` says what they are by default.
     """
-    device = next(interest.parameters()).device
-    encode = encode or interest.encode_items
-    was_training = interest.training
-    interest.eval()
+    device = next(model.parameters()).device
+    encode = encode or cast("RecallModel", model).encode_items
+    was_training = model.training
+    model.eval()
     order = np.argsort(lengths, kind="stable")
     of_catalog = np.arange(len(lengths)) if rows is None else rows
     moved: list[NDArray[np.float32]] = []
     parts: list[torch.Tensor] = []  # not waited for, so that a GPU is not idle between batches
-    with torch.inference_mode(), autocast(device, precision):
+    bar = tqdm(total=len(order), unit="text", disable=None if progress else True, leave=False)
+    with bar, torch.inference_mode(), autocast(device, precision):
         for some in item_batches(order, lengths, device, batch_size):
             width = max(1, int(lengths[some].max()))
             batch = upload(torch.from_numpy(tokens[some, :width].astype(np.int64)), device)
@@ -70,8 +75,9 @@ def encode_catalog(
             parts.append(encode(batch, sizes, places).float())
             if device.type == "cpu" or sum(part.numel() for part in parts) > WAITING:
                 moved, parts = [*moved, *(part.cpu().numpy() for part in parts)], []
+            bar.update(len(some))
     moved += [part.cpu().numpy() for part in parts]
-    interest.train(was_training)
+    model.train(was_training)
     if not moved:
         return np.zeros((0, 0), np.float32)
     result = np.empty((len(order), moved[0].shape[1]), np.float32)

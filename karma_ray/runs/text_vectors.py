@@ -20,7 +20,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn import functional
-from tqdm import tqdm
 
 from karma_ray.artifacts import (
     checkpoint_hash,
@@ -43,7 +42,7 @@ from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.device import this_device
 from karma_ray.model.item_encoder import ItemEncoder
 from karma_ray.pretrained import names_llm
-from karma_ray.retrieval.encode import autocast
+from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.runs.plain_checkpoints import with_plain_checkpoints
 
 LOG = logging.getLogger(__name__)
@@ -138,28 +137,13 @@ class LlmTexts:
             np.savez(sink, items=items, mean=mean.numpy(), whitener=whitener.numpy())
         fs.mv(draft, place)
 
-    @torch.no_grad()
     def _pooled(self, tokens: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
-        """Return the pooled states [n, D] float32 of right-padded tokens [n, L].
-
-        Batches hold texts of about equal length, so little of the work is padding.
-        """
-        device = next(self.encoder.parameters()).device
-        order = np.argsort(lengths, kind="stable")
-        size = max(1, BATCH_SLOTS // int(lengths.max(initial=1)))
-        made = torch.empty(len(order), hidden_size(self.encoder.body))
-        with tqdm(total=len(order), unit="text", disable=None, leave=False) as bar:
-            for begin in range(0, len(order), size):
-                some = order[begin : begin + size]
-                texts = torch.from_numpy(tokens[some, : lengths[some].max()].astype(np.int64))
-                rows = torch.full((len(some),), NO_PICTURE)
-                with autocast(device, self.precision):
-                    found = self.encoder.pooled(
-                        texts.to(device), torch.from_numpy(lengths[some]).to(device), rows
-                    )
-                made[torch.from_numpy(some)] = found.float().cpu()
-                bar.update(len(some))
-        return made
+        """Return the pooled states [n, D] float32 of right-padded tokens [n, L]."""
+        found = encode_catalog(
+            self.encoder, tokens, lengths, max(1, BATCH_SLOTS // int(lengths.max(initial=1))),
+            self.precision, np.full(len(lengths), NO_PICTURE), self.encoder.pooled, progress=True,
+        )  # fmt: skip
+        return torch.from_numpy(found)
 
 
 @torch.no_grad()
