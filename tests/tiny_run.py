@@ -20,6 +20,7 @@ from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
 from karma_ray.retrieval.export import load_bundle, save_bundle
 from karma_ray.retrieval.retriever import index_run
+from karma_ray.studies.plan import HERE
 
 COLOURS = ("red", "blue", "green", "black", "white")
 THINGS = ("shirt", "mug", "lamp", "chair", "kettle", "scarf", "boots", "vase")
@@ -27,6 +28,14 @@ COLLATE = CollateConfig(max_history=5, max_item_tokens=8, max_query_tokens=6)
 TINY = TinyBackboneConfig(
     hidden_size=32, num_layers=2, num_heads=2, num_key_value_heads=1, intermediate_size=64
 )
+
+SMALL_STUDY = (
+    "model.tiny.hidden_size=32", "model.tiny.num_heads=2", "model.tiny.intermediate_size=64",
+    "model.tiny.num_key_value_heads=1", "model.tiny.vocab_size=512", "pretrain.steps=4",
+    "warmup.steps=4", "training.steps=6", "training.batch_size=8", "training.report_every=2",
+    "training.validate_every=3", "evaluation.max_examples=40", *HERE,
+)  # fmt: skip
+"""Settings of trials that take a few seconds each, in their own process."""
 
 
 def items_table() -> pa.Table:

@@ -18,7 +18,6 @@ from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.studies.plan import (
-    HERE,
     SETTINGS,
     Data,
     named_rows,
@@ -32,14 +31,9 @@ from karma_ray.studies.rows import Row
 from karma_ray.studies.study import Outcome, run_study
 from karma_ray.studies.tables import TABLES
 from karma_ray.studies.trial import Trial, first_stage_key
+from tests.tiny_run import SMALL_STUDY
 
-SMALL = (
-    "model.tiny.hidden_size=32", "model.tiny.num_heads=2", "model.tiny.intermediate_size=64",
-    "model.tiny.num_key_value_heads=1", "model.tiny.vocab_size=512", "pretrain.steps=4",
-    "warmup.steps=4", "training.steps=6", "training.batch_size=8", "training.report_every=2",
-    "training.checkpoint_every=2", "training.validate_every=3", "evaluation.max_examples=40",
-    *HERE,
-)  # fmt: skip
+SMALL = (*SMALL_STUDY, "training.checkpoint_every=2")
 ONE_THREAD = ("training.threads_per_worker=1",)
 """Sums in one order, so that a run repeated gives every digit again."""
 

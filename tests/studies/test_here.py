@@ -25,20 +25,15 @@ from karma_ray.runs import stopping
 from karma_ray.runs.pipeline import train_run
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.studies.here import ThisMachine
-from karma_ray.studies.plan import HERE, Data, planned
+from karma_ray.studies.plan import Data, planned
 from karma_ray.studies.record_files import run_folder
 from karma_ray.studies.records import read_records
 from karma_ray.studies.rows import Row
 from karma_ray.studies.trial import train_trial
+from tests.tiny_run import SMALL_STUDY
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = (
-    "model.tiny.hidden_size=32", "model.tiny.num_heads=2", "model.tiny.intermediate_size=64",
-    "model.tiny.num_key_value_heads=1", "model.tiny.vocab_size=512", "pretrain.steps=4",
-    "warmup.steps=4", "training.steps=6", "training.batch_size=8", "training.report_every=2",
-    "training.validate_every=3", "training.threads_per_worker=1", "evaluation.max_examples=40",
-    *HERE,
-)  # fmt: skip
+SMALL = (*SMALL_STUDY, "training.threads_per_worker=1")
 
 
 @pytest.fixture(scope="module")
