@@ -12,7 +12,9 @@ from torch import Tensor
 
 from karma_ray.data.batch import Batch
 from karma_ray.model.karma import KarmaModel
+from karma_ray.model.lora import set_encoder_trained
 from karma_ray.objectives.losses import ObjectiveConfig
+from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.training import action_term as action
 from karma_ray.training.gradient_cache import micro_batches, narrow
 from karma_ray.training.item_table import share_items
@@ -48,8 +50,13 @@ def _pictured(rows: slice = slice(None)) -> Batch:
 
 def _step(step: JointStep, batch: Batch, build: Callable[[], KarmaModel] = tiny.model) -> Found:
     """Global loss, summed gradients and logs of one step."""
-    model = build()
-    output = step(model, batch, STATE)
+    model, state = build(), STATE
+    if step.encoder_grad == "head":
+        encoder, texts = model.interest.item_encoder, tiny.item_tokens()
+        set_encoder_trained(encoder, True, head_only=True)
+        features = encode_catalog(model.interest, *texts, encode=encoder.features)
+        state = replace(STATE, bank=torch.from_numpy(features))
+    output = step(model, batch, state)
     if output.loss.requires_grad:
         output.loss.backward()
     sum_gradients(model.parameters())
@@ -181,6 +188,8 @@ STEPS = {
     "parts": JointStep(ObjectiveConfig(), micro_batch_size=2, micro_tokens=30),
     "frozen": JointStep(ObjectiveConfig(), encoder_grad="frozen", micro_batch_size=1),
     "targets_only": JointStep(ObjectiveConfig(), encoder_grad="targets_only"),
+    "head": JointStep(ObjectiveConfig(), encoder_grad="head"),
+    "head_in_parts": JointStep(ObjectiveConfig(), encoder_grad="head", micro_batch_size=2),
     "logq": LOGQ,
     "logq_in_parts": replace(LOGQ, micro_batch_size=2, micro_tokens=30),
 }
