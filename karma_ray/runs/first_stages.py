@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from karma_ray.artifacts import RunFolder, content_hash, join, open_filesystem, read_lines
+from karma_ray.artifacts import RunFolder, join, open_filesystem, read_lines
 from karma_ray.config import Config
 from karma_ray.data.prepared import PreparedData
+from karma_ray.node_cache import known_hash
 from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.near_duplicates import with_near_duplicates
 from karma_ray.runs.plain_checkpoints import with_plain_checkpoints
@@ -25,7 +26,7 @@ def start_stage(
 
     The log lines of these stages are copied into `run`, so that its report shows every stage.
     """
-    items_hash = content_hash(join(source.items_uri, "items"))
+    items_hash = known_hash(join(source.items_uri, "items"))
     features_hash(config, source.items_uri)  # raises before, not after, the pretraining
     if over_ids(config):  # such a model needs only the tokenizer of the language model
         untrained, cold = replace(config.pretrain, steps=0), replace(config.warmup, skip=True)

@@ -18,8 +18,6 @@ import torch
 from tqdm import tqdm
 
 from karma_ray.artifacts import (
-    checkpoint_hash,
-    content_hash,
     exists,
     join,
     read_json,
@@ -36,6 +34,7 @@ from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.device import this_device
 from karma_ray.model.frozen_states import KINDS, PORTION, FrozenStates, write_states
 from karma_ray.model.item_encoder import ItemEncoder, instruction_tokens
+from karma_ray.node_cache import checkpoint_hash, known_hash
 from karma_ray.retrieval.encode import autocast
 
 LOG = logging.getLogger(__name__)
@@ -79,7 +78,7 @@ class FrozenOutputs:
         """Return everything that the states depend on; checkpoint and tables by their content."""
         return {
             "version": VERSION,
-            "items": content_hash(join(self.items_uri, "items")),
+            "items": known_hash(join(self.items_uri, "items")),
             "weights": checkpoint_hash(self.encoder.checkpoint),
             "layers": self.encoder.layers,
             "train_layers": self.encoder.train_layers,

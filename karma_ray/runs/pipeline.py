@@ -18,7 +18,6 @@ from karma_ray import __version__, recipes
 from karma_ray.artifacts import (
     RunFolder,
     absolute,
-    content_hash,
     exists,
     join,
     read_json,
@@ -31,6 +30,7 @@ from karma_ray.data.prepared import PreparedData, read_data_manifest
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.checkpoints import shape_facts
 from karma_ray.model.device import this_device
+from karma_ray.node_cache import known_hash
 from karma_ray.report.page import render_report
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
 from karma_ray.retrieval.export import save_bundle
@@ -249,7 +249,7 @@ def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
         vectors = encode_catalog(interest, *collator.catalog_tokens())
         parents = {
             "bundle": read_manifest(folder.bundle)["content_hash"],
-            "items": content_hash(join(stage.items_uri, "items")),
+            "items": known_hash(join(stage.items_uri, "items")),
         }
         table = ItemTable(catalog.item_ids, catalog.titles, vectors, parents)
         save_embeddings(table, folder.item_embeddings)

@@ -13,7 +13,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from karma_ray.artifacts import (
-    checkpoint_hash,
     content_hash,
     exists,
     join,
@@ -25,6 +24,7 @@ from karma_ray.config import Config
 from karma_ray.model.backbones.checkpoints import draw_weights
 from karma_ray.model.backbones.gguf_file import convert, is_gguf
 from karma_ray.model.backbones.sentence_folder import plain_body
+from karma_ray.node_cache import checkpoint_hash
 from karma_ray.runs.stages import with_checkpoints
 
 LOG = logging.getLogger(__name__)
