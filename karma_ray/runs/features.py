@@ -49,7 +49,7 @@ from karma_ray.data.visual import KIND, features_uri, grid_of, write_visual_mani
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.vision_encoder import load_vision_encoder
 from karma_ray.model.device import this_device
-from karma_ray.node_cache import known_hash
+from karma_ray.node_cache import known_hash, local_copy
 
 LOG = logging.getLogger(__name__)
 
@@ -163,7 +163,7 @@ class Loaded:
     def __call__(self) -> ImageEncoder:
         """Return the encoder, on this process's GPU if it has one."""
         device = this_device()
-        return load_vision_encoder(self.checkpoint, self.grid, device)
+        return load_vision_encoder(local_copy(self.checkpoint), self.grid, device)
 
 
 def _encode_all(

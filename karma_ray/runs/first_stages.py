@@ -11,7 +11,7 @@ from karma_ray.data.prepared import PreparedData
 from karma_ray.node_cache import known_hash
 from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.near_duplicates import with_near_duplicates
-from karma_ray.runs.plain_checkpoints import with_plain_checkpoints
+from karma_ray.runs.plain_checkpoints import with_plain_checkpoints, with_shared_checkpoints
 from karma_ray.runs.pretraining import pretrained
 from karma_ray.runs.stage_images import features_hash
 from karma_ray.runs.stages import Stage, is_tiny, over_ids
@@ -32,6 +32,8 @@ def start_stage(
         untrained, cold = replace(config.pretrain, steps=0), replace(config.warmup, skip=True)
         config = replace(config, pretrain=untrained, warmup=cold)
     config = with_plain_checkpoints(config, cache)
+    if config.training.num_workers:
+        config = with_shared_checkpoints(config, cache)
     tiny = is_tiny(config)
     if tiny:
         config, log = pretrained(config, source, items_hash, cache)
