@@ -14,12 +14,13 @@ import ray.data
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from karma_ray.artifacts import absolute, content_hash, exists, join, open_filesystem, read_manifest
+from karma_ray.artifacts import absolute, exists, join, open_filesystem, read_manifest
 from karma_ray.cluster.session import connect
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import encode_texts
 from karma_ray.errors import InputError
 from karma_ray.model.device import this_device
+from karma_ray.node_cache import known_hash
 from karma_ray.retrieval.encode import embedding_rows, encode_catalog, write_embedding_manifest
 from karma_ray.retrieval.export import load_bundle
 
@@ -88,5 +89,5 @@ def embed_items(
     fs.makedirs(path, exist_ok=True)
     LOG.info("embedding %d items with %d encoder(s)", catalog.num_items, num_actors)
     embedded.write_parquet(path, filesystem=PyFileSystem(FSSpecHandler(fs)), compression="zstd")
-    parents = {"bundle": manifest["content_hash"], "items": content_hash(join(data, "items"))}
+    parents = {"bundle": manifest["content_hash"], "items": known_hash(join(data, "items"))}
     return write_embedding_manifest(out, parents, catalog.num_items, manifest["width"])
