@@ -100,6 +100,17 @@ def trial_resources(slots: int) -> tuple[int, float]:
     return cpus, gpus
 
 
+def share_of_gpus_up(replicas: int) -> float:
+    """Return the GPUs of each of `replicas` of an endpoint: a share of those that are up and free.
+
+    The autoscaler is not asked for more, as an endpoint keeps what it has for as long as it lives.
+    """
+    gpus = int(ray.available_resources().get("GPU", 0.0))
+    share = 1.0 / -(-replicas // gpus) if gpus else 0.0
+    LOG.info("serving with %s on %s", _count(replicas, "replica"), "GPUs" if share else "CPUs")
+    return share
+
+
 def device_here(topic: str) -> torch.device:
     """Return the device that Ray has assigned to this worker, or the CPU.
 
