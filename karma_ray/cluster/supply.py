@@ -173,15 +173,19 @@ def _file_of_monitor(gcs_address: str) -> str | None:
 
 
 def _of_kubernetes(name: str) -> dict[str, Any] | None:
-    """Return the configuration that KubeRay's autoscaler derives from the RayCluster resource."""
-    from ray.autoscaler._private.kuberay.autoscaling_config import (
-        _derive_autoscaling_config_from_ray_cr,
-    )
     from ray.autoscaler._private.kuberay.node_provider import KubernetesHttpApiClient
 
     namespace = os.environ.get("RAY_CLUSTER_NAMESPACE") or _NAMESPACE.read_text().strip()
-    resource = KubernetesHttpApiClient(namespace=namespace).get(f"rayclusters/{name}")
+    return of_ray_cluster(KubernetesHttpApiClient(namespace=namespace).get(f"rayclusters/{name}"))
+
+
+def of_ray_cluster(resource: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return the configuration that KubeRay's autoscaler derives from a RayCluster resource."""
+    from ray.autoscaler._private.kuberay.autoscaling_config import (
+        _derive_autoscaling_config_from_ray_cr,
+    )
+
     if not resource["spec"].get("enableInTreeAutoscaling"):
         return None
-    config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(resource)
+    config: dict[str, Any] = _derive_autoscaling_config_from_ray_cr(dict(resource))
     return config

@@ -10,6 +10,7 @@ import logging
 import sys
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 from torch import nn
 
 from karma_ray.artifacts import join
-from karma_ray.cluster.accelerators import GPU
+from karma_ray.cluster.accelerators import GPU, share_of_gpus_up, trial_resources
 from karma_ray.cluster.embedding import embed_items
 from karma_ray.cluster.supply import Reach, supply
 from karma_ray.cluster.training import run_training
@@ -65,8 +66,6 @@ class Heard(logging.Handler):
 
 
 def main(folder: str, run: str, data: str) -> None:
-    from functools import partial
-
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     heard = Heard()
     logging.getLogger("karma_ray").addHandler(heard)
@@ -78,6 +77,7 @@ def main(folder: str, run: str, data: str) -> None:
     job = small._job(Path(folder, "run"), small.write_rows(Path(folder)), num_workers=2, steps=4)
     run_training(replace(job, step=partial(noting_step, folder)), progress=False)
     embed_items(join(run, "bundle"), data, join(folder, "embedded"), batch_size=1)
+    assert share_of_gpus_up(3) == 0.5 and trial_resources(4) == (1, 0.5)
     report_growth(3)
     assert supply().reach(GPU) == Reach(2, 3)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
 from karma_ray.cluster.accelerators import CPU, GPU, Pool, encoders, training_on_gpus
-from karma_ray.cluster.supply import NodeType, Reach, Supply, declared_types
+from karma_ray.cluster.supply import NodeType, Reach, Supply, declared_types, of_ray_cluster
 from karma_ray.errors import InputError
 from karma_ray.training.config import TrainingConfig
 
@@ -43,6 +44,25 @@ def test_the_cluster_file_of_the_project_declares_its_gpus() -> None:
     types, most = declared_types(config)
     gpus = sum(kind.most for kind in types if kind.resources.get("GPU"))
     assert gpus and Supply([HEAD], types, most).reach(GPU) == Reach(0, min(gpus, most))
+
+
+def test_the_resource_of_kubernetes_declares_its_gpus_if_it_has_an_autoscaler() -> None:
+    def group(**limits: str) -> dict[str, Any]:
+        container = {"name": "ray", "resources": {"limits": limits, "requests": limits}}
+        return {"rayStartParams": {}, "template": {"spec": {"containers": [container]}}}
+
+    gpus = group(cpu="8", memory="32Gi", **{"nvidia.com/gpu": "1"})
+    spec = {
+        "enableInTreeAutoscaling": True,
+        "headGroupSpec": group(cpu="4", memory="8Gi"),
+        "workerGroupSpecs": [gpus | {"groupName": "gpu", "minReplicas": 0, "maxReplicas": 3}],
+    }
+    resource = {"metadata": {"name": "shop", "namespace": "default"}, "spec": spec}
+    config = of_ray_cluster(resource)
+    assert config is not None
+    types, most = declared_types(config)
+    assert Supply([{"CPU": 4.0}], types, most).reach(GPU | CPU) == Reach(0, 3)
+    assert of_ray_cluster(resource | {"spec": spec | {"enableInTreeAutoscaling": False}}) is None
 
 
 @pytest.mark.parametrize(
