@@ -222,7 +222,7 @@ def serve_run(
             connect()
             if blocking:
                 raise_on_signals()
-            _start(host, port, _application(run, num_replicas, max_queued_requests))
+            _start(host, port, application_of(run, num_replicas, max_queued_requests))
         if on_ready is not None:
             on_ready(url)
 
@@ -258,7 +258,9 @@ def curl_example(url: str, item_ids: list[str]) -> str:
     return f"curl -s -X POST {url}/v1/recall -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
 
 
-def _application(run: str, num_replicas: int, max_queued_requests: int) -> serve.Application:
+def application_of(run: str, num_replicas: int, max_queued_requests: int) -> serve.Application:
+    """Return the Serve application of a finished run, a path or URI that every node can read."""
+
     def build() -> FastAPI:
         # Runs in the replica. Parallelism comes from replicas, with one thread each.
         torch.set_num_threads(1)

@@ -1,0 +1,32 @@
+"""The endpoint as an application that Serve builds from a file (deploy/kuberay/rayservice.yaml).
+
+`jobs/serve.py` is for a person who waits for it; here Serve, or KubeRay, starts, checks and
+replaces the endpoint.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict, Field
+from ray import serve
+
+from karma_ray.cluster.serving import MAX_QUEUED, application_of
+from karma_ray.retrieval.retriever import check_run
+
+
+class ServiceArguments(BaseModel):
+    """What stands under `args` in the file."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    run: str
+    """URI of a finished run, which every node can read."""
+    num_replicas: int = Field(default=1, ge=1)
+    """Copies of model and index."""
+    max_queued_requests: int = Field(default=MAX_QUEUED, ge=1)
+    """Requests that may wait for a replica; further ones get the status 503."""
+
+
+def application(arguments: ServiceArguments) -> serve.Application:
+    """Return the application of a run; raises InputError or SkewError on one that cannot serve."""
+    check_run(arguments.run)
+    return application_of(arguments.run, arguments.num_replicas, arguments.max_queued_requests)

@@ -1,0 +1,222 @@
+"""deploy/kuberay offline: the fields, types and needs of KubeRay's RayCluster, RayJob, RayService.
+
+FIELDS is the part of the custom resource definitions (ray.io/v1, KubeRay 1.5.1 to 1.6) that the
+manifests use, so an unknown field or a wrong type is found here instead of by `kubectl apply`.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+FOLDER = Path(__file__).resolve().parents[1] / "deploy/kuberay"
+MANIFESTS = {"RayCluster": "raycluster", "RayJob": "rayjob", "RayService": "rayservice"}
+
+Schema = Any
+"""A type, a tuple of allowed values, [schema] for a list, or a dict of fields (`!` if needed)."""
+
+QUANTITIES = {"cpu": str, "memory": str, "nvidia.com/gpu": str}
+POD: Schema = {
+    "spec!": {
+        "serviceAccountName": str,
+        "tolerations": [{"key": str, "operator": ("Exists", "Equal"), "effect": str}],
+        "containers!": [
+            {
+                "name!": str,
+                "image!": str,
+                "ports": [{"containerPort!": int, "name": str}],
+                "resources": {"limits": QUANTITIES, "requests": QUANTITIES},
+                "volumeMounts": [{"mountPath!": str, "name!": str}],
+            }
+        ],
+        "volumes": [
+            {"name!": str, "emptyDir": {"medium": ("", "Memory"), "sizeLimit": str}},
+        ],
+    }
+}
+CLUSTER: Schema = {
+    "rayVersion": str,
+    "authOptions": {"mode": ("disabled", "token")},
+    "enableInTreeAutoscaling": bool,
+    "autoscalerOptions": {"idleTimeoutSeconds": int},
+    "headGroupSpec!": {
+        "serviceType": ("ClusterIP", "NodePort", "LoadBalancer"),
+        "rayStartParams": {"num-cpus": str},
+        "template!": POD,
+    },
+    "workerGroupSpecs": [
+        {
+            "groupName!": str,
+            "minReplicas": int,
+            "maxReplicas": int,
+            "rayStartParams": {},
+            "template!": POD,
+        }
+    ],
+}
+FIELDS: dict[str, Schema] = {
+    "RayCluster": CLUSTER,
+    "RayJob": {
+        "entrypoint": str,
+        "submissionMode": ("K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"),
+        "submitterConfig": {"backoffLimit": int},
+        "backoffLimit": int,
+        "activeDeadlineSeconds": int,
+        "shutdownAfterJobFinishes": bool,
+        "ttlSecondsAfterFinished": int,
+        "rayClusterSpec": CLUSTER,
+    },
+    "RayService": {"serveConfigV2": str, "rayClusterConfig": CLUSTER},
+}
+
+
+def complaints(value: Any, schema: Schema, where: str) -> Iterator[str]:
+    if isinstance(schema, dict):
+        if not isinstance(value, dict):
+            yield f"{where} is no record"
+            return
+        fields = {name.rstrip("!"): part for name, part in schema.items()}
+        yield from (f"{where}.{name} is not known" for name in value if name not in fields)
+        for name, part in schema.items():
+            if name.rstrip("!") in value:
+                yield from complaints(value[name.rstrip("!")], part, f"{where}.{name.rstrip('!')}")
+            elif name.endswith("!"):
+                yield f"{where}.{name.rstrip('!')} is missing"
+    elif isinstance(schema, list):
+        for number, item in enumerate(value):
+            yield from complaints(item, schema[0], f"{where}[{number}]")
+    elif isinstance(schema, tuple):
+        if value not in schema:
+            yield f"{where} is {value!r}, not one of {schema}"
+    elif type(value) is not schema:
+        yield f"{where} is {value!r}, not of type {schema.__name__}"
+
+
+def load(kind: str) -> dict[str, Any]:
+    found: dict[str, Any] = yaml.safe_load((FOLDER / f"{MANIFESTS[kind]}.yaml").read_text())
+    return found
+
+
+def cluster_of(kind: str) -> dict[str, Any]:
+    spec: dict[str, Any] = load(kind)["spec"]
+    return next((spec[n] for n in ("rayClusterSpec", "rayClusterConfig") if n in spec), spec)
+
+
+by_kind = pytest.mark.parametrize("kind", MANIFESTS)
+
+
+@by_kind
+def test_every_field_is_one_of_the_custom_resource(kind: str) -> None:
+    manifest = load(kind)
+    assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", kind)
+    assert list(complaints(manifest["spec"], FIELDS[kind], "spec")) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "complaint"),
+    [
+        (("maxReplicas",), 3, "spec.maxReplicas is not known"),
+        (("headGroupSpec", "rayStartParams", "num-cpus"), 0, "is 0, not of type str"),
+        (("headGroupSpec", "serviceType"), "Public", "'Public', not one of"),
+        (("headGroupSpec", "template"), {}, "spec.headGroupSpec.template.spec is missing"),
+    ],
+)
+def test_a_mistake_in_a_manifest_is_found(
+    path: tuple[str, ...], value: Any, complaint: str
+) -> None:
+    spec = copy.deepcopy(cluster_of("RayCluster"))
+    part = spec
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = value
+    assert complaint in "; ".join(complaints(spec, CLUSTER, "spec"))
+
+
+@by_kind
+def test_pods_have_limits_rights_shared_memory_and_one_image(kind: str) -> None:
+    spec = cluster_of(kind)
+    groups = [spec["headGroupSpec"], *spec["workerGroupSpecs"]]
+    images = set()
+    for group in groups:
+        pod = group["template"]["spec"]
+        (container,) = pod["containers"]
+        images.add(container["image"])
+        assert pod["serviceAccountName"] == "karma-ray"
+        assert container["resources"]["limits"] == container["resources"]["requests"]
+        (mount,) = container["volumeMounts"]
+        (volume,) = pod["volumes"]
+        assert mount == {"mountPath": "/dev/shm", "name": volume["name"]}
+        assert volume["emptyDir"]["medium"] == "Memory"
+    assert len(images) == 1
+    assert groups[0]["rayStartParams"] == {"num-cpus": "0"}
+
+
+@by_kind
+def test_workers_come_and_go_and_nothing_listens_outside_the_cluster(kind: str) -> None:
+    spec = cluster_of(kind)
+    assert spec["enableInTreeAutoscaling"] and spec["authOptions"] == {"mode": "token"}
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    groups = {group["groupName"]: group for group in spec["workerGroupSpecs"]}
+    assert set(groups) == {"cpu", "gpu"}
+    assert all(g["minReplicas"] == 0 < g["maxReplicas"] for g in groups.values())
+    limits = [
+        g["template"]["spec"]["containers"][0]["resources"]["limits"] for g in groups.values()
+    ]
+    assert [limit.get("nvidia.com/gpu") for limit in limits] == [None, "1"]
+
+
+def test_the_three_describe_the_same_cluster_which_runs_the_pinned_ray() -> None:
+    first = cluster_of("RayCluster")
+    assert cluster_of("RayJob") == first
+    service = cluster_of("RayService")
+    head = service["headGroupSpec"]["template"]["spec"]["containers"][0]
+    assert head["ports"].pop() == {"containerPort": 8000, "name": "serve"}
+    assert service == first
+    constraints = (FOLDER.parents[1] / "constraints.txt").read_text().splitlines()
+    assert f"ray=={first['rayVersion']}" in constraints
+    assert f"rayproject/ray:{first['rayVersion']}-" in (FOLDER / "Dockerfile").read_text()
+
+
+def test_rights_come_from_the_account_and_no_file_holds_a_key() -> None:
+    account = yaml.safe_load((FOLDER / "service-account.yaml").read_text())
+    assert account["metadata"]["name"] == "karma-ray"
+    assert account["metadata"]["annotations"]["eks.amazonaws.com/role-arn"].endswith(
+        "karma-ray-worker"
+    )
+    for path in FOLDER.iterdir():
+        text = path.read_text().lower()
+        assert not [w for w in ("akia", "aws_secret", "access_key", "password") if w in text]
+
+
+def test_the_service_names_an_application_that_serve_can_build(tmp_path) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    from karma_ray.cluster.service import ServiceArguments, application
+    from karma_ray.errors import KarmaRayError
+
+    config = ServeDeploySchema.model_validate(
+        yaml.safe_load(load("RayService")["spec"]["serveConfigV2"])
+    )
+    (described,) = config.applications
+    assert described.import_path == f"{application.__module__}:{application.__name__}"
+    arguments = ServiceArguments.model_validate(described.args)
+    with pytest.raises(KarmaRayError):
+        application(arguments.model_copy(update={"run": str(tmp_path)}))
+
+
+def test_the_job_is_a_command_that_the_image_has() -> None:
+    from karma_ray import cli
+
+    words = load("RayJob")["spec"]["entrypoint"].split()
+    assert words[0] == "python"
+    script = Path(words[1])
+    assert script.parts[:4] == ("/", "home", "ray", "karma_ray")
+    assert (FOLDER.parents[1] / script.relative_to("/home/ray/karma_ray")).exists()
+    flags = words[words.index("--recipe") :]
+    parsed = cli.parser("", config=True).parse_args(flags)
+    assert cli.load_config(parsed, "toy").training.num_workers == 4
