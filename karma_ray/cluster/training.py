@@ -15,6 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 import torch
+from ray.data._internal.stats import get_or_create_stats_actor
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
@@ -90,6 +91,9 @@ def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
     connect()
     workers, fewest = job.training.num_workers, job.training.min_workers
     use_gpu = training_on_gpus(job.training)
+    # Ray Data starts this actor where it is first used, for as long as the cluster lives: on the
+    # node of a training worker it would keep that node, and its GPU, from ever being returned.
+    get_or_create_stats_actor()
     # Ray's own state is in a temporary folder instead of the run's store, because it is not needed
     # afterwards, and outages of the store then do not affect Ray.
     with tempfile.TemporaryDirectory(prefix="karma-ray-") as folder:

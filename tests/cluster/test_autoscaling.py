@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID
 
 from karma_ray.cluster.supply import NodeType, declared_types
 from karma_ray.retrieval.encode import load_embeddings
@@ -29,9 +30,10 @@ def cluster_file(address: str) -> dict[str, Any]:
     return {
         "cluster_name": "fake", "max_workers": 2, "upscaling_speed": 1.0,
         "idle_timeout_minutes": 0.05, "auth": {"ssh_user": "nobody"}, "docker": {},
-        # Nodes are processes of this machine: there is nothing to set up over SSH.
+        # Nodes are processes of this machine: there is nothing to set up over SSH, and as all have
+        # the same address they are told apart by their ids; otherwise none is ever known as idle.
         "provider": {"type": "fake_multinode", "gcs_address": address,
-                     "disable_node_updaters": True},
+                     "disable_node_updaters": True, "use_node_id_as_ip": True},
         "file_mounts": {}, "file_mounts_sync_continuously": False,
         **{name: [] for name in EMPTY_LISTS},
         "head_node_type": "ray.head.default",
@@ -63,6 +65,7 @@ def test_training_and_embedding_make_the_cluster_grow_and_it_shrinks(
     for name, value in (
         ("RAY_AUTH_MODE", "disabled"), ("RAY_FAKE_CLUSTER", "1"),
         ("AUTOSCALER_UPDATE_INTERVAL_S", "1"), ("RAY_ADDRESS", address),
+        ("RAY_OVERRIDE_NODE_ID_FOR_TESTING", FAKE_HEAD_NODE_ID),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
     try:
