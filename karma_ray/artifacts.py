@@ -59,6 +59,18 @@ def remove(uri: str) -> None:
         fs.rm(path, recursive=True)
 
 
+def move(source: str, target: str) -> None:
+    """Move a file or folder of a filesystem to a place where nothing is."""
+    (fs, old), (_, new) = open_filesystem(source), open_filesystem(target)
+    if "file" in fs.protocol:
+        fs.mv(old, new, recursive=True)
+        return
+    fs.invalidate_cache()  # other processes may have written below it
+    names = fs.find(old)  # a store has no folders that could be moved
+    fs.copy(names, [f"{new}{name[len(old) :]}" for name in names])
+    fs.rm(old, recursive=True)
+
+
 def exists(uri: str) -> bool:
     """Whether a file or folder exists at `uri`."""
     fs, path = open_filesystem(uri)

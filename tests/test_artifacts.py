@@ -11,8 +11,10 @@ from karma_ray.artifacts import (
     RunFolder,
     content_hash,
     data_files,
+    exists,
     join,
     locked,
+    move,
     read_json,
     read_lines,
     read_manifest,
@@ -66,6 +68,19 @@ def test_a_folder_without_tables_is_an_input_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"holds no \.parquet file"):
         read_table(str(tmp_path / "empty"))
+
+
+@pytest.mark.parametrize("kind", ["path", "uri"])
+def test_a_folder_is_moved_with_all_that_is_below_it(tmp_path: Path, kind: str) -> None:
+    root = str(tmp_path) if kind == "path" else f"memory://{tmp_path.name}/moved"
+    write_table(TABLE, join(root, "old", "day=1"))
+    write_json("facts", join(root, "old", "facts.json"))
+    move(join(root, "old"), join(root, "new"))
+    assert not exists(join(root, "old"))
+    assert read_json(join(root, "new", "facts.json")) == "facts"
+    assert read_table(join(root, "new")).num_rows == 2
+    move(join(root, "new", "facts.json"), join(root, "facts.json"))
+    assert read_json(join(root, "facts.json")) == "facts"
 
 
 @pytest.mark.parametrize("kind", ["path", "uri"])

@@ -12,7 +12,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from karma_ray.artifacts import join, open_filesystem, read_table, remove, write_json, write_table
+from karma_ray.artifacts import (
+    exists,
+    join,
+    move,
+    open_filesystem,
+    read_table,
+    remove,
+    write_json,
+    write_table,
+)
 from karma_ray.data.fragments import Fragment, list_fragments, read_fragment
 from karma_ray.data.schema import EXAMPLES, ITEMS, QUARANTINE, SEQUENCES, check_columns
 from karma_ray.data.validation import (
@@ -99,11 +108,10 @@ def _check_share(
 
 
 def _replace(target: str, table: str) -> None:
-    fs, new = open_filesystem(join(target, WORK, table))
-    _, old = open_filesystem(join(target, table))
-    if fs.exists(old):
-        fs.mv(old, f"{new}.old", recursive=True)
-    fs.mv(new, old, recursive=True)
+    new, old = join(target, WORK, table), join(target, table)
+    if exists(old):
+        move(old, f"{new}.old")
+    move(new, old)
 
 
 def _with_files(quarantine: pa.Table, fragments: list[Fragment]) -> pa.Table:

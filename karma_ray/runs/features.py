@@ -26,6 +26,7 @@ from karma_ray.artifacts import (
     exists,
     join,
     locked,
+    move,
     open_filesystem,
     read_json,
     read_manifest,
@@ -250,5 +251,4 @@ def _open_work(work: str, key: str) -> None:
 
 def _replace(target: str, work: str) -> None:
     remove(target)
-    fs, made = open_filesystem(work)
-    fs.mv(made, open_filesystem(target)[1], recursive=True)
+    move(work, target)

@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 from karma_ray.artifacts import (
     exists,
     join,
+    move,
     open_filesystem,
     write_json,
     write_manifest,
@@ -187,13 +188,11 @@ class DataFolder:
 
     def publish(self) -> None:
         """Replace an earlier import by the new tables."""
-        fs, old = open_filesystem(self.uri)
-        _, new = open_filesystem(self.work)
         for name in reversed(_OWNED):
             _remove(self.uri, name)
         for name in _OWNED:
-            if fs.exists(f"{new}/{name}"):
-                fs.mv(f"{new}/{name}", f"{old}/{name}", recursive=True)
+            if exists(new := join(self.work, name)):
+                move(new, join(self.uri, name))
 
 
 def _check_ours(uri: str) -> None:
