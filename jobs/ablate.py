@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from karma_ray.cli import parser, run
+from karma_ray.cli import cache_flag, parser, run
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.runs.sources import CACHE, toy_shop
 from karma_ray.studies.here import ThisMachine
@@ -53,7 +53,7 @@ def main(argv: list[str] | None = None) -> None:
         named = named_rows(arguments.table, arguments.rows)
         seeds, assignments = parsed_seeds(arguments.seeds), arguments.assignments
         check_settings(named, assignments)
-        data = Data.open(arguments.data or toy_shop(CACHE))
+        data = Data.open(arguments.data or toy_shop(arguments.cache or CACHE))
         rows, skipped = possible_rows(named, data, assignments)
         for name, reason in skipped.items():
             print(f"skipped  {name}: {reason}")
@@ -81,8 +81,8 @@ def _run(trials: Sequence[Trial], data: Data, flags: argparse.Namespace, begun: 
     if minutes and minutes > 0:
         minutes = max(1e-3, minutes - (time.monotonic() - begun) / 60)
     outcome = run_study(
-        trials, data, flags.results, _machine(flags.without_ray), runs="runs/study", cache=CACHE,
-        concurrent=flags.concurrent, max_minutes=minutes,
+        trials, data, flags.results, _machine(flags.without_ray), runs="runs/study",
+        cache=flags.cache or CACHE, concurrent=flags.concurrent, max_minutes=minutes,
     )  # fmt: skip
     print(f"runs     {outcome.told()}")
     return outcome
@@ -127,6 +127,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     flags.add_argument(
         "--max-minutes", type=float, metavar="M", help="stop after M minutes, also running trials"
     )
+    cache_flag(flags)
     return flags.parse_args(argv)
 
 

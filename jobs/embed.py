@@ -30,7 +30,11 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__)
     flags.add_argument("run", metavar="RUN", help="run folder with a finished bundle/")
     flags.add_argument("--data", help="data folder (default: the one the run was trained on)")
-    flags.add_argument("--actors", type=int, default=1, help="encoders in parallel (default 1)")
+    flags.add_argument(
+        "--actors", type=int,
+        help="encoders in parallel (default: one for each GPU that is up or may be added, or else "
+        "each core, if the catalogue is large enough)",
+    )  # fmt: skip
     flags.add_argument("--batch", type=int, default=256, help="items per encoder batch")
     flags.add_argument(
         "--precision", choices=["float32", "bfloat16"], default="float32", help="compute type"

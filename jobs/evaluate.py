@@ -12,7 +12,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from karma_ray.cli import parser, run
+from karma_ray.cli import cache_flag, parser, run
 from karma_ray.report.terminal import summary
 from karma_ray.runs.pipeline import evaluate_run
 
@@ -24,8 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument(
         "--out", help="folder of an evaluation on other data (default: RUN/evaluations/NAME)"
     )
+    cache_flag(flags)
     arguments = flags.parse_args(argv)
-    folder, _ = evaluate_run(arguments.run, arguments.data, out=arguments.out)
+    folder, _ = evaluate_run(arguments.run, arguments.data, arguments.cache, arguments.out)
     print(summary(folder))
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from karma_ray.cli import default_out, parser, run
+from karma_ray.cli import cache_flag, default_out, parser, run
 from karma_ray.cluster.search_space import load_space
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.tuning import describe, search
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
         help="fix another field, for example training.steps=500 (repeatable)",
     )  # fmt: skip
+    cache_flag(flags)
     arguments = flags.parse_args(argv)
     space = load_space(arguments.space)
     base = space.base([f"seed={arguments.seed}", *arguments.assignments])
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     connect()
     result = search(
         space, base, data=arguments.data, trials=arguments.trials, out=out,
-        max_concurrent=arguments.concurrent,
+        max_concurrent=arguments.concurrent, cache=arguments.cache,
     )  # fmt: skip
     print(describe(result))
     print(f"folder  {out}")

@@ -158,11 +158,6 @@ def read_json(uri: str) -> Any:
             raise InputError("file", uri, f"is not JSON ({error})") from None
 
 
-def checkpoint_hash(checkpoint: str) -> str:
-    """Return the content hash of a checkpoint folder; a hub name is told by itself."""
-    return content_hash(checkpoint) if Path(checkpoint).is_dir() else checkpoint
-
-
 def content_hash(uri: str) -> str:
     """Return the SHA-256 (16 hex digits) over names and bytes of all files except manifests."""
     fs, path = open_filesystem(uri)

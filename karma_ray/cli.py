@@ -80,6 +80,15 @@ def load_config(arguments: argparse.Namespace, default_recipe: str) -> Config:
     return pretrained.suited_to_weights(config, assigned(arguments.assignments))
 
 
+def cache_flag(flags: argparse.ArgumentParser) -> None:
+    """Add --cache, the folder that all runs share."""
+    flags.add_argument(
+        "--cache", metavar="URI",
+        help="folder or URI of what runs share: the toy shop, warmed-up weights, floors (default: "
+        "runs/cache, or `cache` beside a remote run)",
+    )  # fmt: skip
+
+
 def default_out(recipe: str) -> str:
     """Return `runs/<recipe>-<time>`."""
     return join("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
@@ -102,6 +111,7 @@ def train(argv: list[str] | None, description: str, executor: Executor) -> None:
     flags.add_argument(
         "--profile", action="store_true", help="write a trace of three steps to RUN/profile"
     )
+    cache_flag(flags)
     arguments = flags.parse_args(argv)
     if arguments.init_from and not (arguments.recipe or arguments.config):
         arguments.config = RunFolder(Parent.open(arguments.init_from).run).config
@@ -111,7 +121,7 @@ def train(argv: list[str] | None, description: str, executor: Executor) -> None:
     out = arguments.out or default_out(config.recipe)
     train_run(
         config, arguments.data, out, resume=arguments.resume, init_from=arguments.init_from,
-        executor=executor,
+        cache=arguments.cache, executor=executor,
     )  # fmt: skip
     print(summary(out))
 

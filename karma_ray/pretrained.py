@@ -55,7 +55,7 @@ def settings_of_weights(config: Config, typed: Collection[str]) -> list[str]:
         return []
     if item.modality != "text":  # there most states of an item are its picture's
         del fields["model.item_encoder.pool"]
-    elif Path(item.checkpoint).is_dir():
+    elif "://" in item.checkpoint or Path(item.checkpoint).is_dir():
         from karma_ray.model.backbones.sentence_folder import own_fields  # takes a second
 
         fields |= own_fields(item.checkpoint)

@@ -5,7 +5,6 @@ Workers read texts from the node's memory-mapped catalogue, so only row numbers 
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import numpy as np
@@ -14,29 +13,35 @@ import ray.data
 import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
-from karma_ray.artifacts import absolute, content_hash, exists, join, open_filesystem, read_manifest
+from karma_ray.artifacts import absolute, exists, join, open_filesystem, read_manifest
+from karma_ray.cluster.accelerators import device_here, encoders
 from karma_ray.cluster.session import connect
+from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import encode_texts
 from karma_ray.errors import InputError
 from karma_ray.model.device import this_device
+from karma_ray.node_cache import known_hash
 from karma_ray.retrieval.encode import embedding_rows, encode_catalog, write_embedding_manifest
 from karma_ray.retrieval.export import load_bundle
 
-LOG = logging.getLogger(__name__)
-
 BLOCK_BATCHES = 16
 """Encoder batches per Ray batch: enough items to sort by length and need little padding."""
+BASE_MEMORY = 1 << 30
+"""Bytes that an encoder needs beside its weights, roughly: libraries, texts and activations."""
 
 
 class CatalogEncoder:
     """An actor with a bundle's item encoder and the node's catalogue."""
 
-    def __init__(self, bundle: str, data: str, batch_size: int, precision: str) -> None:
+    def __init__(
+        self, bundle: str, data: str, batch_size: int, precision: str, topic: str = ""
+    ) -> None:
         torch.set_num_threads(1)
         self.bundle = load_bundle(bundle)
         self.catalog = Catalog.load(data)
-        self.bundle.interest.to(this_device())
+        # Without a topic this is no worker that Ray has given a device.
+        self.bundle.interest.to(device_here(topic) if topic else this_device())
         self.bundle.interest.attach_catalog(self.catalog, data)
         self.batch_size, self.precision = batch_size, precision
 
@@ -55,17 +60,19 @@ def embed_items(
     bundle: str,
     data: str,
     out: str,
-    num_actors: int = 1,
+    num_actors: int | None = None,
     batch_size: int = 256,
     precision: str = "float32",
 ) -> dict[str, Any]:
     """Embed every item of `data` with a bundle and write `out`; returns its manifest.
 
-    `out` is replaced. Its manifest is written last, so an interrupted job leaves no folder that
-    looks complete. Raises InputError on a missing bundle or catalogue.
+    Without `num_actors` there are as many encoders as GPUs that the cluster has or may add, or else
+    as cores, but never more than the catalogue has blocks. `out` is replaced. Its manifest is
+    written last, so an interrupted job leaves no folder that looks complete. Raises InputError on a
+    missing bundle or catalogue, or if there can never be so many encoders.
     """
     for name, value in (("--actors", num_actors), ("--batch", batch_size)):
-        if value < 1:
+        if value is not None and value < 1:
             raise InputError(name, value, "must be at least 1")
     if not exists(join(data, "items")):
         raise InputError("--data", data, "has no folder items/")
@@ -74,19 +81,27 @@ def embed_items(
     bundle, data = absolute(bundle), absolute(data)
     connect()
     block = batch_size * BLOCK_BATCHES
-    num_blocks = max(num_actors, -(-catalog.num_items // block))
+    num_blocks = max(num_actors or 1, -(-catalog.num_items // block))
+    memory = BASE_MEMORY + 2 * _bytes_of(bundle)  # weights, and a copy while they are loaded
+    pool = encoders(f"embedding {catalog.num_items} items", num_blocks, num_actors, memory=memory)
     embedded = ray.data.range(catalog.num_items, override_num_blocks=num_blocks).map_batches(
         CatalogEncoder,
-        fn_constructor_args=(bundle, data, batch_size, precision),
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_gpus=min(1.0, ray.cluster_resources().get("GPU", 0.0) / num_actors),
+        fn_constructor_args=(bundle, data, batch_size, precision, topic_of("embedding")),
+        compute=ray.data.ActorPoolStrategy(size=pool.size),
+        num_gpus=pool.num_gpus,
         batch_size=block,
     )
     fs, path = open_filesystem(absolute(out))
     if fs.exists(path):
         fs.rm(path, recursive=True)
     fs.makedirs(path, exist_ok=True)
-    LOG.info("embedding %d items with %d encoder(s)", catalog.num_items, num_actors)
-    embedded.write_parquet(path, filesystem=PyFileSystem(FSSpecHandler(fs)), compression="zstd")
-    parents = {"bundle": manifest["content_hash"], "items": content_hash(join(data, "items"))}
+    with telling("embedding", pool.need, pool.size):
+        embedded.write_parquet(path, filesystem=PyFileSystem(FSSpecHandler(fs)), compression="zstd")
+    parents = {"bundle": manifest["content_hash"], "items": known_hash(join(data, "items"))}
     return write_embedding_manifest(out, parents, catalog.num_items, manifest["width"])
+
+
+def _bytes_of(folder: str) -> int:
+    """Return the size of a folder's files."""
+    fs, path = open_filesystem(folder)
+    return int(fs.du(path))

@@ -14,7 +14,9 @@ import ray
 import ray.data
 import torch
 
+from karma_ray.cluster.accelerators import device_here, encoders
 from karma_ray.cluster.session import connect
+from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.data.fragments import Fragment
 from karma_ray.data.pictures import Part, encode_fragment
 from karma_ray.errors import InputError
@@ -37,8 +39,12 @@ def make_features(
 class FeatureEncoder:
     """An actor with an encoder and the kind of each row of items/."""
 
-    def __init__(self, make: Fitted | Loaded, items: str, kinds: ray.ObjectRef, work: str) -> None:
+    def __init__(
+        self, make: Fitted | Loaded, items: str, kinds: ray.ObjectRef, work: str,
+        topic: str,
+    ) -> None:  # fmt: skip
         torch.set_num_threads(1)
+        device_here(topic)  # tells the driver if the GPU is one in name only
         self.encoder, self.items, self.work = make(), items, work
         self.kinds = ray.get(kinds)
 
@@ -62,15 +68,16 @@ def encode_on_ray(
         yield from encode_here(make, fragments, items, kinds, work)
         return
     connect()
-    has_gpus = make.uses_gpu and ray.cluster_resources().get("GPU", 0) >= num_actors
+    pool = encoders("encoding images", len(fragments), num_actors, on_gpus=make.uses_gpu)
     described = [asdict(fragment) for fragment in fragments]
     encoded = ray.data.from_items(described, override_num_blocks=len(described)).map_batches(
         FeatureEncoder,
-        fn_constructor_args=(make, items, ray.put(kinds), work),
-        compute=ray.data.ActorPoolStrategy(size=num_actors),
-        num_gpus=1 if has_gpus else 0,
+        fn_constructor_args=(make, items, ray.put(kinds), work, topic_of("encoding images")),
+        compute=ray.data.ActorPoolStrategy(size=pool.size),
+        num_gpus=pool.num_gpus,
         batch_size=1,
         batch_format="pyarrow",
     )
-    for row in encoded.iter_rows():
-        yield Part(**json.loads(row["part"]))
+    with telling("encoding images", pool.need, pool.size):
+        for row in encoded.iter_rows():
+            yield Part(**json.loads(row["part"]))

@@ -14,7 +14,9 @@ import ray
 import ray.data
 import torch
 
+from karma_ray.cluster.accelerators import device_here, encoders
 from karma_ray.cluster.session import connect
+from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.model.frozen_states import KINDS
 from karma_ray.runs.frozen_outputs import FrozenOutputs
 
@@ -22,8 +24,10 @@ from karma_ray.runs.frozen_outputs import FrozenOutputs
 class PortionEncoder:
     """One actor: the frozen layers of a run's item encoder, and the catalogue's tokens."""
 
-    def __init__(self, outputs: FrozenOutputs) -> None:
+    def __init__(self, outputs: FrozenOutputs, topic: str = "") -> None:
         torch.set_num_threads(1)
+        if topic:  # inside Ray: tells the driver if the GPU is one in name only
+            device_here(topic)
         self.portions = outputs.portions()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -36,19 +40,18 @@ class PortionEncoder:
 def encode_on_ray(
     outputs: FrozenOutputs, width: int, missing: list[int]
 ) -> Iterator[tuple[int, np.ndarray]]:
-    """Compute portions on all GPUs of the cluster, or on its CPUs if it has none."""
+    """Compute portions on all GPUs that the cluster has or may add, or else on its CPUs."""
     connect()
-    resources = ray.cluster_resources()
-    gpus = int(resources.get("GPU", 0))
-    size = max(1, min(gpus or int(resources.get("CPU", 1)), len(missing)))
+    pool = encoders("computing the outputs of frozen layers", len(missing))
     encoded = ray.data.from_items(missing, override_num_blocks=max(1, len(missing))).map_batches(
         PortionEncoder,
-        fn_constructor_args=(outputs,),
-        compute=ray.data.ActorPoolStrategy(size=size),
-        num_gpus=1 if gpus else 0,
+        fn_constructor_args=(outputs, topic_of("frozen layers")),
+        compute=ray.data.ActorPoolStrategy(size=pool.size),
+        num_gpus=pool.num_gpus,
         batch_size=1,
         batch_format="pyarrow",
     )
-    for row in encoded.iter_rows():
-        states = np.frombuffer(row["states"], KINDS[outputs.precision])
-        yield int(row["number"]), states.reshape(-1, width)
+    with telling("frozen layers", pool.need, pool.size):
+        for row in encoded.iter_rows():
+            states = np.frombuffer(row["states"], KINDS[outputs.precision])
+            yield int(row["number"]), states.reshape(-1, width)

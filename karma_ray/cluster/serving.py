@@ -26,6 +26,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from karma_ray import __version__
 from karma_ray.artifacts import RunFolder
+from karma_ray.cluster.accelerators import share_of_gpus_up
 from karma_ray.cluster.endpoint_process import held_port, raise_on_signals, run_until_signal
 from karma_ray.cluster.session import connect, joins_a_cluster
 from karma_ray.errors import InputError, KarmaRayError
@@ -272,7 +273,7 @@ def application_of(run: str, num_replicas: int, max_queued_requests: int) -> ser
         max_ongoing_requests=MAX_ONGOING,
         max_queued_requests=max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=RETRY_AFTER_S),
-        ray_actor_options={"num_cpus": 0.1},
+        ray_actor_options={"num_cpus": 0.1, "num_gpus": share_of_gpus_up(num_replicas)},
     )
     return deployment.bind()
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import ray
 
+from karma_ray.cluster.accelerators import trial_resources
 from karma_ray.cluster.executor import ON_RAY
 from karma_ray.cluster.session import connect
 from karma_ray.studies.machine import trials_in_memory
@@ -27,13 +28,8 @@ class RayMachine:
 
     def start(self, function: Callable[..., Any], arguments: Sequence[Any], slots: int) -> Any:
         """Start `function(*arguments)` in a process that ends with it."""
-        resources = ray.cluster_resources()
-        remote = ray.remote(
-            num_cpus=max(1, int(resources["CPU"] / slots)),
-            num_gpus=min(1.0, resources.get("GPU", 0.0) / slots),
-            max_calls=1,
-            max_retries=0,
-        )(function)
+        cpus, gpus = trial_resources(slots)
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(function)
         return remote.remote(*arguments)
 
     def ended(self, tasks: Sequence[Any], patience: float) -> list[Any]:

@@ -9,13 +9,19 @@ from __future__ import annotations
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
+import torch
+from ray.train.torch import TorchConfig
+from ray.train.torch.config import _TorchBackend
 
+from karma_ray.cluster.accelerators import CPU, GPU, device_here, training_on_gpus
 from karma_ray.cluster.batches import ray_blocks
 from karma_ray.cluster.session import connect
+from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.errors import KarmaRayError, NonFiniteLoss, StorageError, TakenOver
 from karma_ray.runs import training as runs
 from karma_ray.runs.worker import TrainJob, run_worker
@@ -30,10 +36,8 @@ class RayChannel:
 
     in_driver = False
 
-    def __init__(self) -> None:
-        import ray.train.torch
-
-        self.device = ray.train.torch.get_device()
+    def __init__(self, topic: str) -> None:
+        self.device = device_here(topic)
 
     def read_blocks(self, order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
         """Read the rows of training batches."""
@@ -46,6 +50,27 @@ class RayChannel:
         ray.train.report(dict(record))
 
 
+class _Backend(_TorchBackend):
+    """Chooses NCCL if all workers have CUDA, and otherwise Gloo.
+
+    The process that starts the workers cannot know it: it may run on a machine without GPUs, and a
+    worker's GPU may be one in name only.
+    """
+
+    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        has_gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
+        on_cuda = has_gpus and all(worker_group.execute(torch.cuda.is_available))
+        backend = "nccl" if on_cuda else "gloo"
+        super().on_start(worker_group, replace(backend_config, backend=backend))
+
+
+@dataclass
+class _Config(TorchConfig):
+    @property
+    def backend_cls(self) -> type[_Backend]:
+        return _Backend
+
+
 def run_training(job: TrainJob, **options: Any) -> dict[str, Any]:
     """Call `karma_ray.runs.training.run_training` with Ray Train's workers."""
     return runs.run_training(job, distribute=train_on_ray, **options)
@@ -56,25 +81,23 @@ def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
 
     With `training.min_workers` it starts with the available workers and continues with fewer when
     machines are lost; every minute Ray checks whether there are more, and restarts with them from
-    the newest checkpoint. Raises any error of this package that a worker raised.
+    the newest checkpoint. Raises any error of this package that a worker raised, and InputError if
+    there can never be enough GPUs or CPUs.
     """
-    import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     connect()
     workers, fewest = job.training.num_workers, job.training.min_workers
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= (fewest or workers)
+    use_gpu = training_on_gpus(job.training)
     # Ray's own state is in a temporary folder instead of the run's store, because it is not needed
     # afterwards, and outages of the store then do not affect Ray.
     with tempfile.TemporaryDirectory(prefix="karma-ray-") as folder:
         trainer = TorchTrainer(
             # Bound instead of passed in train_loop_config, which the controller would unpickle,
             # importing the model.
-            partial(_ray_worker, job),
-            torch_config=TorchConfig(
-                backend="nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S
-            ),
+            partial(_ray_worker, job, topic_of(job.stage)),
+            torch_config=_Config(timeout_s=COLLECTIVE_TIMEOUT_S),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(fewest, workers) if fewest else workers,
                 use_gpu=use_gpu,
@@ -86,7 +109,8 @@ def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
             ),
         )
         try:
-            result = trainer.fit()
+            with telling(job.stage, GPU if use_gpu else CPU, fewest or workers):
+                result = trainer.fit()
         except ray.train.TrainingFailedError as failure:
             raise _own_error(failure) or failure from None
     summary: dict[str, Any] = result.return_value
@@ -96,9 +120,9 @@ def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
     return summary
 
 
-def _ray_worker(job: TrainJob) -> dict[str, Any]:
+def _ray_worker(job: TrainJob, topic: str) -> dict[str, Any]:
     try:
-        return run_worker(job, RayChannel())
+        return run_worker(job, RayChannel(topic))
     except (NonFiniteLoss, StorageError, TakenOver) as error:
         # Returned instead of raised: all workers stop, and a restart would meet the same error.
         return {"error": error}

@@ -13,6 +13,7 @@ import os
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -79,11 +80,13 @@ def search(
     out: str,
     max_concurrent: int = 2,
     train: Train | None = None,
+    cache: str | None = None,
 ) -> Search:
     """Run `trials` trials of `base` with values drawn from `space`; write `out/trials.json`.
 
     `base` already contains the space's fixed fields. Ray must have been started. `train` replaces
-    the whole run by a smaller objective. Raises InputError on a count below 1, and KarmaRayError
+    the whole run by a smaller objective. `cache` is shared by the trials (default: as for a run in
+    `out`). Raises InputError on a count below 1, and KarmaRayError
     when every trial failed.
     """
     for flag, count in (("--trials", trials), ("--concurrent", max_concurrent)):
@@ -95,7 +98,7 @@ def search(
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     base, out, data = _in_process(base), absolute(out), data and absolute(data)
     if train is None:
-        _share_first_stages(base, data)
+        base, train = _share_first_stages(base, data, out, cache)
     tuner = tune.Tuner(
         tune.with_resources(
             _trainable(space, base, data, out, train), {"cpu": base.training.num_threads()}
@@ -154,7 +157,7 @@ def _in_process(base: Config) -> Config:
     return override(base, changes)
 
 
-def _trainable(space: Space, base: Config, data: str | None, out: str, train: Train | None) -> Any:
+def _trainable(space: Space, base: Config, data: str | None, out: str, train: Train) -> Any:
     start = os.getcwd()
 
     def trial(values: dict[str, Any]) -> None:
@@ -167,28 +170,31 @@ def _trainable(space: Space, base: Config, data: str | None, out: str, train: Tr
         def on_validate(step: int, metrics: Mapping[str, float]) -> None:
             tune.report({space.metric: reported_value(space.metric, metrics), "step": step})
 
-        whole_run = train or _whole_run()
-        whole_run(override(base, assignments(values)), data, run, on_validate=on_validate)
+        train(override(base, assignments(values)), data, run, on_validate=on_validate)
 
     return trial
 
 
-def _whole_run() -> Train:
+def _share_first_stages(
+    base: Config, data: str | None, out: str, cache: str | None
+) -> tuple[Config, Train]:
+    """Make data, pretraining and warm-up once, in the cache, before trials compete for them.
+
+    Returns the configuration with checkpoints that the machines of all trials can read, and a whole
+    run with this cache.
+    """
     # Imported here, because a replaced objective does not need the pipeline.
-    from karma_ray.runs.pipeline import train_run
-
-    return train_run
-
-
-def _share_first_stages(base: Config, data: str | None) -> None:
-    """Make data, pretraining and warm-up once, in the cache, before trials compete for them."""
     from karma_ray.cluster.sharding import ensure_prepared
     from karma_ray.runs.first_stages import start_stage
-    from karma_ray.runs.sources import CACHE, toy_shop
+    from karma_ray.runs.pipeline import train_run
+    from karma_ray.runs.plain_checkpoints import with_shared_checkpoints
+    from karma_ray.runs.sources import cache_beside, toy_shop
 
-    cache = absolute(CACHE)
+    cache = absolute(cache or cache_beside(out))
+    base = with_shared_checkpoints(base, cache)
     source = ensure_prepared(data or toy_shop(cache), base.prepare)
     start_stage(base, source, cache=cache)
+    return base, partial(train_run, cache=cache)
 
 
 def _scheduler(base: Config) -> ASHAScheduler:

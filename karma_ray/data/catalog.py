@@ -8,10 +8,7 @@ a row number has the same meaning in every process.
 from __future__ import annotations
 
 import os
-import stat
-import tempfile
 from collections.abc import Sequence
-from contextlib import suppress
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -20,11 +17,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from karma_ray.artifacts import content_hash, join
+from karma_ray.artifacts import join, locked
 from karma_ray.data.fragments import list_fragments, read_fragment
 from karma_ray.data.identifiers import MISSING
 from karma_ray.data.schema import ITEMS, check_columns
 from karma_ray.errors import InputError
+from karma_ray.node_cache import known_hash, node_folder
 
 
 def usable_items(table: pa.Table) -> np.ndarray:
@@ -58,15 +56,16 @@ class Catalog:
     def load(cls, data_uri: str, cache_dir: str | None = None) -> Catalog:
         """Memory-map the catalogue of a data folder.
 
-        The Arrow copy is kept in `cache_dir` (default: a private folder of this user in the
-        system's temporary folder) under the content hash of the items, so all workers of a node
-        share its pages.
+        The Arrow copy is kept in `cache_dir` (default: the node's folder) under the content hash
+        of the items, so all workers of a node share its pages. One of them hashes and reads them.
         """
         source = join(data_uri, "items")
-        folder = Path(cache_dir) if cache_dir else _private_folder()
-        path = folder / f"{content_hash(source)}.arrow"
+        folder = Path(cache_dir) if cache_dir else node_folder()
+        path = folder / f"{known_hash(source)}.arrow"
         if not path.exists():
-            _write_arrow(source, path)
+            with locked(str(path)):
+                if not path.exists():
+                    _write_arrow(source, path)
         return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), path)
 
     def with_contents(self, ids: np.ndarray) -> Catalog:
@@ -109,17 +108,6 @@ class Catalog:
 
 
 _TEXT_COLUMNS = ("title", "brand", "category", "text")
-
-
-def _private_folder() -> Path:
-    """Return a folder shared by all processes of the user, and closed to other users."""
-    folder = Path(tempfile.gettempdir(), f"karma_ray-catalogues-{os.getuid()}")
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise InputError("temporary folder", str(folder), "is not private; remove it or set TMPDIR")
-    return folder
 
 
 def _write_arrow(source: str, path: Path) -> None:

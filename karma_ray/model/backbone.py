@@ -1,8 +1,8 @@
 """Backbones of any family: building, loading, saving and running them (see model/backbones/).
 
 A backbone is a Hugging Face *body*: embeddings and layers, without a head. It is loaded from a
-checkpoint folder or hub name of a known family. `tiny` ones are built here and saved in the same
-form, so everything after pretraining reads an ordinary Hugging Face folder.
+checkpoint folder, hub name or URI of a known family. `tiny` ones are built here and saved in the
+same form, so everything after pretraining reads an ordinary Hugging Face folder.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from karma_ray.model.config import (
     UserDecoderConfig,
     check_layers,
 )
+from karma_ray.node_cache import local_copy
 
 
 def build_tiny(config: TinyBackboneConfig, vocab_size: int, seed: int) -> nn.Module:
@@ -59,10 +60,11 @@ def build_tiny_with_pictures(text: nn.Module, start: int, end: int, seed: int) -
 def load_body(
     checkpoint: str, field: str = "checkpoint", *, with_vision: bool = False
 ) -> nn.Module:
-    """Load a body from a folder or hub name, with a vision tower if `with_vision`.
+    """Load a body from a folder, hub name or URI, with a vision tower if `with_vision`.
 
     Raises InputError when its family is unknown or unsuitable.
     """
+    checkpoint = local_copy(checkpoint)
     return checkpoint_family(checkpoint, field, with_vision=with_vision).load(checkpoint, field)
 
 

@@ -47,6 +47,7 @@ from karma_ray.model.denoiser import DenoiserConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.lora import merged
 from karma_ray.model.recall import RecallModel
+from karma_ray.node_cache import local_copy, upload
 from karma_ray.retrieval.finite import check_weights
 
 ITEM_ENCODER, USER_DECODER, TOKENIZER = "item_encoder", "user_decoder", "tokenizer"
@@ -99,20 +100,20 @@ def load_bundle(uri: str) -> Bundle:
     fit together or a weight is not finite.
     """
     manifest = read_manifest(uri, "bundle")
-    with _read_folder(uri) as folder:
-        config = read_json(str(folder / "config.json"))
-        tokenizer = load_tokenizer(str(folder / TOKENIZER))
-        interest: RecallModel
-        if "sizes" in config["model"]:
-            interest = IdRecommender.of_facts(config["model"])
-            load_model(interest, str(folder / WEIGHTS))
-        else:
-            try:
-                model = _model_config(config["model"])
-            except TypeError as error:
-                message = f"was written by another version of karma_ray: {error}"
-                raise InputError("bundle", uri, message) from None
-            interest = _load_parts(model, folder, tokenizer, uri)
+    folder = Path(local_copy(uri))
+    config = read_json(str(folder / "config.json"))
+    tokenizer = load_tokenizer(str(folder / TOKENIZER))
+    interest: RecallModel
+    if "sizes" in config["model"]:
+        interest = IdRecommender.of_facts(config["model"])
+        load_model(interest, str(folder / WEIGHTS))
+    else:
+        try:
+            model = _model_config(config["model"])
+        except TypeError as error:
+            message = f"was written by another version of karma_ray: {error}"
+            raise InputError("bundle", uri, message) from None
+        interest = _load_parts(model, folder, tokenizer, uri)
     check_weights(interest, uri)
     return Bundle(
         interest=interest.eval(),
@@ -216,25 +217,6 @@ def written_folder(uri: str) -> Iterator[Path]:
         Path(uri).mkdir(parents=True, exist_ok=True)
         yield Path(uri)
         return
-    fs, path = open_filesystem(uri)
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
-        for file in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
-            target = f"{path}/{file.relative_to(folder).as_posix()}"
-            fs.makedirs(target.rsplit("/", 1)[0], exist_ok=True)
-            fs.put_file(str(file), target)
-
-
-@contextmanager
-def _read_folder(uri: str) -> Iterator[Path]:
-    """Yield the bundle as a local folder, downloaded temporarily if `uri` is not local."""
-    if "://" not in uri:
-        yield Path(uri)
-        return
-    fs, path = open_filesystem(uri)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in fs.find(path):
-            target = Path(folder, name[len(path) :].lstrip("/"))
-            target.parent.mkdir(parents=True, exist_ok=True)
-            fs.get_file(name, str(target))
-        yield Path(folder)
+        upload(Path(folder), uri)

@@ -208,7 +208,7 @@ def noted_stage(folder: RunFolder, config: Config, items_uri: str) -> Stage | No
     contents = noted.get("contents")
     needed += [join(contents, "manifest.json")] if contents else []
     backbones = (noted["item_encoder"], noted["user_decoder"])
-    needed += [name for name in backbones if name.startswith("/")]  # a folder, not a hub name
+    needed += [name for name in backbones if name.startswith("/") or "://" in name]  # no hub name
     if not all(exists(path) for path in needed):
         return None
     resolved = with_checkpoints(config, noted["item_encoder"], noted["user_decoder"])

@@ -23,7 +23,6 @@ from tqdm import tqdm
 
 from karma_ray.artifacts import (
     absolute,
-    content_hash,
     exists,
     join,
     locked,
@@ -50,6 +49,7 @@ from karma_ray.data.visual import KIND, features_uri, grid_of, write_visual_mani
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.vision_encoder import load_vision_encoder
 from karma_ray.model.device import this_device
+from karma_ray.node_cache import known_hash, local_copy
 
 LOG = logging.getLogger(__name__)
 
@@ -102,7 +102,7 @@ def make_features(
     items, target = absolute(join(data, "items")), absolute(out or features_uri(data))
     trained = _trained_items(data)
     kinds = source_rows(items, trained)
-    items_hash = content_hash(items)
+    items_hash = known_hash(items)
     key = value_hash([VERSION, items_hash, asdict(config), _identity(config.encoder),
                       hashlib.sha256(kinds.tobytes()).hexdigest()])  # fmt: skip
     with locked(target):
@@ -163,7 +163,7 @@ class Loaded:
     def __call__(self) -> ImageEncoder:
         """Return the encoder, on this process's GPU if it has one."""
         device = this_device()
-        return load_vision_encoder(self.checkpoint, self.grid, device)
+        return load_vision_encoder(local_copy(self.checkpoint), self.grid, device)
 
 
 def _encode_all(

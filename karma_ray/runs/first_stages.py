@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 
-from karma_ray.artifacts import RunFolder, content_hash, join, open_filesystem, read_lines
+from karma_ray.artifacts import RunFolder, join, open_filesystem, read_lines
 from karma_ray.config import Config
 from karma_ray.data.prepared import PreparedData
+from karma_ray.node_cache import known_hash
 from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.near_duplicates import with_near_duplicates
-from karma_ray.runs.plain_checkpoints import with_plain_checkpoints
+from karma_ray.runs.plain_checkpoints import with_plain_checkpoints, with_shared_checkpoints
 from karma_ray.runs.pretraining import pretrained
 from karma_ray.runs.stage_images import features_hash
 from karma_ray.runs.stages import Stage, is_tiny, over_ids
@@ -25,12 +26,14 @@ def start_stage(
 
     The log lines of these stages are copied into `run`, so that its report shows every stage.
     """
-    items_hash = content_hash(join(source.items_uri, "items"))
+    items_hash = known_hash(join(source.items_uri, "items"))
     features_hash(config, source.items_uri)  # raises before, not after, the pretraining
     if over_ids(config):  # such a model needs only the tokenizer of the language model
         untrained, cold = replace(config.pretrain, steps=0), replace(config.warmup, skip=True)
         config = replace(config, pretrain=untrained, warmup=cold)
     config = with_plain_checkpoints(config, cache)
+    if config.training.num_workers:
+        config = with_shared_checkpoints(config, cache)
     tiny = is_tiny(config)
     if tiny:
         config, log = pretrained(config, source, items_hash, cache)

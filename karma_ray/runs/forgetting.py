@@ -13,7 +13,6 @@ import numpy as np
 from torch import Tensor, nn
 
 from karma_ray.artifacts import (
-    checkpoint_hash,
     exists,
     join,
     open_filesystem,
@@ -32,6 +31,7 @@ from karma_ray.model.backbones.checkpoints import load_lm_head
 from karma_ray.model.config import ItemEncoderConfig, ModelConfig, UserDecoderConfig
 from karma_ray.model.device import this_device
 from karma_ray.model.karma import KarmaModel
+from karma_ray.node_cache import checkpoint_hash
 from karma_ray.runs.stages import Stage, over_ids
 
 LOG = logging.getLogger(__name__)

@@ -1,7 +1,8 @@
 """The outputs of the item encoder's frozen layers, computed once before any training.
 
-The file lies in the cache that all runs share, under the content of all that it depends on. A
-worker on another machine, where the cache holds no such file, makes its own.
+The file lies in the cache that all runs share, under the content of all that it depends on. Each
+machine fetches it once from a remote cache, to map it into memory; where the cache is the disk of
+another machine, a worker makes its own.
 """
 
 from __future__ import annotations
@@ -18,8 +19,6 @@ import torch
 from tqdm import tqdm
 
 from karma_ray.artifacts import (
-    checkpoint_hash,
-    content_hash,
     exists,
     join,
     read_json,
@@ -36,6 +35,7 @@ from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.device import this_device
 from karma_ray.model.frozen_states import KINDS, PORTION, FrozenStates, write_states
 from karma_ray.model.item_encoder import ItemEncoder, instruction_tokens
+from karma_ray.node_cache import checkpoint_hash, fetch, known_hash, node_folder, upload
 from karma_ray.retrieval.encode import autocast
 
 LOG = logging.getLogger(__name__)
@@ -69,17 +69,19 @@ class FrozenOutputs:
             bare, tokenizer_folder, items_uri, config.collate.max_item_tokens,
             config.training.precision,
         )  # fmt: skip
-        copy = Catalog.load(items_uri).copy
-        assert copy is not None
-        # Only a local file can be mapped into memory.
-        folder = str(copy.parent) if "://" in cache else cache
-        return replace(outputs, path=join(folder, f"states-{value_hash(outputs.key())}.npy"))
+        return replace(outputs, path=join(cache, f"states-{value_hash(outputs.key())}.npy"))
+
+    @property
+    def here(self) -> Path:
+        """The file that this machine maps into memory."""
+        name = self.path.rpartition("/")[2]
+        return node_folder() / name if "://" in self.path else Path(self.path)
 
     def key(self) -> dict[str, object]:
         """Return everything that the states depend on; checkpoint and tables by their content."""
         return {
             "version": VERSION,
-            "items": content_hash(join(self.items_uri, "items")),
+            "items": known_hash(join(self.items_uri, "items")),
             "weights": checkpoint_hash(self.encoder.checkpoint),
             "layers": self.encoder.layers,
             "train_layers": self.encoder.train_layers,
@@ -126,12 +128,14 @@ class FrozenOutputs:
             )
 
         started = time.perf_counter()
-        write_states(self.path, counts, width, self.precision, portions)
+        write_states(str(self.here), counts, width, self.precision, portions)
+        if "://" in self.path:
+            upload(self.here, self.path)
         write_json({"seconds": round(time.perf_counter() - started, 1)}, self._facts)
 
     @property
     def _facts(self) -> str:
-        return str(Path(self.path).with_suffix(".json"))
+        return f"{self.path.removesuffix('.npy')}.json"
 
     def seconds(self) -> float | None:
         """Return how long the last of the processes took that made the file; None if unknown."""
@@ -141,8 +145,10 @@ class FrozenOutputs:
         """Let an encoder of the same weights read the file, which is made if it is not here."""
         if encoder.num_frozen:
             self.make()
+            if "://" in self.path:
+                fetch(self.path, self.here)
             counts = self.texts()[1] + len(encoder.instruction)
-            encoder.states = FrozenStates.open(self.path, counts)
+            encoder.states = FrozenStates.open(str(self.here), counts)
 
 
 EncodeRemotely = Callable[[FrozenOutputs, int, list[int]], Iterator[tuple[int, np.ndarray]]]

@@ -22,14 +22,16 @@ from karma_ray.evaluation.evaluate import evaluate
 from karma_ray.evaluation.probe_sets import ItemSample, item_sample
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import set_encoder_trained
-from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.runs.batches import ordered_batches
 from karma_ray.runs.stages import Stage, over_ids
+from karma_ray.runs.together import encode_together
 from karma_ray.runs.worker import TrainJob
 from karma_ray.training.action_step import ActionStep
 from karma_ray.training.loop import Record
 from karma_ray.training.optim import RateMultiplier, RateMultipliers
+from karma_ray.training.parallel import rank
+from karma_ray.training.placement import needs_all_workers
 from karma_ray.training.step import JointStep
 from karma_ray.training.step_state import StepState
 
@@ -113,10 +115,9 @@ class BeforeStep:
         self._collator = self._collator or self.stage.collator()
         tokens = self._collator.catalog_tokens()
         features = model.interest.item_encoder.features
-        vectors = encode_catalog(
-            model.interest, *tokens, precision=training.precision,
-            encode=features if head_only else None,
-        )  # fmt: skip
+        vectors = encode_together(
+            model.interest, *tokens, training.precision, features if head_only else None
+        )
         device = next(model.parameters()).device
         return replace(state, bank=torch.from_numpy(vectors).to(device))
 
@@ -149,7 +150,11 @@ class JointProbe:
 
 @dataclass
 class Validation:
-    """Computes metrics on a fixed sample of validation examples, in the process that trains."""
+    """Computes metrics on a fixed sample of validation examples.
+
+    All workers encode the catalogue together. Rank 0 ranks it for the examples, and the others
+    return nothing, unless sharded layers need them.
+    """
 
     stage: Stage
     source: PreparedData
@@ -165,9 +170,11 @@ class Validation:
         examples = self.source.examples("valid")
         if examples.num_rows == 0:
             return {}
-        embeddings = encode_catalog(
-            model.interest, *collator.catalog_tokens(), precision=config.training.precision
+        embeddings = encode_together(
+            model.interest, *collator.catalog_tokens(), config.training.precision
         )
+        if rank() and not needs_all_workers(model):
+            return {}
         retriever = Retriever.from_model(model.interest, collator, catalog, embeddings)
         metrics = evaluate(
             retriever,
@@ -179,7 +186,7 @@ class Validation:
             held_out=self.source.held_out(catalog),
             seed=config.seed,
         ).metrics
-        if self.on_validate is not None:
+        if self.on_validate is not None and rank() == 0:
             self.on_validate(step, {f"valid/{name}": value for name, value in metrics.items()})
         return metrics
 

@@ -18,7 +18,6 @@ from karma_ray import __version__, recipes
 from karma_ray.artifacts import (
     RunFolder,
     absolute,
-    content_hash,
     exists,
     join,
     read_json,
@@ -31,6 +30,7 @@ from karma_ray.data.prepared import PreparedData, read_data_manifest
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.checkpoints import shape_facts
 from karma_ray.model.device import this_device
+from karma_ray.node_cache import known_hash
 from karma_ray.report.page import render_report
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
 from karma_ray.retrieval.export import save_bundle
@@ -51,7 +51,7 @@ from karma_ray.runs.first_stages import start_stage
 from karma_ray.runs.forgetting import PREFIX, forgetting
 from karma_ray.runs.joint import OnValidate, joint_job
 from karma_ray.runs.preparation import ensure_prepared
-from karma_ray.runs.sources import CACHE, toy_shop
+from karma_ray.runs.sources import cache_beside, toy_shop
 from karma_ray.runs.stages import Stage, finished_stage, model_size, over_ids
 from karma_ray.runs.training import run_training
 
@@ -66,7 +66,7 @@ def train_run(
     on_validate: OnValidate | None = None,
     resume: bool = False,
     init_from: str | None = None,
-    cache: str = CACHE,
+    cache: str | None = None,
     executor: Executor = HERE,
 ) -> dict[str, Any]:
     """Run a recipe from tables to a complete run folder; returns the content of metrics.json.
@@ -74,10 +74,10 @@ def train_run(
     Without `data` the toy shop is generated. A floor or ceiling is evaluated without training.
     `on_validate(step, metrics)` is called at every validation in this process (needs
     `training.num_workers=0`) and may raise to stop the run. `init_from` is a finished run whose
-    model is trained further, without pretraining and warm-up. `executor` does the heavy parts.
-    Raises InputError on bad input.
+    model is trained further, without pretraining and warm-up. `cache` is shared by runs (default:
+    `cache_beside`). `executor` does the heavy parts. Raises InputError on bad input.
     """
-    run, cache = absolute(out), absolute(cache)
+    run, cache = absolute(out), absolute(cache or cache_beside(out))
     folder, cost = RunFolder(run), Cost()
     if run.rsplit("/", 1)[-1] == "latest":
         raise InputError("--out", out, "is the name of the link to the newest run")
@@ -146,7 +146,7 @@ def _note_items(stage: Stage, folder: RunFolder, facts: Mapping[str, Any]) -> No
 
 
 def evaluate_run(
-    run: str, data: str | None = None, cache: str = CACHE, out: str | None = None
+    run: str, data: str | None = None, cache: str | None = None, out: str | None = None
 ) -> tuple[str, dict[str, Any]]:
     """Evaluate a finished run again; returns the folder of the evaluation and its metrics.
 
@@ -155,7 +155,7 @@ def evaluate_run(
     RUN/evaluations/NAME) with a data.json and a manifest that name these data. Raises InputError
     on an unfinished run.
     """
-    run, cache = absolute(run), absolute(cache)
+    run, cache = absolute(run), absolute(cache or cache_beside(run))
     folder = RunFolder(run)
     config = from_dict(read_json(folder.config))
     trained = config.recipe in recipes.TRAINED
@@ -249,7 +249,7 @@ def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
         vectors = encode_catalog(interest, *collator.catalog_tokens())
         parents = {
             "bundle": read_manifest(folder.bundle)["content_hash"],
-            "items": content_hash(join(stage.items_uri, "items")),
+            "items": known_hash(join(stage.items_uri, "items")),
         }
         table = ItemTable(catalog.item_ids, catalog.titles, vectors, parents)
         save_embeddings(table, folder.item_embeddings)

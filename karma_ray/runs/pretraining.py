@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import os
-import shutil
 
-from karma_ray.artifacts import exists, join, locked, value_hash
+from karma_ray.artifacts import exists, join, locked, remove, value_hash
 from karma_ray.config import Config
 from karma_ray.data.prepared import PreparedData
 from karma_ray.data.prompts import SpecialIds
 from karma_ray.model.backbone import build_tiny_with_pictures, load_body, save_body
 from karma_ray.model.backbones.tokenizer import load_tokenizer
+from karma_ray.node_cache import complete_folder
 from karma_ray.runs.run_log import RunLog
 from karma_ray.runs.stages import STAGE_VERSION, with_checkpoints
 from karma_ray.training.language import pretrain
@@ -50,12 +49,14 @@ def _pretrain(config: Config, source: PreparedData, folder: str) -> None:
     if exists(join(folder, "manifest.json")):
         return
     LOG.info("pretraining a tiny language model: %d steps", config.pretrain.steps)
-    shutil.rmtree(f"{folder}-log", ignore_errors=True)
+    remove(f"{folder}-log")
     log = RunLog(f"{folder}-log", "pretrain")
-    pretrain(
-        source.catalog().texts(), folder, tiny=config.model.tiny, config=config.pretrain,
-        max_tokens=config.collate.max_item_tokens, seed=config.seed, report=log.add, progress=True,
-    )  # fmt: skip
+    with complete_folder(folder) as draft:
+        pretrain(
+            source.catalog().texts(), draft, tiny=config.model.tiny, config=config.pretrain,
+            max_tokens=config.collate.max_item_tokens, seed=config.seed, report=log.add,
+            progress=True,
+        )  # fmt: skip
     log.close()
 
 
@@ -66,12 +67,10 @@ def _with_pictures(config: Config, folder: str) -> str:
     multimodal = f"{folder}-vl"
     with locked(multimodal):
         if not exists(join(multimodal, "config.json")):
-            draft = f"{multimodal}.tmp"
-            shutil.rmtree(draft, ignore_errors=True)
             special = SpecialIds.of(load_tokenizer(folder))
             body = build_tiny_with_pictures(
                 load_body(folder), special.text_start, special.text_end, config.seed
             )
-            save_body(body, draft)
-            os.replace(draft, multimodal)
+            with complete_folder(multimodal) as draft:
+                save_body(body, draft)
     return multimodal

@@ -22,8 +22,6 @@ from numpy.typing import NDArray
 from torch.nn import functional
 
 from karma_ray.artifacts import (
-    checkpoint_hash,
-    content_hash,
     exists,
     join,
     locked,
@@ -41,6 +39,7 @@ from karma_ray.model.backbones.tokenizer import load_tokenizer
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.device import this_device
 from karma_ray.model.item_encoder import ItemEncoder
+from karma_ray.node_cache import checkpoint_hash, known_hash
 from karma_ray.pretrained import names_llm
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.runs.plain_checkpoints import with_plain_checkpoints
@@ -80,7 +79,7 @@ class LlmTexts:
         """Return a hash of everything that the vectors depend on."""
         return value_hash({
             "version": VERSION,
-            "items": content_hash(join(self.items_uri, "items")),
+            "items": known_hash(join(self.items_uri, "items")),
             "weights": checkpoint_hash(self.config.checkpoint),
             "tokenizer": tokenizer_hash(self.tokenizer),
             "layers": self.config.layers,

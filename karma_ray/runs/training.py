@@ -52,7 +52,7 @@ def run_training(
         raise InputError("run folder", job.run, message)
     if distribute is None or job.training.num_workers == 0:
         with stopping.deferred():
-            return run_worker(job, LocalChannel(), progress)
+            return run_worker(job, LocalChannel(job.training.use_gpu), progress)
     with ProgressLine(job.run, job.stage, job.training.steps, progress):
         return distribute(job, max_failures)
 
@@ -62,8 +62,10 @@ class LocalChannel:
 
     in_driver = True
 
-    def __init__(self) -> None:
-        self.device = this_device()
+    def __init__(self, use_gpu: str = "auto") -> None:
+        self.device = this_device("cpu" if use_gpu == "false" else None)
+        if use_gpu == "true" and self.device.type == "cpu":
+            raise InputError("training.use_gpu", use_gpu, "needs a GPU, and this process has none")
 
     def read_blocks(self, order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
         """Read the rows of training batches."""

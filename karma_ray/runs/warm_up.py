@@ -12,7 +12,6 @@ import torch
 from torch import nn
 
 from karma_ray.artifacts import (
-    checkpoint_hash,
     content_hash,
     exists,
     join,
@@ -31,6 +30,7 @@ from karma_ray.model.config import DecodabilityConfig, ImageryConfig, ModelConfi
 from karma_ray.model.imagery import ImageTargets
 from karma_ray.model.karma import KarmaModel
 from karma_ray.model.lora import set_trained
+from karma_ray.node_cache import checkpoint_hash
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.runs.batches import ordered_batches
 from karma_ray.runs.executor import Executor

@@ -37,7 +37,7 @@ from karma_ray.training.optim import (
 )
 from karma_ray.training.order import Order, Window
 from karma_ray.training.parallel import barrier, global_sum, rank, world_size
-from karma_ray.training.placement import needs_all_workers, place
+from karma_ray.training.placement import place
 
 if TYPE_CHECKING:
     from karma_ray.training.step import Step
@@ -71,7 +71,8 @@ class TrainJob:
     probe: Probe | None = None
     """Measures collapse metrics on the batch of every report."""
     validate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
-    """Computes validation metrics, on rank 0, every `validate_every` steps and at the end."""
+    """Computes validation metrics every `validate_every` steps and at the end. All workers call it;
+    the metrics of rank 0 are used."""
     should_stop: Callable[[Record], bool] | None = None
     """Ends the stage early; may use only losses, which are equal on all workers."""
     before_step: Prepare = keep_state
@@ -278,18 +279,14 @@ class _Hooks:
             stopping.stop()
 
     def validate(self, step: int) -> None:
-        """Evaluate on rank 0 while the others wait, preserving the random state of training.
-
-        With sharded layers a forward pass needs all workers, so all of them evaluate.
-        """
+        """Evaluate with all workers, preserving the random state of training."""
         if self._job.validate is None or step == self._validated:
             return
         self._validated = step
-        if rank() == 0 or needs_all_workers(self._model):
-            self._model.eval()
-            with torch.random.fork_rng(), torch.no_grad():
-                self.valid = {**self._job.validate(self._model, step)}
-            self._model.train()
+        self._model.eval()
+        with torch.random.fork_rng(), torch.no_grad():
+            self.valid = {**self._job.validate(self._model, step)}
+        self._model.train()
         if self._log is not None:
             self._log.add({"step": step, **self.valid}, stage="valid")
         barrier()

@@ -82,6 +82,9 @@ class TrainingConfig:
     """Ray Train workers; 0 trains in the driver's process."""
     min_workers: CountOrZero = 0
     """Smallest number of workers to continue with when machines are lost; 0: `num_workers`."""
+    use_gpu: Literal["auto", "true", "false"] = "auto"
+    """Whether each worker gets a GPU; `auto` uses those that are up or that the cluster's
+    autoscaler may add, if there is one for every worker."""
     threads_per_worker: CountOrZero = 0
     """CPU threads of each worker; 0 divides the machine's cores among the workers."""
 
@@ -108,9 +111,10 @@ class TrainingConfig:
 EXECUTION = frozenset(
     f"training.{name}"
     for name in (
-        "num_workers", "min_workers", "threads_per_worker", "parallelism", "micro_batch_size",
-        "micro_tokens", "activation_checkpointing", "compile", "checkpoint_every",
-        "keep_checkpoints", "best_metric", "report_every", "validate_every", "profile",
+        "num_workers", "min_workers", "use_gpu", "threads_per_worker", "parallelism",
+        "micro_batch_size", "micro_tokens", "activation_checkpointing", "compile",
+        "checkpoint_every", "keep_checkpoints", "best_metric", "report_every", "validate_every",
+        "profile",
     )
 )  # fmt: skip
 """Fields that may differ when a run is resumed: they decide on which machines and in which

@@ -67,9 +67,9 @@ def test_loading_twice_reads_one_arrow_copy_and_other_items_make_another(tmp_pat
     first = Catalog.load(_write(tmp_path / "one", MESSY), str(cache))
     again = Catalog.load(str(tmp_path / "one"), str(cache))
     assert first.table.equals(again.table)
-    assert len(list(cache.iterdir())) == 1
+    assert len(list(cache.glob("*.arrow"))) == 1
     Catalog.load(_write(tmp_path / "two", MESSY.slice(4)), str(cache))
-    assert len(list(cache.iterdir())) == 2
+    assert len(list(cache.glob("*.arrow"))) == 2
 
 
 def test_the_copy_of_a_node_is_private_to_its_user(
@@ -78,7 +78,7 @@ def test_the_copy_of_a_node_is_private_to_its_user(
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     data = _write(tmp_path / "d", MESSY)
     Catalog.load(data)
-    (folder,) = tmp_path.glob("karma_ray-catalogues-*")
+    (folder,) = tmp_path.glob("karma_ray-node-*")
     assert folder.stat().st_mode & 0o077 == 0
     elsewhere = tmp_path / "elsewhere"
     folder.rename(elsewhere)

@@ -7,11 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from karma_ray.artifacts import read_manifest
+from karma_ray.artifacts import content_hash, join, read_manifest
 from karma_ray.data.catalog import Catalog
+from karma_ray.data.config import PrepareConfig
+from karma_ray.data.prepared import PreparedData
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.visual import VisualFeatures, features_uri
 from karma_ray.runs import sources
+from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import toy_shop
 
 
@@ -29,3 +32,6 @@ def test_the_toy_shop_is_prepared_and_has_features_of_its_pictures(
     made = Path(features_uri(folder), "manifest.json").stat().st_mtime_ns
     assert toy_shop(str(tmp_path)) == folder
     assert Path(features_uri(folder), "manifest.json").stat().st_mtime_ns == made
+    remote = toy_shop("memory://toy-shops")
+    assert content_hash(join(remote, "sequences")) == content_hash(join(folder, "sequences"))
+    assert ensure_prepared(remote, PrepareConfig()).facts == PreparedData.load(folder).facts

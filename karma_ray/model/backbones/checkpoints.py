@@ -1,4 +1,7 @@
-"""Hugging Face checkpoints of any family: model type, weights, head and colour normalisation."""
+"""Hugging Face checkpoints of any family: model type, weights, head and colour normalisation.
+
+A checkpoint is a folder, a hub name, or the URI of a folder, which is fetched to this node.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,7 @@ from karma_ray.errors import InputError
 from karma_ray.model import packing
 from karma_ray.model.backbones.checkpoint_files import loaded
 from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer
+from karma_ray.node_cache import local_copy
 
 transformers_logging.disable_progress_bar()
 
@@ -35,6 +39,7 @@ def config_facts(checkpoint: str, field: str) -> dict[str, Any]:
     """
     if checkpoint == "tiny":
         raise InputError(field, checkpoint, "must be resolved to a pretrained folder first")
+    checkpoint = local_copy(checkpoint)
     looks_local = checkpoint.startswith((".", "/", "~")) or Path(checkpoint).exists()
     if looks_local and not (Path(checkpoint) / "config.json").exists():
         raise InputError(field, checkpoint, "is not a checkpoint folder (no config.json)")
@@ -49,7 +54,7 @@ def config_facts(checkpoint: str, field: str) -> dict[str, Any]:
 
 def shape_facts(checkpoint: str) -> dict[str, Any]:
     """Return family, layers and width of a checkpoint's language model."""
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(local_copy(checkpoint))
     text = config.get_text_config()
     return {
         "family": config.model_type,
@@ -60,7 +65,7 @@ def shape_facts(checkpoint: str) -> dict[str, Any]:
 
 def num_tokens(checkpoint: str) -> int:
     """Return the number of rows of a checkpoint's token embeddings."""
-    return int(AutoConfig.from_pretrained(checkpoint).get_text_config().vocab_size)
+    return int(AutoConfig.from_pretrained(local_copy(checkpoint)).get_text_config().vocab_size)
 
 
 def load_weights(kind: Any, name: str, checkpoint: str, field: str, **options: Any) -> Any:
@@ -82,7 +87,7 @@ def load_lm_head(checkpoint: str, *, empty: bool = False) -> Tensor | None:
     `empty` gives zeros of that shape, to be filled from a run's own weights, since the body in a
     bundle has no head.
     """
-    config = AutoConfig.from_pretrained(checkpoint)
+    config = AutoConfig.from_pretrained(checkpoint := local_copy(checkpoint))
     if config.tie_word_embeddings:
         return None
     if empty:
@@ -98,7 +103,7 @@ def draw_weights(checkpoint: str, folder: str, field: str, seed: int) -> None:
 
     Raises InputError when the checkpoint cannot be loaded.
     """
-    config_facts(checkpoint, field)
+    config_facts(checkpoint := local_copy(checkpoint), field)
     config = AutoConfig.from_pretrained(checkpoint)
     with torch.random.fork_rng():
         torch.manual_seed(seed)

@@ -18,8 +18,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers.utils import cached_file
 
+from karma_ray.artifacts import join
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.tokenizer import load_tokenizer
+from karma_ray.node_cache import local_copy
 
 LOG = logging.getLogger(__name__)
 FIELD = "model.item_encoder.checkpoint"
@@ -142,7 +144,10 @@ def plain_body(checkpoint: str) -> str:
     root = _root(checkpoint)
     if root is None:
         return checkpoint
-    return str(root / str(_json(root / MODULES)[0]["path"]))
+    body = str(_json(root / MODULES)[0]["path"])
+    if "://" not in checkpoint:
+        return str(root / body)
+    return join(checkpoint, body) if root == Path(local_copy(checkpoint)) else checkpoint
 
 
 def refuse_hub_name(checkpoint: str) -> None:
@@ -150,7 +155,7 @@ def refuse_hub_name(checkpoint: str) -> None:
 
     Its pooling would be passed over, as only folders are read.
     """
-    if Path(checkpoint).exists():
+    if "://" in checkpoint or Path(checkpoint).exists():
         return
     quiet = {"_raise_exceptions_for_missing_entries": False,
              "_raise_exceptions_for_connection_errors": False}  # fmt: skip
@@ -167,7 +172,7 @@ def refuse_hub_name(checkpoint: str) -> None:
 
 def _root(checkpoint: str) -> Path | None:
     """Return the folder with the list of modules: this one, or the one above its Transformer."""
-    folder = Path(checkpoint)
+    folder = Path(local_copy(checkpoint))
     if (folder / MODULES).is_file():
         return folder
     if (folder.parent / MODULES).is_file() and folder.is_dir():

@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from karma_ray.data.prompts import SpecialTokens, Tokenizer
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.checkpoint_files import check_tokenizer_files
+from karma_ray.node_cache import local_copy
 
 ROLES = "roles.json"
 KNOWN = (
@@ -34,11 +35,11 @@ FILLER = re.compile(r"\[PAD\d+\]")
 
 
 def load_tokenizer(checkpoint: str, field: str = "tokenizer") -> PreTrainedTokenizerFast:
-    """Load the tokenizer of a folder or hub name, and the tokens of its roles as `text_marks`.
+    """Load the tokenizer of a folder, hub name or URI, and the tokens of its roles as `text_marks`.
 
     Raises InputError when there is none, or when no token of it fills a role.
     """
-    check_tokenizer_files(checkpoint, field)
+    check_tokenizer_files(checkpoint := local_copy(checkpoint), field)
     try:
         tokenizer = AutoTokenizer.from_pretrained(checkpoint, trust_remote_code=False)
     except (OSError, ValueError) as error:

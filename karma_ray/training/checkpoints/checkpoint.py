@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from karma_ray.artifacts import join, open_filesystem, read_json, write_json
 from karma_ray.errors import InputError, StorageError
+from karma_ray.node_cache import local_copy
 from karma_ray.training.checkpoints.outage import reason, redacted, retried
 from karma_ray.training.checkpoints.random_states import random_states, restore_random_states
 from karma_ray.training.checkpoints.shards import assign, is_sharded, local_part, placed_like, whole
@@ -153,10 +154,9 @@ def save_weights(folder: str, model: nn.Module) -> None:
 
 def load_weights(folder: str, model: nn.Module) -> None:
     """Restore weights of `save_weights`; raises InputError on another architecture."""
-    fs, path = open_filesystem(folder)
-    aliases = read_json(join(folder, "aliases.json"))
-    with fs.open(f"{path}/model.safetensors", "rb") as source:
-        weights = load(source.read())
+    here = local_copy(folder)
+    aliases = read_json(join(here, "aliases.json"))
+    weights = load(Path(here, "model.safetensors").read_bytes())
     _restore(model, weights.__getitem__, weights, aliases, folder)
 
 
