@@ -67,6 +67,9 @@ def test_a_submitted_job_ends_with_its_screen_or_its_message_and_goes_on_after_a
 
         code, said = cluster.submit("resumed", *train, *MORE, "--resume")
         assert (code, cluster.status("resumed")) == (0, "SUCCEEDED"), said
+        _, told = cluster.submit("status", "jobs/status.py", str(run))
+        assert f"{run}: finished, HR@50" in told and "x head, 4 CPU." in told
+        assert told.rstrip().endswith("No other job runs.\nNothing is waited for."), told
         jobs = {"the list of jobs": cluster.ray("job", "list").stdout.encode()}
         assert leaks({**jobs, **files_below(tmp_path), **files_below(cluster.logs)}) == []
     screen = said[said.index("karma_text on toy_shop") :]
