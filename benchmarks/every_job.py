@@ -29,6 +29,7 @@ import psutil
 
 from karma_ray.cli import parser, run
 from karma_ray.errors import InputError, KarmaRayError
+from karma_ray.runs.stopping import stop_on_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOP = {"num_items": 240, "num_users": 120}
@@ -121,6 +122,11 @@ class LocalCluster:
         self._process.wait()
         shutil.rmtree(self._temporary, ignore_errors=True)
 
+    @property
+    def logs(self) -> Path:
+        """The folder of Ray's own logs, also of the jobs."""
+        return self._temporary / "session_latest" / "logs"
+
     def ray(self, *words: str) -> subprocess.CompletedProcess[str]:
         """Run a command of Ray's `ray job` against this cluster."""
         group, verb, *rest = words
@@ -170,6 +176,7 @@ def main(argv: list[str] | None = None) -> None:
         if name not in jobs:
             raise InputError("JOB", name, choices=list(jobs))
     failed = []
+    stop_on_signals()  # SIGTERM too ends the cluster
     with LocalCluster(out) as cluster:
         for name in arguments.jobs or jobs:
             begun = time.monotonic()

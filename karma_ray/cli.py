@@ -99,6 +99,7 @@ def train(argv: list[str] | None, description: str, executor: Executor) -> None:
     # Imported here, because they import PyTorch, for which --help of other jobs need not wait.
     from karma_ray.report.terminal import summary
     from karma_ray.runs.continuation import Parent
+    from karma_ray.runs.node_hours import NodeHours
     from karma_ray.runs.pipeline import train_run
 
     flags = parser(description, config=True)
@@ -119,10 +120,11 @@ def train(argv: list[str] | None, description: str, executor: Executor) -> None:
     if arguments.profile:
         config = override(config, ["training.profile=true"])
     out = arguments.out or default_out(config.recipe)
-    train_run(
-        config, arguments.data, out, resume=arguments.resume, init_from=arguments.init_from,
-        cache=arguments.cache, executor=executor,
-    )  # fmt: skip
+    with NodeHours(out, executor.count_nodes):
+        train_run(
+            config, arguments.data, out, resume=arguments.resume, init_from=arguments.init_from,
+            cache=arguments.cache, executor=executor,
+        )  # fmt: skip
     print(summary(out))
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from karma_ray.runs.frozen_outputs import EncodeRemotely
+from karma_ray.runs.node_hours import Count, this_machine
 from karma_ray.runs.preparation import LocalShuffle, Shuffle
 from karma_ray.runs.training import Distribute
 
@@ -30,6 +31,8 @@ class Executor:
     """Computes the outputs of frozen layers; None computes them in this process."""
     embed: Embed | None = None
     """Embeds the catalogue for serving; None uses the model in this process."""
+    count_nodes: Count = this_machine
+    """Returns how many machines of each kind are up."""
 
 
 HERE = Executor()
