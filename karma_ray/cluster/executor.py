@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from karma_ray.cluster.embedding import embed_items
 from karma_ray.cluster.frozen_outputs import encode_on_ray
+from karma_ray.cluster.measuring import measure_on_a_gpu
 from karma_ray.cluster.occupancy import kinds_up
 from karma_ray.cluster.sharding import RayShuffle
 from karma_ray.cluster.training import train_on_ray
@@ -14,6 +15,7 @@ ON_RAY = Executor(
     train=train_on_ray,
     freeze=encode_on_ray,
     embed=embed_items,
+    measure=measure_on_a_gpu,
     count_nodes=kinds_up,
 )
 """Joins the cluster of this process, or starts a local one, when a part needs it."""

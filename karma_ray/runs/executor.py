@@ -18,6 +18,9 @@ from karma_ray.runs.training import Distribute
 Embed = Callable[[str, str, str], Any]
 """(bundle, data, out): embeds every item of `data` with a bundle and writes the folder `out`."""
 
+Measure = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
+"""Calls a function that evaluates a finished run, and returns the metrics that it returns."""
+
 
 @dataclass(frozen=True)
 class Executor:
@@ -31,6 +34,8 @@ class Executor:
     """Computes the outputs of frozen layers; None computes them in this process."""
     embed: Embed | None = None
     """Embeds the catalogue for serving; None uses the model in this process."""
+    measure: Measure | None = None
+    """Evaluates a trained run; None evaluates in this process."""
     count_nodes: Count = this_machine
     """Returns how many machines of each kind are up."""
 

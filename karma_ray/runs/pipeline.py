@@ -112,7 +112,7 @@ def train_run(
         items=source.items_uri, version=__version__, parents=parents,
     )  # fmt: skip
     with cost.timed("evaluation"):
-        metrics = assess(config, source, run, stage, cache) | forgetting(stage, cache)
+        metrics = _measure(config, source, run, stage, cache, executor)
     metrics["seconds"] = cost.save(run, stage)
     write_json(metrics, folder.metrics)
     render_report(run)
@@ -254,6 +254,20 @@ def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
         table = ItemTable(catalog.item_ids, catalog.titles, vectors, parents)
         save_embeddings(table, folder.item_embeddings)
     index_run(folder.root)
+
+
+def _measure(
+    config: Config, source: PreparedData, run: str, stage: Stage | None, cache: str,
+    executor: Executor,
+) -> dict[str, Any]:  # fmt: skip
+    """Evaluate the finished run, where the executor does so; returns its metrics."""
+
+    def measure() -> dict[str, Any]:
+        return assess(config, source, run, stage, cache) | forgetting(stage, cache)
+
+    if stage is None or not config.training.num_workers or executor.measure is None:
+        return measure()
+    return executor.measure(measure)
 
 
 def _checkpoint_shapes(config: Config) -> dict[str, dict[str, Any]]:

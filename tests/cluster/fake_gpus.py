@@ -23,6 +23,7 @@ from torch import nn
 from karma_ray.artifacts import join
 from karma_ray.cluster.accelerators import GPU, share_of_gpus_up, trial_resources
 from karma_ray.cluster.embedding import embed_items
+from karma_ray.cluster.measuring import measure_on_a_gpu
 from karma_ray.cluster.supply import Reach, supply
 from karma_ray.cluster.training import run_training
 from karma_ray.cluster.waiting import telling
@@ -41,6 +42,11 @@ def noting_step(folder: str, model: nn.Module, batch: Any, *_: object) -> StepOu
     }
     Path(folder, f"worker-{rank()}.json").write_text(json.dumps(facts))
     return small._step(model, batch)
+
+
+def given_gpus() -> dict[str, Any]:
+    """What a measurement was given."""
+    return {"gpus": ray.get_runtime_context().get_accelerator_ids().get("GPU", [])}
 
 
 def report_growth(gpus: int) -> None:
@@ -77,7 +83,10 @@ def main(folder: str, run: str, data: str) -> None:
     job = small._job(Path(folder, "run"), small.write_rows(Path(folder)), num_workers=2, steps=4)
     run_training(replace(job, step=partial(noting_step, folder)), progress=False)
     embed_items(join(run, "bundle"), data, join(folder, "embedded"), batch_size=1)
+    while ray.available_resources().get("GPU", 0.0) < 2:  # the encoders are still ending
+        time.sleep(0.2)
     assert share_of_gpus_up(3) == 0.5 and trial_resources(4) == (1, 0.5)
+    assert len(measure_on_a_gpu(given_gpus)["gpus"]) == 1 and not given_gpus()["gpus"]
     report_growth(3)
     assert supply().reach(GPU) == Reach(2, 3)
 

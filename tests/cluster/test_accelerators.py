@@ -33,6 +33,7 @@ def test_gpus_are_given_to_workers_which_compute_on_cpus_if_cuda_is_absent(tmp_p
         "training on 2 GPUs: 2 are up, the autoscaler may add none",
         "joint: a GPU was assigned, but its process finds no CUDA: computing on the CPU",
         "embedding 40 items with 2 encoders on GPUs: 2 are up",
+        "evaluating on a GPU of the cluster",
         "a task: waiting for 3 GPUs: 2 in the cluster, 2 of them free",
     ):
         assert sentence in done.stderr
