@@ -22,6 +22,7 @@ ENVIRONMENT = {
     "MPLBACKEND": "Agg",
 }
 os.environ.update(ENVIRONMENT)
+os.environ.pop("MLFLOW_TRACKING_URI", None)  # runs of tests are sent nowhere
 
 import pytest
 

@@ -45,6 +45,7 @@ HOMES = {
     "transformers": "karma_ray.model.backbones",
     "peft": "karma_ray.model.lora",
     "faiss": "karma_ray.retrieval",
+    "mlflow": "karma_ray.runs.tracking",
     "matplotlib": ("karma_ray.report", "karma_ray.studies"),
     "jinja2": ("karma_ray.report", "karma_ray.studies"),
 }

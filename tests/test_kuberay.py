@@ -206,7 +206,24 @@ def test_the_service_names_an_application_that_serve_can_build(tmp_path) -> None
     assert described.import_path == f"{application.__module__}:{application.__name__}"
     arguments = ServiceArguments.model_validate(described.args)
     with pytest.raises(KarmaRayError):
-        application(arguments.model_copy(update={"run": str(tmp_path)}))
+        application({**arguments.model_dump(), "run": str(tmp_path)})
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_cluster")
+def test_serve_builds_the_application_of_a_run(tmp_path) -> None:
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
+    from karma_ray.cluster.service import application
+    from tests import tiny_run
+
+    tiny_run.write_data(tmp_path)
+    found = {"run": tiny_run.write_run(tmp_path), "num_replicas": 2}
+    built = call_user_app_builder_with_args_if_necessary(application, found)
+    deployment = built._bound_deployment
+    assert (deployment.name, deployment.num_replicas) == ("retriever", 2)
+    with pytest.raises(ValueError, match="replicas"):
+        call_user_app_builder_with_args_if_necessary(application, {**found, "replicas": 2})
 
 
 def test_the_job_is_a_command_that_the_image_has() -> None:

@@ -16,6 +16,10 @@ from karma_ray.cluster.session import joins_a_cluster
 from karma_ray.runs.node_hours import this_machine
 
 ACCELERATOR = "accelerator_type:"
+LONGEST = 200
+"""Characters of a job's command that are shown."""
+OF_RAY = ("JobSupervisor",)
+"""Actors that Ray starts for itself, beside those whose names start with an underscore."""
 SHOWN = ("CPU", "GPU")
 """Resources that people count; memory and Ray's own are left out."""
 
@@ -63,19 +67,26 @@ def occupancy() -> Occupancy:
     alive = {node["NodeID"]: kind_of(node) for node in ray.nodes() if node["Alive"]}
     total, free = ray.cluster_resources(), ray.available_resources()
     mine = ray.get_runtime_context().get_job_id()
-    actors = Counter(
-        (actor["ActorClassName"], alive[actor["Address"]["NodeID"]])
+    placed = [
+        (actor["ActorClassName"].rsplit(".", 1)[-1], actor["Address"]["NodeID"])
         for actor in control.actors().values()
-        if actor["State"] == "ALIVE" and actor["Address"]["NodeID"] in alive
+        if actor["State"] == "ALIVE"
+    ]
+    actors = Counter(
+        (name, alive[node])
+        for name, node in placed
+        if node in alive and not name.startswith("_") and name not in OF_RAY
     )
     return Occupancy(
         nodes=dict(Counter(alive.values())),
         total={name: total.get(name, 0.0) for name in SHOWN},
         free={name: free.get(name, 0.0) for name in SHOWN},
         jobs=[
-            str(job.get("Entrypoint") or "a driver")
+            str(job.get("Entrypoint") or "a driver")[:LONGEST]
             for job in control.jobs()
-            if not job["IsDead"] and job["JobID"] != mine
+            if not job["IsDead"]
+            and job["JobID"] != mine
+            and not str(job.get("Entrypoint")).startswith("ray::")
         ],
         actors=dict(actors),
         waiting=waiting(),

@@ -6,6 +6,8 @@ replaces the endpoint.
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
@@ -26,7 +28,12 @@ class ServiceArguments(BaseModel):
     """Requests that may wait for a replica; further ones get the status 503."""
 
 
-def application(arguments: ServiceArguments) -> serve.Application:
-    """Return the application of a run; raises InputError or SkewError on one that cannot serve."""
+def application(given: dict[str, Any]) -> serve.Application:
+    """Return the application of a run; raises InputError or SkewError on one that cannot serve.
+
+    `given` are `ServiceArguments`, unread: Serve would read them by the annotation, but sees only
+    the text of one.
+    """
+    arguments = ServiceArguments.model_validate(given)
     check_run(arguments.run)
     return application_of(arguments.run, arguments.num_replicas, arguments.max_queued_requests)
