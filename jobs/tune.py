@@ -2,7 +2,8 @@
 
 A space file names dotted paths with Ray Tune domains, the metric and the recipe; see
 tune_spaces/lambdas.py. Without --data the built-in toy shop is used. The job prints a table of
-trials, and the best one as --set flags for jobs/train.py.
+trials, and the best one as --set flags for jobs/train.py. The same command with the same --out
+goes on with an interrupted search, or adds trials to a finished one.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from karma_ray.artifacts import absolute, join
 from karma_ray.cli import cache_flag, default_out, parser, run
 from karma_ray.cluster.search_space import load_space
 from karma_ray.cluster.session import connect
-from karma_ray.cluster.tuning import describe, search
+from karma_ray.cluster.tuning import search
+from karma_ray.runs.sources import cache_beside, toy_shop
+from karma_ray.studies.ledger import describe
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,8 +28,12 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("space", metavar="SPACE", help="for example tune_spaces/lambdas.py")
     flags.add_argument("--trials", type=int, default=8, help="settings to try (default 8)")
     flags.add_argument("--concurrent", type=int, default=2, help="trials at a time (default 2)")
+    flags.add_argument(
+        "--gpus-per-trial", type=float, metavar="SHARE",
+        help="share of a GPU for each trial, up to 1 (default: trials share the GPUs there are)",
+    )  # fmt: skip
     flags.add_argument("--data", help="data folder or URI (default: the toy shop)")
-    flags.add_argument("--out", help="folder of the search (default: runs/tune-<time>)")
+    flags.add_argument("--out", help="folder or URI of the search (default: runs/tune-<time>)")
     flags.add_argument("--seed", type=int, default=0, help="seed of the draws and of every trial")
     flags.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
@@ -34,17 +42,21 @@ def main(argv: list[str] | None = None) -> None:
     cache_flag(flags)
     arguments = flags.parse_args(argv)
     space = load_space(arguments.space)
-    base = space.base([f"seed={arguments.seed}", *arguments.assignments])
     out = arguments.out or default_out("tune")
+    if space.without_images:
+        cache = absolute(arguments.cache or cache_beside(out))
+        space = space.suited(arguments.data or toy_shop(cache))
+    base = space.base([f"seed={arguments.seed}", *arguments.assignments])
     connect()
     result = search(
         space, base, data=arguments.data, trials=arguments.trials, out=out,
-        max_concurrent=arguments.concurrent, cache=arguments.cache,
+        max_concurrent=arguments.concurrent, gpus_per_trial=arguments.gpus_per_trial,
+        cache=arguments.cache,
     )  # fmt: skip
     print(describe(result))
     print(f"folder  {out}")
     data = f" --data {shlex.quote(arguments.data)}" if arguments.data else ""
-    print(f"next  python jobs/train.py --recipe {base.recipe}{data} {result.flags()}")
+    print(f"next  python jobs/train.py --config {shlex.quote(join(out, 'best.json'))}{data}")
 
 
 if __name__ == "__main__":

@@ -35,8 +35,6 @@ SEARCHED: dict[str, tuple[Any, ...]] = {
     "model.decodability.recon_cond": ("eq7", "fig1"),
     "model.decodability.task1_see_readout": (True, False),
     "model.decodability.recon_token_dropout": (0.0, 0.5),
-    "model.decodability.recon_detach_h": (False, True),
-    "model.decodability.recon_text": ("own", "shuffled"),
     "model.decodability.share_projector": (True, False),
     "model.imagery.img_cond": ("both", "task1", "task2"),
     "model.imagery.img_head": ("fm", "ddpm_eps", "ddpm_v", "ddpm_x0", "edm", "mse"),
@@ -68,6 +66,12 @@ MEASURED: dict[str, tuple[Any, ...]] = {
 """What is measured, or what data are read: not searched, or the search would pick its own ruler."""
 PAIRED: dict[str, tuple[Any, ...]] = {"objective.logq": (False, True)}
 """Refused but beside one value of another switch, so no search draws it: rows of `baselines`."""
+CONTROLS: dict[str, tuple[Any, ...]] = {
+    "model.decodability.recon_detach_h": (False, True),
+    "model.decodability.recon_text": ("own", "shuffled"),
+}
+"""Null controls, which a search refuses to draw because they must not win: rows of `switches`."""
+ALL = {**SEARCHED, **MEASURED, **PAIRED, **CONTROLS}
 SPACES = [load_space(str(path)) for path in sorted((ROOT / "tune_spaces").glob("*.py"))]
 ROWS = {row.name: row for table in ("switches", "imagery") for row in TABLES[table].rows}
 
@@ -85,7 +89,7 @@ def text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-@pytest.mark.parametrize(("path", "values"), {**SEARCHED, **MEASURED, **PAIRED}.items())
+@pytest.mark.parametrize(("path", "values"), ALL.items())
 def test_a_switch_is_set_from_the_command_line_and_a_file(
     path: str, values: tuple[Any, ...]
 ) -> None:
@@ -107,7 +111,7 @@ def test_a_switch_is_reached_by_a_search(path: str, values: tuple[Any, ...]) -> 
     assert set(named) <= drawn
 
 
-@pytest.mark.parametrize(("path", "values"), {**SEARCHED, **MEASURED, **PAIRED}.items())
+@pytest.mark.parametrize(("path", "values"), ALL.items())
 def test_a_switch_is_documented_with_its_values(path: str, values: tuple[Any, ...]) -> None:
     (line,) = [line for line in DOC.splitlines() if f"`{path}`" in line]
     for value in values:

@@ -16,8 +16,6 @@ SPACE = {
     "model.score.scale": tune.loguniform(5.0, 64.0),
     "model.decodability.recon_cond": tune.choice(["eq7", "fig1"]),
     "model.decodability.recon_decoder": tune.choice(["shared", "separate", "light:1", "frozen"]),
-    "model.decodability.recon_detach_h": tune.choice([False, True]),
-    "model.decodability.recon_text": tune.choice(["own", "shuffled"]),
     "model.decodability.recon_token_dropout": tune.uniform(0.0, 0.5),
     "model.decodability.share_projector": tune.choice([True, False]),
     "model.decodability.task1_see_readout": tune.choice([True, False]),

@@ -2,7 +2,8 @@
 
 Each trial is a whole run in its own worker process (`training.num_workers=0`) that reports every
 validation. Trials are compared by a metric of the validation examples; the test examples have no
-influence.
+influence. What is known of each trial is kept by `studies/ledger.py`, not by Ray: an interrupted
+search tells Optuna and ASHA what it has found, and goes on with unfinished runs.
 """
 
 from __future__ import annotations
@@ -10,65 +11,48 @@ from __future__ import annotations
 import logging
 import math
 import os
-import shlex
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import tune
-from ray.tune.logger import JsonLoggerCallback
-from ray.tune.schedulers import ASHAScheduler
-from ray.tune.search.optuna import OptunaSearch
 
 from karma_ray import recipes
-from karma_ray.artifacts import SCHEMA_VERSION, absolute, content_hash, join, write_json
-from karma_ray.cluster.search_space import Space, assignments
-from karma_ray.config import Config, override, to_dict
+from karma_ray.artifacts import RunFolder, absolute, exists, open_filesystem, read_lines
+from karma_ray.cluster.accelerators import GPU
+from karma_ray.cluster.proposals import Settings, stopping_rule
+from karma_ray.cluster.search_space import Space
+from karma_ray.cluster.supply import supply
+from karma_ray.config import Config, override
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.report.record import number
+from karma_ray.studies.ledger import (
+    Ledger,
+    Search,
+    Trial,
+    assignments,
+    best_of,
+    facts_of,
+)
 
 if TYPE_CHECKING:
     # A replaced objective needs neither PyTorch nor the stages.
     from karma_ray.runs.joint import OnValidate
 
 LOG = logging.getLogger(__name__)
+RETRIES = 2
+"""How often a failed trial is tried again, from its newest checkpoint."""
 
 
 class Train(Protocol):
     """A whole run, `karma_ray.runs.pipeline.train_run`, or a smaller objective."""
 
     def __call__(
-        self, config: Config, data: str | None, out: str, /, *, on_validate: OnValidate
-    ) -> object: ...
-
-
-@dataclass(frozen=True)
-class Trial:
-    """The result of one trial."""
-
-    name: str
-    values: dict[str, Any]
-    value: float | None
-    step: int
-    stopped_early: bool
-    error: str | None
-
-
-@dataclass(frozen=True)
-class Search:
-    """A finished search; `best` reached the last step, unless no trial did."""
-
-    metric: str
-    trials: list[Trial]
-    best: Trial
-
-    def flags(self) -> str:
-        """Return the best configuration as flags of `jobs/train.py`."""
-        return " ".join(
-            f"--set {shlex.quote(assignment)}" for assignment in assignments(self.best.values)
-        )
+        self, config: Config, data: str | None, out: str, /, *, resume: bool,
+        on_validate: OnValidate,
+    ) -> object: ...  # fmt: skip
 
 
 def search(
@@ -79,66 +63,46 @@ def search(
     trials: int,
     out: str,
     max_concurrent: int = 2,
+    gpus_per_trial: float | None = None,
     train: Train | None = None,
     cache: str | None = None,
 ) -> Search:
-    """Run `trials` trials of `base` with values drawn from `space`; write `out/trials.json`.
+    """Run trials of `base` with values drawn from `space`, until `trials` have ended in `out`.
 
-    `base` already contains the space's fixed fields. Ray must have been started. `train` replaces
-    the whole run by a smaller objective. `cache` is shared by the trials (default: as for a run in
-    `out`). Raises InputError on a count below 1, and KarmaRayError
-    when every trial failed.
+    `base` already contains the space's fixed fields. Ray must have been started. Trials that an
+    earlier call has left in `out` count. By default trials share the cluster's GPUs. `train`
+    replaces the whole run by a smaller objective. `cache` is shared by the trials (default: as for
+    a run in `out`). Raises InputError on wrong input, also if `out` holds another search, and
+    KarmaRayError when it was interrupted or every trial failed.
     """
-    for flag, count in (("--trials", trials), ("--concurrent", max_concurrent)):
-        if count < 1:
-            raise InputError(flag, count, "must be at least 1")
-    if base.recipe not in recipes.TRAINED:
-        raise InputError("--recipe", base.recipe, "trains nothing", choices=list(recipes.TRAINED))
-    # Of Ray's loggers only the JSON lines are used, as TensorBoard refuses the @ in metric names.
-    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
-    base, out, data = _in_process(base), absolute(out), data and absolute(data)
+    _check(base, trials, max_concurrent, gpus_per_trial)
+    base, out = _in_process(base), absolute(out)
+    shared, data_hash = base, None
     if train is None:
-        base, train = _share_first_stages(base, data, out, cache)
-    tuner = tune.Tuner(
-        tune.with_resources(
-            _trainable(space, base, data, out, train), {"cpu": base.training.num_threads()}
-        ),
-        param_space=dict(space.domains),
-        tune_config=tune.TuneConfig(
-            metric=space.metric,
-            mode="max",
-            num_samples=trials,
-            max_concurrent_trials=max_concurrent,
-            search_alg=OptunaSearch(seed=base.seed),
-            scheduler=_scheduler(base),
-        ),
-        run_config=tune.RunConfig(
-            name="ray",
-            storage_path=_local(out),
-            verbose=0,
-            callbacks=[_Progress(space.metric), JsonLoggerCallback()],
-        ),
-    )
-    result = _collect(space, base, tuner.fit())
-    _write(result, space, base, out)
+        from karma_ray.runs.pipeline import train_run
+        from karma_ray.runs.sources import cache_beside
+
+        cache = absolute(cache or cache_beside(out))
+        shared, data, data_hash = _prepared(space, base, data, cache)
+        train = partial(train_run, cache=cache)
+    drawn = space.distributions()
+    ledger = Ledger.open(out, facts_of(base, space.metric, drawn, data_hash))
+    known = ledger.trials()
+    left = trials - sum(trial.ended != "unfinished" for trial in known)
+    if left > 0:
+        if known:
+            LOG.info("%d of %d trials have ended already", trials - left, trials)
+        _run(space, shared, data, ledger, known, left, max_concurrent, gpus_per_trial, train)
+    found = ledger.trials()
+    ended = [trial for trial in found if trial.ended != "unfinished"]
+    if len(ended) < trials:
+        raise KarmaRayError(
+            f"interrupted with {len(ended)} of {trials} trials; the same command with --out {out} "
+            "goes on"
+        )
+    result = Search(space.metric, base, tuple(ended), best_of(ended, space.metric), drawn)
+    ledger.finish(result, space.path)
     return result
-
-
-def describe(result: Search) -> str:
-    """Return the table of trials, best first, and the flags that repeat the best one."""
-    names = list(result.best.values)
-    rows = [["trial", *names, result.metric, "step", "ended"]]
-    for trial in sorted(result.trials, key=_rank, reverse=True):
-        ended = trial.error or ("stopped early" if trial.stopped_early else "ran to its end")
-        value = "–" if trial.value is None else f"{trial.value:.2f}"
-        drawn = [_show(trial.values.get(name)) for name in names]
-        rows.append([trial.name, *drawn, value, str(trial.step), ended])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
-    return "\n".join([*lines, "", f"best  {result.flags()}"])
 
 
 def reported_value(metric: str, metrics: Mapping[str, float]) -> float:
@@ -149,6 +113,21 @@ def reported_value(metric: str, metrics: Mapping[str, float]) -> float:
     raise InputError("METRIC", metric, choices=sorted(metrics))
 
 
+def gpu_share(gpus: float, concurrent: int) -> float:
+    """Return the share of a GPU for each of `concurrent` trials, so that shares fill each GPU."""
+    return 0.0 if gpus < 1 else 1 / max(1, math.ceil(concurrent / int(gpus)))
+
+
+def _check(base: Config, trials: int, max_concurrent: int, gpus_per_trial: float | None) -> None:
+    for flag, count in (("--trials", trials), ("--concurrent", max_concurrent)):
+        if count < 1:
+            raise InputError(flag, count, "must be at least 1")
+    if gpus_per_trial is not None and not 0 <= gpus_per_trial <= 1:
+        raise InputError("--gpus-per-trial", gpus_per_trial, "must be from 0 to 1")
+    if base.recipe not in recipes.TRAINED:
+        raise InputError("--recipe", base.recipe, "trains nothing", choices=list(recipes.TRAINED))
+
+
 def _in_process(base: Config) -> Config:
     """Let trials train in their own process and validate often enough to be stopped early."""
     changes = ["training.num_workers=0", "training.threads_per_worker=1"]
@@ -157,135 +136,135 @@ def _in_process(base: Config) -> Config:
     return override(base, changes)
 
 
-def _trainable(space: Space, base: Config, data: str | None, out: str, train: Train) -> Any:
+def _prepared(space: Space, base: Config, data: str | None, cache: str) -> tuple[Config, str, str]:
+    """Make data, pretraining and warm-up once, in the cache, before trials compete for them.
+
+    Returns the configuration with checkpoints that the machines of all trials can read, and the
+    data's folder and hash. Raises InputError on a metric that is never reported.
+    """
+    from karma_ray.cluster.sharding import ensure_prepared
+    from karma_ray.runs.assessment import validation_metrics
+    from karma_ray.runs.first_stages import start_stage
+    from karma_ray.runs.plain_checkpoints import with_shared_checkpoints
+    from karma_ray.runs.sources import toy_shop
+    from karma_ray.studies.plan import Data
+
+    shared = with_shared_checkpoints(base, cache)
+    folder = Data.open(data or toy_shop(cache))
+    source = ensure_prepared(folder.uri, base.prepare)
+    reported_value(space.metric, validation_metrics(base, source))
+    start_stage(shared, source, cache=cache)
+    return shared, folder.uri, folder.hash
+
+
+def _run(
+    space: Space, base: Config, data: str | None, ledger: Ledger, known: Sequence[Trial],
+    left: int, max_concurrent: int, gpus_per_trial: float | None, train: Train,
+) -> None:  # fmt: skip
+    # None of Ray's loggers is used: the ledger holds what trials report.
+    os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    if gpus_per_trial is None:
+        gpus_per_trial = gpu_share(supply().reach(GPU).possible, max_concurrent)
+    fs, path = open_filesystem(ledger.out)
+    remote = {"storage_filesystem": PyFileSystem(FSSpecHandler(fs))} if "://" in ledger.out else {}
+    tune.Tuner(
+        tune.with_resources(
+            _trainable(space.metric, base, data, ledger, train),
+            {"cpu": base.training.num_threads(), "gpu": gpus_per_trial},
+        ),
+        tune_config=tune.TuneConfig(
+            num_samples=left,
+            max_concurrent_trials=max_concurrent,
+            search_alg=Settings(space, base.seed, known),
+            scheduler=stopping_rule(base, space.metric, known),
+        ),
+        run_config=tune.RunConfig(
+            name="ray",
+            storage_path=path,
+            verbose=0,
+            failure_config=tune.FailureConfig(max_failures=RETRIES),
+            callbacks=[_Recorder(ledger, space.metric, base.training.steps)],
+            **remote,
+        ),
+    ).fit()
+
+
+def _trainable(metric: str, base: Config, data: str | None, ledger: Ledger, train: Train) -> Any:
     start = os.getcwd()
 
-    def trial(values: dict[str, Any]) -> None:
+    def trial(setting: dict[str, Any]) -> None:
         # Ray Tune changes the working directory of each trial; relative paths (of a checkpoint or
         # the cache) refer to the folder where the search was started.
         if os.path.isdir(start):
             os.chdir(start)
-        run = join(out, "trials", tune.get_context().get_trial_id())
+        folder, told = RunFolder(ledger.run_of(setting["name"])), [0]
 
         def on_validate(step: int, metrics: Mapping[str, float]) -> None:
-            tune.report({space.metric: reported_value(space.metric, metrics), "step": step})
+            told.append(step)
+            point = {name.removeprefix("valid/"): value for name, value in metrics.items()}
+            value = reported_value(metric, metrics)
+            tune.report({metric: value, "step": step, "point": point})
 
-        train(override(base, assignments(values)), data, run, on_validate=on_validate)
+        config = override(base, assignments(setting["values"]))
+        resume = exists(folder.config)
+        train(config, data, folder.root, resume=resume, on_validate=on_validate)
+        # A run that ended just before the search was interrupted validates no more.
+        for line in list(read_lines(folder.metrics_lines)):
+            if line["stage"] == "valid" and line["step"] > max(told):
+                numbers = {n: v for n, v in line.items() if number(v) is not None and n != "step"}
+                on_validate(line["step"], numbers)
 
     return trial
 
 
-def _share_first_stages(
-    base: Config, data: str | None, out: str, cache: str | None
-) -> tuple[Config, Train]:
-    """Make data, pretraining and warm-up once, in the cache, before trials compete for them.
+class _Recorder(tune.Callback):
+    """Writes every start, validation and end of a trial to the ledger, and logs them."""
 
-    Returns the configuration with checkpoints that the machines of all trials can read, and a whole
-    run with this cache.
-    """
-    # Imported here, because a replaced objective does not need the pipeline.
-    from karma_ray.cluster.sharding import ensure_prepared
-    from karma_ray.runs.first_stages import start_stage
-    from karma_ray.runs.pipeline import train_run
-    from karma_ray.runs.plain_checkpoints import with_shared_checkpoints
-    from karma_ray.runs.sources import cache_beside, toy_shop
+    def __init__(self, ledger: Ledger, metric: str, steps: int) -> None:
+        self._ledger, self._metric, self._steps = ledger, metric, steps
+        self._trials = {trial.name: trial for trial in ledger.trials()}
 
-    cache = absolute(cache or cache_beside(out))
-    base = with_shared_checkpoints(base, cache)
-    source = ensure_prepared(data or toy_shop(cache), base.prepare)
-    start_stage(base, source, cache=cache)
-    return base, partial(train_run, cache=cache)
-
-
-def _scheduler(base: Config) -> ASHAScheduler:
-    # max_t is after the last step, so that a trial which gets there ends by itself with its bundle.
-    return ASHAScheduler(
-        time_attr="step",
-        max_t=base.training.steps + 1,
-        grace_period=min(base.training.validate_every, base.training.steps),
-        reduction_factor=2,
-    )
-
-
-class _Progress(tune.Callback):
-    """Logs one line per validation and per failed trial."""
-
-    def __init__(self, metric: str) -> None:
-        self.metric = metric
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        found = self._of(trial)
+        if found.step:
+            LOG.info("trial %s  goes on after step %d", found.name, found.step)
+        self._write(found)
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        LOG.info(
-            "trial %s  step %d  %s %.2f",
-            trial.trial_id, result["step"], self.metric, result[self.metric],
-        )  # fmt: skip
+        found, step, value = self._of(trial), result["step"], result[self._metric]
+        # A trial that goes on from a checkpoint repeats the steps after it.
+        kept = [point for point in found.curve if point["step"] < step]
+        point = {**result["point"], self._metric: value, "step": step}
+        self._write(replace(found, curve=(*kept, point)))
+        LOG.info("trial %s  step %d  %s %.2f", found.name, step, self._metric, value)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        found = self._of(trial)
+        whole = found.step >= self._steps
+        self._write(replace(found, ended="ran to its end" if whole else "stopped early"))
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        found = self._failed(trial)
+        LOG.info("trial %s  failed and is tried again: %s", found.name, found.error)
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        LOG.info("trial %s  failed", trial.trial_id)
+        found = self._failed(trial)
+        self._write(replace(found, ended="failed"))
+        LOG.info("trial %s  failed: %s", found.name, found.error)
 
+    def _failed(self, trial: Any) -> Trial:
+        found = self._of(trial)
+        error = str(trial.get_error() or "unknown").strip().splitlines()[-1]
+        found = replace(found, failures=found.failures + 1, error=error)
+        self._write(found)
+        return found
 
-def _collect(space: Space, base: Config, grid: tune.ResultGrid) -> Search:
-    trials = []
-    for result in grid:
-        metrics = result.metrics or {}
-        step = int(metrics.get("step", 0))
-        error = None if result.error is None else str(result.error).strip().splitlines()[-1]
-        trials.append(
-            Trial(
-                name=str(metrics.get("trial_id", Path(result.path).name)),
-                values=dict(result.config or {}),
-                value=metrics.get(space.metric),
-                step=step,
-                stopped_early=error is None and step < base.training.steps,
-                error=error,
-            )
-        )
-    return Search(space.metric, trials, best_of(trials, space.metric))
+    def _of(self, trial: Any) -> Trial:
+        name = trial.config["name"]
+        return self._trials.get(name) or Trial(name, trial.config["values"])
 
-
-def best_of(trials: list[Trial], metric: str) -> Trial:
-    """The trial to take; raises KarmaRayError when none ended with a number."""
-    done = [trial for trial in trials if trial.error is None and number(trial.value) is not None]
-    if not done:
-        reason = trials[0].error or f"{metric} of {trials[0].value}"
-        raise KarmaRayError(f"every trial failed; the first one with: {reason}")
-    return max(done, key=_rank)
-
-
-def _rank(trial: Trial) -> tuple[bool, bool, float]:
-    """Sort key: failed trials last, completed ones before stopped ones, then by the metric."""
-    value = number(trial.value)  # comparisons with NaN are always false
-    return trial.error is None, not trial.stopped_early, -math.inf if value is None else value
-
-
-def _write(result: Search, space: Space, base: Config, out: str) -> None:
-    write_json(to_dict(base), join(out, "config.json"))
-    write_json(
-        {
-            "metric": result.metric,
-            "best": result.best.name,
-            "flags": result.flags(),
-            "trials": [vars(trial) for trial in result.trials],
-        },
-        join(out, "trials.json"),
-    )
-    # The trials are whole runs with their own manifests; the search consists of its table.
-    manifest = {
-        "schema_version": SCHEMA_VERSION,
-        "kind": "search",
-        "content_hash": content_hash(join(out, "trials.json")),
-        "parents": {},
-        "space": space.path,
-        "metric": result.metric,
-    }
-    write_json(manifest, join(out, "manifest.json"))
-
-
-def _show(value: object) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def _local(out: str) -> str:
-    """Return the folder of Ray Tune's state: the output folder, or Ray's default if remote."""
-    return str(Path.home() / "ray_results") if "://" in out else out
+    def _write(self, trial: Trial) -> None:
+        self._trials[trial.name] = trial
+        self._ledger.write(trial)

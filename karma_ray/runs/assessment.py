@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, cast
 
 import numpy as np
@@ -22,7 +22,7 @@ from karma_ray.artifacts import (
     write_json,
 )
 from karma_ray.baselines.llm import TextVectors
-from karma_ray.baselines.popularity import warm_mask
+from karma_ray.baselines.popularity import PopularityRanker, training_clicks, warm_mask
 from karma_ray.baselines.ranker import Ranker
 from karma_ray.config import Config
 from karma_ray.data.draws import row_keys
@@ -38,6 +38,7 @@ from karma_ray.evaluation.paraphrased import ParaphrasedRanker, paraphrased_metr
 from karma_ray.metrics.collapse import spread
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.runs.joint import CURVE_EXAMPLES
 from karma_ray.runs.stages import STAGE_VERSION, Stage
 from karma_ray.runs.text_vectors import LlmTexts
 from karma_ray.training.order import Source
@@ -140,6 +141,19 @@ def assess(
     )  # fmt: skip
     write_json(cases, folder.path("report", "cases.json"))
     return metrics
+
+
+def validation_metrics(config: Config, source: PreparedData) -> dict[str, float]:
+    """Return what a validation during training reports, for the most popular items.
+
+    Raises InputError when there are no validation examples.
+    """
+    examples = source.examples("valid")
+    if examples.num_rows == 0:
+        raise InputError("--data", source.uri, "has no validation examples")
+    measured = replace(config, evaluation=replace(config.evaluation, max_examples=CURVE_EXAMPLES))
+    clicks = training_clicks(source.sequences(), source.catalog())
+    return Evaluator(measured, source)(PopularityRanker(clicks), examples)
 
 
 def floor_metrics(evaluator: Evaluator, cache: str) -> dict[str, dict[str, float]]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -8,10 +9,13 @@ from ray import tune
 
 from jobs.tune import main
 from karma_ray import cli
-from karma_ray.cluster.search_space import Space, assignments, load_space
-from karma_ray.cluster.tuning import Trial, best_of, describe, reported_value, search
+from karma_ray.artifacts import join
+from karma_ray.cli import load_config
+from karma_ray.cluster.search_space import Space, load_space
+from karma_ray.cluster.tuning import gpu_share, reported_value, search
 from karma_ray.config import Config, override
 from karma_ray.errors import InputError, KarmaRayError
+from karma_ray.studies.ledger import assignments, describe
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 64
@@ -27,33 +31,22 @@ def space(metric: str = "valid/HR@50") -> Space:
     )
 
 
+def flags(*argv: str) -> Namespace:
+    return cli.parser("", config=True).parse_args(argv)
+
+
 def write_space(folder: Path, text: str) -> str:
     path = folder / "space.py"
     path.write_text("from ray import tune\n" + text)
     return str(path)
 
 
-def trial(name: str, value: float | None, *, error: str | None = None) -> Trial:
-    return Trial(name, {}, value, STEPS, False, error)
-
-
-def test_a_trial_whose_metric_is_no_number_never_wins() -> None:
-    trials = [trial("a", float("nan")), trial("b", 3.0), trial("c", float("inf")), trial("d", 2.0)]
-    assert best_of(trials, "valid/HR@50").name == "b"
-    assert best_of(trials[::-1], "valid/HR@50").name == "b"
-
-
-def test_a_search_without_a_single_number_says_what_it_found_instead() -> None:
-    with pytest.raises(KarmaRayError, match=r"every trial failed.*valid/HR@50 of nan"):
-        best_of([trial("a", float("nan")), trial("b", None)], "valid/HR@50")
-    with pytest.raises(KarmaRayError, match=r"every trial failed.*out of memory"):
-        best_of([trial("a", None, error="out of memory")], "valid/HR@50")
-
-
 @pytest.mark.ray
 def test_weak_trials_stop_early_and_the_best_one_is_found(ray_cluster, tmp_path) -> None:
     # Defined here: a worker process cannot import a test module, but unpickles a closure.
-    def best_at_one_point_two(config: Config, data: str | None, out: str, *, on_validate) -> None:
+    def best_at_one_point_two(
+        config: Config, data: str | None, out: str, *, resume, on_validate
+    ) -> None:
         import numpy as np
 
         target = np.exp(-((config.objective.lambda_dec - 1.2) ** 2))
@@ -71,27 +64,30 @@ def test_weak_trials_stop_early_and_the_best_one_is_found(ray_cluster, tmp_path)
         max_concurrent=1,
         train=best_at_one_point_two,
     )
-    stopped = [trial for trial in result.trials if trial.stopped_early]
+    stopped = [trial for trial in result.trials if trial.ended == "stopped early"]
     finished = [trial for trial in result.trials if trial.step == STEPS]
     assert stopped and all(trial.step < STEPS for trial in stopped)
     assert finished and len(stopped) + len(finished) == 3
 
-    best = max(finished, key=lambda trial: trial.value or 0.0)
+    best = max(finished, key=lambda trial: trial.value(space().metric) or 0.0)
     assert result.best == best
     # Trials run one after the other: the first one is never stopped, a better one not either.
     assert len(finished) == 2
-    assert best.value is not None and best.value > 50.0
+    assert (best.value(space().metric) or 0.0) > 50.0
     assert float(result.flags().split("=")[1]) == best.values["objective.lambda_dec"]
 
     saved = json.loads(Path(out, "trials.json").read_text())
     assert len(saved["trials"]) == 3 and saved["best"] == best.name
     assert json.loads(Path(out, "manifest.json").read_text())["kind"] == "search"
+    assert 0 < result.saved_share() < 1 / 3
+    best_config = load_config(flags("--config", join(out, "best.json")), "toy")
+    assert best_config == result.config()
     assert "stopped early" in describe(result) and result.flags() in describe(result)
 
 
 @pytest.mark.ray
 def test_a_failing_trial_is_reported_and_the_search_goes_on(ray_cluster, tmp_path) -> None:
-    def fails_above(config: Config, data: str | None, out: str, *, on_validate) -> None:
+    def fails_above(config: Config, data: str | None, out: str, *, resume, on_validate) -> None:
         if config.objective.lambda_dec > 1.2:
             raise RuntimeError("lambda too high")
         on_validate(config.training.steps, {"HR@50": 10.0 * config.objective.lambda_dec})
@@ -103,6 +99,7 @@ def test_a_failing_trial_is_reported_and_the_search_goes_on(ray_cluster, tmp_pat
     failed = [trial for trial in result.trials if trial.error]
     assert len(failed) == 1
     assert all("lambda too high" in (trial.error or "") for trial in failed)
+    assert failed[0].failures == 3 and failed[0].ended == "failed"
     assert result.best.error is None and result.best.values["objective.lambda_dec"] <= 1.2
 
 
@@ -117,7 +114,7 @@ def test_a_validation_metric_is_found_with_or_without_its_prefix() -> None:
 
 @pytest.mark.slow
 def test_a_search_whose_every_trial_fails_says_why(ray_cluster, tmp_path) -> None:
-    def fails(config: Config, data: str | None, out: str, *, on_validate) -> None:
+    def fails(config: Config, data: str | None, out: str, *, resume, on_validate) -> None:
         raise RuntimeError("no such weather")
 
     with pytest.raises(KarmaRayError, match=r"every trial failed.*no such weather"):
@@ -157,13 +154,39 @@ def test_the_spaces_that_ship_can_be_loaded(path: Path) -> None:
         ),
         (
             "SPACE = {'objective.action_loss': tune.choice(['hinge'])}\nMETRIC = 'valid/MRR'",
-            "objective.action_loss: 'hinge' should be 'pairwise'",
+            "SPACE objective.action_loss: 'hinge' cannot be set",
         ),
         (
             "SPACE = {'seed': tune.choice([1])}\nMETRIC = 'valid/MRR'\nBASE_RECIPE = 'toys'",
             "'toys' is not valid; choices: action_only",
         ),
         ("SPACE = nothing", "cannot be run"),
+        (
+            "SPACE = {'objective.action_loss': tune.choice(['bce', 3])}\nMETRIC = 'valid/MRR'",
+            "SPACE objective.action_loss: 3 cannot be set",
+        ),
+        (
+            "SPACE = {'objective.lambda_dec': tune.uniform(-1.0, 1.0)}\nMETRIC = 'valid/MRR'",
+            "SPACE objective.lambda_dec: -1.0 cannot be set",
+        ),
+        (
+            "SPACE = {'collate.drop_query': tune.uniform(0.1, 1.5)}\nMETRIC = 'valid/MRR'",
+            r"SPACE collate.drop_query: 1.49\d* cannot be set",
+        ),
+        (
+            "SPACE = {'seed': tune.sample_from(lambda _: 1)}\nMETRIC = 'valid/MRR'",
+            "is a domain from which Optuna cannot draw",
+        ),
+        (
+            "SPACE = {'model.decodability.recon_text': tune.choice(['own', 'shuffled'])}\n"
+            "METRIC = 'valid/MRR'",
+            "recon_text: 'shuffled' is a null control, which a search must not choose",
+        ),
+        (
+            "SPACE = {'model.decodability.recon_detach_h': tune.choice([False, True])}\n"
+            "METRIC = 'valid/MRR'",
+            "recon_detach_h: True is a null control",
+        ),
     ],
 )
 def test_a_space_that_makes_no_sense_is_refused(tmp_path, text: str, message: str) -> None:
@@ -210,3 +233,19 @@ def test_a_search_over_a_pretrained_llm_is_gentle_but_in_what_it_sets_or_draws(
     assert base.warmup.learning_rate == 5e-5 and base.model.item_encoder.pool == "mean"
     drawn = override(base, assignments({"training.learning_rate": 2e-5}))
     assert drawn.training.learning_rate == 2e-5
+
+
+@pytest.mark.parametrize(
+    ("gpus", "concurrent", "share"), [(0, 2, 0), (1, 2, 0.5), (2, 3, 0.5), (4, 2, 1), (3, 7, 1 / 3)]
+)
+def test_the_shares_of_concurrent_trials_fill_the_gpus(gpus, concurrent, share) -> None:
+    assert gpu_share(gpus, concurrent) == pytest.approx(share)
+
+
+def test_pictures_are_weighed_only_where_the_data_have_features(tmp_path: Path) -> None:
+    drawn = load_space(str(ROOT / "tune_spaces" / "karma.py"))
+    without = drawn.suited(str(tmp_path))
+    assert without.base_recipe == "karma_text" and not without.base().objective.built.image
+    assert drawn.domains.keys() - without.domains.keys() == {"objective.lambda_img"}
+    (tmp_path / "visual_features").mkdir()
+    assert drawn.suited(str(tmp_path)) == drawn and drawn.base().objective.built.image
