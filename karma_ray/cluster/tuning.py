@@ -163,6 +163,9 @@ def _run(
 ) -> None:  # fmt: skip
     # None of Ray's loggers is used: the ledger holds what trials report.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # which prints boxes also if told to be silent
+    logging.getLogger("optuna").setLevel(logging.WARNING)
+    logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the files of those loggers
     if gpus_per_trial is None:
         gpus_per_trial = gpu_share(supply().reach(GPU).possible, max_concurrent)
     fs, path = open_filesystem(ledger.out)
