@@ -129,7 +129,9 @@ def karma_llm() -> Config:
     the block is counted words, half what the LLM says of an item.
     """
     base = hllm()
-    encoder = replace(base.model.item_encoder, layers=12, train_layers=1, lexical=1024, block="both")
+    encoder = replace(
+        base.model.item_encoder, layers=12, train_layers=1, lexical=1024, block="both"
+    )
     decoder = replace(base.model.user_decoder, layers=6)
     return replace(
         base,
