@@ -14,6 +14,7 @@ import torch
 from ray.experimental.internal_kv import _internal_kv_put
 from ray.train.torch import get_device
 
+from karma_ray.cluster.session import joins_a_cluster
 from karma_ray.cluster.supply import Reach, Supply, supply
 from karma_ray.errors import InputError
 from karma_ray.training.config import TrainingConfig
@@ -141,7 +142,8 @@ def _why_not(training: TrainingConfig, fewest: int, gpus: Reach) -> str:
 def _said(reach: Reach, name: str = "GPU") -> str:
     """Say what is up and what may be added."""
     if not reach.possible:
-        return f"the cluster has no {name}, and no autoscaler that may add one"
+        grows = " in the cluster, and no autoscaler that may add one" if joins_a_cluster() else ""
+        return f"there is no {name}{grows}"
     up = "1 is up" if reach.up == 1 else f"{reach.up or 'none'} are up"
     return f"{up}, the autoscaler may add {f'up to {reach.more}' if reach.more else 'none'}"
 

@@ -75,7 +75,7 @@ def test_the_resource_of_kubernetes_declares_its_gpus_if_it_has_an_autoscaler() 
         (TWO_GPUS, training(4), False, "training on CPUs: 2 GPUs are fewer than the 4 workers; "
          "--set training.num_workers=2 would use them"),
         (TWO_GPUS, training(2, "false"), False, "training on CPUs: training.use_gpu is false"),
-        (LAPTOP, training(2), False, "training on CPUs: the cluster has no GPU"),
+        (LAPTOP, training(2), False, "training on CPUs: there is no GPU"),
     ],
 )  # fmt: skip
 def test_the_choice_follows_from_what_may_come_and_is_said(
