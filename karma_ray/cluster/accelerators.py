@@ -81,14 +81,18 @@ def encoders(
     else:
         size = asked
     if gpus.possible:
-        share = 1.0 / -(-size // gpus.possible)  # a whole number of encoders on each GPU
         LOG.info("%s with %s on GPUs: %s", purpose, _count(size, "encoder"), _said(gpus))
-        return Pool(size, share)
+        return Pool(size, gpu_share(gpus.possible, size))
     if size > cpus.possible:
         raise InputError("--actors", size, f"needs {_count(size, 'CPU')}; {_said(cpus, 'CPU')}")
     why = f": {_said(gpus)}" if on_gpus else ""
     LOG.info("%s with %s on CPUs%s", purpose, _count(size, "encoder"), why)
     return Pool(size, 0.0)
+
+
+def gpu_share(gpus: float, workers: int) -> float:
+    """Return the share of a GPU for each of `workers`, so that a whole number fills each GPU."""
+    return 1.0 / max(1, -(-workers // int(gpus))) if gpus >= 1 else 0.0
 
 
 def trial_resources(slots: int) -> tuple[int, float]:
@@ -106,8 +110,7 @@ def share_of_gpus_up(replicas: int) -> float:
 
     The autoscaler is not asked for more, as an endpoint keeps what it has for as long as it lives.
     """
-    gpus = int(ray.available_resources().get("GPU", 0.0))
-    share = 1.0 / -(-replicas // gpus) if gpus else 0.0
+    share = gpu_share(ray.available_resources().get("GPU", 0.0), replicas)
     LOG.info("serving with %s on %s", _count(replicas, "replica"), "GPUs" if share else "CPUs")
     return share
 

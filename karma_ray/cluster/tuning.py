@@ -9,7 +9,6 @@ search tells Optuna and ASHA what it has found, and goes on with unfinished runs
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -21,7 +20,7 @@ from ray import tune
 
 from karma_ray import recipes
 from karma_ray.artifacts import RunFolder, absolute, exists, open_filesystem, read_lines
-from karma_ray.cluster.accelerators import GPU
+from karma_ray.cluster.accelerators import GPU, gpu_share
 from karma_ray.cluster.proposals import Settings, stopping_rule
 from karma_ray.cluster.search_space import Space
 from karma_ray.cluster.supply import supply
@@ -111,11 +110,6 @@ def reported_value(metric: str, metrics: Mapping[str, float]) -> float:
         if name in metrics:
             return float(metrics[name])
     raise InputError("METRIC", metric, choices=sorted(metrics))
-
-
-def gpu_share(gpus: float, concurrent: int) -> float:
-    """Return the share of a GPU for each of `concurrent` trials, so that shares fill each GPU."""
-    return 0.0 if gpus < 1 else 1 / max(1, math.ceil(concurrent / int(gpus)))
 
 
 def _check(base: Config, trials: int, max_concurrent: int, gpus_per_trial: float | None) -> None:

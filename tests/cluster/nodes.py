@@ -51,6 +51,12 @@ def node(
         kill(process)
 
 
+def as_head(port: int, temp: Path) -> list[str]:
+    """Return the flags of a head node on loopback; `temp` needs a short path."""
+    return ["--head", "--port", str(port), "--include-dashboard", "false",
+            "--node-ip-address", "127.0.0.1", "--temp-dir", str(temp)]  # fmt: skip
+
+
 def need_own_disks() -> None:
     """Skip the test where a process may not mount disks of its own."""
     command = [*OWN_MOUNTS, "mount", "-t", "tmpfs", "tmpfs", "/mnt"]

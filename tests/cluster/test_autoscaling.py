@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE
 from karma_ray.cluster.supply import NodeType, declared_types
 from karma_ray.retrieval.encode import load_embeddings
 from tests import tiny_run
-from tests.cluster.test_lost_node import ROOT, _free_port, _node
+from tests.cluster.nodes import ROOT, as_head, free_port, node, short_folder
 
 EMPTY_LISTS = (
     "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
@@ -58,8 +57,8 @@ def test_training_and_embedding_make_the_cluster_grow_and_it_shrinks(
 ) -> None:
     tiny_run.write_data(tmp_path)
     run = tiny_run.write_run(tmp_path)
-    port = _free_port()
-    address, temp = f"127.0.0.1:{port}", Path(f"/tmp/kr-{port}")  # sockets need a short path
+    port = free_port()
+    address = f"127.0.0.1:{port}"
     config = tmp_path / "cluster.json"
     config.write_text(json.dumps(cluster_file(address)))
     for name, value in (
@@ -68,26 +67,24 @@ def test_training_and_embedding_make_the_cluster_grow_and_it_shrinks(
         ("RAY_OVERRIDE_NODE_ID_FOR_TESTING", FAKE_HEAD_NODE_ID),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
-    try:
-        with _node(
-            tmp_path, "--head", "--port", str(port), "--include-dashboard", "false",
-            "--node-ip-address", "127.0.0.1", "--temp-dir", str(temp),
-            "--autoscaling-config", str(config),
-        ):  # fmt: skip
-            wait = ["-c", f"import ray; ray.init('{address}')"]
-            for _ in range(20):
-                if subprocess.run([sys.executable, *wait], capture_output=True).returncode == 0:
-                    break
-            done = subprocess.run(
-                [sys.executable, "-m", "tests.cluster.growing", tmp_path, run, tmp_path / "data"],
-                cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
-                capture_output=True, text=True, timeout=500,
-            )  # fmt: skip
-            log = "".join(
-                path.read_text()[-3000:] for path in temp.glob("session_latest/logs/monitor*")
-            )
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
+    with (
+        short_folder() as temp,
+        node(
+            tmp_path / "head.log", *as_head(port, temp), "--autoscaling-config", str(config)
+        ),
+    ):  # fmt: skip
+        wait = ["-c", f"import ray; ray.init('{address}')"]
+        for _ in range(20):
+            if subprocess.run([sys.executable, *wait], capture_output=True).returncode == 0:
+                break
+        done = subprocess.run(
+            [sys.executable, "-m", "tests.cluster.growing", tmp_path, run, tmp_path / "data"],
+            cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+            capture_output=True, text=True, timeout=500,
+        )  # fmt: skip
+        log = "".join(
+            path.read_text()[-3000:] for path in temp.glob("session_latest/logs/monitor*")
+        )
     assert done.returncode == 0, done.stderr + log
     assert "training on 1 GPU: none are up, the autoscaler may add up to 2" in done.stderr
     assert "embedding 40 items with 1 encoder on GPUs: none are up" in done.stderr

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +11,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.cluster.nodes import ROOT, as_head, free_port, node, short_folder
 from tests.cluster.test_autoscaling import cluster_file
-from tests.cluster.test_lost_node import ROOT, _free_port, _node
 
 ASKING = """
 import ray
@@ -33,8 +32,8 @@ print("ran on", [n["Resources"] for n in ray.nodes() if n["NodeID"] == node][0])
 def test_work_gets_a_machine_on_demand_where_spot_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    port = _free_port()
-    address, temp = f"127.0.0.1:{port}", Path(f"/tmp/kr-{port}")  # sockets need a short path
+    port = free_port()
+    address = f"127.0.0.1:{port}"
     cluster = cluster_file(address)
     gpu = cluster["available_node_types"].pop("gpu")
     for name in ("gpu_spot", "gpu_on_demand"):
@@ -57,23 +56,21 @@ def test_work_gets_a_machine_on_demand_where_spot_is_refused(
         ("AUTOSCALER_UPDATE_INTERVAL_S", "1"),
     ):  # fmt: skip
         monkeypatch.setenv(name, value)
-    try:
-        with _node(
-            tmp_path, "--head", "--port", str(port), "--include-dashboard", "false",
-            "--node-ip-address", "127.0.0.1", "--temp-dir", str(temp),
-            "--autoscaling-config", str(config),
-        ):  # fmt: skip
-            code = ASKING.format(address=address)
-            for _ in range(5):  # until the head is up
-                done = subprocess.run(
-                    [sys.executable, "-c", code], env=dict(os.environ), capture_output=True,
-                    text=True, timeout=300,
-                )  # fmt: skip
-                if done.returncode == 0:
-                    break
-            log = "".join(p.read_text() for p in temp.glob("session_latest/logs/monitor*"))
-    finally:
-        shutil.rmtree(temp, ignore_errors=True)
+    with (
+        short_folder() as temp,
+        node(
+            tmp_path / "head.log", *as_head(port, temp), "--autoscaling-config", str(config)
+        ),
+    ):  # fmt: skip
+        code = ASKING.format(address=address)
+        for _ in range(5):  # until the head is up
+            done = subprocess.run(
+                [sys.executable, "-c", code], env=dict(os.environ), capture_output=True,
+                text=True, timeout=300,
+            )  # fmt: skip
+            if done.returncode == 0:
+                break
+        log = "".join(p.read_text() for p in temp.glob("session_latest/logs/monitor*"))
     assert "ran on" in done.stdout, done.stderr[-2000:] + log[-3000:]
     assert "gpu_spot" in log and "InsufficientInstanceCapacity" in log
     assert log.index("gpu_spot") < log.rindex("gpu_on_demand")

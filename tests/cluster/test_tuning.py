@@ -11,8 +11,9 @@ from jobs.tune import main
 from karma_ray import cli
 from karma_ray.artifacts import join
 from karma_ray.cli import load_config
+from karma_ray.cluster.accelerators import gpu_share
 from karma_ray.cluster.search_space import Space, load_space
-from karma_ray.cluster.tuning import gpu_share, reported_value, search
+from karma_ray.cluster.tuning import reported_value, search
 from karma_ray.config import Config, override
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.studies.ledger import assignments, describe
