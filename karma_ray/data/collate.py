@@ -7,6 +7,7 @@ tables is an index into them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,6 +79,10 @@ class Collator:
         """Return tokens [I, L] and lengths [I] of the catalogue; not available in serving."""
         assert self.item_tokens is not None and self.item_lengths is not None
         return self.item_tokens, self.item_lengths
+
+    def encode_queries(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return tokens [V, Lq] and token counts [V] of queries."""
+        return self._queries.encode(texts)
 
     def training(self, rows: pa.Table, keys: np.ndarray) -> Batch:
         """Build a batch from `sequences` rows and a key [B] for the random draws of each row.

@@ -145,6 +145,28 @@ def run_packed(body: nn.Module, tokens: Tensor, real: Tensor) -> Tensor:
     return plan.spread(_states(body, tokens[None], plan.collect(positions)[None], plan, ())[0])
 
 
+def continue_body(
+    body: nn.Module, embeddings: Tensor, positions: Tensor, past: Tensor, visible: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Run new soft tokens [B, N, D] behind P earlier slots of each row.
+
+    `positions` [B, N]; `past` [L, 2, B, K, P, d] are the keys and values of the earlier slots in
+    each layer; `visible` [B, N, P + N]. Returns the last hidden states [B, N, D], and the keys and
+    values [L, 2, B, K, N, d] of the new slots.
+    """
+    plan = packing.Continuation(past, visible)
+    states = _states(body, embeddings, positions, plan, ())
+    return states, torch.stack(plan.new)
+
+
+def key_value_shape(body: nn.Module) -> tuple[int, int, int]:
+    """Return layers L, key/value heads K and head width d of what a body stores per slot."""
+    config = cast(Any, body).config
+    shape = family_of(body).layer_shape(config)
+    width = shape.attention_width // config.num_attention_heads
+    return num_layers(body), int(config.num_key_value_heads), width
+
+
 def _states(
     body: nn.Module, embeddings: Tensor, positions: Tensor, plan: Any, deep: Sequence[Tensor]
 ) -> Tensor:

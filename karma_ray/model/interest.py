@@ -94,9 +94,7 @@ class InterestModel(RecallModel):
 
     def prefix(self, batch: Batch, items: Tensor) -> Prefix:
         """Return the user decoder's input for a batch; `items` [U, D]."""
-        queries = None
-        if self.config.user_decoder.query_mode == "encoder":
-            queries = self._encode_queries(batch)
+        queries = self.encoded_queries(batch.query_tokens, batch.query_lengths)
         return self.user_decoder.prefix(batch, items, queries)
 
     def interest(self, batch: Batch, items: Tensor) -> Tensor:
@@ -122,10 +120,16 @@ class InterestModel(RecallModel):
             return self.query_vectors(self.generator.search_with(interest, keys))
         return super().search_vectors(interest, keys)
 
-    def _encode_queries(self, batch: Batch) -> Tensor:
-        device, lengths = batch.query_lengths.device, host_of(batch.query_lengths) + 1
+    def encoded_queries(self, tokens: Tensor, token_counts: Tensor) -> Tensor | None:
+        """Return the embeddings [V, D] of queries by the item encoder, if the decoder reads them.
+
+        `tokens` [V, Lq] and their counts [V].
+        """
+        if self.config.user_decoder.query_mode != "encoder":
+            return None
+        device, lengths = token_counts.device, host_of(token_counts) + 1
         rows = torch.arange(len(lengths), device=device)
-        closed = torch.nn.functional.pad(batch.query_tokens, (0, 1), value=self.end_of_text)
-        closed[rows, batch.query_lengths] = self.end_of_text
+        closed = torch.nn.functional.pad(tokens, (0, 1), value=self.end_of_text)
+        closed[rows, token_counts] = self.end_of_text
         none = upload(torch.full_like(lengths, NO_PICTURE), device)
         return self.encode_items(closed, upload(lengths, device), none)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from karma_ray.model.packing import Packing, attend
+from karma_ray.model.packing import Continuation, Packing, attend
 
 
 class RMSNorm(nn.Module):
@@ -59,7 +59,7 @@ class Attention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        packing: Packing | None = None,
+        packing: Packing | Continuation | None = None,
         **options: Any,
     ) -> tuple[Tensor, None]:
         """[B, S, D] -> [B, S, D]; called by the layer in place of the stock module."""

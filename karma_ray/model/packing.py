@@ -56,8 +56,7 @@ class Packing:
         visible = self.visible
         if visible is None:
             visible = torch.ones(size, size, dtype=torch.bool, device=self.real.device).tril()[None]
-        bias = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
-        return bias.masked_fill_(~visible, HIDDEN)[:, None, None]
+        return bias_of(visible)
 
     def prepare(self) -> None:
         """Compute what a GPU's kernels read before the layers run, which may be compiled."""
@@ -74,6 +73,37 @@ class Packing:
         return cast(Tensor, flat).view(*self.real.shape, *tokens.shape[1:])
 
 
+class Continuation:
+    """New slots [B, N] behind P earlier slots, whose keys and values are stored.
+
+    The layers of a body call `extended` in their order, so one object serves one pass.
+    """
+
+    maps: None = None
+
+    def __init__(self, past: Tensor, visible: Tensor) -> None:
+        """`past` [L, 2, B, K, P, d] of every layer; `visible` [B, N, P + N]."""
+        self.visible, self.bias = visible, bias_of(visible)
+        self._past = iter(past)
+        self.new: list[Tensor] = []
+        """Of every layer that has run: keys and values [2, B, K, N, d] of the new slots."""
+
+    def prepare(self) -> None:
+        """Do nothing: there is nothing to compute before the layers run."""
+
+    def extended(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Put the earlier keys and values before those of the new slots, in every row."""
+        self.new.append(torch.stack([key, value]))
+        earlier = next(self._past)
+        return torch.cat([earlier[0], key], 2), torch.cat([earlier[1], value], 2)
+
+
+def bias_of(visible: Tensor) -> Tensor:
+    """Return the additive mask [B, 1, 1, S, S'] of `visible` [B, S, S']: 0 or nearly -infinity."""
+    bias = torch.zeros(visible.shape, dtype=torch.float32, device=visible.device)
+    return bias.masked_fill_(~visible, HIDDEN)[:, None, None]
+
+
 def worth_packing(real: Tensor) -> bool:
     """Whether the slots [B, S] have enough padding to make packing worthwhile."""
     count = int(host_of(real).sum())  # 0: the layers still run, because workers must stay in step
@@ -88,14 +118,18 @@ def attend(
     attention_mask: Tensor | None,
     scaling: float,
     dropout: float = 0.0,
-    packing: Packing | None = None,
+    packing: Packing | Continuation | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attention of one layer, called by transformers: [B, H, S, d], [B, K, S, d] -> [B, S, H, d].
 
     If `packing` is packed, rows are [1, H, N, d]. `attention_mask` is ignored: the mask is part
-    of `packing`, and without it a row is causal.
+    of `packing`, and without it a row is causal. A Continuation puts earlier keys and values
+    before the given ones.
     """
+    if isinstance(packing, Continuation):
+        key, value = packing.extended(key, value)
+        return _on_grid(query, key, value, packing, scaling, dropout).transpose(1, 2), None
     if packing is None:
         everything = torch.ones(len(query), query.shape[2], dtype=torch.bool, device=query.device)
         packing = Packing(everything, packed=False)
@@ -113,9 +147,10 @@ def attend(
 
 
 def _on_grid(
-    query: Tensor, key: Tensor, value: Tensor, packing: Packing, scaling: float, dropout: float
-) -> Tensor:
-    """[B, H, S, d], [B, K, S, d] -> [B, H, S, d]."""
+    query: Tensor, key: Tensor, value: Tensor, packing: Packing | Continuation, scaling: float,
+    dropout: float,
+) -> Tensor:  # fmt: skip
+    """[B, H, S, d], keys and values [B, K, S', d] -> [B, H, S, d]; S' > S in a continuation."""
     if query.is_cuda and packing.maps is None:
         return _fused(query, key, value, packing.visible, scaling, dropout)
     # On a CPU plain products are faster than the fused kernel at these lengths

@@ -74,7 +74,9 @@ class UserDecoder(nn.Module):
         embeddings of its unique queries by E_phi under query_mode `encoder`, otherwise None.
         """
         width = num_query_slots(self.config, batch.query_lengths)
-        query_tokens, lengths = self._queries(batch, queries, width)  # [V, W, D], [V]
+        query_tokens, lengths = self.soft_queries(
+            batch.query_tokens, batch.query_lengths, queries, width
+        )  # [V, W, D], [V]
         used = upload(lengths[host_of(batch.query_index)], batch.group.device)
         layout = build_layout(
             self.config.layout, len(self.prompt), used, width,
@@ -98,26 +100,35 @@ class UserDecoder(nn.Module):
     def interest(self, states: Tensor, prefix: Prefix) -> Tensor:
         """Read h [B, T, D] from the states [B, >= S, D] of a prefix."""
         index = prefix.layout.readout[..., None].expand(-1, -1, states.shape[-1])
-        h = rms_normalize(self.readout(states.gather(1, index)))
-        if prefix.words is None:
+        return self.read(states.gather(1, index), prefix.words)
+
+    def read(self, states: Tensor, words: Tensor | None) -> Tensor:
+        """Read h [..., D] from states at read-out slots; `words` [..., K] as in a Prefix."""
+        h = rms_normalize(self.readout(states))
+        if words is None:
             return h
-        words = self.lexical_weight * self.lexical_scale * prefix.words
+        words = self.lexical_weight * self.lexical_scale * words
         return rms_normalize(torch.cat([h, words], -1))
 
-    def _queries(self, batch: Batch, encoded: Tensor | None, width: int) -> tuple[Tensor, Tensor]:
-        """Return soft tokens [V, W, D] of the unique queries; their used slots [V] on the host."""
-        missing = (batch.query_lengths == 0) | (self.config.query_mode == "none")
+    def soft_queries(
+        self, tokens: Tensor, token_counts: Tensor, encoded: Tensor | None, width: int
+    ) -> tuple[Tensor, Tensor]:
+        """Return soft tokens [V, W, D] of unique queries; their used slots [V] on the host.
+
+        `tokens` [V, Lq] and their counts [V], 0 for no query; `encoded` as in `prefix`.
+        """
+        missing = (token_counts == 0) | (self.config.query_mode == "none")
         no_query = self.no_query.expand(len(missing), width, -1)
-        rows = token_embeddings(self.body)[batch.query_tokens]  # [V, Lq, D]
-        lengths = torch.ones_like(host_of(batch.query_lengths))
+        rows = token_embeddings(self.body)[tokens]  # [V, Lq, D]
+        lengths = torch.ones_like(host_of(token_counts))
         if self.config.query_mode == "tokens":
             soft = rows[:, :width]
             soft = functional.pad(soft, (0, 0, 0, width - soft.shape[1]))
-            lengths = host_of(batch.query_lengths).clamp(min=1)
+            lengths = host_of(token_counts).clamp(min=1)
         elif self.config.query_mode == "encoder" and encoded is not None:
             soft = self.projector(encoded)[:, None]
         elif self.config.query_mode == "embed_pool":
-            real = torch.arange(rows.shape[1], device=rows.device) < batch.query_lengths[:, None]
+            real = torch.arange(rows.shape[1], device=rows.device) < token_counts[:, None]
             pooled = (rows * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
             soft = self.query_embedding(pooled)[:, None]
         else:

@@ -72,7 +72,7 @@ def test_the_read_out_starts_as_the_identity() -> None:
 def test_a_query_encoder_reads_queries_with_the_item_encoder() -> None:
     model = tiny.model("query_last", "encoder").interest
     batch = tiny.batch()
-    found = model._encode_queries(batch)
+    found = model.encoded_queries(batch.query_tokens, batch.query_lengths)
     for v in range(1, len(batch.query_lengths)):
         length = int(batch.query_lengths[v])
         closed = torch.cat([batch.query_tokens[v, :length], torch.tensor([model.end_of_text])])
