@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from karma_ray.artifacts import RunFolder, read_table
 from karma_ray.cli import parser, run
 from karma_ray.cluster.serving import curl_example, serve_run
+from karma_ray.serving.host import serve_here
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -18,6 +19,10 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     flags.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
     flags.add_argument("--replicas", type=int, default=1, help="copies of model and index (1)")
+    flags.add_argument(
+        "--without-ray", action="store_true",
+        help="answer from this process, behind uvicorn: one machine, no cluster",
+    )  # fmt: skip
     arguments = flags.parse_args(argv)
 
     def announce(url: str) -> None:
@@ -25,6 +30,9 @@ def main(argv: list[str] | None = None) -> None:
         ids = read_table(source, columns=["item_id"]).column("item_id")[:2].to_pylist()
         print(f"ready: {url}/docs; stop with Ctrl-C. Try:\n{curl_example(url, ids)}", flush=True)
 
+    if arguments.without_ray:
+        serve_here(arguments.run, arguments.host, arguments.port, announce)
+        return
     serve_run(
         arguments.run, arguments.host, arguments.port, arguments.replicas,
         blocking=True, on_ready=announce,

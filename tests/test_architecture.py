@@ -35,13 +35,15 @@ ROOMS = (
     "report",
     "runs",
     "studies",
+    "serving",
     "cluster",
     "cli",
 )
 # Outside packages that have one home inside the package.
 HOMES = {
     "ray": "karma_ray.cluster",
-    "fastapi": "karma_ray.cluster",
+    "fastapi": "karma_ray.serving",
+    "prometheus_client": "karma_ray.serving",
     "transformers": "karma_ray.model.backbones",
     "peft": "karma_ray.model.lora",
     "faiss": "karma_ray.retrieval",

@@ -197,11 +197,12 @@ class IncrementalReader:
         return torch.stack(last), grown
 
     def _inputs(self, rows: list[_Row], soft: Tensor, width: int) -> Tensor:
-        """Return the soft tokens [B, N, D] of the new slots; zeros where a row has fewer."""
+        """Return the soft tokens [B, N, D] of the new slots; any query where a row has fewer."""
         items = dict.fromkeys(at for row in rows for query, at in row.source if query < 0)
         place = {row: n for n, row in enumerate(items)}
         count, slots = len(place), soft.shape[1]
-        sources = np.zeros((len(rows), width), np.int64)
+        # Not an item: one that is not finite would spoil the rows of other requests.
+        sources = np.full((len(rows), width), count, np.int64)
         for b, row in enumerate(rows):
             sources[b, : len(row.source)] = [
                 place[at] if query < 0 else count + query * slots + at for query, at in row.source

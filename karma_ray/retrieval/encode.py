@@ -131,6 +131,10 @@ class ItemTable:
         """Every item has its own content, since requests compare no negatives."""
         return np.arange(self.num_items, dtype=np.int64)
 
+    def row(self, item_id: str) -> int:
+        """Return the row number of an item, -1 for an unknown one."""
+        return self._row_of.get(item_id, -1)
+
     def rows(self, ids: Sequence[str]) -> NDArray[np.int64]:
         """Return the row numbers [n] of item ids; -1 for unknown ones."""
         return np.fromiter((self._row_of.get(i, -1) for i in ids), dtype=np.int64, count=len(ids))

@@ -9,7 +9,6 @@ Legend: B requests, I items, D width, K results.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -22,6 +21,7 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.collate import Collator
 from karma_ray.errors import InputError
 from karma_ray.model.device import this_device
+from karma_ray.retrieval.answers import Recall, RecalledItem, Scores
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.finite import check_queries
@@ -33,31 +33,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from karma_ray.model.recall import RecallModel
-
-
-@dataclass(frozen=True)
-class RecalledItem:
-    """A retrieved item with its score and title."""
-
-    item_id: str
-    score: float
-    title: str
-
-
-@dataclass(frozen=True)
-class Recall:
-    """The best items, best first, and unknown ids of the history."""
-
-    items: list[RecalledItem]
-    ignored_item_ids: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Scores:
-    """One score per requested item, None for unknown items."""
-
-    scores: list[float | None]
-    ignored_item_ids: list[str] = field(default_factory=list)
 
 
 class Retriever:
@@ -76,7 +51,7 @@ class Retriever:
         device = next(interest.parameters()).device
         self.collator, self.table, self.index = collator, table, index.on(device)
         self.model_version, self.index_version = model_version, index.content_hash
-        self._embeddings = torch.from_numpy(table.embeddings).to(device)  # [I, D]
+        self.embeddings = torch.from_numpy(table.embeddings).to(device)  # [I, D]
 
     @classmethod
     def load(
@@ -113,15 +88,28 @@ class Retriever:
         return cls(interest, collator, table, build_index(interest, table, kind))
 
     @property
+    def width(self) -> int:
+        """D."""
+        return int(self.embeddings.shape[1])
+
+    @property
     def device(self) -> torch.device:
         """Where the model, the item vectors and the scores are."""
-        return self._embeddings.device
+        return self.embeddings.device
 
     def interests(self, examples: pa.Table) -> Tensor:  # [B, D]
         """Return h_t of every request."""
         with torch.inference_mode():
-            batch = self.collator.requests(examples).to(self._embeddings.device)
-            return self.interest.last_interest(batch, self._embeddings[batch.item_rows])
+            batch = self.collator.requests(examples).to(self.embeddings.device)
+            return self.interest.last_interest(batch, self.embeddings[batch.item_rows])
+
+    def interests_of(self, requests: Sequence[Request]) -> Tensor:  # [B, D]
+        """Return h_t of requests, without rows of `examples`."""
+        return self.interests(request_table(requests))
+
+    def keys_of(self, requests: Sequence[Request]) -> NDArray[np.int64]:  # [B]
+        """Return the keys of requests, as `keys` does for rows of `examples`."""
+        return self.keys(request_table(requests))
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # [B, I]
         """Return scores of the whole catalogue for rows of `examples`, in the table's order."""
@@ -156,15 +144,33 @@ class Retriever:
         """
         if k < 1:
             raise InputError("k", k, "must be at least 1")
-        clicked = [{item.item_id for item in request.history} for request in requests]
-        extra = max(map(len, clicked), default=0) if exclude_history else 0
-        rows, scores = self._search(self._search_vectors(requests), k + extra)
+        vectors = self._search_vectors(requests)
+        return self.best_of(
+            vectors, requests, [k] * len(requests), [exclude_history] * len(requests)
+        )
+
+    def best_of(
+        self,
+        vectors: NDArray[np.float32],  # [B, K, D]
+        requests: Sequence[Request],
+        ks: Sequence[int],
+        excludes: Sequence[bool],
+    ) -> list[Recall]:
+        """Return what each request of given search vectors recalls, with one pass of the index."""
+        clicked = [
+            {item.item_id for item in request.history} if exclude else set()
+            for request, exclude in zip(requests, excludes, strict=True)
+        ]
+        deepest = max(k + len(seen) for k, seen in zip(ks, clicked, strict=True))
+        rows, scores = self._search(vectors, deepest)
         answers = []
-        for request, seen, found, values in zip(requests, clicked, rows, scores, strict=True):
+        for place, (request, seen, k) in enumerate(zip(requests, clicked, ks, strict=True)):
+            wanted = k + len(seen)
+            found, values = rows[place, :wanted].tolist(), scores[place, :wanted].tolist()
             items = [
-                RecalledItem(self.index.item_ids[row], float(value), self.index.titles[row])
+                RecalledItem(self.index.item_ids[row], value, self.index.titles[row])
                 for row, value in zip(found, values, strict=True)
-                if row >= 0 and not (exclude_history and self.index.item_ids[row] in seen)
+                if row >= 0 and self.index.item_ids[row] not in seen
             ]
             answers.append(Recall(items[:k], self._unknown(request)))
         return answers
@@ -174,12 +180,18 @@ class Retriever:
     ) -> Scores:
         """Score given items (pre-ranking), in their order; None for unknown items."""
         request = Request(query, history)
+        return self.scores_of(self._search_vectors([request])[0], request, item_ids)
+
+    def scores_of(
+        self, vectors: NDArray[np.float32], request: Request, item_ids: Sequence[str]
+    ) -> Scores:
+        """Score given items for the search vectors [K, D] of a request."""
         rows = self.table.rows(item_ids)
         known = np.flatnonzero(rows >= 0)
         scores: list[float | None] = [None] * len(item_ids)
         with torch.inference_mode():
-            items = self.interest.index_vectors(self._embeddings[torch.from_numpy(rows[known])])
-            values = items.float().cpu().numpy() @ self._search_vectors([request])[0].T
+            items = self.interest.index_vectors(self.embeddings[torch.from_numpy(rows[known])])
+            values = items.float().cpu().numpy() @ vectors.T
         for position, value in zip(known, values, strict=True):
             scores[position] = float(value.max())
         return Scores(scores, self._unknown(request))
@@ -195,7 +207,7 @@ class Retriever:
     @cached_property
     def _index_vectors(self) -> Tensor:  # [I, D]
         with torch.inference_mode():
-            return self.interest.index_vectors(self._embeddings)
+            return self.interest.index_vectors(self.embeddings)
 
     def _search_vectors(self, requests: Sequence[Request]) -> NDArray[np.float32]:  # [B, K, D]
         with torch.inference_mode():
@@ -218,8 +230,8 @@ class Retriever:
         return merged(rows.reshape(count, -1), scores.reshape(count, -1), k)
 
     def _unknown(self, request: Request) -> list[str]:
-        ids = list(dict.fromkeys(item.item_id for item in request.history))
-        return [i for i, row in zip(ids, self.table.rows(ids), strict=True) if row < 0]
+        ids = dict.fromkeys(item.item_id for item in request.history)
+        return [item_id for item_id in ids if self.table.row(item_id) < 0]
 
 
 def build_index(

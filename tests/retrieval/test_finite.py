@@ -12,10 +12,12 @@ from fastapi.testclient import TestClient
 from safetensors.torch import load_file, save_file
 
 from karma_ray.artifacts import read_table, write_table
-from karma_ray.cluster.serving import build_app, serve_run
+from karma_ray.cluster.serving import serve_run
 from karma_ray.errors import KarmaRayError
 from karma_ray.retrieval.index import ItemIndex
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.serving.app import build_app
+from karma_ray.serving.service import Service
 from tests import tiny_run
 
 
@@ -58,8 +60,8 @@ def test_an_index_of_vectors_that_are_not_finite_is_not_made() -> None:
 
 def test_an_answer_that_is_not_finite_is_an_error_and_not_an_empty_list(run: str) -> None:
     retriever = Retriever.load(run)
-    retriever._embeddings[3] = torch.nan
-    client = TestClient(build_app(retriever))
+    retriever.embeddings[3] = torch.nan
+    client = TestClient(build_app(Service(retriever)))
     request = {"history": [{"item_id": "i3"}]}
     for path, body in (("recall", request), ("score", {**request, "item_ids": ["i1"]})):
         answer = client.post(f"/v1/{path}", json=body)

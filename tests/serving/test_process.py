@@ -13,8 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from karma_ray.cluster.endpoint_process import held_port
 from karma_ray.errors import InputError
+from karma_ray.serving.process import held_port
 from tests import tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,0 +1,210 @@
+"""Answers batches of calls with one model and one index.
+
+Legend: B calls, K vectors of a request, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from karma_ray.errors import KarmaRayError
+from karma_ray.model.incremental import HistoryState, IncrementalReader, Step
+from karma_ray.model.interest import InterestModel
+from karma_ray.retrieval.finite import check_queries
+from karma_ray.retrieval.requests import Request
+from karma_ray.serving.histories import steps_of
+from karma_ray.serving.prefix_cache import PrefixCache
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from karma_ray.retrieval.answers import Scores
+    from karma_ray.retrieval.retriever import Retriever
+
+NUM_TIERS = 10
+"""Ranges of the cosine in the features of a candidate."""
+
+
+@dataclass(frozen=True)
+class RecallCall:
+    """The k best items are wanted."""
+
+    request: Request
+    k: int = 10
+    exclude_history: bool = False
+
+
+@dataclass(frozen=True)
+class ScoreCall:
+    """Scores of given items are wanted."""
+
+    request: Request
+    item_ids: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class FeaturesCall(ScoreCall):
+    """Similarities of given items to the history are wanted, beside their scores."""
+
+
+@dataclass(frozen=True)
+class RememberCall:
+    """Nothing is wanted, but the history's keys and values should be stored."""
+
+    request: Request
+
+
+Call = RecallCall | ScoreCall | FeaturesCall | RememberCall
+
+
+@dataclass(frozen=True)
+class CandidateFeatures:
+    """Scores and similarities of candidates; None for unknown items."""
+
+    scores: Scores
+    features: list[dict[str, Any] | None] = field(default_factory=list)
+
+
+class Engine:
+    """A retriever, and the stored histories of its model. For one thread."""
+
+    def __init__(self, retriever: Retriever, cache_bytes: int) -> None:
+        """`cache_bytes` bound the stored keys and values; 0 stores none."""
+        self.retriever = retriever
+        self.limit = retriever.collator.config.max_history
+        self.version = {
+            "model_version": retriever.model_version,
+            "index_version": retriever.index_version,
+        }
+        self.cache: PrefixCache | None = None
+        self._reader: IncrementalReader | None = None
+        if isinstance(retriever.interest, InterestModel):
+            self._reader = IncrementalReader(
+                retriever.interest, retriever.embeddings, retriever.collator.encode_queries
+            )
+            self.cache = PrefixCache(self._reader.empty, cache_bytes)
+
+    def weight(self, call: Call) -> int:
+        """Return an upper bound of the slots that a call runs, for the size of a batch."""
+        return 2 * min(len(call.request.history), 2 * self.limit) + 2
+
+    def answer(self, calls: Sequence[Call]) -> list[Any]:
+        """Return the answer to each call of a batch: Recall, Scores, CandidateFeatures or None.
+
+        A call whose vectors are not finite gets a KarmaRayError, the others their answers.
+        """
+        with torch.inference_mode():
+            interests, steps = self._interests([call.request for call in calls])
+            keys = self._keys(calls)
+            vectors = self.retriever.interest.search_vectors(interests, keys).float().cpu().numpy()
+        answers: list[Any] = [None] * len(calls)
+        recalls = []
+        for place, call in enumerate(calls):
+            try:
+                check_queries(vectors[place][None])
+            except KarmaRayError as error:
+                answers[place] = error
+                continue
+            if isinstance(call, RecallCall):
+                recalls.append(place)
+            elif isinstance(call, FeaturesCall):
+                answers[place] = self._features(call, vectors[place], steps[place])
+            elif isinstance(call, ScoreCall):
+                answers[place] = self.retriever.scores_of(
+                    vectors[place], call.request, call.item_ids
+                )
+        if recalls:
+            found = self.retriever.best_of(
+                vectors[recalls], [calls[place].request for place in recalls],
+                [calls[place].k for place in recalls],  # type: ignore[union-attr]
+                [calls[place].exclude_history for place in recalls],  # type: ignore[union-attr]
+            )  # fmt: skip
+            for place, answer in zip(recalls, found, strict=True):
+                answers[place] = answer
+        return answers
+
+    def _interests(self, requests: Sequence[Request]) -> tuple[Tensor, list[list[Step]]]:
+        """Return h [B, D] of requests and the steps of their histories."""
+        table = self.retriever.table
+        steps = [steps_of(request.history, table, self.limit) for request in requests]
+        if self._reader is None or self.cache is None:
+            return self.retriever.interests_of(requests), steps
+        states = [self.cache.longest(history) for history in steps]
+        missing = [
+            history[len(state.steps) :] for history, state in zip(steps, states, strict=True)
+        ]
+        interests = torch.empty(len(requests), self.retriever.width, device=self.retriever.device)
+        for some in _alike([len(new) for new in missing]):
+            found, grown = self._reader.read(
+                [states[n] for n in some], [missing[n] for n in some],
+                [requests[n].query or "" for n in some],
+            )  # fmt: skip
+            interests[some] = found
+            self._store(grown, [missing[n] for n in some])
+        return interests, steps
+
+    def _store(self, states: Sequence[HistoryState], new: Sequence[Sequence[Step]]) -> None:
+        assert self.cache is not None
+        for state, steps in zip(states, new, strict=True):
+            if steps:
+                self.cache.put(state)
+
+    def _keys(self, calls: Sequence[Call]) -> np.ndarray | None:
+        if not self.retriever.interest.is_random:
+            return None
+        return self.retriever.keys_of([call.request for call in calls])
+
+    def _features(
+        self, call: FeaturesCall, vectors: np.ndarray, steps: Sequence[Step]
+    ) -> CandidateFeatures:
+        """`vectors` [K, D]."""
+        scores = self.retriever.scores_of(vectors, call.request, call.item_ids)
+        rows = self.retriever.table.rows(call.item_ids)
+        known = np.flatnonzero(rows >= 0)
+        table = self.retriever.table.embeddings
+        cosines = _unit(table[rows[known]]) @ _unit(table[[step.row for step in steps]]).T
+        features: list[dict[str, Any] | None] = [None] * len(rows)
+        for place, values in zip(known, _similarities(cosines), strict=True):
+            features[place] = {"score": scores.scores[place], **values}
+        return CandidateFeatures(scores, features)
+
+
+def _similarities(cosines: np.ndarray) -> list[dict[str, Any]]:
+    """Return the features of each candidate from its cosines [n, T] to the history."""
+    count, steps = cosines.shape
+    if steps == 0:
+        none = {"max": 0.0, "mean": 0.0, "top5_mean": 0.0, "tiers": [0.0] * NUM_TIERS}
+        return [none] * count
+    best = -np.sort(-cosines, axis=1)
+    tier = np.clip(((cosines + 1) / 2 * NUM_TIERS).astype(int), 0, NUM_TIERS - 1)
+    shares = (tier[..., None] == np.arange(NUM_TIERS)).mean(1)
+    return [
+        {
+            "max": float(best[n, 0]), "mean": float(best[n].mean()),
+            "top5_mean": float(best[n, :5].mean()), "tiers": shares[n].tolist(),
+        }
+        for n in range(count)
+    ]  # fmt: skip
+
+
+def _unit(vectors: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    found: np.ndarray = vectors / np.maximum(lengths, 1e-12)
+    return found
+
+
+def _alike(sizes: Sequence[int]) -> list[list[int]]:
+    """Split calls into passes of similar numbers of new steps, so that little is padding."""
+    order = sorted(range(len(sizes)), key=lambda n: sizes[n])
+    passes: list[list[int]] = []
+    for n in order:
+        if passes and sizes[n] <= 2 * sizes[passes[-1][0]] + 4:
+            passes[-1].append(n)
+        else:
+            passes.append([n])
+    return passes

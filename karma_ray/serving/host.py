@@ -1,0 +1,65 @@
+"""The application in this process, behind uvicorn: a laptop, or one machine without Ray."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+
+import uvicorn
+
+from karma_ray.errors import InputError
+from karma_ray.serving.app import build_app
+from karma_ray.serving.process import held_port
+from karma_ray.serving.service import Service
+
+TOKEN = "KARMA_RAY_TOKEN"
+"""Environment variable with the bearer token that callers must send; unset: everyone may ask."""
+SWITCH_INTERVAL_S = 0.0005
+"""How long one thread may keep the other from running; Python's 5 ms would be most of a request."""
+STOP_S = 5
+"""Seconds in which requests in flight are answered when the process is asked to end."""
+IDLE_S = 30
+"""Seconds after which an idle connection is closed."""
+
+
+def token_from_environment() -> str | None:
+    """Return the bearer token that callers must send; raises InputError on an empty one."""
+    token = os.environ.get(TOKEN)
+    if token is not None and not token.strip():
+        raise InputError(TOKEN, "", "is set but empty; unset it to let everyone ask")
+    return token
+
+
+def serve_here(
+    run: str, host: str, port: int, on_ready: Callable[[str], None] | None = None,
+    num_threads: int = 1,
+) -> None:  # fmt: skip
+    """Serve a finished run from this process until SIGINT or SIGTERM.
+
+    Raises InputError, SkewError or KarmaRayError when the run or the port cannot be used.
+    """
+    service = Service.load(run, num_threads)
+    app = build_app(service, token_from_environment())
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    with held_port(host, port):
+        pass
+    settings = uvicorn.Config(
+        app, host, port, log_level="warning", access_log=False, server_header=False,
+        timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=STOP_S,
+    )  # fmt: skip
+    server = _Announced(settings, lambda: on_ready(f"http://{host}:{port}") if on_ready else None)
+    server.run()
+
+
+class _Announced(uvicorn.Server):
+    """Says when the port is open."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[object] | None = None) -> None:  # type: ignore[override]
+        await super().startup(sockets)  # type: ignore[arg-type]
+        if self.started:
+            self._announce()

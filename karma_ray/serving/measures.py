@@ -1,0 +1,66 @@
+"""What the endpoint counts, in the text format of Prometheus (`/metrics`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+if TYPE_CHECKING:
+    from karma_ray.serving.prefix_cache import PrefixCache
+
+SECONDS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+class Measures:
+    """Counters of one process."""
+
+    def __init__(self, num_waiting: Callable[[], int], cache: Callable[[], PrefixCache | None]):
+        """`num_waiting` and `cache` are read when somebody asks."""
+        self._registry = CollectorRegistry()
+        named: Any = {"registry": self._registry}
+        self.requests = Counter(
+            "karma_ray_requests", "Answered requests", ["path", "status", "arm"], **named
+        )
+        self.seconds = Histogram(
+            "karma_ray_request_seconds", "Time from the parsed request to its answer",
+            ["path", "arm"], buckets=SECONDS, **named,
+        )  # fmt: skip
+        self.batch_size = Histogram(
+            "karma_ray_batch_size", "Requests computed together", buckets=SIZES, **named
+        )
+        self.batch_seconds = Histogram(
+            "karma_ray_batch_seconds", "Time of the compute thread for a batch",
+            buckets=SECONDS, **named,
+        )  # fmt: skip
+        waiting = Gauge("karma_ray_waiting", "Requests that no batch has taken yet", **named)
+        waiting.set_function(num_waiting)
+        self._histories = Gauge(
+            "karma_ray_histories", "Histories that were stored whole, in part, or not at all",
+            ["stored"], **named,
+        )  # fmt: skip
+        self._cache_bytes = Gauge(
+            "karma_ray_history_bytes", "Memory of the stored keys and values", **named
+        )
+        self._cache = cache
+
+    def batch(self, size: int, seconds: float) -> None:
+        """Note a batch."""
+        self.batch_size.observe(size)
+        self.batch_seconds.observe(seconds)
+
+    def answered(self, path: str, status: int, seconds: float, arm: str = "") -> None:
+        """Note an answered request."""
+        self.requests.labels(path, status, arm).inc()
+        self.seconds.labels(path, arm).observe(seconds)
+
+    def text(self) -> bytes:
+        """Return all of it."""
+        cache = self._cache()
+        if cache is not None:
+            for name in ("whole", "part", "none"):
+                self._histories.labels(name).set(getattr(cache.counts, name))
+            self._cache_bytes.set(cache.num_bytes)
+        return generate_latest(self._registry)

@@ -1,0 +1,143 @@
+"""The bodies of the HTTP interface.
+
+Unknown fields are refused, so that a misspelt `exclude_histroy` is not silently ignored.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+from typing_extensions import TypedDict
+
+from karma_ray.retrieval.requests import HistoryItem
+
+MAX_K = 5000
+"""Largest number of retrieved items; the paper measures HR@5000 (method 1.13)."""
+MAX_CANDIDATES = 20_000
+"""Largest number of items that one request may score."""
+
+ItemId = Annotated[str, Field(min_length=1, max_length=512)]
+UserId = Annotated[str, Field(min_length=1, max_length=512)]
+Query = Annotated[str | None, Field(max_length=4096)]
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class HistoryEntry(_Body):
+    """One past click. Oldest first, or in any order if every entry has a timestamp."""
+
+    item_id: ItemId
+    query: Query = None
+    timestamp: datetime | None = None
+
+    def click(self) -> HistoryItem:
+        """Return it as the retriever reads it; a time without a zone is UTC."""
+        at = self.timestamp
+        if at is not None and at.tzinfo is None:
+            at = at.replace(tzinfo=UTC)
+        return HistoryItem(self.item_id, self.query, at)
+
+
+class _RequestBody(_Body):
+    query: Query = None
+    history: Annotated[list[HistoryEntry], Field(max_length=10_000)] | None = None
+    """Past clicks. Without it the clicks that `/v1/events` stored for `user_id` are used."""
+    user_id: UserId | None = None
+
+
+class RecallRequest(_RequestBody):
+    """The current query of a user, and past clicks."""
+
+    k: Annotated[int, Field(ge=1, le=MAX_K)] = 10
+    exclude_history: bool = False
+
+
+class ScoreRequest(_RequestBody):
+    """Candidates to score for a user."""
+
+    item_ids: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_CANDIDATES)]
+
+
+class FeaturesRequest(ScoreRequest):
+    """Candidates whose similarities to a user's history are wanted, as features of a ranker."""
+
+
+class EventRequest(HistoryEntry):
+    """A click of a user, appended to what the endpoint stores of that user."""
+
+    user_id: UserId
+
+
+class Item(TypedDict):
+    """One retrieved item."""
+
+    item_id: str
+    score: float
+    title: str
+
+
+class Version(TypedDict):
+    """Content hashes of the model and the index that answered."""
+
+    model_version: str
+    index_version: str
+
+
+class RecallResponse(Version):
+    """The best items, best first."""
+
+    items: list[Item]
+    ignored_item_ids: list[str]
+
+
+class ScoreResponse(Version):
+    """One score per requested item, in order; null for an unknown item."""
+
+    scores: list[float | None]
+    ignored_item_ids: list[str]
+
+
+class Features(TypedDict):
+    """Similarities of one candidate to a user."""
+
+    score: float
+    """As in recall."""
+    max: float
+    """Largest cosine to an item of the history; 0 without a history, as the next ones."""
+    mean: float
+    top5_mean: float
+    tiers: list[float]
+    """Share of the history in each of ten equal ranges of the cosine from -1 to 1 (SimTier)."""
+
+
+class FeaturesResponse(Version):
+    """Features of each candidate, in order; null for an unknown item."""
+
+    features: list[Features | None]
+    ignored_item_ids: list[str]
+
+
+class EventResponse(TypedDict):
+    """What is stored of the user now."""
+
+    num_clicks: int
+    known: bool
+    """Whether the catalogue holds the item; clicks on others are not stored."""
+
+
+class Health(TypedDict):
+    """The answer once model and index are loaded."""
+
+    status: str
+    num_items: int
+
+
+class Versions(Version):
+    """The versions of the running endpoint."""
+
+    karma_ray: str
+    index_kind: str

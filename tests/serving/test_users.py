@@ -1,0 +1,65 @@
+"""Clicks that were sent as events stand for the history of later requests."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import pytest
+from fastapi.testclient import TestClient
+
+from karma_ray.retrieval.requests import HistoryItem
+from karma_ray.serving.app import build_app
+from karma_ray.serving.service import Service
+from karma_ray.serving.users import LocalUsers
+from tests import tiny_run
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory) -> Service:
+    return Service.load(tiny_run.write_run(tmp_path_factory.mktemp("users")))
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[TestClient]:
+    with TestClient(build_app(service)) as found:
+        yield found
+
+
+def test_a_user_with_events_is_answered_as_one_who_sends_them(
+    client: TestClient, service: Service
+) -> None:
+    clicks = [
+        {"item_id": "i3", "query": "shirt", "timestamp": "2024-01-01T10:00:00Z"},
+        {"item_id": "i21", "timestamp": "2024-01-01T10:00:00Z"},
+        {"item_id": "i8", "query": "boots", "timestamp": "2024-01-02T10:00:00Z"},
+    ]
+    for count, click in enumerate(clicks, 1):
+        told = client.post("/v1/events", json={"user_id": "ann", **click}).json()
+        assert told == {"num_clicks": count, "known": True}
+    unknown = client.post("/v1/events", json={"user_id": "ann", "item_id": "nobody"}).json()
+    assert unknown == {"num_clicks": 3, "known": False}
+    whole = service.engine.cache.counts.whole
+    stored = client.post("/v1/recall", json={"query": "mug", "user_id": "ann"}).json()
+    assert service.engine.cache.counts.whole == whole + 1, "its keys and values were not stored"
+    sent = client.post("/v1/recall", json={"query": "mug", "history": clicks}).json()
+    assert stored == sent
+    nothing = {"query": "mug", "user_id": "ann", "history": []}
+    stranger = {"query": "mug", "user_id": "bob"}
+    answers = [client.post("/v1/recall", json=body).json() for body in (nothing, stranger)]
+    assert answers[0] == answers[1] != stored
+
+
+def test_a_store_forgets_the_oldest_clicks_and_the_users_not_heard_of() -> None:
+    async def fill() -> None:
+        store = LocalUsers(max_clicks=3, max_users=2)
+        counts = [await store.append("a", HistoryItem(f"i{n}")) for n in range(8)]
+        assert counts == [1, 2, 3, 4, 5, 3, 4, 5]
+        assert [click.item_id for click in await store.history("a")] == [
+            f"i{n}" for n in range(3, 8)
+        ]
+        for user in ("b", "a", "c"):
+            await store.append(user, HistoryItem("i1"))
+        assert await store.history("b") == [] and len(await store.history("a")) == 3
+
+    asyncio.run(fill())
