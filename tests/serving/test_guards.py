@@ -30,12 +30,12 @@ def client(retriever: Retriever) -> Iterator[TestClient]:
 @pytest.mark.parametrize("given", [None, "open sesame", "Bearer wrong", "bearer open sesame", ""])
 def test_without_the_token_only_the_health_is_told(client: TestClient, given: str | None) -> None:
     headers = {} if given is None else {"authorization": given}
-    with TestClient(client.app, headers=headers) as stranger:
-        for path in ("/v1/version", "/metrics", "/docs", "/openapi.json", "/nothing"):
-            assert stranger.get(path).status_code == 401
-        refused = stranger.post("/v1/recall", json={})
-        assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
-        assert stranger.get("/v1/healthz").status_code == 200
+    stranger = TestClient(client.app, headers=headers)
+    for path in ("/v1/version", "/metrics", "/docs", "/openapi.json", "/nothing"):
+        assert stranger.get(path).status_code == 401
+    refused = stranger.post("/v1/recall", json={})
+    assert refused.status_code == 401 and refused.headers["www-authenticate"] == "Bearer"
+    assert stranger.get("/v1/healthz").status_code == 200
 
 
 def test_a_body_beyond_a_megabyte_is_refused_however_it_comes(client: TestClient) -> None:
