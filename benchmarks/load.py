@@ -11,17 +11,21 @@ Each line of the file is the JSON body of one POST to /v1/recall. Prints one JSO
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import random
+import sys
 import time
 from collections import Counter, deque
 from pathlib import Path
 from urllib.parse import urlsplit
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 import numpy as np
 import uvloop
+
+from karma_ray import cli
 
 
 class Client(asyncio.Protocol):
@@ -133,9 +137,7 @@ def summary(done: list[tuple], seconds: float) -> dict:
 
 def main() -> None:
     """Parse the arguments, send, and print."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = cli.parser(__doc__ or "")
     flags.add_argument("url")
     flags.add_argument("requests", help="file with one JSON body per line")
     flags.add_argument("--clients", type=int, default=16)

@@ -33,6 +33,7 @@ import httpx
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from karma_ray import cli
 from karma_ray.artifacts import RunFolder, read_table
 
 QUERIES = ("", "red", "blue", "large", "small", "warm", "light", "new")
@@ -133,9 +134,7 @@ def measure(urls: dict[str, str], requests: str, given: argparse.Namespace, clie
 
 def main() -> None:
     """Start the hosts, and print a line per host, number of clients and length of history."""
-    flags = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    flags = cli.parser(__doc__ or "")
     flags.add_argument("run", metavar="RUN")
     flags.add_argument("--hosts", default="single,uvicorn,serve")
     flags.add_argument("--clients", default="1,8,16")
