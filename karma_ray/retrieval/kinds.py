@@ -156,7 +156,8 @@ class ProductQuantised(InvertedLists):
                 choices=[Flat.kind, ScalarQuantised.kind],
             )  # fmt: skip
         numbers = max(n for n in range(1, self.width_per_code + 1) if width % n == 0)
-        return f"IVF{self._cells(count)},PQ{width // numbers},RFlat"
+        # `np`: without the training for polysemous codes, which lists of cells do not use.
+        return f"IVF{self._cells(count)},PQ{width // numbers}x8np,RFlat"
 
     def search_parameters(self, selector: Any, effort: float) -> Any:
         """Return faiss' parameters of one search."""
