@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from karma_ray.artifacts import read_manifest, read_table, write_manifest, write_table
 from karma_ray.data.batch import upload
+from karma_ray.data.memory_map import mapped_array
 from karma_ray.errors import SkewError
+from karma_ray.node_cache import known_hash, node_folder
 from karma_ray.retrieval.finite import check_finite
 from karma_ray.retrieval.index import check_parent
 
@@ -202,23 +204,41 @@ def write_embedding_manifest(
     return write_manifest(folder, MANIFEST_KIND, parents=parents, num_items=num_items, width=width)
 
 
-def load_embeddings(folder: str, bundle_hash: str | None = None) -> ItemTable:
-    """Read item embeddings.
+def load_embeddings(
+    folder: str, bundle_hash: str | None = None, *, mapped: bool = False
+) -> ItemTable:
+    """Read item embeddings, or with `mapped` map the node's copy, which its processes share.
 
     Raises InputError when they are missing or unfinished, KarmaRayError when they are not finite,
     and SkewError when they were not made by the bundle with `bundle_hash`, if given.
     """
-    parents = read_manifest(folder, MANIFEST_KIND)["parents"]
+    facts = read_manifest(folder, MANIFEST_KIND)
+    parents = facts["parents"]
     if bundle_hash is not None:
         check_parent(parents, "bundle", bundle_hash, folder)
-    table = read_table(folder).combine_chunks()
-    column = table.column("embedding").combine_chunks()
-    width = column.type.list_size
-    # A copy, since Arrow's memory is read-only and torch needs writable memory.
-    values = np.array(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
-    item_ids, embeddings = table.column("item_id").to_pylist(), values.reshape(-1, width)
+    table = read_table(folder, without=["embedding"] if mapped else [])
+    if mapped:
+        embeddings = _mapped(folder, (table.num_rows, facts["width"]))
+    else:
+        embeddings = _embeddings_of(table)
+    item_ids = table.column("item_id").to_pylist()
     check_finite(item_ids, embeddings, folder)
     titles = table.column("title").to_pylist()
     has_categories = "category" in table.column_names
     categories = table.column("category").to_pylist() if has_categories else None
     return ItemTable(item_ids, titles, embeddings, parents, categories)
+
+
+def _embeddings_of(table: pa.Table) -> NDArray[np.float32]:  # [I, D]
+    column = table.column("embedding").combine_chunks()
+    # A copy, since Arrow's memory is read-only and torch needs writable memory.
+    values = np.array(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
+    return values.reshape(-1, column.type.list_size)
+
+
+def _mapped(folder: str, shape: tuple[int, int]) -> NDArray[np.float32]:  # [I, D]
+    def fill(values: np.ndarray) -> None:
+        values[:] = _embeddings_of(read_table(folder, columns=["embedding"]))
+
+    path = node_folder() / "embeddings" / f"{known_hash(folder)}.npy"
+    return mapped_array(path, np.float32, shape, fill, writable=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -88,11 +89,16 @@ class FaissSearch:
     def _search(
         self, queries: Vectors, k: int, selector: Any, effort: float
     ) -> tuple[Vectors, Rows]:
-        if isinstance(self.kind, Flat):
-            raise AssertionError("exact search needs no faiss")
-        parameters = self.kind.search_parameters(selector, effort)
-        scores, rows = self.index.search(queries, k, params=parameters)
-        return np.where(rows < 0, -np.inf, scores).astype(np.float32), rows
+        parameters = self._usual if selector is None else self._parameters(selector, effort)
+        return _none_last(*self.index.search(queries, k, params=parameters))
+
+    @cached_property
+    def _usual(self) -> Any:
+        return self._parameters(None, 1.0)
+
+    def _parameters(self, selector: Any, effort: float) -> Any:
+        assert not isinstance(self.kind, Flat)
+        return self.kind.search_parameters(selector, effort)
 
     def _search_all(self, queries: Vectors, k: int, selector: Any) -> tuple[Vectors, Rows]:
         """Search among all items that the selector allows, whatever the knobs say."""
@@ -100,9 +106,7 @@ class FaissSearch:
         if self.kind.kind != "hnsw":
             return self._search(queries, k, selector, effort=2.0**30)
         vectors = faiss.downcast_index(self.index.storage)
-        parameters = faiss.SearchParameters(sel=selector)
-        scores, rows = vectors.search(queries, k, params=parameters)
-        return np.where(rows < 0, -np.inf, scores).astype(np.float32), rows
+        return _none_last(*vectors.search(queries, k, params=faiss.SearchParameters(sel=selector)))
 
     def write(self, folder: Path, stem: str = "") -> None:
         """Write faiss' file."""
@@ -182,6 +186,13 @@ def _read(folder: Path, kind: IndexKind, stem: str) -> Engine:
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
         raise ValueError(reason) from None
+
+
+def _none_last(scores: Vectors, rows: Rows) -> tuple[Vectors, Rows]:
+    """Score -inf where faiss found nothing, for which it has a number of its own."""
+    if (rows[:, -1] < 0).any():
+        scores[rows < 0] = -np.inf
+    return scores, rows
 
 
 @contextmanager

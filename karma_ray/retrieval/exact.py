@@ -76,12 +76,17 @@ class ExactSearch:
         with torch.inference_mode():
             for start in range(0, len(queries), step):
                 some = slice(start, start + step)
-                wanted = torch.from_numpy(queries[some]).to(self.device)
-                found = wanted @ self.tensor.T
+                found = self._scores(queries[some])
                 if barred is not None:
                     found.masked_fill_(barred, -torch.inf)
                 scores[some], rows[some] = self._best(queries[some], found, k)
         return scores, rows
+
+    def _scores(self, queries: Vectors) -> Tensor:  # [B, D] -> [B, I]
+        if self.device.type == "cpu":
+            # Of one query, NumPy's product took a third of the time of PyTorch's on 10^5 items.
+            return torch.from_numpy(queries @ self.vectors.T)
+        return torch.from_numpy(queries).to(self.device) @ self.tensor.T
 
     def _best(self, queries: Vectors, found: Tensor, k: int) -> tuple[Vectors, Rows]:
         """Return the best of rounded scores [B, I]; takes more candidates where k are too close."""

@@ -93,7 +93,8 @@ class Retriever:
         check_run(run)
         folder = RunFolder(run)
         bundle = load_bundle(folder.bundle)
-        table = load_embeddings(folder.item_embeddings, bundle.content_hash)
+        # An endpoint has several of these on a node; an evaluation has one, in its own order.
+        table = load_embeddings(folder.item_embeddings, bundle.content_hash, mapped=data is None)
         index = ItemIndex.load(folder.index, bundle.content_hash)
         order = index.item_ids if data is None else Catalog.load(data).item_ids
         table = table.in_order(order)
