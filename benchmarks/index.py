@@ -4,10 +4,11 @@
 
 Vectors are drawn as embeddings lie: around centres of unequal size, with a spectrum that decays,
 scaled to length 1. Queries are between an item and another one of its cluster, with noise, so they
-are no items. Queries are asked one by one (or --batch at a time), in turn of the index as it is served (loaded from its
-files, mapped into memory) and of faiss (the same index in memory, with the same parameters; its own
-exact index for `flat`), on one thread; times are medians over the queries of medians over the
-rounds, and `over_faiss` is the median ratio of the two. JSON lines, one for each setting of a kind.
+are no items. They are asked one by one, or --batch at a time, in turn of the index as it is served
+(loaded from its files, mapped into memory) and of faiss (the same index in memory, with the same
+parameters; its own exact index for `flat`), on one thread. Times are medians over the queries of
+medians over the rounds, and `over_faiss` is the median ratio of the two. JSON lines, one for each
+setting of a kind.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from karma_ray import cli
 from karma_ray.errors import InputError
 from karma_ray.retrieval.engines import FaissSearch
 from karma_ray.retrieval.exact import ExactSearch
-from karma_ray.retrieval.index import DEPTHS, RECALL_AT, ItemIndex, ProbeQueries
+from karma_ray.retrieval.index import ItemIndex
+from karma_ray.retrieval.index_recall import DEPTHS, RECALL_AT, ProbeQueries
 from karma_ray.retrieval.kinds import KINDS, Flat, IndexKind, faiss_for, index_kind
 
 SWEEPS: dict[str, list[dict[str, int]]] = {

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.artifacts import RunFolder
 from karma_ray.cli import parser, run
-from karma_ray.retrieval.index import RECALL_AT
 from karma_ray.retrieval.index_build import MIN_RECALL, index_run
+from karma_ray.retrieval.index_recall import RECALL_AT
 from karma_ray.retrieval.kinds import AUTO, KINDS, describe_kinds, index_kind
 
 
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument(
         "--kind", default=AUTO,
         help=f"one of: {', '.join(KINDS)} (default {AUTO}: exact while a search costs less than "
-        "the model, else hnsw)",
+        "the model, else ivf)",
     )  # fmt: skip
     flags.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", dest="assignments",

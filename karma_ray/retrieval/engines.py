@@ -43,6 +43,9 @@ class Engine(Protocol):
     def on(self, device: torch.device) -> Engine:
         """Return the engine with its exact search on a device; others stay on the CPU."""
 
+    def tuned(self, kind: IndexKind) -> Engine:
+        """Return the engine with other knobs of the search; an exact one has none."""
+
     def search(
         self, queries: Vectors, k: int, allowed: Mask | None = None
     ) -> tuple[Vectors, Rows]:  # [B, D], [I] -> [B, K]
@@ -67,6 +70,10 @@ class FaissSearch:
     def on(self, device: torch.device) -> FaissSearch:
         """Return this engine: approximate search stays on the CPU."""
         return self
+
+    def tuned(self, kind: IndexKind) -> FaissSearch:
+        """Return an engine over the same index with other knobs of the search."""
+        return FaissSearch(self.index, kind)
 
     def search(
         self, queries: Vectors, k: int, allowed: Mask | None = None
@@ -129,6 +136,10 @@ class Shards:
     def on(self, device: torch.device) -> Shards:
         """Return the shards with their exact searches on a device."""
         return Shards([part.on(device) for part in self.parts], self.starts)
+
+    def tuned(self, kind: IndexKind) -> Shards:
+        """Return the shards with other knobs of the search."""
+        return Shards([part.tuned(kind) for part in self.parts], self.starts)
 
     def search(
         self, queries: Vectors, k: int, allowed: Mask | None = None

@@ -62,6 +62,10 @@ class ExactSearch:
         """Return this search on a device."""
         return self if device == self.device else ExactSearch(self.vectors, device)
 
+    def tuned(self, kind: object) -> ExactSearch:
+        """Return this search, which has no knobs."""
+        return self
+
     def search(
         self, queries: Vectors, k: int, allowed: Mask | None = None
     ) -> tuple[Vectors, Rows]:  # [B, D], [I] -> [B, K]

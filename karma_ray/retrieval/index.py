@@ -24,6 +24,17 @@ from karma_ray.node_cache import complete_folder, local_copy
 from karma_ray.retrieval.engines import Engine, build_engine, read_engine
 from karma_ray.retrieval.exact import ExactSearch
 from karma_ray.retrieval.finite import check_finite
+from karma_ray.retrieval.index_recall import (
+    DEPTHS,
+    EXACT,
+    ITEM_VECTORS,
+    RECALL_AT,
+    ProbeQueries,
+    check_recall,
+    item_probes,
+    measured_recalls,
+    raised,
+)
 from karma_ray.retrieval.kinds import KINDS, Flat, IndexKind
 
 if TYPE_CHECKING:
@@ -33,23 +44,6 @@ if TYPE_CHECKING:
     Vectors = NDArray[np.float32]
     Rows = NDArray[np.int64]
     Mask = NDArray[np.bool_]
-
-DEPTHS = (10, 50, 200)
-"""Depths at which the recall of an index is measured against exact search."""
-RECALL_AT = DEPTHS[-1]
-"""The depth of the promised recall."""
-ITEM_VECTORS, EXACT = "item vectors", "not measured: exact"
-"""Queries of an index that was built without requests, and of one that needs none."""
-NUM_PROBE_QUERIES = 256
-"""Number of item vectors that are used as queries where there are no requests."""
-
-
-@dataclass(frozen=True)
-class ProbeQueries:
-    """Queries that measure the recall of an index, and what they are, for its manifest."""
-
-    vectors: Vectors  # [B, D]
-    what: str
 
 
 @dataclass(frozen=True)
@@ -86,12 +80,13 @@ class ItemIndex:
         num_shards: int = 1,
         probes: ProbeQueries | None = None,
         min_recall: float = 0.0,
+        raise_recall: bool = False,
     ) -> ItemIndex:
         """Index `vectors` (= index_vectors(e)), exactly unless told otherwise.
 
-        The recall is measured with `probes`, or else with item vectors. Raises InputError on an
-        empty catalogue and on a recall@200 below `min_recall`, KarmaRayError on vectors that are
-        not finite.
+        The recall is measured with `probes`, or else with item vectors; `raise_recall` doubles the
+        kind's knob while it is below `min_recall`. Raises InputError on an empty catalogue and on
+        a recall@200 that stays below, KarmaRayError on vectors that are not finite.
         """
         if len(item_ids) == 0:
             raise InputError("catalogue", 0, "items; an index needs at least one")
@@ -105,8 +100,12 @@ class ItemIndex:
         recalls, what = dict.fromkeys(DEPTHS, 1.0), EXACT
         if not isinstance(kind, Flat):
             probes = probes or item_probes(vectors)
-            recalls, what = _measured_recall(engine, vectors, probes.vectors), probes.what
-            _check_recall(recalls[RECALL_AT], min_recall, kind, what)
+            if raise_recall:
+                engine, kind, recalls = raised(engine, kind, vectors, probes, min_recall)
+            else:
+                recalls = measured_recalls(engine, vectors, probes.vectors)
+            what = probes.what
+            check_recall(recalls[RECALL_AT], min_recall, kind, what)
         return cls(
             engine=engine,
             item_ids=list(item_ids),
@@ -253,37 +252,3 @@ def check_parent(parents: Mapping[str, str], role: str, expected: str, folder: s
             f"{folder} was made from {role} {found}, but the {role} here is {expected}; "
             "make it again (jobs/embed.py RUN, then jobs/index.py RUN)"
         )
-
-
-def item_probes(vectors: Vectors) -> ProbeQueries:  # [I, D]
-    """Return evenly spaced items as queries."""
-    rows = np.linspace(0, len(vectors) - 1, min(NUM_PROBE_QUERIES, len(vectors))).astype(int)
-    return ProbeQueries(vectors[rows], f"{len(rows)} {ITEM_VECTORS}")
-
-
-def _measured_recall(
-    engine: Engine, vectors: Vectors, queries: Vectors
-) -> dict[int, float]:  # [I, D], [B, D]
-    """Return the share of the exact top of each depth that `engine` finds.
-
-    An item that scores as high as the last exact one counts, as duplicates are as good.
-    """
-    deepest = min(RECALL_AT, len(vectors))
-    exact = ExactSearch(vectors).search(queries, deepest)[0]
-    found = engine.search(queries, deepest)[0]
-    recalls = {}
-    for depth in DEPTHS:
-        k = min(depth, deepest)
-        least = exact[:, k - 1 : k]
-        recalls[depth] = float((found[:, :k] >= least - 1e-5 * np.abs(least) - 1e-6).mean())
-    return recalls
-
-
-def _check_recall(found: float, least: float, kind: IndexKind, what: str) -> None:
-    if found < least:
-        now = getattr(kind, kind.knob)
-        raise InputError(
-            "--min-recall", least,
-            f"is not reached: recall@{RECALL_AT} of this {kind.kind} index is {found:.3f} on "
-            f"{what}; raise it with --kind {kind.kind} --set {kind.knob}={2 * now} (now {now})",
-        )  # fmt: skip

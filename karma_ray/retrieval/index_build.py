@@ -18,7 +18,8 @@ from karma_ray.model.device import this_device
 from karma_ray.model.recall import RecallModel
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.export import Bundle, load_bundle
-from karma_ray.retrieval.index import ItemIndex, ProbeQueries, item_probes
+from karma_ray.retrieval.index import ItemIndex
+from karma_ray.retrieval.index_recall import ProbeQueries, item_probes
 from karma_ray.retrieval.kinds import Flat, IndexKind, chosen_kind
 from karma_ray.retrieval.retriever import Retriever, build_index, require_part, score_vectors
 
@@ -41,10 +42,10 @@ def index_run(
 ) -> ItemIndex:
     """Build and save RUN/index from RUN/bundle and RUN/item_embeddings.
 
-    Without `kind` the size of the catalogue decides, and a choice below `min_recall` is replaced by
-    exact search. `data` are prepared data with validation requests (default: the run's). Raises
-    InputError if the recall of a kind that was asked for is below `min_recall`; the earlier index
-    then stays.
+    Without `kind` the size of the catalogue decides, knobs are raised until the recall is
+    `min_recall`, and exact search takes over if it never is. `data` are prepared data with
+    validation requests (default: the run's). Raises InputError if the recall of a kind that was
+    asked for is below `min_recall`; the earlier index then stays.
     """
     if not 0 <= min_recall <= 1:
         raise InputError("--min-recall", min_recall, "must lie between 0 and 1")
@@ -62,6 +63,7 @@ def index_run(
         return ItemIndex.build(
             vectors, table.item_ids, table.titles, wanted, parents, categories=table.categories,
             num_shards=num_shards, probes=probes, min_recall=min_recall,
+            raise_recall=kind is None,
         )  # fmt: skip
 
     wanted = kind or chosen_kind(len(vectors), vectors.shape[1], _decoder_weights(interest))

@@ -89,7 +89,7 @@ class InvertedLists(_Approximate):
 
     num_lists: int = 0
     """Cells; 0: 4 sqrt(I), at most one per 39 items (the fewest that k-means accepts)."""
-    num_probes: int = 16
+    num_probes: int = 32
     """Cells read per query."""
 
     def factory(self, count: int, width: int) -> str:
@@ -140,8 +140,6 @@ class ProductQuantised(InvertedLists):
 
     kind: ClassVar[str] = "ivfpq"
 
-    num_probes: int = 32
-    """Cells read per query."""
     width_per_code: int = 4
     """Numbers that one byte stands for, if they divide the width."""
     overfetch: int = 8
@@ -242,10 +240,10 @@ def chosen_kind(count: int, width: int, num_weights: int) -> IndexKind:
     if count * width <= max(EXACT_NUMBERS, num_weights):
         return Flat()
     try:
-        faiss_for(Graph.kind)
+        faiss_for(InvertedLists.kind)
     except InputError:
         return Flat()
-    return Graph()
+    return InvertedLists()
 
 
 def describe_kinds() -> str:

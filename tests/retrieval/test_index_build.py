@@ -75,7 +75,8 @@ def test_a_build_under_its_promise_fails_and_the_old_index_stays(
     poor = InvertedLists(num_lists=1, num_probes=1)
     with pytest.raises(InputError, match=r"--min-recall: 1\.5 must lie"):
         index_run(run, poor, min_recall=1.5)
-    monkeypatch.setattr("karma_ray.retrieval.index._measured_recall", lambda *_: {200: 0.4})
+    monkeypatch.setattr("karma_ray.retrieval.index.measured_recalls", lambda *_: {200: 0.4})
+    monkeypatch.setattr("karma_ray.retrieval.index_recall.measured_recalls", lambda *_: {200: 0.4})
     with pytest.raises(InputError, match=r"recall@200 .* 0\.400 on 30 vectors.*num_probes=2"):
         index_run(run, poor)
     assert read_manifest(RunFolder(run).index) == before

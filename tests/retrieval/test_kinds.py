@@ -11,7 +11,8 @@ import pytest
 from karma_ray.artifacts import read_manifest
 from karma_ray.errors import InputError
 from karma_ray.retrieval import kinds
-from karma_ray.retrieval.index import ItemIndex, ProbeQueries
+from karma_ray.retrieval.index import ItemIndex
+from karma_ray.retrieval.index_recall import ProbeQueries
 from karma_ray.retrieval.kinds import (
     KINDS,
     Flat,
@@ -89,6 +90,19 @@ def test_a_recall_below_the_promise_names_it_and_the_knob() -> None:
     ItemIndex.build(items, made.item_ids, made.titles, wide, min_recall=0.9)
 
 
+def test_a_knob_that_nobody_typed_is_raised_until_the_promise_is_kept(tmp_path: Path) -> None:
+    items, kind = vectors(2000, width=16), InvertedLists(num_lists=32, num_probes=2)
+    ids = build(items).item_ids
+    for shards in (1, 2):
+        made = ItemIndex.build(
+            items, ids, ids, kind, num_shards=shards, min_recall=0.9, raise_recall=True
+        )
+        assert made.recall >= 0.9 and made.parameters["num_probes"] in (8, 16, 32)
+        made.save(str(tmp_path / "index"))
+        found = ItemIndex.load(str(tmp_path / "index")).search(items[:5], 50)
+        assert all(map(np.array_equal, found, made.search(items[:5], 50)))
+
+
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "flat"])
 def test_the_knob_that_an_error_names_is_one_of_the_kind(name: str) -> None:
     kind = index_kind(name)
@@ -119,7 +133,7 @@ def test_a_large_catalogue_is_searched_approximately_unless_the_model_costs_more
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert chosen_kind(100_000, 128, num_weights=0) == Flat()
-    assert chosen_kind(1_000_000, 128, num_weights=0) == Graph()
+    assert chosen_kind(1_000_000, 128, num_weights=0) == InvertedLists()
     assert chosen_kind(1_000_000, 128, num_weights=600_000_000) == Flat()
 
     def missing(kind: str) -> None:
@@ -132,6 +146,6 @@ def test_a_large_catalogue_is_searched_approximately_unless_the_model_costs_more
 def test_the_manifest_says_kind_knobs_shards_and_recall(tmp_path: Path) -> None:
     build(vectors(400), InvertedLists(num_lists=4)).save(str(tmp_path / "index"))
     facts = read_manifest(str(tmp_path / "index"), "index")
-    assert facts["parameters"] == {"num_lists": 4, "num_probes": 16} and facts["num_shards"] == 1
+    assert facts["parameters"] == {"num_lists": 4, "num_probes": 32} and facts["num_shards"] == 1
     assert facts["recall@10"] == facts["recall@50"] == facts["recall@200"] == 1.0
     assert facts["recall_measured_on"] == "256 item vectors"
