@@ -5,8 +5,8 @@
 Vectors are drawn as embeddings lie: around centres of unequal size, with a spectrum that decays,
 scaled to length 1. Queries are between an item and another one of its cluster, with noise, so they
 are no items. They are asked one by one, or --batch at a time, in turn of the index as it is served
-(loaded from its files, mapped into memory) and of faiss (the same index in memory, with the same
-parameters; its own exact index for `flat`), on one thread. Times are medians over the queries of
+(loaded from its files, mapped into memory) and of faiss (that very index called directly; its own
+exact index for `flat`, in memory), on one thread. Times are medians over the queries of
 medians over the rounds, and `over_faiss` is the median ratio of the two. JSON lines, one for each
 setting of a kind.
 """
@@ -101,14 +101,13 @@ def measured(
         private = _anonymous() - before
         files = sum(file.stat().st_size for file in Path(path).iterdir() if file.stem != "item_ids")
         best = ExactSearch(vectors).search(queries, RECALL_AT)[0]
-        raw = _raw(kind, path, vectors)
         for knobs in SWEEPS[kind.kind]:
             tuned = dataclasses.replace(kind, **knobs)
             engine = index.engine
             if isinstance(engine, FaissSearch):
                 engine = FaissSearch(engine.index, tuned)
             ours = dataclasses.replace(index, engine=engine)
-            times, found = _timed(ours, raw(tuned), queries, batch, rounds)
+            times, found = _timed(ours, _raw(index, tuned), queries, batch, rounds)
             ratios = [a / b for a, b in zip(*times, strict=True)]
             recalls = {k: _recall(found[:, :k], best[:, k - 1 :]) for k in DEPTHS}
             yield {
@@ -126,23 +125,15 @@ def measured(
             }  # fmt: skip
 
 
-def _raw(
-    kind: IndexKind, path: str, vectors: np.ndarray
-) -> Callable[[IndexKind], Callable[[np.ndarray], Any]]:
-    """Return what calls faiss directly, for a setting of the kind."""
-    faiss = faiss_for("ivf")
-    if isinstance(kind, Flat):
-        index = faiss.IndexFlatIP(vectors.shape[1])
-        index.add(vectors)
-        return lambda _: lambda query: index.search(query, RECALL_AT)
-    index = faiss.read_index(f"{path}/index.faiss")
-
-    def of(tuned: IndexKind) -> Callable[[np.ndarray], Any]:
-        assert not isinstance(tuned, Flat)
-        parameters = tuned.search_parameters(None, 1.0)
-        return lambda query: index.search(query, RECALL_AT, params=parameters)
-
-    return of
+def _raw(index: ItemIndex, kind: IndexKind) -> Callable[[np.ndarray], Any]:
+    """Return what calls faiss directly, with a setting of the kind."""
+    if isinstance(index.engine, ExactSearch):
+        exact = faiss_for("ivf").IndexFlatIP(index.engine.d)
+        exact.add(index.engine.vectors)
+        return lambda queries: exact.search(queries, RECALL_AT)
+    assert isinstance(index.engine, FaissSearch) and not isinstance(kind, Flat)
+    mapped, parameters = index.engine.index, kind.search_parameters(None, 1.0)
+    return lambda queries: mapped.search(queries, RECALL_AT, params=parameters)
 
 
 def _timed(

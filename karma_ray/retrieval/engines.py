@@ -5,8 +5,7 @@ Legend: I items, B queries, D width, K results.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -79,25 +78,35 @@ class FaissSearch:
         self, queries: Vectors, k: int, allowed: Mask | None = None
     ) -> tuple[Vectors, Rows]:  # [B, D], [I] -> [B, K]
         """Return scores and rows of the best. With `allowed` there are k if k are allowed."""
-        with _threads(self.kind.kind, len(queries) * self.index.ntotal):
+        threads = self._faiss.omp_get_max_threads()
+        alone = threads > 1 and len(queries) * self.index.ntotal < SMALL_SEARCH
+        if alone:
+            self._faiss.omp_set_num_threads(1)
+        try:
             if allowed is None:
-                return self._search(queries, k, None, 1.0)
-            bits = np.packbits(allowed, bitorder="little")
-            selector = faiss_for(self.kind.kind).IDSelectorBitmap(bits)
-            count = max(1, int(allowed.sum()))
-            if count <= FEW_ALLOWED * len(allowed):
-                return self._search_all(queries, k, selector)
-            scores, rows = self._search(queries, k, selector, len(allowed) / count)
-            dry = (rows[:, : min(k, count)] < 0).any(1)
-            if dry.any():
-                scores[dry], rows[dry] = self._search_all(queries[dry], k, selector)
+                return self._search(queries, k, self._usual)
+            return self._filtered(queries, k, allowed)
+        finally:
+            if alone:
+                self._faiss.omp_set_num_threads(threads)
+
+    def _filtered(self, queries: Vectors, k: int, allowed: Mask) -> tuple[Vectors, Rows]:
+        selector = self._faiss.IDSelectorBitmap(np.packbits(allowed, bitorder="little"))
+        count = max(1, int(allowed.sum()))
+        if count <= FEW_ALLOWED * len(allowed):
+            return self._search_all(queries, k, selector)
+        scores, rows = self._search(queries, k, self._parameters(selector, len(allowed) / count))
+        dry = (rows[:, : min(k, count)] < 0).any(1)
+        if dry.any():
+            scores[dry], rows[dry] = self._search_all(queries[dry], k, selector)
         return scores, rows
 
-    def _search(
-        self, queries: Vectors, k: int, selector: Any, effort: float
-    ) -> tuple[Vectors, Rows]:
-        parameters = self._usual if selector is None else self._parameters(selector, effort)
+    def _search(self, queries: Vectors, k: int, parameters: Any) -> tuple[Vectors, Rows]:
         return _none_last(*self.index.search(queries, k, params=parameters))
+
+    @cached_property
+    def _faiss(self) -> Any:
+        return faiss_for(self.kind.kind)
 
     @cached_property
     def _usual(self) -> Any:
@@ -109,11 +118,11 @@ class FaissSearch:
 
     def _search_all(self, queries: Vectors, k: int, selector: Any) -> tuple[Vectors, Rows]:
         """Search among all items that the selector allows, whatever the knobs say."""
-        faiss = faiss_for(self.kind.kind)
         if self.kind.kind != "hnsw":
-            return self._search(queries, k, selector, effort=2.0**30)
-        vectors = faiss.downcast_index(self.index.storage)
-        return _none_last(*vectors.search(queries, k, params=faiss.SearchParameters(sel=selector)))
+            return self._search(queries, k, self._parameters(selector, 2.0**30))
+        vectors = self._faiss.downcast_index(self.index.storage)
+        parameters = self._faiss.SearchParameters(sel=selector)
+        return _none_last(*vectors.search(queries, k, params=parameters))
 
     def write(self, folder: Path, stem: str = "") -> None:
         """Write faiss' file."""
@@ -201,20 +210,6 @@ def _read(folder: Path, kind: IndexKind, stem: str) -> Engine:
 
 def _none_last(scores: Vectors, rows: Rows) -> tuple[Vectors, Rows]:
     """Score -inf where faiss found nothing, for which it has a number of its own."""
-    if (rows[:, -1] < 0).any():
+    if rows[:, -1].min() < 0:
         scores[rows < 0] = -np.inf
     return scores, rows
-
-
-@contextmanager
-def _threads(kind: str, work: int) -> Iterator[None]:
-    faiss = faiss_for(kind)
-    before = faiss.omp_get_max_threads()
-    if work >= SMALL_SEARCH or before == 1:
-        yield
-        return
-    faiss.omp_set_num_threads(1)
-    try:
-        yield
-    finally:
-        faiss.omp_set_num_threads(before)

@@ -40,13 +40,15 @@ class Filter:
         clicked = {item.item_id for item in request.history}
         return replace(self, exclude=self.exclude | clicked)
 
-    def allowed(self, index: ItemIndex) -> Mask | None:  # [I]
-        """Return which rows the category allows, or None for all."""
-        return None if self.category is None else index.of_category(self.category)
-
-    def excluded(self, index: ItemIndex) -> list[int]:
-        """Return the rows that are left out."""
-        return [index.row_of[item] for item in self.exclude if item in index.row_of]
+    def allowed(self, index: ItemIndex) -> Mask:  # [I]
+        """Return which rows of an index may answer."""
+        if self.category is None:
+            mask = np.ones(index.num_items, bool)
+        else:
+            mask = index.of_category(self.category)
+        if self.exclude:
+            mask[[row for row, item in enumerate(index.item_ids) if item in self.exclude]] = False
+        return mask
 
 
 def filtered_search(
@@ -64,30 +66,27 @@ def filtered_search(
     groups: dict[str | None, list[int]] = {}
     for number, one in enumerate(filters):
         groups.setdefault(one.category, []).append(number)
-    for numbers in groups.values():
-        allowed = filters[numbers[0]].allowed(index)
-        excluded = [filters[number].excluded(index) for number in numbers]
-        extra = max(map(len, excluded))
-        deepest = max(ks[number] for number in numbers)
-        found = _search(index, queries[numbers], deepest + extra, allowed)
-        left = index.num_items if allowed is None else int(allowed.sum())
-        for number, gone, rows, scores in zip(numbers, excluded, *found, strict=True):
-            k = ks[number]
-            kept = _kept(rows, scores, gone)
-            if gone and len(kept[0]) < min(k, left - len(gone)):
-                mask = np.ones(index.num_items, bool) if allowed is None else allowed.copy()
-                mask[gone] = False
-                again, values = _search(index, queries[[number]], k, mask)
-                kept = _kept(again[0], values[0], [])
+    for category, numbers in groups.items():
+        allowed = None if category is None else index.of_category(category)
+        most = max(ks[number] + len(filters[number].exclude) for number in numbers)
+        found = _search(index, queries[numbers], most, allowed)
+        for number, rows, scores in zip(numbers, *found, strict=True):
+            one, k = filters[number], ks[number]
+            kept = _kept(index, rows, scores, one.exclude)
+            if one.exclude and len(kept[0]) < k and not index.is_exact:
+                again, values = _search(index, queries[[number]], k, one.allowed(index))
+                kept = _kept(index, again[0], values[0], frozenset())
             answers[number] = kept[0][:k], kept[1][:k]
     return answers
 
 
-def _kept(rows: Rows, scores: Vectors, gone: Sequence[int]) -> tuple[list[int], list[float]]:
+def _kept(
+    index: ItemIndex, rows: Rows, scores: Vectors, exclude: frozenset[str]
+) -> tuple[list[int], list[float]]:
     """Return the candidates [L] of one request that exist and are not left out."""
     keep = rows >= 0
-    if gone:
-        keep &= ~np.isin(rows, gone)
+    if exclude:
+        keep[keep] = [index.item_ids[row] not in exclude for row in rows[keep]]
     return rows[keep].tolist(), scores[keep].tolist()
 
 

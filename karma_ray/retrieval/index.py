@@ -125,6 +125,11 @@ class ItemIndex:
         return self.recalls[RECALL_AT]
 
     @property
+    def is_exact(self) -> bool:
+        """Whether every search finds the best items."""
+        return self.kind == Flat.kind
+
+    @property
     def num_items(self) -> int:
         """Number of items in the index."""
         return len(self.item_ids)
@@ -139,11 +144,6 @@ class ItemIndex:
         if not isinstance(engine, ExactSearch) or self.item_ids != item_ids:
             return None
         return engine.tensor
-
-    @cached_property
-    def row_of(self) -> dict[str, int]:
-        """The row of every item id."""
-        return {item_id: row for row, item_id in enumerate(self.item_ids)}
 
     def of_category(self, category: str) -> Mask:  # [I]
         """Return which items have a category; raises InputError on one that no item has."""

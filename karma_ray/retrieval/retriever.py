@@ -9,7 +9,7 @@ Legend: B requests, I items, D width, K results.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -98,6 +98,8 @@ class Retriever:
         index = ItemIndex.load(folder.index, bundle.content_hash)
         order = index.item_ids if data is None else Catalog.load(data).item_ids
         table = table.in_order(order)
+        if data is None:  # one list of names is enough
+            index = replace(index, item_ids=table.item_ids, titles=table.titles)
         collator = Collator(table, bundle.tokenizer, bundle.collate_config)
         interest = bundle.interest.to(this_device(device))
         return cls(interest, collator, table, index, bundle.content_hash)
