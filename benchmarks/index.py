@@ -6,9 +6,9 @@ Vectors are drawn as embeddings lie: around centres of unequal size, with a spec
 scaled to length 1. Queries are between an item and another one of its cluster, with noise, so they
 are no items. They are asked one by one, or --batch at a time, in turn of the index as it is served
 (loaded from its files, mapped into memory) and of faiss (that very index called directly; its own
-exact index for `flat`, in memory), on one thread. Times are medians over the queries of
-medians over the rounds, and `over_faiss` is the median ratio of the two. JSON lines, one for each
-setting of a kind.
+exact index for `flat`, in memory), on one thread. Times are the thread's, so that other work on the
+machine counts little: medians over the queries of medians over the rounds, and `over_faiss` is the
+median ratio of the two. JSON lines, one for each setting of a kind.
 """
 
 from __future__ import annotations
@@ -147,9 +147,9 @@ def _timed(
     for turn in range(rounds + 1):
         for number, some in enumerate(batches):
             for way in (0, 1) if (turn + number) % 2 else (1, 0):
-                started = time.perf_counter()
+                started = time.thread_time()
                 answer = ways[way](some)
-                took[turn, way, number] = time.perf_counter() - started
+                took[turn, way, number] = time.thread_time() - started
                 if turn == 0 and way == 0:
                     found.append(answer[1])
     return np.median(took[1:], axis=0).tolist(), np.concatenate(found)

@@ -29,6 +29,8 @@ SCORES_AT_ONCE = 32_000_000
 """Scores in memory at once on a CPU: 128 MB, for any number of queries."""
 SLACK = 16
 """Candidates beyond K whose scores are computed again, as rounding may have misplaced them."""
+SAMPLE_STEP = 16
+"""Of so many scores one is looked at to guess the lowest of the best."""
 FILE = "vectors.npy"
 # Name; width, items, two unused numbers, trained, inner product, number of floats (IndexFlatIP).
 _HEADER = struct.Struct("<4siqqq?iQ")
@@ -101,7 +103,7 @@ class ExactSearch:
         while len(left):
             take = min(take, count)
             part = found if len(left) == len(queries) else found[left]
-            values, places = (each.cpu().numpy() for each in torch.topk(part, take))
+            values, places = _top(part, take)
             places[values == -np.inf] = -1
             scores[left], rows[left] = rescored(self.vectors, queries[left], places, k)
             if take == count:
@@ -145,6 +147,29 @@ class ExactSearch:
         return cls(mapped)
 
 
+def _top(scores: Tensor, take: int) -> tuple[Vectors, Rows]:  # [B, I] -> [B, take]
+    """Return the highest scores and their rows, highest first, as `torch.topk` does.
+
+    On a CPU a sample says what the lowest of them is likely to be, and only what is as high is
+    sorted, which takes a quarter of the time.
+    """
+    count = scores.shape[1]
+    if scores.device.type != "cpu" or count < 4 * SAMPLE_STEP * take:
+        values, rows = torch.topk(scores, take)
+        return values.cpu().numpy(), rows.cpu().numpy()
+    found = np.empty((len(scores), take), np.float32), np.empty((len(scores), take), np.int64)
+    rank = 2 * take // SAMPLE_STEP + SAMPLE_STEP
+    for number, row in enumerate(scores.numpy()):
+        likely = np.partition(row[::SAMPLE_STEP], -rank)[-rank]
+        places = np.flatnonzero(row >= likely)
+        if len(places) < take:
+            places = np.argpartition(row, -take)[-take:]
+        high = row[places]
+        order = np.argsort(-high)[:take]
+        found[0][number], found[1][number] = high[order], places[order]
+    return found
+
+
 def rescored(
     vectors: Vectors, queries: Vectors, rows: Rows, k: int
 ) -> tuple[Vectors, Rows]:  # [I, D], [B, D], [B, N] -> [B, K]
@@ -152,12 +177,13 @@ def rescored(
 
     Row -1 means none and comes last with score -inf.
     """
-    scores = np.full(rows.shape, -np.inf, np.float32)
+    best = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
     for number, (query, places) in enumerate(zip(queries.astype(np.float64), rows, strict=True)):
-        scores[number] = vectors[places].astype(np.float64) @ query
-    scores[rows < 0] = -np.inf
-    order = np.lexsort((rows, -scores))[:, :k]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+        scores = (vectors[places].astype(np.float64) @ query).astype(np.float32)
+        scores[places < 0] = -np.inf
+        order = np.lexsort((places, -scores))[:k]
+        best[0][number], best[1][number] = scores[order], places[order]
+    return best
 
 
 def _of_faiss(data: bytes) -> Vectors:  # [I, D]

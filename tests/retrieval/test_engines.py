@@ -34,6 +34,24 @@ def test_shards_give_the_answer_of_the_whole_with_ties_by_row(width: int, num_sh
         assert np.array_equal(found, np.take_along_axis(scores, order[:, :k], 1))
 
 
+@pytest.mark.parametrize("case", ["spread", "few at the top", "equal", "masked"])
+def test_a_large_catalogue_is_searched_as_exactly_as_a_small_one(case: str) -> None:
+    items = vectors(9_000)
+    if case == "few at the top":  # where the sample of scores sees none of the best
+        items[np.arange(9_000) % 16 != 0] *= 3
+    if case == "equal":
+        items[:] = items[0]
+    allowed = np.arange(9_000) % 700 == 3 if case == "masked" else np.ones(9_000, bool)
+    queries = vectors(3, seed=1)
+    scores = (queries.astype(np.float64) @ items.T.astype(np.float64)).astype(np.float32)
+    scores[:, ~allowed] = -np.inf
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :30]
+    best = np.take_along_axis(scores, order, 1)
+    rows, found = build(items).search(queries, 30, None if allowed.all() else allowed)
+    assert np.array_equal(rows, np.where(best == -np.inf, -1, order))
+    assert np.array_equal(found, best)
+
+
 def test_the_answer_does_not_depend_on_how_many_ask_together() -> None:
     items, queries = vectors(500, 33), vectors(64, 33, seed=1)
     index = build(items)
