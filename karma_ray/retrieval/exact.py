@@ -179,7 +179,7 @@ def rescored(
     """
     best = np.empty((len(rows), k), np.float32), np.empty((len(rows), k), np.int64)
     for number, (query, places) in enumerate(zip(queries.astype(np.float64), rows, strict=True)):
-        scores = (vectors[places].astype(np.float64) @ query).astype(np.float32)
+        scores = (vectors.take(places, 0).astype(np.float64) @ query).astype(np.float32)
         scores[places < 0] = -np.inf
         order = np.lexsort((places, -scores))[:k]
         best[0][number], best[1][number] = scores[order], places[order]
