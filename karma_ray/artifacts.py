@@ -119,8 +119,12 @@ def table_files(folder: str) -> list[str]:
     return files
 
 
-def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:
+def read_table(
+    folder: str, columns: list[str] | None = None, without: Iterable[str] = ()
+) -> pa.Table:
     """Read every Parquet file below `folder`; `split=` folders become a column.
+
+    All columns but those of `without` are read unless `columns` are named.
 
     Raises InputError when the folder is missing or holds no Parquet file.
     """
@@ -130,6 +134,8 @@ def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:
     dataset = ds.dataset(
         files, filesystem=fs, format="parquet", partitioning="hive", partition_base_dir=path
     )
+    if columns is None:
+        columns = [name for name in dataset.schema.names if name not in set(without)]
     return dataset.to_table(columns=columns)
 
 

@@ -34,7 +34,8 @@ from karma_ray.node_cache import known_hash
 from karma_ray.report.page import render_report
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
 from karma_ray.retrieval.export import save_bundle
-from karma_ray.retrieval.retriever import check_run, index_run
+from karma_ray.retrieval.index_build import index_run
+from karma_ray.retrieval.retriever import check_run
 from karma_ray.runs.assessment import assess
 from karma_ray.runs.continuation import (
     Parent,
@@ -108,7 +109,7 @@ def train_run(
         _note_items(stage, folder, facts)
         stage = _train(stage, source, run, on_validate, resume, executor)
         with cost.timed("embedding"):
-            _serve_side(stage, folder, executor)
+            _serve_side(stage, folder, source, executor)
     write_manifest(
         run, "run", recipe=config.recipe, seed=config.seed, data=source.uri,
         items=source.items_uri, version=__version__, parents=parents,
@@ -232,7 +233,7 @@ def _train(
     return replace(stage, trained=summary["weights"], contents=None)
 
 
-def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
+def _serve_side(stage: Stage, folder: RunFolder, source: PreparedData, executor: Executor) -> None:
     """Write what serving needs: the bundle, the item embeddings and the index.
 
     Outputs of frozen layers that were kept are used again, so embeddings of this catalogue differ
@@ -253,9 +254,9 @@ def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
             "bundle": read_manifest(folder.bundle)["content_hash"],
             "items": known_hash(join(stage.items_uri, "items")),
         }
-        table = ItemTable(catalog.item_ids, catalog.titles, vectors, parents)
+        table = ItemTable(catalog.item_ids, catalog.titles, vectors, parents, catalog.categories)
         save_embeddings(table, folder.item_embeddings)
-    index_run(folder.root)
+    index_run(folder.root, data=source.uri)
 
 
 def _measure(

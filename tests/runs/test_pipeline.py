@@ -54,7 +54,7 @@ def test_a_run_folder_is_complete(finished: tuple[str, str, dict[str, Any]]) -> 
     for part in (
         "config.json", "manifest.json", "metrics.json", "metrics.jsonl", "floors.json",
         "checks.json", "data.json", "bundle/manifest.json", "item_embeddings/manifest.json",
-        "index/index.faiss", "report/report.html", "report/model_card.md", "report/cases.json",
+        "index/vectors.npy", "report/report.html", "report/model_card.md", "report/cases.json",
     ):  # fmt: skip
         assert Path(run, part).exists(), part
     assert list(Path(run).glob("events.out.tfevents.*"))
