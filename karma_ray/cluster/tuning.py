@@ -83,7 +83,7 @@ def search(
 
         cache = absolute(cache or cache_beside(out))
         shared, data, data_hash = _prepared(space, base, data, cache)
-        train = partial(train_run, cache=cache)
+        train = partial(train_run, cache=cache, is_tested=False)
     drawn = space.distributions()
     ledger = Ledger.open(out, facts_of(base, space.metric, drawn, data_hash))
     known = ledger.trials()
