@@ -17,7 +17,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from karma_ray.artifacts import absolute, join
 from karma_ray.cli import cache_flag, default_out, parser, run
 from karma_ray.cluster.search_space import load_space
-from karma_ray.cluster.session import connect
 from karma_ray.cluster.tuning import search
 from karma_ray.runs.sources import cache_beside, toy_shop
 from karma_ray.studies.ledger import describe
@@ -36,6 +35,11 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--out", help="folder or URI of the search (default: runs/tune-<time>)")
     flags.add_argument("--seed", type=int, default=0, help="seed of the draws and of every trial")
     flags.add_argument(
+        "--measure-seeds", type=int, default=3, metavar="N",
+        help="seeds with which the best trial and the default are trained anew and measured on "
+        "test at the end (default 3; 0: they are not)",
+    )  # fmt: skip
+    flags.add_argument(
         "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
         help="fix another field, for example training.steps=500 (repeatable)",
     )  # fmt: skip
@@ -47,14 +51,14 @@ def main(argv: list[str] | None = None) -> None:
         cache = absolute(arguments.cache or cache_beside(out))
         space = space.suited(arguments.data or toy_shop(cache))
     base = space.base([f"seed={arguments.seed}", *arguments.assignments])
-    connect()
     result = search(
         space, base, data=arguments.data, trials=arguments.trials, out=out,
         max_concurrent=arguments.concurrent, gpus_per_trial=arguments.gpus_per_trial,
-        cache=arguments.cache,
+        measure_seeds=arguments.measure_seeds, cache=arguments.cache,
     )  # fmt: skip
     print(describe(result))
     print(f"folder  {out}")
+    print(f"report  {join(out, 'report.html')}")
     data = f" --data {shlex.quote(arguments.data)}" if arguments.data else ""
     print(f"next  python jobs/train.py --config {shlex.quote(join(out, 'best.json'))}{data}")
 

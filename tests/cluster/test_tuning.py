@@ -13,7 +13,8 @@ from karma_ray.artifacts import join
 from karma_ray.cli import load_config
 from karma_ray.cluster.accelerators import gpu_share
 from karma_ray.cluster.search_space import Space, load_space
-from karma_ray.cluster.tuning import reported_value, search
+from karma_ray.cluster.trials import reported_value
+from karma_ray.cluster.tuning import search
 from karma_ray.config import Config, override
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.studies.ledger import assignments, describe
