@@ -16,11 +16,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from karma_ray.artifacts import absolute, join
+from karma_ray.artifacts import join
 from karma_ray.cli import cache_flag, default_out, parser, run
 from karma_ray.cluster.search_space import load_space
 from karma_ray.cluster.tuning import search
-from karma_ray.runs.sources import cache_beside, toy_shop
 from karma_ray.studies.ledger import describe
 
 
@@ -49,9 +48,8 @@ def main(argv: list[str] | None = None) -> None:
     arguments = flags.parse_args(argv)
     space = load_space(arguments.space)
     out = arguments.out or default_out("tune")
-    if space.without_images:
-        cache = absolute(arguments.cache or cache_beside(out))
-        space = space.suited(arguments.data or toy_shop(cache))
+    if arguments.data:  # the toy shop has visual features
+        space = space.suited(arguments.data)
     base = space.base([f"seed={arguments.seed}", *arguments.assignments])
     result = search(
         space, base, data=arguments.data, trials=arguments.trials, out=out,

@@ -17,16 +17,16 @@ from functools import partial
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 from ray import tune
 
-from karma_ray import recipes
 from karma_ray.artifacts import absolute, open_filesystem
 from karma_ray.cluster.accelerators import GPU, gpu_share
 from karma_ray.cluster.proposals import Settings, stopping_rule
-from karma_ray.cluster.search_space import Space
+from karma_ray.cluster.search_space import Space, check_trained
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.supply import supply
 from karma_ray.cluster.trials import Recorder, Train, reported_value, trainable
 from karma_ray.config import Config, override
 from karma_ray.errors import InputError, KarmaRayError
+from karma_ray.runs.sources import cache_beside, toy_shop
 from karma_ray.studies.ledger import (
     Ledger,
     Search,
@@ -66,19 +66,22 @@ def search(
     KarmaRayError when it was interrupted or every trial failed.
     """
     _check(base, trials, max_concurrent, gpus_per_trial, measure_seeds)
-    connect()
-    base, out = _in_process(base), absolute(out)
-    shared, tables = base, None
+    base, out, tables = _in_process(base), absolute(out), None
+    cache = absolute(cache or cache_beside(out))
     if train is None:
-        from karma_ray.runs.pipeline import train_run
-        from karma_ray.runs.sources import cache_beside
-
-        cache = absolute(cache or cache_beside(out))
-        shared, tables = _prepared(space, base, data, cache)
+        tables = Data.open(data or toy_shop(cache))
         data = tables.uri
-        train = partial(train_run, cache=cache, is_tested=False)
     data_hash = tables.hash if tables else None
     facts = facts_of(base, space.metric, space.distributions(), data_hash)
+    Ledger.check(out, facts)
+    connect()
+    shared = base
+    if train is None:
+        from karma_ray.runs.pipeline import train_run
+
+        assert tables is not None
+        shared = _prepared(space, base, tables, cache)
+        train = partial(train_run, cache=cache, is_tested=False)
     ledger = Ledger.open(out, facts)
     known = ledger.trials()
     left = trials - sum(trial.ended != "unfinished" for trial in known)
@@ -87,7 +90,7 @@ def search(
             LOG.info("%d of %d trials have ended already", trials - left, trials)
         _run(space, shared, data, ledger, known, left, max_concurrent, gpus_per_trial, train)
     result = _finished(space, base, ledger, trials)
-    if tables and cache and measure_seeds:
+    if tables and measure_seeds:
         from karma_ray.cluster.study import RayMachine
 
         found = measure(
@@ -125,8 +128,7 @@ def _check(
             raise InputError(flag, count, "must be at least 1")
     if gpus_per_trial is not None and not 0 <= gpus_per_trial <= 1:
         raise InputError("--gpus-per-trial", gpus_per_trial, "must be from 0 to 1")
-    if base.recipe not in recipes.TRAINED:
-        raise InputError("--recipe", base.recipe, "trains nothing", choices=list(recipes.TRAINED))
+    check_trained("--set recipe", base.recipe)
 
 
 def _in_process(base: Config) -> Config:
@@ -137,24 +139,22 @@ def _in_process(base: Config) -> Config:
     return override(base, changes)
 
 
-def _prepared(space: Space, base: Config, data: str | None, cache: str) -> tuple[Config, Data]:
+def _prepared(space: Space, base: Config, data: Data, cache: str) -> Config:
     """Make data, pretraining and warm-up once, in the cache, before trials compete for them.
 
-    Returns the configuration with checkpoints that the machines of all trials can read, and the
-    data. Raises InputError on a metric that is never reported.
+    Returns the configuration with checkpoints that the machines of all trials can read. Raises
+    InputError on a metric that is never reported.
     """
     from karma_ray.cluster.sharding import ensure_prepared
     from karma_ray.runs.assessment import validation_metrics
     from karma_ray.runs.first_stages import start_stage
     from karma_ray.runs.plain_checkpoints import with_shared_checkpoints
-    from karma_ray.runs.sources import toy_shop
 
     shared = with_shared_checkpoints(base, cache)
-    folder = Data.open(data or toy_shop(cache))
-    source = ensure_prepared(folder.uri, base.prepare)
+    source = ensure_prepared(data.uri, base.prepare)
     reported_value(space.metric, validation_metrics(base, source))
     start_stage(shared, source, cache=cache)
-    return shared, folder
+    return shared
 
 
 def _run(

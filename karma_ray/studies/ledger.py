@@ -126,18 +126,22 @@ class Ledger:
     def __init__(self, out: str) -> None:
         self.out = out
 
+    @staticmethod
+    def check(out: str, facts: Mapping[str, Any]) -> None:
+        """Raise InputError, naming the first differences, if a folder holds another search than
+        the one that `facts` describe, or a run."""
+        if exists(join(out, "config.json")):
+            raise InputError("--out", out, "holds a run; a search needs a folder for itself")
+        uri = join(out, "search.json")
+        if exists(uri) and (found := _differences(read_json(uri), facts)):
+            told = "; ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
+            raise InputError("--out", out, f"holds another search, choose a new one: {told}")
+
     @classmethod
     def open(cls, out: str, facts: Mapping[str, Any]) -> Ledger:
-        """Open a folder for the search that `facts` describe.
-
-        Raises InputError, naming the first differences, if it holds another search.
-        """
-        uri = join(out, "search.json")
-        if exists(uri):
-            if found := _differences(read_json(uri), facts):
-                told = "; ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
-                raise InputError("--out", out, f"holds another search, choose a new one: {told}")
-        else:
+        """Open a folder for a search, after `check`."""
+        cls.check(out, facts)
+        if not exists(uri := join(out, "search.json")):
             write_json(facts, uri)
         return cls(out)
 

@@ -128,6 +128,8 @@ def test_a_search_whose_every_trial_fails_says_why(ray_cluster, tmp_path) -> Non
     [
         ({"trials": 0}, "--trials: 0 must be at least 1"),
         ({"max_concurrent": 0}, "--concurrent: 0 must be at least 1"),
+        ({"measure_seeds": -1}, "--measure-seeds: -1 must be at least 0"),
+        ({"base": Config(recipe="karma_txt")}, "recipe: 'karma_txt' is not valid"),
         ({"base": Config(recipe="popularity")}, "trains nothing; choices: action_only"),
     ],
 )
@@ -161,6 +163,14 @@ def test_the_spaces_that_ship_can_be_loaded(path: Path) -> None:
         (
             "SPACE = {'seed': tune.choice([1])}\nMETRIC = 'valid/MRR'\nBASE_RECIPE = 'toys'",
             "'toys' is not valid; choices: action_only",
+        ),
+        (
+            "SPACE = {'seed': tune.choice([1])}\nMETRIC = 'valid/MRR'\nBASE_RECIPE = 'popularity'",
+            "BASE_RECIPE: 'popularity' trains nothing; choices: action_only",
+        ),
+        (
+            "SPACE = {'seed': tune.choice([1])}\nMETRIC = 'valid/MRR'\nFIXED = 'training.steps=4'",
+            "FIXED: 'training.steps=4' is not a list of settings",
         ),
         ("SPACE = nothing", "cannot be run"),
         (
