@@ -223,8 +223,8 @@ def describe(result: Search) -> str:
     saved = f"stopping weak trials early saved {100 * result.saved_share():.0f} % of the steps"
     lines = [*_aligned(rows), "", saved, f"best  {result.flags()}"]
     if (found := result.measured) is not None:
-        seeds = ", ".join(map(str, found.seeds))
-        lines += ["", f"Measured on test with the seeds {seeds}, * if the interval excludes 0:"]
+        seeds = f"seed{'s' * (len(found.seeds) > 1)} {', '.join(map(str, found.seeds))}"
+        lines += ["", f"Measured on test with {seeds}; * if the interval excludes 0:"]
         lines += _aligned(found.rows()) if found.compared else ["there are no test examples"]
     return "\n".join(lines)
 

@@ -117,9 +117,10 @@ def _measured(found: Measured | None) -> Section:
         return Section("Beside the default, on test", 2)
     header, *rows = map(tuple, found.rows())
     note = (
-        f"Trained anew with the seeds {', '.join(map(str, found.seeds))}, which the search has not "
-        "used. Percent and points; * if the 95 % interval over other users and other seeds "
-        "excludes 0, (*) with one seed, over other users alone."
+        f"Trained anew with {len(found.seeds)} seeds that the search has not used "
+        f"({', '.join(map(str, found.seeds))}). Percent and points; * if the 95 % interval over "
+        "other users and other seeds excludes 0, (*) with one seed, over other users alone. "
+        f"Intervals are not widened for being {len(found.compared)}."
     )
     return Section("Beside the default, on test", 2, (note,), header, tuple(rows))
 

@@ -102,5 +102,5 @@ def test_a_search_on_a_store_outlives_its_driver_and_ends_with_the_best_measured
         assert all("HR@50" in record["metrics"] for record in records)
         page = read_bytes(join(OUT, "report.html")).decode()
         assert "Beside the default, on test" in page and "data:image/png;base64," in page
-    assert "Measured on test with the seeds 1" in done.stdout
+    assert "Measured on test with seed 1;" in done.stdout
     assert f"report  {OUT}/report.html" in done.stdout

@@ -101,7 +101,7 @@ def test_the_best_trial_is_compared_with_seeds_that_the_search_has_not_used(
     assert read_measured(str(tmp_path), "003") == found
     assert read_measured(str(tmp_path), "000") is None
     told = describe(replace(search(), measured=found))
-    assert "Measured on test with the seeds 1, 2" in told
+    assert "Measured on test with seeds 1, 2;" in told
     assert "HR@50  40.00    80.00      +40.00 *    [+40.00, +40.00]" in told
 
 
