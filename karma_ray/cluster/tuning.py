@@ -173,6 +173,9 @@ def _run(
         ended = [trial for trial in trials if trial.ended != "unfinished"]
         try:
             best = best_of(ended, space.metric)
+        except KarmaRayError:  # all have failed so far
+            return
+        try:
             so_far = Search(space.metric, base, tuple(trials), best, space.distributions())
             write_search_page(so_far, space.path, ledger.out)
         except Exception as error:  # the page of a search that goes on must not end it

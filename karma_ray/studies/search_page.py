@@ -115,6 +115,8 @@ def _best(search: Search, out: str) -> Section:
 def _measured(found: Measured | None) -> Section:
     if found is None:
         return Section("Beside the default, on test", 2)
+    if not found.compared:
+        return Section("Beside the default, on test", 2, ("The data have no test examples.",))
     header, *rows = map(tuple, found.rows())
     note = (
         f"Trained anew with {len(found.seeds)} seeds that the search has not used "

@@ -69,6 +69,8 @@ def _killed_after_one_trial(folder: Path, environment: Mapping[str, str]) -> Tri
 
 
 @pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.fault
 def test_a_search_on_a_store_outlives_its_driver_and_ends_with_the_best_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
