@@ -105,7 +105,7 @@ def _best(search: Search, out: str) -> Section:
     notes = (
         f"{count} trial{'s' * (count != 1)}: {', '.join(f'{n} {end}' for end, n in ends.items())}.",
         f"Trial {best.name} is the best one, with {search.metric} {value} at step {best.step}.",
-        f"Train it with: {train}",
+        f"When the search has ended, train it with: {train}",
     )
     rows = [(field, shown(v), shown(before.get(field))) for field, v in best.values.items()]
     header = ("field", "best", "default")
