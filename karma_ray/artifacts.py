@@ -141,7 +141,8 @@ def read_table(
 
 def write_json(value: Any, uri: str) -> None:
     """Write indented JSON, atomically on a local filesystem."""
-    _replace(json.dumps(value, indent=2, sort_keys=False, default=str) + "\n", uri)
+    text = json.dumps(value, indent=2, sort_keys=False, default=str)
+    write_bytes(f"{text}\n".encode(), uri)
 
 
 def write_lines(values: Iterable[Any], uri: str) -> None:
@@ -149,19 +150,26 @@ def write_lines(values: Iterable[Any], uri: str) -> None:
     lines = (
         json.dumps(value, sort_keys=True, separators=(",", ":"), default=str) for value in values
     )
-    _replace("".join(f"{line}\n" for line in lines), uri)
+    write_bytes("".join(f"{line}\n" for line in lines).encode(), uri)
 
 
-def _replace(text: str, uri: str) -> None:
+def read_bytes(uri: str) -> bytes:
+    """Read a whole file."""
+    fs, path = open_filesystem(uri)
+    return bytes(fs.cat_file(path))
+
+
+def write_bytes(content: bytes, uri: str) -> None:
+    """Write a file, atomically on a local filesystem."""
     fs, path = open_filesystem(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     if fs.protocol in ("file", "local") or "file" in fs.protocol:
         temporary = f"{path}.{os.getpid()}.tmp"
-        Path(temporary).write_text(text, encoding="utf-8")
+        Path(temporary).write_bytes(content)
         os.replace(temporary, path)
     else:
-        with fs.open(path, "w") as sink:
-            sink.write(text)
+        with fs.open(path, "wb") as sink:
+            sink.write(content)
 
 
 def read_json(uri: str) -> Any:

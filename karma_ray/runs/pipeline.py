@@ -71,6 +71,7 @@ def train_run(
     init_from: str | None = None,
     cache: str | None = None,
     executor: Executor = HERE,
+    is_tested: bool = True,
 ) -> dict[str, Any]:
     """Run a recipe from tables to a complete run folder; returns the content of metrics.json.
 
@@ -78,7 +79,8 @@ def train_run(
     `on_validate(step, metrics)` is called at every validation in this process (needs
     `training.num_workers=0`) and may raise to stop the run. `init_from` is a finished run whose
     model is trained further, without pretraining and warm-up. `cache` is shared by runs (default:
-    `cache_beside`). `executor` does the heavy parts. Raises InputError on bad input.
+    `cache_beside`). `executor` does the heavy parts. Without `is_tested` the run ends with its
+    index, has no metrics and returns none. Raises InputError on bad input.
     """
     run, cache = absolute(out), absolute(cache or cache_beside(out))
     folder, cost = RunFolder(run), Cost()
@@ -114,13 +116,7 @@ def train_run(
         run, "run", recipe=config.recipe, seed=config.seed, data=source.uri,
         items=source.items_uri, version=__version__, parents=parents,
     )  # fmt: skip
-    with cost.timed("evaluation"):
-        metrics = _measure(config, source, run, stage, cache, executor)
-    metrics["seconds"] = cost.save(run, stage)
-    write_json(metrics, folder.metrics)
-    render_report(run)
-    folder.link_latest()
-    return metrics
+    return _tested(config, source, folder, stage, cache, executor, cost) if is_tested else {}
 
 
 def _check_workers(config: Config, executor: Executor) -> None:
@@ -259,18 +255,25 @@ def _serve_side(stage: Stage, folder: RunFolder, source: PreparedData, executor:
     index_run(folder.root, data=source.uri)
 
 
-def _measure(
-    config: Config, source: PreparedData, run: str, stage: Stage | None, cache: str,
-    executor: Executor,
+def _tested(
+    config: Config, source: PreparedData, folder: RunFolder, stage: Stage | None, cache: str,
+    executor: Executor, cost: Cost,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluate the finished run, where the executor does so; returns its metrics."""
+    """Evaluate the run, where the executor does so, and finish its folder; returns its metrics."""
 
     def measure() -> dict[str, Any]:
-        return assess(config, source, run, stage, cache) | forgetting(stage, cache)
+        return assess(config, source, folder.root, stage, cache) | forgetting(stage, cache)
 
-    if stage is None or not config.training.num_workers or executor.measure is None:
-        return measure()
-    return executor.measure(measure)
+    with cost.timed("evaluation"):
+        if stage is None or not config.training.num_workers or executor.measure is None:
+            metrics = measure()
+        else:
+            metrics = executor.measure(measure)
+    metrics["seconds"] = cost.save(folder.root, stage)
+    write_json(metrics, folder.metrics)
+    render_report(folder.root)
+    folder.link_latest()
+    return metrics
 
 
 def _checkpoint_shapes(config: Config) -> dict[str, dict[str, Any]]:

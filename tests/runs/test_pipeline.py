@@ -122,6 +122,18 @@ def test_measuring_again_gives_the_same_numbers(
     assert evaluate_run(run, cache=cache)[1] == pytest.approx(metrics, rel=1e-6)
 
 
+def test_a_run_that_was_not_tested_holds_no_test_metric_and_is_tested_later(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
+) -> None:
+    from karma_ray.runs.pipeline import evaluate_run, train_run
+
+    _, cache, metrics = finished
+    run = str(tmp_path / "run")
+    assert train_run(_config(), shop, run, cache=cache, is_tested=False) == {}
+    assert not {"metrics.json", "outcomes", "report"} & {path.name for path in Path(run).iterdir()}
+    assert evaluate_run(run, cache=cache)[1]["HR@50"] == pytest.approx(metrics["HR@50"])
+
+
 def test_a_measurement_on_other_data_stands_beside_the_runs_own(
     finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
 ) -> None:
