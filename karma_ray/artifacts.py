@@ -141,8 +141,7 @@ def read_table(
 
 def write_json(value: Any, uri: str) -> None:
     """Write indented JSON, atomically on a local filesystem."""
-    text = json.dumps(value, indent=2, sort_keys=False, default=str)
-    write_bytes(f"{text}\n".encode(), uri)
+    write_bytes(f"{json.dumps(value, indent=2, default=str)}\n".encode(), uri)
 
 
 def write_lines(values: Iterable[Any], uri: str) -> None:
@@ -163,13 +162,12 @@ def write_bytes(content: bytes, uri: str) -> None:
     """Write a file, atomically on a local filesystem."""
     fs, path = open_filesystem(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    if fs.protocol in ("file", "local") or "file" in fs.protocol:
+    if "file" in fs.protocol:
         temporary = f"{path}.{os.getpid()}.tmp"
         Path(temporary).write_bytes(content)
         os.replace(temporary, path)
     else:
-        with fs.open(path, "wb") as sink:
-            sink.write(content)
+        fs.pipe_file(path, content)
 
 
 def read_json(uri: str) -> Any:
