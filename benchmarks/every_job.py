@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,8 @@ from karma_ray.runs.stopping import stop_on_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOP = {"num_items": 240, "num_users": 120}
+PATIENT = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
+"""Gives a job that is stopped a minute to end; Ray's own 3 seconds are few for an endpoint."""
 TINY = (
     "model.tiny.hidden_size=32", "model.tiny.num_heads=2", "model.tiny.intermediate_size=64",
     "model.tiny.num_key_value_heads=1", "model.tiny.vocab_size=512", "pretrain.steps=0",
@@ -58,7 +61,7 @@ class Job:
 
     words: list[str]
     says: str
-    """Part of the last line of its log."""
+    """Part of the last line of its log; of the endpoint's, anywhere in it."""
     ends: str = "SUCCEEDED"
     port: int = 0
     """The port of an endpoint, which is asked and stopped; 0 for a job that ends by itself."""
@@ -88,8 +91,13 @@ def every_job(out: str) -> dict[str, Job]:
     }  # fmt: skip
 
 
-def asked(port: int, wait_s: float = 0.0) -> dict[str, Any] | None:
-    """Return what the endpoint of a local port answers, or None if it does not within `wait_s`."""
+def asked(
+    port: int, wait_s: float = 0.0, starts: Callable[[], bool] = lambda: True
+) -> dict[str, Any] | None:
+    """Return what the endpoint of a local port answers, or None.
+
+    It may take `wait_s` to begin, as long as it `starts`.
+    """
     url = f"http://127.0.0.1:{port}/v1/recall"
     end = time.monotonic() + wait_s
     while True:
@@ -99,7 +107,7 @@ def asked(port: int, wait_s: float = 0.0) -> dict[str, Any] | None:
                 found: dict[str, Any] = json.load(answer)
                 return found
         except OSError:
-            if time.monotonic() >= end:
+            if time.monotonic() >= end or not starts():
                 return None
             time.sleep(1.0)
 
@@ -175,7 +183,8 @@ class LocalCluster:
 
         The project's code is uploaded as `--working-dir .` says; `name` must be new.
         """
-        flags = ["--submission-id", name, "--working-dir", ".", *(() if wait else ("--no-wait",))]
+        flags = ["--submission-id", name, "--working-dir", ".", "--runtime-env-json", PATIENT]
+        flags += [] if wait else ["--no-wait"]
         done = self.ray("job", "submit", *flags, "--", "python", *words)
         log = self.ray("job", "logs", name).stdout if wait else ""
         return done.returncode, log or done.stdout + done.stderr
@@ -207,7 +216,8 @@ def submitted(cluster: LocalCluster, name: str, job: Job) -> dict[str, Any]:
     code, said = cluster.submit(name, *words, wait=not job.port)
     wrong = []
     if job.port:
-        answer = asked(job.port, 240.0)
+        states = ("PENDING", "RUNNING")
+        answer = asked(job.port, 240.0, lambda: cluster.status(name) in states)
         wrong += [] if answer and len(answer["items"]) == 3 else [f"answered {answer}"]
         cluster.ray("job", "stop", name)
         wrong += ["still answers after its end"] if asked(job.port) else []
@@ -216,7 +226,8 @@ def submitted(cluster: LocalCluster, name: str, job: Job) -> dict[str, Any]:
     lines = [line for line in said.splitlines() if line.strip()]
     wrong += [] if ended == job.ends else [f"ended as {ended}, not {job.ends}"]
     wrong += [] if (code != 0) == (job.ends == "FAILED") else [f"exit code {code}"]
-    wrong += [] if lines and job.says in lines[-1] else [f"did not end with {job.says!r}"]
+    where = said if job.port else "".join(lines[-1:])
+    wrong += [] if job.says in where else [f"did not end with {job.says!r}"]
     seconds = round(time.monotonic() - begun, 1)
     return {"job": name, "seconds": seconds, "exit": code, "ended": ended,
             "last": "".join(lines[-1:]), "wrong": wrong, "log": said}  # fmt: skip
