@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+import ray.data
 import torch
 from ray.experimental.internal_kv import _internal_kv_put
 from ray.train.torch import get_device
@@ -23,6 +25,10 @@ LOG = logging.getLogger(__name__)
 
 GPU = {"GPU": 1.0}
 CPU = {"CPU": 1.0}
+ENCODER_CPUS = 0.9
+"""What an encoder on CPUs holds of a CPU: a pool that fills all machines leaves room to write."""
+WRITER_CPUS = 0.1
+"""What a task that writes what encoders made holds of a CPU."""
 NO_CUDA = "a GPU was assigned, but its process finds no CUDA: computing on the CPU"
 
 
@@ -59,7 +65,16 @@ class Pool:
     @property
     def need(self) -> dict[str, float]:
         """What one encoder waits for."""
-        return {"GPU": self.num_gpus} if self.num_gpus else dict(CPU)
+        return {"GPU": self.num_gpus} if self.num_gpus else {"CPU": ENCODER_CPUS}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How `map_batches` runs the pool: beside it there is always room for a writer."""
+        return {
+            "compute": ray.data.ActorPoolStrategy(size=self.size),
+            "num_cpus": 0 if self.num_gpus else ENCODER_CPUS,
+            "num_gpus": self.num_gpus,
+        }
 
 
 def encoders(

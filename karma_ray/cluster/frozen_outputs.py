@@ -46,10 +46,9 @@ def encode_on_ray(
     encoded = ray.data.from_items(missing, override_num_blocks=max(1, len(missing))).map_batches(
         PortionEncoder,
         fn_constructor_args=(outputs, topic_of("frozen layers")),
-        compute=ray.data.ActorPoolStrategy(size=pool.size),
-        num_gpus=pool.num_gpus,
         batch_size=1,
         batch_format="pyarrow",
+        **pool.options,
     )
     with telling("frozen layers", pool.need, pool.size):
         for row in encoded.iter_rows():
