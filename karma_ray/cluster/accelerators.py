@@ -19,6 +19,7 @@ from ray.train.torch import get_device
 from karma_ray.cluster.session import joins_a_cluster
 from karma_ray.cluster.supply import Reach, Supply, supply
 from karma_ray.errors import InputError
+from karma_ray.model.device import may_use_gpus
 from karma_ray.training.config import TrainingConfig
 
 LOG = logging.getLogger(__name__)
@@ -85,11 +86,11 @@ def encoders(
 
     Its size is the number `asked` for, or else that of the GPUs that are up or may be added, or of
     the CPUs that are up if there is none, each with `memory` bytes. Work that gains nothing from a
-    GPU says so by `on_gpus`. Raises InputError if more are
-    asked for than may ever run together.
+    GPU says so by `on_gpus`; a run that may not use GPUs has said so (`using_gpus`). Raises
+    InputError if more are asked for than may ever run together.
     """
     found = found or supply()
-    gpus, cpus = found.reach(GPU) if on_gpus else Reach(0), found.reach(CPU)
+    gpus, cpus = found.reach(GPU) if on_gpus and may_use_gpus() else Reach(0), found.reach(CPU)
     if asked is None:
         room = found.reach(CPU | {"memory": memory} if memory else CPU).up
         size = max(1, min(gpus.possible or room, most))
@@ -100,7 +101,8 @@ def encoders(
         return Pool(size, gpu_share(gpus.possible, size))
     if size > cpus.possible:
         raise InputError("--actors", size, f"needs {_count(size, 'CPU')}; {_said(cpus, 'CPU')}")
-    why = f": {_said(gpus)}" if on_gpus else ""
+    said = _said(gpus) if may_use_gpus() else "training.use_gpu is false"
+    why = f": {said}" if on_gpus else ""
     LOG.info("%s with %s on CPUs%s", purpose, _count(size, "encoder"), why)
     return Pool(size, 0.0)
 

@@ -26,9 +26,8 @@ class PortionEncoder:
 
     def __init__(self, outputs: FrozenOutputs, topic: str = "") -> None:
         torch.set_num_threads(1)
-        if topic:  # inside Ray: tells the driver if the GPU is one in name only
-            device_here(topic)
-        self.portions = outputs.portions()
+        # Without a topic this is no worker that Ray has given a device.
+        self.portions = outputs.portions(device_here(topic) if topic else None)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Numbers of portions -> the states of each, as bytes."""

@@ -101,7 +101,7 @@ class FrozenOutputs:
         """Return the catalogue's tokens [I, L] and lengths [I], shared by a node's processes."""
         return catalog_tokens(Catalog.load(self.items_uri), self.tokenizer(), self.max_item_tokens)
 
-    def portions(self, device: str | None = None) -> FrozenPortions:
+    def portions(self, device: torch.device | str | None = None) -> FrozenPortions:
         """Load the frozen layers; the default device is this process's GPU, if it has one."""
         body = load_item_body(self.encoder)
         words = instruction_tokens(self.encoder, self.tokenizer())
