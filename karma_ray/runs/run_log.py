@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +21,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from karma_ray.artifacts import RunFolder, open_filesystem, read_lines
+from karma_ray.artifacts import RunFolder, join, open_filesystem, read_lines, write_lines
 from karma_ray.errors import StorageError
 from karma_ray.evaluation.alarm import messages
+from karma_ray.training.checkpoints.files import CheckpointFiles
 from karma_ray.training.checkpoints.outage import reason, redacted, retried
 
 LOG = logging.getLogger(__name__)
@@ -83,6 +85,21 @@ class RunLog:
         self._lines.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def note_start(run: str, stage: str, machines: Sequence[str]) -> None:
+    """Append to RUN/starts.jsonl that the workers of a stage start, on these machines by rank.
+
+    `step` is that of the newest checkpoint, after which they go on. No failure here ends the run.
+    """
+    uri = RunFolder(run).path("starts.jsonl")
+    try:
+        steps = CheckpointFiles(join(run, "checkpoints", stage)).steps()
+        start = {"stage": stage, "step": max(steps, default=0), "at": round(time.time(), 1),
+                 "machines": list(machines)}  # fmt: skip
+        write_lines([*read_lines(uri), start], uri)
+    except Exception as error:
+        LOG.warning("%s cannot be written: %s", redacted(uri), reason(error))
 
 
 class _LocalLines:
