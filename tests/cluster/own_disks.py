@@ -32,7 +32,7 @@ from tests.runs.test_pipeline import SMALL
 DATA, RUN = f"s3://{BUCKET}/shop", f"s3://{BUCKET}/runs/first"
 SEARCH, ENCODER = f"s3://{BUCKET}/runs/search", f"s3://{BUCKET}/vit"
 FIELDS = [*SMALL, "training.precision=float32", "training.validate_every=6"]
-STEPS = 150
+STEPS = 100
 LONG = [f"training.steps={STEPS}", "training.report_every=10", "training.checkpoint_every=10",
         f"training.validate_every={STEPS}", "training.num_workers=2"]  # fmt: skip
 """A training that takes long enough to lose a machine in."""
