@@ -80,6 +80,10 @@ class RunLog:
             self._writer = None
         return line
 
+    def flush(self) -> None:
+        """Let waiting lines be written soon, as before a checkpoint from which a run may go on."""
+        self._lines.flush()
+
     def close(self) -> None:
         """Write the waiting lines, and close the TensorBoard file."""
         self._lines.close()
@@ -131,9 +135,12 @@ class _LocalLines:
                 LOG.warning("%s cannot be written yet: %s", self._path, reason(error))
             self._warned = True
 
-    def close(self) -> None:
+    def flush(self) -> None:
         if self._waiting:
             self.add("")
+
+    def close(self) -> None:
+        self.flush()
 
 
 class _RemoteLines:
@@ -146,7 +153,7 @@ class _RemoteLines:
     def __init__(self, uri: str, lines: list[str]) -> None:
         self._fs, self._path = open_filesystem(uri)
         self._uri, self._lines, self._written = uri, lines, len(lines)
-        self._closed = threading.Event()
+        self._closed, self._woken = threading.Event(), threading.Event()
         self._warned = False
         self._thread = threading.Thread(target=self._run, name="run log", daemon=True)
         self._thread.start()
@@ -154,8 +161,12 @@ class _RemoteLines:
     def add(self, line: str) -> None:
         self._lines.append(line)
 
+    def flush(self) -> None:
+        self._woken.set()
+
     def close(self) -> None:
         self._closed.set()
+        self._woken.set()
         self._thread.join()
         try:
             retried(self._flush)
@@ -164,7 +175,11 @@ class _RemoteLines:
             LOG.warning("%s lacks %d lines: %s", redacted(self._uri), lost, reason(error))
 
     def _run(self) -> None:
-        while not self._closed.wait(FLUSH_SECONDS):
+        while True:
+            self._woken.wait(FLUSH_SECONDS)
+            self._woken.clear()
+            if self._closed.is_set():
+                return
             try:
                 self._flush()
             except Exception as error:

@@ -128,6 +128,21 @@ def test_the_driver_tells_an_alarm_of_far_away_workers_once(
     assert [line["step"] for line in again.earlier] == [1, 2, 3]
 
 
+def test_lines_before_a_checkpoint_reach_a_store_without_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run_log, "FLUSH_SECONDS", 3600.0)
+    log = RunLog(run := "memory://log-before-a-checkpoint", "joint")
+    log.add({"step": 10, "seconds": 1.0})
+    log.flush()
+    end = time.monotonic() + 30
+    while not list(read_lines(f"{run}/metrics.jsonl")) and time.monotonic() < end:
+        time.sleep(0.01)
+    (line,) = read_lines(f"{run}/metrics.jsonl")
+    assert line["step"] == 10
+    log.close()
+
+
 def test_every_start_is_noted_with_its_machines(tmp_path: Path) -> None:
     note_start(str(tmp_path), "joint", ["10.0.0.1", "10.0.0.2"])
     (tmp_path / "checkpoints" / "joint" / "step-0000012").mkdir(parents=True)
