@@ -25,6 +25,7 @@ from karma_ray.cluster.session import connect, quiet
 from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.errors import KarmaRayError, NonFiniteLoss, StorageError, TakenOver
 from karma_ray.runs import training as runs
+from karma_ray.runs.run_log import note_start
 from karma_ray.runs.worker import TrainJob, run_worker
 from karma_ray.training.loop import Record
 from karma_ray.training.order import Order, Window
@@ -59,6 +60,8 @@ class _Backend(_TorchBackend):
     """
 
     def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
+        config: Any = backend_config  # a _Config
+        note_start(config.run, config.stage, worker_group.execute(_machine))
         has_gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
         on_cuda = has_gpus and all(worker_group.execute(torch.cuda.is_available))
         backend = "nccl" if on_cuda else "gloo"
@@ -67,6 +70,9 @@ class _Backend(_TorchBackend):
 
 @dataclass
 class _Config(TorchConfig):
+    run: str = ""
+    stage: str = ""
+
     @property
     def backend_cls(self) -> type[_Backend]:
         return _Backend
@@ -101,7 +107,7 @@ def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
             # Bound instead of passed in train_loop_config, which the controller would unpickle,
             # importing the model.
             partial(_ray_worker, job, topic_of(job.stage)),
-            torch_config=_Config(timeout_s=COLLECTIVE_TIMEOUT_S),
+            torch_config=_Config(timeout_s=COLLECTIVE_TIMEOUT_S, run=job.run, stage=job.stage),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(fewest, workers) if fewest else workers,
                 use_gpu=use_gpu,
@@ -131,6 +137,14 @@ def _ray_worker(job: TrainJob, topic: str) -> dict[str, Any]:
     except (NonFiniteLoss, StorageError, TakenOver) as error:
         # Returned instead of raised: all workers stop, and a restart would meet the same error.
         return {"error": error}
+
+
+def _machine() -> str:
+    """Return the address of the machine of this worker."""
+    import ray
+
+    here = ray.get_runtime_context().get_node_id()
+    return next(str(n["NodeManagerAddress"]) for n in ray.nodes() if n["NodeID"] == here)
 
 
 def _own_error(error: Exception) -> KarmaRayError | None:

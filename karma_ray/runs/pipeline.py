@@ -55,12 +55,13 @@ from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import cache_beside, toy_shop
 from karma_ray.runs.stages import Stage, finished_stage, model_size, over_ids
 from karma_ray.runs.tracking import tracked
-from karma_ray.runs.training import run_training
+from karma_ray.runs.training import on_its_devices, run_training
 
 LOG = logging.getLogger(__name__)
 
 
 @tracked
+@on_its_devices
 def train_run(
     config: Config,
     data: str | None,

@@ -273,6 +273,8 @@ class _Hooks:
         stops = stopping.is_requested() and step < training.steps
         if stops or (training.checkpoint_every and step % training.checkpoint_every == 0):
             score = self.valid.get(training.best_metric) if self._validated == step else None
+            if self._log is not None:
+                self._log.flush()  # a restart from this checkpoint needs the lines before it
             self._store.save(self._model, self._optimizer, Progress(step), score=score)
         if stops:
             LOG.info("%s: stopped after step %d of %d", job.stage, step, training.steps)
