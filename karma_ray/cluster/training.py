@@ -9,17 +9,17 @@ from __future__ import annotations
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import torch
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from ray.data._internal.stats import get_or_create_stats_actor
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
 
 from karma_ray.cluster.accelerators import CPU, GPU, device_here, training_on_gpus
+from karma_ray.cluster.backend import Collectives
 from karma_ray.cluster.batches import ray_blocks
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.waiting import telling, topic_of
@@ -51,27 +51,6 @@ class RayChannel:
         ray.train.report(dict(record))
 
 
-class _Backend(_TorchBackend):
-    """Chooses NCCL if all workers have CUDA, and otherwise Gloo.
-
-    The process that starts the workers cannot know it: it may run on a machine without GPUs, and a
-    worker's GPU may be one in name only.
-    """
-
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        has_gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
-        on_cuda = has_gpus and all(worker_group.execute(torch.cuda.is_available))
-        backend = "nccl" if on_cuda else "gloo"
-        super().on_start(worker_group, replace(backend_config, backend=backend))
-
-
-@dataclass
-class _Config(TorchConfig):
-    @property
-    def backend_cls(self) -> type[_Backend]:
-        return _Backend
-
-
 def run_training(job: TrainJob, **options: Any) -> dict[str, Any]:
     """Call `karma_ray.runs.training.run_training` with Ray Train's workers."""
     return runs.run_training(job, distribute=train_on_ray, **options)
@@ -94,14 +73,16 @@ def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
     # Ray Data starts this actor where it is first used, for as long as the cluster lives: on the
     # node of a training worker it would keep that node, and its GPU, from ever being returned.
     get_or_create_stats_actor()
+    # The controller would wait for this one, which starts no sooner than the controller itself.
+    get_or_create_autoscaling_coordinator()
     # Ray's own state is in a temporary folder instead of the run's store, because it is not needed
     # afterwards, and outages of the store then do not affect Ray.
     with tempfile.TemporaryDirectory(prefix="karma-ray-") as folder:
         trainer = TorchTrainer(
             # Bound instead of passed in train_loop_config, which the controller would unpickle,
-            # importing the model.
+            # importing the model: seconds before it starts the workers.
             partial(_ray_worker, job, topic_of(job.stage)),
-            torch_config=_Config(timeout_s=COLLECTIVE_TIMEOUT_S),
+            torch_config=Collectives(timeout_s=COLLECTIVE_TIMEOUT_S),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(fewest, workers) if fewest else workers,
                 use_gpu=use_gpu,
