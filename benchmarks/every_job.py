@@ -74,7 +74,7 @@ class LocalCluster:
 
     def __init__(self, folder: Path, num_cpus: int = 4) -> None:
         self._folder, self._num_cpus = folder, num_cpus
-        self.port, dashboard, self._agent, self._client = (_free_port() for _ in range(4))
+        self.port, dashboard, self._agent, self._client = (free_port() for _ in range(4))
         self._dashboard = dashboard
         self.address = f"http://127.0.0.1:{dashboard}"
         self._temporary = Path(f"/tmp/kr-{self.port}")  # sockets need a short path
@@ -156,7 +156,8 @@ class LocalCluster:
         return [str(Path(sys.executable).parent / "ray"), *words]
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
