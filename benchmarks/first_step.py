@@ -51,7 +51,7 @@ MOMENTS = (
     ("worker", "first_step", "first step done"),
 )
 """Process, name in RUN/cost.json, and what it means, in order."""
-PERIOD_S = 0.25
+PERIOD_S = 0.5
 
 
 class CpuClock:
@@ -73,18 +73,16 @@ class CpuClock:
         self._thread.join()
 
     def between(self, begin: float, end: float) -> dict[str, list[float]]:
-        """Return [start after `begin`, CPU seconds] of what computed between two times since 1970.
+        """Return [start after `begin`, CPU seconds between two times since 1970] by process.
 
-        Processes of Ray that were up before are one entry.
+        What was up before has a negative start; less than a tenth of a second is left out.
         """
         before, after = self._at(begin), self._at(end)
-        found: dict[str, list[float]] = {"up before": [0.0, 0.0]}
-        for pid in sorted(after, key=lambda pid: self._began[pid]):
-            spent, started = after[pid] - before.get(pid, 0.0), self._began[pid] - begin
-            name = f"{self._names[pid]} {pid}" if started > 0 else "up before"
-            if spent >= 0.1 or name in found:
-                found[name] = [max(0.0, round(started, 2)), found.get(name, [0, 0.0])[1] + spent]
-        return {name: [started, round(spent, 1)] for name, (started, spent) in found.items()}
+        return {
+            f"{self._names[pid]} {pid}": [round(self._began[pid] - begin, 2), round(spent, 2)]
+            for pid in sorted(after, key=lambda pid: self._began[pid])
+            if (spent := after[pid] - before.get(pid, 0.0)) >= 0.1
+        }
 
     def _at(self, when: float) -> dict[int, float]:
         return min(self._samples, key=lambda sample: abs(sample[0] - when))[1]

@@ -20,18 +20,17 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import psutil
 import ray
-import torch
-from torch import nn
 
+from benchmarks.cpu_meter import CpuMeter
 from benchmarks.every_job import free_port
 from karma_ray import cli
 from karma_ray.artifacts import absolute, join, read_lines
@@ -43,33 +42,9 @@ from karma_ray.runs.joint import joint_job
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import CACHE, toy_shop
 from karma_ray.runs.stopping import stop_on_signals
-from karma_ray.training.loop import Prepare
-from karma_ray.training.parallel import barrier, global_sum
-from karma_ray.training.step_state import StepState
 
 WARM = 8
-"""Steps before the first one counted: the heap grows, and kernels are chosen."""
-
-
-@dataclass
-class CpuMeter:
-    """Stands before the steps of a worker, and measures its CPU time after the first WARM."""
-
-    inner: Prepare
-    steps: int
-    _begun: float = 0.0
-
-    def __call__(self, model: nn.Module, step: int, state: StepState) -> StepState:
-        """Do what was to be done before the step."""
-        if step == WARM:
-            barrier()
-            self._begun = time.process_time()
-        return self.inner(model, step, state)
-
-    def total(self, model: nn.Module, step: int) -> Mapping[str, float]:
-        """Return the seconds of all workers for each step; a collective."""
-        mine = torch.tensor(time.process_time() - self._begun, dtype=torch.float64)
-        return {"cpu_per_step": float(global_sum(mine)) / (self.steps - WARM)}
+"""Steps before the first one counted."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -91,14 +66,16 @@ def main(argv: list[str] | None = None) -> None:
         scaled = replace(stage, config=replace(stage.config, training=training))
         with tempfile.TemporaryDirectory() as run, cluster(nodes):
             job = joint_job(scaled, source, run)
-            meter = CpuMeter(job.before_step, arguments.steps)
-            job = replace(job, before_step=meter, validate=meter.total, probe=None)
-            cpu = run_training(job, progress=False)["valid"]["cpu_per_step"]
+            meter = CpuMeter(job.before_step, arguments.steps, WARM)
+            job = replace(job, before_step=meter, validate=meter.totals, probe=None)
+            used = run_training(job, progress=False)["valid"]
             lines = [line for line in read_lines(join(run, "metrics.jsonl")) if "lr" in line]
+        cpu, others = used["cpu_per_step"], used["others_per_step"]
         work = windows / cpu
         first = first or work
         point = {
             "nodes": nodes, "windows_per_step": windows, "cpu_seconds_per_step": round(cpu, 4),
+            "of_other_threads": round(others, 4),
             "windows_per_core_second": round(work, 2), "efficiency": round(work / first, 3),
             "duplicates_removed": round(lines[-1]["work/duplicates_removed"], 3),
         }  # fmt: skip
