@@ -17,11 +17,13 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
     get_or_create_autoscaling_coordinator,
 )
 from ray.data._internal.stats import get_or_create_stats_actor
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from karma_ray.cluster.accelerators import CPU, GPU, device_here, training_on_gpus
 from karma_ray.cluster.backend import Collectives
 from karma_ray.cluster.batches import ray_blocks
-from karma_ray.cluster.session import connect
+from karma_ray.cluster.session import connect, joins_a_cluster
 from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.errors import KarmaRayError, NonFiniteLoss, StorageError, TakenOver
 from karma_ray.runs import training as runs
@@ -51,6 +53,14 @@ class RayChannel:
         ray.train.report(dict(record))
 
 
+class _Trainer(TorchTrainer):
+    """Has no actor for datasets that the driver passes to workers: they open their own data."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        found = super()._create_default_callbacks()
+        return [callback for callback in found if not isinstance(callback, DatasetsCallback)]
+
+
 def run_training(job: TrainJob, **options: Any) -> dict[str, Any]:
     """Call `karma_ray.runs.training.run_training` with Ray Train's workers."""
     return runs.run_training(job, distribute=train_on_ray, **options)
@@ -65,20 +75,20 @@ def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
     there can never be enough GPUs or CPUs.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
 
     connect()
     workers, fewest = job.training.num_workers, job.training.min_workers
     use_gpu = training_on_gpus(job.training)
-    # Ray Data starts this actor where it is first used, for as long as the cluster lives: on the
-    # node of a training worker it would keep that node, and its GPU, from ever being returned.
-    get_or_create_stats_actor()
+    if joins_a_cluster():
+        # Ray Data starts this actor where it is first used, for as long as the cluster lives: on
+        # the node of a training worker it would keep that node, and its GPU, from being returned.
+        get_or_create_stats_actor()
     # The controller would wait for this one, which starts no sooner than the controller itself.
     get_or_create_autoscaling_coordinator()
     # Ray's own state is in a temporary folder instead of the run's store, because it is not needed
     # afterwards, and outages of the store then do not affect Ray.
     with tempfile.TemporaryDirectory(prefix="karma-ray-") as folder:
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             # Bound instead of passed in train_loop_config, which the controller would unpickle,
             # importing the model: seconds before it starts the workers.
             partial(_ray_worker, job, topic_of(job.stage)),

@@ -1,4 +1,4 @@
-"""The collectives of Ray Train's workers are chosen by a process that needs no model."""
+"""What Ray Train starts for a training, and what its controller needs to know."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 from ray import cloudpickle
 
 from karma_ray.cluster.backend import Collectives
+from karma_ray.cluster.training import _Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
@@ -25,3 +26,8 @@ def test_the_controller_does_not_load_the_model() -> None:
         capture_output=True, check=True, cwd=ROOT,
     )  # fmt: skip
     assert done.stdout.split() == [b"7", b"_Backend", b"False"]
+
+
+def test_no_process_is_started_for_datasets_that_training_does_not_have() -> None:
+    names = [type(one).__name__ for one in _Trainer(lambda: None)._create_default_callbacks()]
+    assert "BackendSetupCallback" in names and "DatasetsCallback" not in names
