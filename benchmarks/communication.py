@@ -6,7 +6,8 @@ Real steps in processes over gloo, on this machine and without Ray; each worker 
 `training.batch_size` windows. Counted are the results of the collectives: a sum of n bytes, or
 the n bytes gathered from all workers. A ring moves 2 (N - 1) / N of a sum over each worker's
 network, and (N - 1) / N of what is gathered. JSON lines: for each number of workers the mean of
-the steps by part, counted and by the formula.
+the steps by part, counted and by the formula, and the windows for each CPU second of all workers
+(without the first step, and without the optimiser).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,7 +44,7 @@ from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import CACHE, toy_shop
 from karma_ray.runs.worker import TrainJob
 from karma_ray.training.item_table import share_items
-from karma_ray.training.parallel import global_max, sum_gradients, world_size
+from karma_ray.training.parallel import global_max, global_sum, sum_gradients, world_size
 from karma_ray.training.step import JointStep
 from karma_ray.training.step_state import AT_THE_END, StepState
 
@@ -136,7 +138,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument(
         "--workers", type=int, nargs="+", default=[2, 4], help="numbers of workers (2 4)"
     )
-    flags.add_argument("--steps", type=int, default=3, help="steps counted (default 3)")
+    flags.add_argument("--steps", type=int, default=8, help="steps counted (default 8)")
     arguments = flags.parse_args(argv)
     config = cli.load_config(arguments, "karma_text")
     config = replace(
@@ -172,20 +174,25 @@ def _worker(rank: int, workers: int, pickled: bytes, folder: str) -> None:
     batches = job.make_batches(WorkerContext(rank, workers, 0, job.training.steps, local_blocks))
     counted: Counter[str] = Counter()
     formula: Counter[str] = Counter()
-    number = 0
+    number, seconds = 0, 0.0
     for batch in islice(batches, job.training.steps):
         state = job.before_step(model, number, StepState(progress=number / job.training.steps))
         with torch.autocast("cpu", torch.bfloat16, job.training.precision == "bfloat16"):
+            begun = time.process_time()
             counts, sizes = counted_step(model, job.step, batch, state)
+            seconds += time.process_time() - begun if number else 0.0
         counted += counts
         formula += Counter(sizes.bytes())
         number += 1
+    all_seconds = float(global_sum(torch.tensor(seconds, dtype=torch.float64)))
+    windows = job.training.batch_size * (number - 1)
     if rank == 0:
         means = {
             "counted": {name: total // number for name, total in counted.items()},
             "formula": {name: total // number for name, total in formula.items()},
             "counted_bytes": sum(counted.values()) // number,
             "formula_bytes": sum(formula.values()) // number,
+            "windows_per_core_second": round(windows / all_seconds, 1),
             "last_step": vars(sizes),
         }
         Path(folder, "found.json").write_text(json.dumps(means))
