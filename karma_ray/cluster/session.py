@@ -25,8 +25,6 @@ _ALONE = {
     # A single machine is not preempted with a warning, and every further process of Ray wakes up a
     # hundred times a second.
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
-    # Ray would start a process for each CPU, of which none has the environment of our work.
-    "RAY_prestart_worker_first_driver": "0",
 }
 
 
