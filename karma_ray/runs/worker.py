@@ -121,11 +121,9 @@ def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[
     torch.manual_seed(job.seed)
     model = place(job.build(), training, channel.device)
     optimizer = build_optimizer(
-        model,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
+        model, learning_rate=training.learning_rate, weight_decay=training.weight_decay,
         multiplier_of=job.multiplier_of,
-    )
+    )  # fmt: skip
     # Set before the restore, which may load the random state of a checkpoint.
     torch.manual_seed(job.seed + 1_000_003 * (rank() + 1))
     store = CheckpointStore(
