@@ -68,7 +68,8 @@ class Retriever:
         """
         check_run(run)
         folder = RunFolder(run)
-        bundle = load_bundle(folder.bundle, encodes_items=False)
+        # Without a catalogue there is nothing to encode; an evaluation also looks at the encoder.
+        bundle = load_bundle(folder.bundle, encodes_items=data is not None)
         # An endpoint has several of these on a node; an evaluation has one, in its own order.
         table = load_embeddings(folder.item_embeddings, bundle.content_hash, mapped=data is None)
         index = ItemIndex.load(folder.index, bundle.content_hash)
