@@ -10,11 +10,10 @@ import uvicorn
 
 from karma_ray.errors import InputError
 from karma_ray.serving.app import build_app
+from karma_ray.serving.client import TOKEN
 from karma_ray.serving.process import held_port
 from karma_ray.serving.service import Service
 
-TOKEN = "KARMA_RAY_TOKEN"
-"""Environment variable with the bearer token that callers must send; unset: everyone may ask."""
 SWITCH_INTERVAL_S = 0.0005
 """How long one thread may keep the other from running; Python's 5 ms would be most of a request."""
 STOP_S = 5
@@ -24,7 +23,10 @@ IDLE_S = 30
 
 
 def token_from_environment() -> str | None:
-    """Return the bearer token that callers must send; raises InputError on an empty one."""
+    """Return the bearer token that callers must send, if KARMA_RAY_TOKEN is set.
+
+    Raises InputError on an empty one.
+    """
     token = os.environ.get(TOKEN)
     if token is not None and not token.strip():
         raise InputError(TOKEN, "", "is set but empty; unset it to let everyone ask")
