@@ -27,6 +27,7 @@ from karma_ray.retrieval.retriever import check_run
 from karma_ray.serving.app import build_app
 from karma_ray.serving.guards import RETRY_AFTER_S
 from karma_ray.serving.host import SWITCH_INTERVAL_S, token_from_environment
+from karma_ray.serving.page.routes import SearchPage, shows_users
 from karma_ray.serving.process import held_port, raise_on_signals, run_until_signal
 from karma_ray.serving.service import MAX_WAITING, Service
 
@@ -72,7 +73,9 @@ def serve_run(
             connect()
             if blocking:
                 raise_on_signals()
-            _start(host, port, application_of(run, num_replicas, max_queued_requests))
+            _start(host, port, application_of(
+                run, num_replicas, max_queued_requests, host
+            ))  # fmt: skip
         if on_ready is not None:
             on_ready(url)
 
@@ -108,13 +111,19 @@ def curl_example(url: str, item_ids: list[str]) -> str:
     return f"curl -s -X POST {url}/v1/recall -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
 
 
-def application_of(run: str, num_replicas: int, max_queued_requests: int) -> serve.Application:
-    """Return the Serve application of a finished run, a path or URI that every node can read."""
+def application_of(
+    run: str, num_replicas: int, max_queued_requests: int, host: str = ""
+) -> serve.Application:
+    """Return the Serve application of a finished run, a path or URI that every node can read.
+
+    `host` is the address that is listened on, which decides what the search page may show.
+    """
 
     def build() -> Any:
         # Runs in the replica. Parallelism comes from replicas, with one compute thread each.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        return build_app(Service.load(run, max_waiting=max_queued_requests), token)
+        page = SearchPage(run, show_users=shows_users(host, token))
+        return build_app(Service.load(run, max_waiting=max_queued_requests), token, page)
 
     token = token_from_environment()
     deployment = serve.deployment(

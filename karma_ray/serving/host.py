@@ -11,6 +11,7 @@ import uvicorn
 from karma_ray.errors import InputError
 from karma_ray.serving.app import build_app
 from karma_ray.serving.client import TOKEN
+from karma_ray.serving.page.routes import SearchPage, shows_users
 from karma_ray.serving.process import held_port
 from karma_ray.serving.service import Service
 
@@ -35,14 +36,19 @@ def token_from_environment() -> str | None:
 
 def serve_here(
     run: str, host: str, port: int, on_ready: Callable[[str], None] | None = None,
-    num_threads: int = 1,
+    num_threads: int = 1, compare: str | None = None,
 ) -> None:  # fmt: skip
     """Serve a finished run from this process until SIGINT or SIGTERM.
 
-    Raises InputError, SkewError or KarmaRayError when the run or the port cannot be used.
+    The search page can show the run `compare` beside it. Raises InputError, SkewError or
+    KarmaRayError when a run or the port cannot be used.
     """
-    service = Service.load(run, num_threads)
-    app = build_app(service, token_from_environment())
+    service, token = Service.load(run, num_threads), token_from_environment()
+    page = SearchPage(
+        run, show_users=shows_users(host, token), other_run=compare,
+        other=None if compare is None else Service.load(compare, num_threads),
+    )  # fmt: skip
+    app = build_app(service, token, page)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with held_port(host, port):
         pass
