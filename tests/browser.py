@@ -147,20 +147,21 @@ class Tab:
         self.wait("document.readyState === 'complete'")
 
     def ask(self, script: str) -> Any:
-        """Return the value of an expression."""
-        answer = self._send("Runtime.evaluate", expression=script, returnByValue=True)
+        """Return the value of an expression; of a promise, what it becomes."""
+        answer = self._send(
+            "Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True
+        )
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{script}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
-    def wait(self, script: str) -> Any:
+    def wait(self, script: str) -> None:
         """Wait until an expression is true."""
         end = time.monotonic() + WAIT_S
-        while not (found := self.ask(script)):
+        while not self.ask(f"Boolean({script})"):
             if time.monotonic() > end:
                 raise TimeoutError(f"not so: {script}\n{self.ask('document.body.innerText')}")
             time.sleep(0.05)
-        return found
 
     def press(self, key: str) -> None:
         """Press a key where the focus is."""
@@ -177,12 +178,17 @@ class Tab:
 
     def click(self, selector: str) -> None:
         """Click the middle of the first element of a selector with the mouse."""
+        self.ask(
+            f"document.querySelector({json.dumps(selector)}).scrollIntoView({{block: 'center'}})"
+        )
+        # The mouse finds what is on the screen, so the page must have been drawn where it is now.
+        self.ask("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
         place = self.ask(
-            f"(() => {{ const e = document.querySelector({json.dumps(selector)});"
-            "e.scrollIntoView({block: 'center'}); const b = e.getBoundingClientRect();"
-            "return [b.x + b.width / 2, b.y + b.height / 2]; })()"
+            f"(() => {{ const b = document.querySelector({json.dumps(selector)})"
+            ".getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2]; })()"
         )
         where = {"x": place[0], "y": place[1], "button": "left", "clickCount": 1}
+        self._send("Input.dispatchMouseEvent", type="mouseMoved", x=place[0], y=place[1])
         self._send("Input.dispatchMouseEvent", type="mousePressed", **where)
         self._send("Input.dispatchMouseEvent", type="mouseReleased", **where)
 

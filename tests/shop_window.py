@@ -27,10 +27,10 @@ def _picture(number: int) -> bytes:
 
 
 def items_table() -> pa.Table:
-    """The items of the tiny run with pictures: i5 has none, i6 a broken one, i8 an evil title."""
+    """The items of the tiny run with pictures: i30 has none, i31 a broken one, i8 an evil title."""
     rows = tiny_run_items().to_pylist()
     for number, row in enumerate(rows):
-        row["image"] = {5: None, 6: b"no picture"}.get(number, _picture(number))
+        row["image"] = {30: None, 31: b"no picture"}.get(number, _picture(number))
         if row["item_id"] == EVIL_ID:
             row["title"] = EVIL_TITLE
     return pa.Table.from_pylist(rows, schema=ITEMS)

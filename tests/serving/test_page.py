@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import httpx
 import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving.app import build_app
-from karma_ray.serving.page.routes import SearchPage, shows_users
+from karma_ray.serving.page.routes import MAX_WAITING, SearchPage, shows_users
 from karma_ray.serving.service import Service
 from tests import shop_window
 
@@ -98,7 +101,7 @@ def test_floors_rank_as_they_are_measured(client: TestClient) -> None:
 
 
 def test_pictures_are_small_jpegs_of_the_items_that_have_one(client: TestClient) -> None:
-    ids = ["i39", "i5", "i6", "nobody", "i0", "i39"]
+    ids = ["i39", "i30", "i31", "nobody", "i0", "i39"]
     for _ in range(2):  # read, and remembered
         found = client.post("/page/pictures", json={"item_ids": ids}).json()["pictures"]
         assert set(found) == {"i39", "i0"}
@@ -168,3 +171,23 @@ def test_a_broken_data_folder_breaks_no_recall_and_tells_no_path(retriever, run,
         assert answer.status_code == 500
         assert answer.json() == {"detail": "this part of the page cannot be computed"}
         assert client.post("/v1/recall", json={}).status_code == 200
+
+
+def test_a_slow_page_delays_no_recall_and_refuses_what_it_cannot_hold(retriever, run) -> None:
+    page, free = SearchPage(run), threading.Event()
+    app = build_app(Service(retriever), None, page)
+
+    async def ask() -> tuple[int, int]:
+        slow = [asyncio.create_task(page.compute(free.wait)) for _ in range(MAX_WAITING)]
+        await asyncio.sleep(0)
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://page"
+        ) as client:
+            recalled = await client.post("/v1/recall", json={})
+            refused = await client.post("/page/floors", json={})
+        free.set()
+        await asyncio.gather(*slow)
+        assert refused.headers["retry-after"] == "1"
+        return recalled.status_code, refused.status_code
+
+    assert asyncio.run(ask()) == (200, 503)
