@@ -17,6 +17,8 @@ import pytest
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from jobs.serve import main
+from karma_ray.errors import InputError
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving.app import build_app
 from karma_ray.serving.page.routes import MAX_WAITING, SearchPage, shows_users
@@ -140,6 +142,11 @@ def test_people_are_shown_to_this_machine_or_to_callers_with_a_token(retriever, 
         assert not about["users"] and "bearer token" in about["no_users"]
         assert client.get("/page/users").json() == {"users": []}
         assert client.post("/page/user", json={"user_id": "u1"}).json() == {"found": False}
+
+
+def test_a_second_run_is_shown_by_this_process_alone(run: str) -> None:
+    with pytest.raises(InputError, match=r"--compare: .* needs --without-ray"):
+        main([run, "--compare", run])
 
 
 def test_without_its_data_the_page_says_so_and_still_searches(retriever, run, tmp_path) -> None:
