@@ -6,11 +6,12 @@ The HTTP interface is `karma_ray.serving`; Serve only hosts it.
 
 from __future__ import annotations
 
-import json
-import shlex
+import os
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,26 +26,56 @@ from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.encode import load_embeddings
 from karma_ray.retrieval.retriever import check_run
 from karma_ray.serving.app import build_app
+from karma_ray.serving.client import TOKEN
 from karma_ray.serving.guards import RETRY_AFTER_S
 from karma_ray.serving.host import SWITCH_INTERVAL_S, token_from_environment
 from karma_ray.serving.page.routes import SearchPage, shows_users
-from karma_ray.serving.process import held_port, raise_on_signals, run_until_signal
+from karma_ray.serving.process import (
+    check_port,
+    free_port,
+    held_port,
+    raise_on_signals,
+    run_until_signal,
+)
 from karma_ray.serving.service import MAX_WAITING, Service
 
 APPLICATION = "karma_ray"
 MAX_QUEUED = MAX_WAITING
 """Requests that may wait for a replica; further ones get the status 503."""
+TARGET_ONGOING = 16
+"""Requests in a replica at once, to which the number of replicas is fitted."""
+GROW_AFTER_S, SHRINK_AFTER_S = 5.0, 60.0
+"""Seconds for which more or fewer replicas must have been right."""
 STOP_LOCAL_S = 5.0
 """Seconds in which a local Ray must answer the last requests and end."""
 STOP_CLUSTER_S = 30.0
 """Seconds in which a shared cluster must remove the application."""
 
 
+@dataclass(frozen=True)
+class Replicas:
+    """How many copies of decoder and index; by load between the two numbers."""
+
+    fewest: int = 1
+    most: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Replicas:
+        """Read `N` or `N-M`; raises InputError."""
+        found = re.fullmatch(r"([1-9][0-9]*)(?:-([1-9][0-9]*))?", text)
+        if found is None:
+            raise InputError("--replicas", text, "must be a number, or two as in 1-4")
+        fewest, most = int(found[1]), int(found[2] or found[1])
+        if most < fewest:
+            raise InputError("--replicas", text, "names fewer at most than at least")
+        return cls(fewest, most)
+
+
 def serve_run(
     run: str,
     host: str = "127.0.0.1",
     port: int = 8000,
-    num_replicas: int = 1,
+    replicas: Replicas = Replicas(),
     *,
     blocking: bool = False,
     max_queued_requests: int = MAX_QUEUED,
@@ -57,10 +88,7 @@ def serve_run(
     message instead of a replica that fails again and again. When `blocking`, SIGINT or SIGTERM
     ends this process. Raises KarmaRayError.
     """
-    if not 0 < port < 65536:
-        raise InputError("--port", port, "must lie between 1 and 65535")
-    if num_replicas < 1:
-        raise InputError("--replicas", num_replicas, "must be at least 1")
+    check_port(port)
     check_run(run)
     load_embeddings(RunFolder(run).item_embeddings)  # fails here instead of in a replica
     # Replicas have another working directory, where a relative path would not be found.
@@ -70,12 +98,14 @@ def serve_run(
     def start() -> None:
         # In an existing cluster the head node opens the port, whichever node asks.
         with nullcontext() if joins_a_cluster() else held_port(host, port):
+            proxy = port
+            if replicas.most == 1 and not joins_a_cluster() and not ray.is_initialized():
+                os.environ.update(_direct(port))
+                proxy = free_port()
             connect()
             if blocking:
                 raise_on_signals()
-            _start(host, port, application_of(
-                run, num_replicas, max_queued_requests, host
-            ))  # fmt: skip
+            _start(host, proxy, application_of(run, replicas, max_queued_requests, host))
         if on_ready is not None:
             on_ready(url)
 
@@ -83,6 +113,23 @@ def serve_run(
         run_until_signal(start, _take_down, STOP_CLUSTER_S if joins_a_cluster() else STOP_LOCAL_S)
     start()
     return url
+
+
+def _direct(port: int) -> dict[str, str]:
+    """Return the switches with which the only replica of a machine opens the port itself.
+
+    Serve's proxy, a Python process that copies every request, costs three quarters of what a
+    replica can answer (benchmarks/serve.py). It still runs, on another port of this machine.
+    """
+    return {
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1",
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(port),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(port + 1),
+        # A replica that replaces a lost one must get its port at once.
+        "RAY_SERVE_PORT_QUARANTINE_S": "0",
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+    }
 
 
 def _start(host: str, port: int, application: serve.Application) -> None:
@@ -105,34 +152,41 @@ def _take_down() -> None:
         ray.shutdown()
 
 
-def curl_example(url: str, item_ids: list[str]) -> str:
-    """Return a command to paste that sends a request with a history of `item_ids`."""
-    body = {"query": "", "history": [{"item_id": i} for i in item_ids], "k": 10}
-    return f"curl -s -X POST {url}/v1/recall -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
-
-
 def application_of(
-    run: str, num_replicas: int, max_queued_requests: int, host: str = ""
+    run: str, replicas: Replicas, max_queued_requests: int = MAX_QUEUED, host: str = ""
 ) -> serve.Application:
     """Return the Serve application of a finished run, a path or URI that every node can read.
 
     `host` is the address that is listened on, which decides what the search page may show.
     """
+    needs_token = token_from_environment() is not None
 
     def build() -> Any:
-        # Runs in the replica. Parallelism comes from replicas, with one compute thread each.
+        # Runs in the replica. The token is read there too, so that it is in no stored setting.
+        token = token_from_environment()
+        if needs_token and token is None:
+            raise InputError(TOKEN, "", "is set here but not where the replicas run; set it there")
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         page = SearchPage(run, show_users=shows_users(host, token))
         return build_app(Service.load(run, max_waiting=max_queued_requests), token, page)
 
-    token = token_from_environment()
+    scaling: dict[str, Any] = {"num_replicas": replicas.fewest}
+    if replicas.most > replicas.fewest:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": replicas.fewest, "max_replicas": replicas.most,
+                "target_ongoing_requests": TARGET_ONGOING,
+                "upscale_delay_s": GROW_AFTER_S, "downscale_delay_s": SHRINK_AFTER_S,
+            }
+        }  # fmt: skip
     deployment = serve.deployment(
         serve.ingress(build)(),
         name="retriever",
-        num_replicas=num_replicas,
+        # The application refuses before this number is reached, and says so in fewer steps.
         max_ongoing_requests=2 * max_queued_requests,
         max_queued_requests=max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=float(RETRY_AFTER_S)),
-        ray_actor_options={"num_cpus": 0.1, "num_gpus": share_of_gpus_up(num_replicas)},
+        ray_actor_options={"num_cpus": 1, "num_gpus": share_of_gpus_up(replicas.most)},
+        **scaling,
     )
     return deployment.bind()

@@ -65,7 +65,7 @@ class Retriever:
         """
         check_run(run)
         folder = RunFolder(run)
-        bundle = load_bundle(folder.bundle)
+        bundle = load_bundle(folder.bundle, encodes_items=False)
         table = load_embeddings(folder.item_embeddings, bundle.content_hash)
         index = ItemIndex.load(folder.index, bundle.content_hash)
         order = index.item_ids if data is None else Catalog.load(data).item_ids

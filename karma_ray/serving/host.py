@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -12,7 +14,7 @@ from karma_ray.errors import InputError
 from karma_ray.serving.app import build_app
 from karma_ray.serving.client import TOKEN
 from karma_ray.serving.page.routes import SearchPage, shows_users
-from karma_ray.serving.process import held_port
+from karma_ray.serving.process import check_port, held_port
 from karma_ray.serving.service import Service
 
 SWITCH_INTERVAL_S = 0.0005
@@ -34,6 +36,12 @@ def token_from_environment() -> str | None:
     return token
 
 
+def curl_example(url: str, item_ids: list[str]) -> str:
+    """Return a command to paste that sends a request with a history of `item_ids`."""
+    body = {"query": "", "history": [{"item_id": i} for i in item_ids], "k": 10}
+    return f"curl -s -X POST {url}/v1/recall -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+
+
 def serve_here(
     run: str, host: str, port: int, on_ready: Callable[[str], None] | None = None,
     num_threads: int = 1, compare: str | None = None,
@@ -43,6 +51,7 @@ def serve_here(
     The search page can show the run `compare` beside it. Raises InputError, SkewError or
     KarmaRayError when a run or the port cannot be used.
     """
+    check_port(port)
     service, token = Service.load(run, num_threads), token_from_environment()
     page = SearchPage(
         run, show_users=shows_users(host, token), other_run=compare,
