@@ -15,7 +15,6 @@ import pyarrow as pa
 from karma_ray.artifacts import RunFolder, join, read_json, read_manifest, read_table
 from karma_ray.baselines.popularity import PopularityRanker, training_clicks
 from karma_ray.baselines.ranker import Ranker
-from karma_ray.baselines.tfidf import TfidfRanker
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.fragments import list_fragments, read_fragment
 from karma_ray.data.pictures import has_images
@@ -115,6 +114,8 @@ class RunData:
     def _rankers(self) -> dict[str, Ranker]:
         if self.source is None or self.catalog is None or self.no_floors:
             return {}
+        from karma_ray.baselines.tfidf import TfidfRanker  # two seconds, for the page alone
+
         columns = ["item_ids", "loss_mask"]
         windows = read_table(join(self.source.uri, "sequences"), columns=columns)
         return {

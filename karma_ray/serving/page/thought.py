@@ -12,7 +12,6 @@ from karma_ray.artifacts import RunFolder, exists, join, read_json, read_manifes
 from karma_ray.config import from_dict
 from karma_ray.data.collate import Collator
 from karma_ray.errors import KarmaRayError
-from karma_ray.model.karma import KarmaModel
 from karma_ray.retrieval.encode import ItemTable
 from karma_ray.retrieval.requests import Request, request_table
 
@@ -37,13 +36,11 @@ class Thoughts:
 
     def __init__(self, run: str, table: ItemTable) -> None:
         """`table` holds the item embeddings of the same run."""
-        from karma_ray.runs.stages import finished_stage  # most of a second, for this alone
+        from karma_ray.runs.stages import finished_stage  # seconds, for this alone
 
         items = str(read_manifest(run).get("items") or "")
         stage = finished_stage(run, items)
-        model = stage.build_trained()
-        assert isinstance(model, KarmaModel)
-        self._model = model
+        self._model = stage.build_trained()
         self._collator = Collator(table, stage.tokenizer(), stage.config.collate)
         self._embeddings = torch.from_numpy(table.embeddings)
 
