@@ -59,13 +59,14 @@ class Retriever:
     ) -> Retriever:
         """Load a finished run folder; the default device is this process's GPU, if it has one.
 
-        With `data`, rows (and columns of `score`) are in the order of that catalogue; otherwise in
-        the order of the index, without reading a catalogue. Raises InputError that names a
-        missing part and the command that makes it, and SkewError when parts do not fit together.
+        With `data`, rows (and columns of `score`) are in the order of that catalogue, and the model
+        has its item encoder, as evaluation needs it; otherwise they are in the order of the index,
+        without reading a catalogue. Raises InputError that names a missing part and the command
+        that makes it, and SkewError when parts do not fit together.
         """
         check_run(run)
         folder = RunFolder(run)
-        bundle = load_bundle(folder.bundle, encodes_items=False)
+        bundle = load_bundle(folder.bundle, encodes_items=data is not None)
         table = load_embeddings(folder.item_embeddings, bundle.content_hash)
         index = ItemIndex.load(folder.index, bundle.content_hash)
         order = index.item_ids if data is None else Catalog.load(data).item_ids
