@@ -9,6 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.artifacts import RunFolder, read_table
 from karma_ray.cli import parser, run
+from karma_ray.errors import InputError
 from karma_ray.serving.host import curl_example, serve_here
 
 
@@ -25,15 +26,26 @@ def main(argv: list[str] | None = None) -> None:
         "--without-ray", action="store_true",
         help="answer from this process, behind uvicorn: one machine, no cluster",
     )  # fmt: skip
+    flags.add_argument(
+        "--compare", metavar="RUN",
+        help="a second run that the search page shows beside it (with --without-ray)",
+    )  # fmt: skip
     arguments = flags.parse_args(argv)
+    if arguments.compare and not arguments.without_ray:
+        raise InputError("--compare", arguments.compare, "needs --without-ray")
 
     def announce(url: str) -> None:
         source = RunFolder(arguments.run).path("index", "item_ids.parquet")
         ids = read_table(source, columns=["item_id"]).column("item_id")[:2].to_pylist()
-        print(f"ready: {url}/docs; stop with Ctrl-C. Try:\n{curl_example(url, ids)}", flush=True)
+        print(
+            f"ready: {url}/docs; stop with Ctrl-C. Search page: {url}/\n"
+            f"Try:\n{curl_example(url, ids)}", flush=True,
+        )  # fmt: skip
 
     if arguments.without_ray:
-        serve_here(arguments.run, arguments.host, arguments.port, announce)
+        serve_here(
+            arguments.run, arguments.host, arguments.port, announce, compare=arguments.compare
+        )
         return
     from karma_ray.cluster.serving import Replicas, serve_run  # not needed without Ray
 

@@ -25,8 +25,10 @@ from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.encode import load_embeddings
 from karma_ray.retrieval.retriever import check_run
 from karma_ray.serving.app import build_app
+from karma_ray.serving.client import TOKEN
 from karma_ray.serving.guards import RETRY_AFTER_S
-from karma_ray.serving.host import TOKEN, settle, token_from_environment
+from karma_ray.serving.host import settle, token_from_environment
+from karma_ray.serving.page.routes import SearchPage, shows_users
 from karma_ray.serving.process import (
     check_port,
     free_port,
@@ -102,7 +104,7 @@ def serve_run(
             connect()
             if blocking:
                 raise_on_signals()
-            _start(host, proxy, application_of(run, replicas, max_queued_requests))
+            _start(host, proxy, application_of(run, replicas, max_queued_requests, host))
         if on_ready is not None:
             on_ready(url)
 
@@ -150,9 +152,12 @@ def _take_down() -> None:
 
 
 def application_of(
-    run: str, replicas: Replicas, max_queued_requests: int = MAX_QUEUED
+    run: str, replicas: Replicas, max_queued_requests: int = MAX_QUEUED, host: str = ""
 ) -> serve.Application:
-    """Return the Serve application of a finished run, a path or URI that every node can read."""
+    """Return the Serve application of a finished run, a path or URI that every node can read.
+
+    `host` is the address that is listened on, which decides what the search page may show.
+    """
     needs_token = token_from_environment() is not None
 
     def build() -> Any:
@@ -161,8 +166,10 @@ def application_of(
         if needs_token and token is None:
             raise InputError(TOKEN, "", "is set here but not where the replicas run; set it there")
         service = Service.load(run, max_waiting=max_queued_requests)
+        page = SearchPage(run, show_users=shows_users(host, token))
+        app = build_app(service, token, page)
         settle()
-        return build_app(service, token)
+        return app
 
     scaling: dict[str, Any] = {"num_replicas": replicas.fewest}
     if replicas.most > replicas.fewest:

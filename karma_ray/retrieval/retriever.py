@@ -62,9 +62,10 @@ class Retriever:
     ) -> Retriever:
         """Load a finished run folder; the default device is this process's GPU, if it has one.
 
-        With `data`, rows (and columns of `score`) are in the order of that catalogue; otherwise in
-        the order of the index, without reading a catalogue. Raises InputError that names a
-        missing part and the command that makes it, and SkewError when parts do not fit together.
+        With `data`, rows (and columns of `score`) are in the order of that catalogue, and the model
+        has its item encoder, as evaluation needs it; otherwise they are in the order of the index,
+        without reading a catalogue. Raises InputError that names a missing part and the command
+        that makes it, and SkewError when parts do not fit together.
         """
         check_run(run)
         folder = RunFolder(run)

@@ -21,18 +21,27 @@ from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.serving import schemas
 from karma_ray.serving.batching import Overloaded
 from karma_ray.serving.guards import RETRY_AFTER_S, Guards
+from karma_ray.serving.page.routes import SearchPage, add_page
+from karma_ray.serving.refusals import name_the_field
 from karma_ray.serving.service import Service
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
-def build_app(service: Service, token: str | None = None) -> FastAPI:
-    """Build the application of a service; with a `token`, callers must send it as a bearer."""
+def build_app(
+    service: Service, token: str | None = None, page: SearchPage | None = None
+) -> FastAPI:
+    """Build the application of a service; with a `token`, callers must send it as a bearer.
+
+    `page` says what the search page shows beside recall; by default nothing.
+    """
+    page = page or SearchPage()
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         service.close()
+        page.close()
 
     app = FastAPI(
         title="karma_ray", version=__version__, description="Personalized recall.",
@@ -41,6 +50,7 @@ def build_app(service: Service, token: str | None = None) -> FastAPI:
     app.add_middleware(Guards, token=token, is_full=lambda: service.is_full)
     app.add_exception_handler(KarmaRayError, _say_why)
     _add_calls(app, service)
+    add_page(app, service, page)
 
     @app.get("/v1/healthz", response_model=schemas.Health)
     async def healthz() -> Response:
@@ -105,7 +115,7 @@ class _Calls:
                 return Response(content, media_type="application/json")
             except ValidationError as error:
                 status = 422
-                return _name_the_field(error)
+                return name_the_field(error)
             except Overloaded as error:
                 status = 503
                 headers = {"retry-after": str(RETRY_AFTER_S)}
@@ -146,12 +156,3 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 async def _say_why(_: Request, error: Exception) -> JSONResponse:
     """Answer 500 with the error message, for instance if the model's output is not finite."""
     return JSONResponse({"detail": str(error)}, status_code=500)
-
-
-def _name_the_field(error: ValidationError) -> JSONResponse:
-    """Answer 422 without the refused value: it may be large, private, or not valid UTF-8."""
-    detail = [
-        {"loc": ["body", *e["loc"]], "msg": e["msg"], "type": e["type"]}
-        for e in error.errors(include_url=False, include_context=False, include_input=False)
-    ]
-    return JSONResponse({"detail": detail}, status_code=422)

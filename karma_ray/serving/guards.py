@@ -18,9 +18,9 @@ MAX_BODY_SECONDS = 10.0
 """Time in which a client must have sent its body."""
 RETRY_AFTER_S = 1
 """Value of `Retry-After` on a 503."""
-OPEN_PATHS = frozenset({"/v1/healthz"})
-"""Paths that need no token, for the probes of whoever runs the endpoint."""
-ALWAYS_ANSWERED = frozenset({"/v1/healthz", "/v1/version", "/metrics"})
+OPEN_PATHS = frozenset({"/", "/v1/healthz"})
+"""Paths that need no token: the search page, which asks for it, and what probes ask."""
+ALWAYS_ANSWERED = frozenset({"/", "/v1/healthz", "/v1/version", "/metrics"})
 """Paths that are answered under any load."""
 
 

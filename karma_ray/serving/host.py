@@ -13,11 +13,11 @@ import uvicorn
 
 from karma_ray.errors import InputError
 from karma_ray.serving.app import build_app
+from karma_ray.serving.client import TOKEN
+from karma_ray.serving.page.routes import SearchPage, shows_users
 from karma_ray.serving.process import check_port, held_port
 from karma_ray.serving.service import Service
 
-TOKEN = "KARMA_RAY_TOKEN"
-"""Environment variable with the bearer token that callers must send; unset: everyone may ask."""
 SWITCH_INTERVAL_S = 0.0005
 """How long one thread may keep the other from running; Python's 5 ms would be most of a request."""
 STOP_S = 5
@@ -27,7 +27,10 @@ IDLE_S = 30
 
 
 def token_from_environment() -> str | None:
-    """Return the bearer token that callers must send; raises InputError on an empty one."""
+    """Return the bearer token that callers must send, if KARMA_RAY_TOKEN is set.
+
+    Raises InputError on an empty one.
+    """
     token = os.environ.get(TOKEN)
     if token is not None and not token.strip():
         raise InputError(TOKEN, "", "is set but empty; unset it to let everyone ask")
@@ -51,15 +54,20 @@ def settle() -> None:
 
 def serve_here(
     run: str, host: str, port: int, on_ready: Callable[[str], None] | None = None,
-    num_threads: int = 1,
+    num_threads: int = 1, compare: str | None = None,
 ) -> None:  # fmt: skip
     """Serve a finished run from this process until SIGINT or SIGTERM.
 
-    Raises InputError, SkewError or KarmaRayError when the run or the port cannot be used.
+    The search page can show the run `compare` beside it. Raises InputError, SkewError or
+    KarmaRayError when a run or the port cannot be used.
     """
     check_port(port)
-    service = Service.load(run, num_threads)
-    app = build_app(service, token_from_environment())
+    service, token = Service.load(run, num_threads), token_from_environment()
+    page = SearchPage(
+        run, show_users=shows_users(host, token), other_run=compare,
+        other=None if compare is None else Service.load(compare, num_threads),
+    )  # fmt: skip
+    app = build_app(service, token, page)
     settle()
     with held_port(host, port):
         pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,7 +12,7 @@ from karma_ray.retrieval.requests import HistoryItem, Request
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving import engine as calls
 from karma_ray.serving import schemas
-from karma_ray.serving.batching import Batcher
+from karma_ray.serving.batching import Batcher, Overloaded
 from karma_ray.serving.engine import Engine
 from karma_ray.serving.measures import Measures
 from karma_ray.serving.users import LocalUsers, UserStore
@@ -98,7 +99,7 @@ class Service:
             return {"num_clicks": len(history), "known": False}
         count = await self.users.append(body.user_id, body.click())
         history = await self.users.history(body.user_id)
-        if not self._batcher.is_full:
+        with suppress(Overloaded):  # the click is stored; a 503 would have it sent twice
             await self._submit(calls.RememberCall(Request(None, history)))
         return {"num_clicks": count, "known": True}
 

@@ -15,7 +15,11 @@ from karma_ray import recipes
 from karma_ray.artifacts import read_json, read_lines, read_manifest, write_json
 from karma_ray.config import Config, override
 from karma_ray.errors import InputError
+from karma_ray.retrieval.requests import HistoryItem, Request, request_table
+from karma_ray.retrieval.retriever import Retriever
+from karma_ray.runs.stages import finished_stage
 from karma_ray.runs.worker import TrainJob
+from karma_ray.serving.page.thought import Thoughts, speaks
 from karma_ray.training.step_state import StepState
 
 SMALL = [
@@ -132,6 +136,20 @@ def test_a_run_that_was_not_tested_holds_no_test_metric_and_is_tested_later(
     assert train_run(_config(), shop, run, cache=cache, is_tested=False) == {}
     assert not {"metrics.json", "outcomes", "report"} & {path.name for path in Path(run).iterdir()}
     assert evaluate_run(run, cache=cache)[1]["HR@50"] == pytest.approx(metrics["HR@50"])
+
+
+def test_the_search_page_says_of_h_what_the_report_says(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
+) -> None:
+    run = finished[0]
+    retriever = Retriever.load(run)
+    asked = Request("vase", [HistoryItem(item_id) for item_id in retriever.table.item_ids[:3]])
+    requests = retriever.collator.requests(request_table([asked]))
+    model = finished_stage(run, shop).build_finished()
+    expected = model.speak(retriever.interests_of([asked]), requests)
+    assert speaks(run) and [Thoughts(run, retriever.table).of(asked)] == expected
+    shutil.copytree(run, tmp_path / "bare", ignore=shutil.ignore_patterns("checkpoints"))
+    assert not speaks(str(tmp_path / "bare")) and not speaks(None)
 
 
 def test_a_measurement_on_other_data_stands_beside_the_runs_own(

@@ -9,6 +9,7 @@ import pytest
 from fastapi.testclient import TestClient
 
 from karma_ray.retrieval.requests import HistoryItem
+from karma_ray.serving import schemas
 from karma_ray.serving.app import build_app
 from karma_ray.serving.service import Service
 from karma_ray.serving.users import LocalUsers
@@ -48,6 +49,17 @@ def test_a_user_with_events_is_answered_as_one_who_sends_them(
     stranger = {"query": "mug", "user_id": "bob"}
     answers = [client.post("/v1/recall", json=body).json() for body in (nothing, stranger)]
     assert answers[0] == answers[1] != stored
+
+
+def test_a_click_that_was_stored_is_never_answered_with_503(service: Service) -> None:
+    """A client that is told 503 sends the click again, and it would count twice."""
+
+    async def click() -> list[int]:
+        full = Service(service.engine.retriever, max_waiting=0)
+        body = schemas.EventRequest(user_id="eve", item_id="i3")
+        return [(await full.event(body))["num_clicks"] for _ in range(2)]
+
+    assert asyncio.run(click()) == [1, 2]
 
 
 def test_a_store_forgets_the_oldest_clicks_and_the_users_not_heard_of() -> None:
