@@ -1,4 +1,4 @@
-"""Build the index: write RUN/index from RUN/bundle and RUN/item_embeddings."""
+"""Build the index of a run's newest embeddings; both then serve together."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from karma_ray.artifacts import RunFolder
 from karma_ray.cli import parser, run
 from karma_ray.retrieval.index import KINDS, RECALL_AT, index_kind
+from karma_ray.retrieval.parts import served
 from karma_ray.retrieval.retriever import index_run
 
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> None:
     index = index_run(arguments.run, kind)
     print(
         f"{index.kind} index of {index.num_items} items, recall@{RECALL_AT} {index.recall:.3f}, "
-        f"in {time.monotonic() - started:.1f} s -> {RunFolder(arguments.run).index}\n"
+        f"in {time.monotonic() - started:.1f} s -> {served(arguments.run).index}\n"
         f"next: python jobs/serve.py {shlex.quote(arguments.run)}"
     )
 

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,8 @@ class RunFolder:
     """The paths in a run folder."""
 
     root: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Names of parts that were made again; `retrieval/parts.py` says which ones serve."""
 
     def path(self, *parts: str) -> str:
         """Return a path inside the run folder."""
@@ -249,11 +251,15 @@ class RunFolder:
 
     @property
     def item_embeddings(self) -> str:
-        return self.path("item_embeddings")
+        return self.path(self.names.get("item_embeddings", "item_embeddings"))
 
     @property
     def index(self) -> str:
-        return self.path("index")
+        return self.path(self.names.get("index", "index"))
+
+    @property
+    def delta(self) -> str | None:
+        return self.path(self.names["delta"]) if self.names.get("delta") else None
 
     @property
     def report(self) -> str:

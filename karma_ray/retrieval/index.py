@@ -178,7 +178,7 @@ class ItemIndex:
         queries = np.ascontiguousarray(queries, dtype=np.float32)
         k = min(k, self.num_items)
         work = len(queries) * self.num_items
-        with nullcontext() if self._is_exact else _threads(self.kind, work):
+        with nullcontext() if self.kind == Flat.kind else _threads(self.kind, work):
             scores, rows = self.engine.search(queries, k)
         return rows, np.where(rows < 0, -np.inf, scores).astype(np.float32)
 

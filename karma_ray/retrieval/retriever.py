@@ -22,10 +22,12 @@ from karma_ray.data.collate import Collator
 from karma_ray.errors import InputError
 from karma_ray.model.device import this_device
 from karma_ray.retrieval.answers import Recall, RecalledItem, Scores
+from karma_ray.retrieval.delta import live_items, with_delta
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.finite import check_queries
 from karma_ray.retrieval.index import IndexKind, ItemIndex, check_parent, merged
+from karma_ray.retrieval.parts import serve_from, served, to_index
 from karma_ray.retrieval.requests import HistoryItem, Request, request_keys, request_table
 
 if TYPE_CHECKING:
@@ -55,23 +57,27 @@ class Retriever:
 
     @classmethod
     def load(
-        cls, run: str, data: str | None = None, device: torch.device | str | None = None
-    ) -> Retriever:
+        cls, run: str | RunFolder, data: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Retriever:  # fmt: skip
         """Load a finished run folder; the default device is this process's GPU, if it has one.
 
         With `data`, rows (and columns of `score`) are in the order of that catalogue; otherwise in
         the order of the index, without reading a catalogue. Raises InputError that names a
         missing part and the command that makes it, and SkewError when parts do not fit together.
         """
-        check_run(run)
-        folder = RunFolder(run)
+        folder = served(run)
+        check_run(folder)
         bundle = load_bundle(folder.bundle)
+        interest = bundle.interest.to(this_device(device))
         table = load_embeddings(folder.item_embeddings, bundle.content_hash)
         index = ItemIndex.load(folder.index, bundle.content_hash)
-        order = index.item_ids if data is None else Catalog.load(data).item_ids
-        table = table.in_order(order)
+        table = table.in_order(index.item_ids)
+        if folder.delta is not None:
+            table, index = with_delta(table, index, interest, folder.delta)
+        if data is not None:
+            table = live_items(table, index).in_order(Catalog.load(data).item_ids)
         collator = Collator(table, bundle.tokenizer, bundle.collate_config)
-        interest = bundle.interest.to(this_device(device))
         return cls(interest, collator, table, index, bundle.content_hash)
 
     @classmethod
@@ -249,8 +255,8 @@ def build_index(
 def index_run(
     run: str, kind: IndexKind | None = None, device: torch.device | str | None = None
 ) -> ItemIndex:
-    """Build and save RUN/index from RUN/bundle and RUN/item_embeddings."""
-    folder = RunFolder(run)
+    """Build and save the index of a run's newest embeddings, which then serve together."""
+    folder = to_index(run)
     require_part(run, folder.bundle, "jobs/train.py --out RUN")
     require_part(run, folder.item_embeddings, "jobs/embed.py RUN")
     bundle = load_bundle(folder.bundle)
@@ -258,12 +264,15 @@ def index_run(
     made = read_manifest(folder.item_embeddings)["content_hash"]
     interest = bundle.interest.to(this_device(device))
     index = build_index(interest, table, kind, bundle=bundle.content_hash, item_embeddings=made)
-    return index.save(folder.index)
+    saved = index.save(folder.index)
+    serve_from(folder)
+    return saved
 
 
-def check_run(run: str) -> None:
+def check_run(run: str | RunFolder) -> None:
     """Raise InputError or SkewError if a run cannot be served; reads manifests only."""
-    folder = RunFolder(run)
+    folder = served(run)
+    run = folder.root
     require_part(run, folder.bundle, "jobs/train.py --out RUN")
     require_part(run, folder.item_embeddings, "jobs/embed.py RUN")
     require_part(run, folder.index, "jobs/index.py RUN")
@@ -275,6 +284,9 @@ def check_run(run: str) -> None:
     check_parent(index["parents"], "bundle", made, folder.index)
     made = embeddings["content_hash"]
     check_parent(index["parents"], "item_embeddings", made, folder.index)
+    if folder.delta is not None:
+        delta = read_manifest(folder.delta, "item_embeddings")
+        check_parent(delta["parents"], "index", index["content_hash"], folder.delta)
 
 
 def require_part(run: str, part: str, command: str) -> None:

@@ -34,6 +34,7 @@ from karma_ray.node_cache import known_hash
 from karma_ray.report.page import render_report
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
 from karma_ray.retrieval.export import save_bundle
+from karma_ray.retrieval.parts import start_over
 from karma_ray.retrieval.retriever import check_run, index_run
 from karma_ray.runs.assessment import assess
 from karma_ray.runs.continuation import (
@@ -242,6 +243,7 @@ def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
     facts = {"recipe": config.recipe, "seed": config.seed, **model_size(model)}
     if not over_ids(config):
         facts["checkpoints"] = _checkpoint_shapes(config)
+    start_over(folder.root)
     save_bundle(model.interest, model.tokenizer, config.collate, folder.bundle, facts)
     if config.training.num_workers and executor.embed is not None:
         executor.embed(folder.bundle, stage.items_uri, folder.item_embeddings)
