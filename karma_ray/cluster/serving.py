@@ -18,16 +18,16 @@ import ray
 from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 
-from karma_ray.artifacts import RunFolder
 from karma_ray.cluster.accelerators import share_of_gpus_up
 from karma_ray.cluster.session import connect, joins_a_cluster
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.encode import load_embeddings
-from karma_ray.retrieval.retriever import check_run
 from karma_ray.serving.app import build_app
 from karma_ray.serving.guards import RETRY_AFTER_S
 from karma_ray.serving.host import SWITCH_INTERVAL_S, token_from_environment
+from karma_ray.serving.live import check_source
 from karma_ray.serving.process import held_port, raise_on_signals, run_until_signal
+from karma_ray.serving.request_log import LogSettings
 from karma_ray.serving.service import MAX_WAITING, Service
 
 APPLICATION = "karma_ray"
@@ -48,20 +48,20 @@ def serve_run(
     blocking: bool = False,
     max_queued_requests: int = MAX_QUEUED,
     on_ready: Callable[[str], None] | None = None,
+    log: LogSettings | None = None,
 ) -> str:
-    """Serve a finished run; returns its base URL, or runs until Ctrl-C when `blocking`.
+    """Serve a finished run or a live folder; returns its base URL, or runs until Ctrl-C.
 
     `on_ready` is called with the URL once the endpoint answers. The run and the port are checked
     first, so that a missing part, a mismatch of model and index or a used port gives an error
-    message instead of a replica that fails again and again. When `blocking`, SIGINT or SIGTERM
-    ends this process. Raises KarmaRayError.
+    message instead of a replica that fails again and again. When `blocking`, it runs until SIGINT
+    or SIGTERM, which end this process. Raises KarmaRayError.
     """
     if not 0 < port < 65536:
         raise InputError("--port", port, "must lie between 1 and 65535")
     if num_replicas < 1:
         raise InputError("--replicas", num_replicas, "must be at least 1")
-    check_run(run)
-    load_embeddings(RunFolder(run).item_embeddings)  # fails here instead of in a replica
+    load_embeddings(check_source(run).item_embeddings)  # fails here instead of in a replica
     # Replicas have another working directory, where a relative path would not be found.
     run = run if "://" in run else str(Path(run).resolve())
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
@@ -72,7 +72,7 @@ def serve_run(
             connect()
             if blocking:
                 raise_on_signals()
-            _start(host, port, application_of(run, num_replicas, max_queued_requests))
+            _start(host, port, application_of(run, num_replicas, max_queued_requests, log))
         if on_ready is not None:
             on_ready(url)
 
@@ -108,13 +108,15 @@ def curl_example(url: str, item_ids: list[str]) -> str:
     return f"curl -s -X POST {url}/v1/recall -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
 
 
-def application_of(run: str, num_replicas: int, max_queued_requests: int) -> serve.Application:
+def application_of(
+    run: str, num_replicas: int, max_queued_requests: int, log: LogSettings | None = None
+) -> serve.Application:
     """Return the Serve application of a finished run, a path or URI that every node can read."""
 
     def build() -> Any:
         # Runs in the replica. Parallelism comes from replicas, with one compute thread each.
         sys.setswitchinterval(SWITCH_INTERVAL_S)
-        return build_app(Service.load(run, max_waiting=max_queued_requests), token)
+        return build_app(Service.load(run, max_waiting=max_queued_requests), token, log)
 
     token = token_from_environment()
     deployment = serve.deployment(

@@ -11,6 +11,7 @@ import uvicorn
 from karma_ray.errors import InputError
 from karma_ray.serving.app import build_app
 from karma_ray.serving.process import held_port
+from karma_ray.serving.request_log import LogSettings
 from karma_ray.serving.service import Service
 
 TOKEN = "KARMA_RAY_TOKEN"
@@ -33,14 +34,14 @@ def token_from_environment() -> str | None:
 
 def serve_here(
     run: str, host: str, port: int, on_ready: Callable[[str], None] | None = None,
-    num_threads: int = 1,
+    num_threads: int = 1, log: LogSettings | None = None,
 ) -> None:  # fmt: skip
-    """Serve a finished run from this process until SIGINT or SIGTERM.
+    """Serve a finished run, or a live folder, from this process until SIGINT or SIGTERM.
 
     Raises InputError, SkewError or KarmaRayError when the run or the port cannot be used.
     """
     service = Service.load(run, num_threads)
-    app = build_app(service, token_from_environment())
+    app = build_app(service, token_from_environment(), log)
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     with held_port(host, port):
         pass
