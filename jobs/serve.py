@@ -13,9 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.artifacts import absolute, join, read_table
 from karma_ray.cli import parser, run
-from karma_ray.cluster.serving import curl_example, serve_run
 from karma_ray.errors import InputError
-from karma_ray.serving.host import serve_here
+from karma_ray.serving.host import curl_example, serve_here
 from karma_ray.serving.live import check_source
 from karma_ray.serving.request_log import LogSettings
 
@@ -28,7 +27,10 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     flags.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     flags.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
-    flags.add_argument("--replicas", type=int, default=1, help="copies of model and index (1)")
+    flags.add_argument(
+        "--replicas", default="1", metavar="N[-M]",
+        help="copies of decoder and index, one core each; N-M: by load between N and M (1)",
+    )  # fmt: skip
     flags.add_argument(
         "--without-ray", action="store_true",
         help="answer from this process, behind uvicorn: one machine, no cluster",
@@ -54,8 +56,10 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.without_ray:
         serve_here(arguments.run, arguments.host, arguments.port, announce, log=log)
         return
+    from karma_ray.cluster.serving import Replicas, serve_run  # not needed without Ray
+
     serve_run(
-        arguments.run, arguments.host, arguments.port, arguments.replicas,
+        arguments.run, arguments.host, arguments.port, Replicas.parse(arguments.replicas),
         blocking=True, on_ready=announce, log=log,
     )  # fmt: skip
 

@@ -85,7 +85,7 @@ def test_jobs_have_the_flags_that_commands_give_them(page: Path) -> None:
 
 @by_page
 def test_requests_that_can_be_pasted_are_requests(page: Path) -> None:
-    from karma_ray.cluster.serving import RecallRequest
+    from karma_ray.serving.schemas import RecallRequest
 
     for command in re.findall(r"^curl .*?'$", page.read_text(), flags=re.MULTILINE | re.DOTALL):
         words = shlex.split(command)

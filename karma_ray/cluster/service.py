@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from karma_ray.cluster.serving import MAX_QUEUED, application_of
+from karma_ray.cluster.serving import MAX_QUEUED, Replicas, application_of
 from karma_ray.retrieval.retriever import check_run
 
 
@@ -23,7 +23,9 @@ class ServiceArguments(BaseModel):
     run: str
     """URI of a finished run, which every node can read."""
     num_replicas: int = Field(default=1, ge=1)
-    """Copies of model and index."""
+    """Copies of decoder and index."""
+    max_replicas: int | None = Field(default=None, ge=1)
+    """If larger, copies are added up to this number by load, and removed again."""
     max_queued_requests: int = Field(default=MAX_QUEUED, ge=1)
     """Requests that may wait for a replica; further ones get the status 503."""
 
@@ -36,4 +38,6 @@ def application(given: dict[str, Any]) -> serve.Application:
     """
     arguments = ServiceArguments.model_validate(given)
     check_run(arguments.run)
-    return application_of(arguments.run, arguments.num_replicas, arguments.max_queued_requests)
+    most = max(arguments.num_replicas, arguments.max_replicas or 0)
+    replicas = Replicas(arguments.num_replicas, most)
+    return application_of(arguments.run, replicas, arguments.max_queued_requests)

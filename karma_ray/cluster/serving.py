@@ -6,11 +6,11 @@ The HTTP interface is `karma_ray.serving`; Serve only hosts it.
 
 from __future__ import annotations
 
-import json
-import shlex
+import re
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,49 @@ from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.encode import load_embeddings
 from karma_ray.serving.app import build_app
 from karma_ray.serving.guards import RETRY_AFTER_S
-from karma_ray.serving.host import SWITCH_INTERVAL_S, token_from_environment
+from karma_ray.serving.host import SWITCH_INTERVAL_S, TOKEN, token_from_environment
 from karma_ray.serving.live import check_source
-from karma_ray.serving.process import held_port, raise_on_signals, run_until_signal
+from karma_ray.serving.process import check_port, held_port, raise_on_signals, run_until_signal
 from karma_ray.serving.request_log import LogSettings
 from karma_ray.serving.service import MAX_WAITING, Service
 
 APPLICATION = "karma_ray"
 MAX_QUEUED = MAX_WAITING
 """Requests that may wait for a replica; further ones get the status 503."""
+TARGET_ONGOING = 16
+"""Requests in a replica at once, to which the number of replicas is fitted."""
+GROW_AFTER_S, SHRINK_AFTER_S = 5.0, 60.0
+"""Seconds for which more or fewer replicas must have been right."""
 STOP_LOCAL_S = 5.0
 """Seconds in which a local Ray must answer the last requests and end."""
 STOP_CLUSTER_S = 30.0
 """Seconds in which a shared cluster must remove the application."""
 
 
+@dataclass(frozen=True)
+class Replicas:
+    """How many copies of decoder and index; by load between the two numbers."""
+
+    fewest: int = 1
+    most: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Replicas:
+        """Read `N` or `N-M`; raises InputError."""
+        found = re.fullmatch(r"([1-9][0-9]*)(?:-([1-9][0-9]*))?", text)
+        if found is None:
+            raise InputError("--replicas", text, "must be a number, or two as in 1-4")
+        fewest, most = int(found[1]), int(found[2] or found[1])
+        if most < fewest:
+            raise InputError("--replicas", text, "names fewer at most than at least")
+        return cls(fewest, most)
+
+
 def serve_run(
     run: str,
     host: str = "127.0.0.1",
     port: int = 8000,
-    num_replicas: int = 1,
+    replicas: Replicas = Replicas(),
     *,
     blocking: bool = False,
     max_queued_requests: int = MAX_QUEUED,
@@ -57,10 +80,7 @@ def serve_run(
     message instead of a replica that fails again and again. When `blocking`, it runs until SIGINT
     or SIGTERM, which end this process. Raises KarmaRayError.
     """
-    if not 0 < port < 65536:
-        raise InputError("--port", port, "must lie between 1 and 65535")
-    if num_replicas < 1:
-        raise InputError("--replicas", num_replicas, "must be at least 1")
+    check_port(port)
     load_embeddings(check_source(run).item_embeddings)  # fails here instead of in a replica
     # Replicas have another working directory, where a relative path would not be found.
     run = run if "://" in run else str(Path(run).resolve())
@@ -72,7 +92,7 @@ def serve_run(
             connect()
             if blocking:
                 raise_on_signals()
-            _start(host, port, application_of(run, num_replicas, max_queued_requests, log))
+            _start(host, port, application_of(run, replicas, max_queued_requests, log))
         if on_ready is not None:
             on_ready(url)
 
@@ -102,30 +122,40 @@ def _take_down() -> None:
         ray.shutdown()
 
 
-def curl_example(url: str, item_ids: list[str]) -> str:
-    """Return a command to paste that sends a request with a history of `item_ids`."""
-    body = {"query": "", "history": [{"item_id": i} for i in item_ids], "k": 10}
-    return f"curl -s -X POST {url}/v1/recall -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
-
-
 def application_of(
-    run: str, num_replicas: int, max_queued_requests: int, log: LogSettings | None = None
+    run: str,
+    replicas: Replicas,
+    max_queued_requests: int = MAX_QUEUED,
+    log: LogSettings | None = None,
 ) -> serve.Application:
     """Return the Serve application of a finished run, a path or URI that every node can read."""
+    needs_token = token_from_environment() is not None
 
     def build() -> Any:
-        # Runs in the replica. Parallelism comes from replicas, with one compute thread each.
+        # Runs in the replica. The token is read there too, so that it is in no stored setting.
+        token = token_from_environment()
+        if needs_token and token is None:
+            raise InputError(TOKEN, "", "is set here but not where the replicas run; set it there")
         sys.setswitchinterval(SWITCH_INTERVAL_S)
         return build_app(Service.load(run, max_waiting=max_queued_requests), token, log)
 
-    token = token_from_environment()
+    scaling: dict[str, Any] = {"num_replicas": replicas.fewest}
+    if replicas.most > replicas.fewest:
+        scaling = {
+            "autoscaling_config": {
+                "min_replicas": replicas.fewest, "max_replicas": replicas.most,
+                "target_ongoing_requests": TARGET_ONGOING,
+                "upscale_delay_s": GROW_AFTER_S, "downscale_delay_s": SHRINK_AFTER_S,
+            }
+        }  # fmt: skip
     deployment = serve.deployment(
         serve.ingress(build)(),
         name="retriever",
-        num_replicas=num_replicas,
+        # The application refuses before this number is reached, and says so in fewer steps.
         max_ongoing_requests=2 * max_queued_requests,
         max_queued_requests=max_queued_requests,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=float(RETRY_AFTER_S)),
-        ray_actor_options={"num_cpus": 0.1, "num_gpus": share_of_gpus_up(num_replicas)},
+        ray_actor_options={"num_cpus": 1, "num_gpus": share_of_gpus_up(replicas.most)},
+        **scaling,
     )
     return deployment.bind()

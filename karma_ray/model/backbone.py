@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from karma_ray.errors import InputError
 from karma_ray.model import packing
+from karma_ray.model.backbones.checkpoints import skeleton as skeleton
 from karma_ray.model.backbones.registry import (
     FAMILIES,
     TINY,

@@ -16,10 +16,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from safetensors.torch import load_file, load_model, save_file, save_model
-from torch import Tensor
+from torch import Tensor, nn
 
 from karma_ray import __version__
 from karma_ray.artifacts import (
@@ -33,7 +33,7 @@ from karma_ray.baselines.sequential import IdRecommender
 from karma_ray.data.collate import CollateConfig
 from karma_ray.data.prompts import Tokenizer
 from karma_ray.errors import InputError, KarmaRayError
-from karma_ray.model.backbone import load_body, quantised_from, save_body
+from karma_ray.model.backbone import load_body, quantised_from, save_body, skeleton
 from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer
 from karma_ray.model.config import (
     GeneratorConfig,
@@ -45,6 +45,7 @@ from karma_ray.model.config import (
 )
 from karma_ray.model.denoiser import DenoiserConfig
 from karma_ray.model.interest import InterestModel
+from karma_ray.model.item_encoder import ItemEncoder
 from karma_ray.model.lora import merged
 from karma_ray.model.recall import RecallModel
 from karma_ray.node_cache import local_copy, upload
@@ -93,9 +94,11 @@ def save_bundle(
     return write_manifest(uri, "bundle", width=interest.width, **known)
 
 
-def load_bundle(uri: str) -> Bundle:
+def load_bundle(uri: str, *, encodes_items: bool = True) -> Bundle:
     """Load a bundle.
 
+    A process that answers requests from stored item embeddings encodes no items: unless the model
+    reads queries through its item encoder, that is most of the weights, and they are not read.
     Raises InputError when it is missing or not a bundle, and KarmaRayError when its files do not
     fit together or a weight is not finite.
     """
@@ -113,7 +116,8 @@ def load_bundle(uri: str) -> Bundle:
         except TypeError as error:
             message = f"was written by another version of karma_ray: {error}"
             raise InputError("bundle", uri, message) from None
-        interest = _load_parts(model, folder, tokenizer, uri)
+        needed = encodes_items or model.user_decoder.query_mode == "encoder"
+        interest = _load_parts(model, folder, tokenizer, uri, with_items=needed)
     check_weights(interest, uri)
     return Bundle(
         interest=interest.eval(),
@@ -142,14 +146,16 @@ def _save_parts(interest: InterestModel, folder: Path) -> dict[str, Any]:
     return _parts(interest.config)
 
 
-def _load_parts(model: ModelConfig, folder: Path, tokenizer: Tokenizer, uri: str) -> InterestModel:
+def _load_parts(
+    model: ModelConfig, folder: Path, tokenizer: Tokenizer, uri: str, *, with_items: bool
+) -> InterestModel:
     with_vision = model.item_encoder.modality == "multimodal"
-    interest = InterestModel(
-        model,
-        load_body(str(folder / ITEM_ENCODER), "bundle", with_vision=with_vision),
-        load_body(str(folder / USER_DECODER)),
-        tokenizer,
+    with_items = with_items or with_vision
+    items = str(folder / ITEM_ENCODER)
+    item_body = (
+        load_body(items, "bundle", with_vision=with_vision) if with_items else skeleton(items)
     )
+    interest = InterestModel(model, item_body, load_body(str(folder / USER_DECODER)), tokenizer)
     adapters = load_file(str(folder / ADAPTERS))
     missing, unexpected = interest.load_state_dict(adapters, strict=False)
     missing = [name for name in missing if not name.startswith(_BODIES)]
@@ -157,7 +163,17 @@ def _load_parts(model: ModelConfig, folder: Path, tokenizer: Tokenizer, uri: str
         raise KarmaRayError(
             f"{uri}: {ADAPTERS} lacks {missing} and holds {unexpected} that the model does not have"
         )
+    if not with_items:
+        interest.item_encoder = cast(ItemEncoder, NoItemEncoder())
     return interest
+
+
+class NoItemEncoder(nn.Module):
+    """Stands for the item encoder of a model that was loaded without it."""
+
+    def forward(self, *_: Tensor) -> Tensor:
+        """Raise KarmaRayError."""
+        raise KarmaRayError("this model was loaded without its item encoder, to answer requests")
 
 
 def _adapters(interest: InterestModel) -> dict[str, Tensor]:

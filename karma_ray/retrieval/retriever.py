@@ -68,7 +68,7 @@ class Retriever:
         """
         folder = served(run)
         check_run(folder)
-        bundle = load_bundle(folder.bundle)
+        bundle = load_bundle(folder.bundle, encodes_items=False)
         interest = bundle.interest.to(this_device(device))
         table = load_embeddings(folder.item_embeddings, bundle.content_hash)
         index = ItemIndex.load(folder.index, bundle.content_hash)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shlex
 import sys
 from collections.abc import Callable
 
@@ -10,7 +12,7 @@ import uvicorn
 
 from karma_ray.errors import InputError
 from karma_ray.serving.app import build_app
-from karma_ray.serving.process import held_port
+from karma_ray.serving.process import check_port, held_port
 from karma_ray.serving.request_log import LogSettings
 from karma_ray.serving.service import Service
 
@@ -32,6 +34,12 @@ def token_from_environment() -> str | None:
     return token
 
 
+def curl_example(url: str, item_ids: list[str]) -> str:
+    """Return a command to paste that sends a request with a history of `item_ids`."""
+    body = {"query": "", "history": [{"item_id": i} for i in item_ids], "k": 10}
+    return f"curl -s -X POST {url}/v1/recall -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
+
+
 def serve_here(
     run: str, host: str, port: int, on_ready: Callable[[str], None] | None = None,
     num_threads: int = 1, log: LogSettings | None = None,
@@ -40,6 +48,7 @@ def serve_here(
 
     Raises InputError, SkewError or KarmaRayError when the run or the port cannot be used.
     """
+    check_port(port)
     service = Service.load(run, num_threads)
     app = build_app(service, token_from_environment(), log)
     sys.setswitchinterval(SWITCH_INTERVAL_S)

@@ -18,6 +18,12 @@ from karma_ray.errors import InputError
 LOG = logging.getLogger(__name__)
 
 
+def check_port(port: int) -> None:
+    """Raise InputError unless `port` is the number of one."""
+    if not 0 < port < 65536:
+        raise InputError("--port", port, "must lie between 1 and 65535")
+
+
 @contextmanager
 def held_port(host: str, port: int) -> Iterator[None]:
     """Reserve `port` of `host` for the endpoint that is started in the block.

@@ -12,9 +12,10 @@ import httpx
 import pytest
 from fastapi.testclient import TestClient
 
-from karma_ray.cluster.serving import curl_example, serve_run
+from karma_ray.cluster.serving import Replicas, serve_run
 from karma_ray.errors import InputError, SkewError
 from karma_ray.serving.app import build_app
+from karma_ray.serving.host import curl_example
 from karma_ray.serving.service import Service
 from tests import tiny_run
 from tests.serving.test_app import BODY
@@ -44,8 +45,10 @@ def test_the_curl_example_is_a_valid_request_whatever_the_ids_hold(client) -> No
 def test_what_cannot_be_served_is_said_before_anything_starts(run: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="--port"):
         serve_run(run, port=70000)
-    with pytest.raises(InputError, match="--replicas"):
-        serve_run(run, num_replicas=0)
+    for text in ("0", "-1", "many", "3-2", "1-", "2-x", ""):
+        with pytest.raises(InputError, match="--replicas"):
+            Replicas.parse(text)
+    assert (Replicas.parse("3"), Replicas.parse("1-4")) == (Replicas(3, 3), Replicas(1, 4))
     with pytest.raises(InputError, match="does not exist"):
         serve_run(str(tmp_path / "nothing"))
     mixed, other = tiny_run.write_run(tmp_path / "a"), tiny_run.write_run(tmp_path / "b", seed=3)

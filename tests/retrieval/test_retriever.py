@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -10,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from karma_ray.errors import InputError, SkewError
+from karma_ray.errors import InputError, KarmaRayError, SkewError
 from karma_ray.model.device import this_device
 from karma_ray.retrieval.encode import encode_catalog
+from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.requests import HistoryItem, Request, request_table
 from karma_ray.retrieval.retriever import Retriever, check_run, index_run
 from tests import tiny_run
@@ -182,3 +184,28 @@ def test_an_index_of_older_embeddings_of_the_same_bundle_is_refused(tmp_path: Pa
         Retriever.load(run)
     index_run(run)
     Retriever.load(run)
+
+
+def test_a_retriever_holds_no_item_encoder_unless_it_reads_queries(
+    run: str, retriever: Retriever, tmp_path: Path
+) -> None:
+    names = dict(retriever.interest.named_parameters())
+    assert names and not [name for name in names if name.startswith("item_encoder")]
+    with pytest.raises(KarmaRayError, match="without its item encoder"):
+        retriever.interest.encode_items(*tiny_run_tokens())
+    whole = load_bundle(f"{run}/bundle").interest
+    held = sum(value.numel() for value in whole.user_decoder.parameters())
+    assert held <= sum(value.numel() for value in names.values()) < 1.1 * held
+    model = tiny_run.interest_model(tiny_run.tokenizer())
+    reading = replace(model.config.user_decoder, query_mode="encoder")
+    model.config = replace(model.config, user_decoder=reading)
+    model.user_decoder.config = reading
+    del model.user_decoder.query_embedding  # only pooled queries have one
+    encoder = Retriever.load(tiny_run.write_run(tmp_path, interest=model))
+    assert [n for n, _ in encoder.interest.named_parameters() if n.startswith("item_encoder")]
+    assert len(encoder.recall("red mug", HISTORY, 3).items) == 3
+
+
+def tiny_run_tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, lengths = tiny_run.item_tokens(tiny_run.tokenizer(), tiny_run.catalog())
+    return torch.from_numpy(tokens).long(), torch.from_numpy(lengths).long()

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AttentionInterface,
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     PreTrainedConfig,
 )
@@ -50,6 +51,12 @@ def config_facts(checkpoint: str, field: str) -> dict[str, Any]:
     if not facts.get("model_type"):
         raise InputError(field, checkpoint, "has no model_type in its config.json")
     return facts
+
+
+def skeleton(folder: str) -> nn.Module:
+    """Return a body with the shapes of a folder's, whose weights are neither read nor stored."""
+    with torch.device("meta"):
+        return cast(nn.Module, AutoModel.from_config(AutoConfig.from_pretrained(folder)))
 
 
 def shape_facts(checkpoint: str) -> dict[str, Any]:
