@@ -24,6 +24,13 @@ def check_port(port: int) -> None:
         raise InputError("--port", port, "must lie between 1 and 65535")
 
 
+def free_port() -> int:
+    """Return a port of this machine that nobody listens on at the moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 @contextmanager
 def held_port(host: str, port: int) -> Iterator[None]:
     """Reserve `port` of `host` for the endpoint that is started in the block.
