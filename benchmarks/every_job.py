@@ -63,7 +63,7 @@ def every_job(out: str) -> dict[str, list[str]]:
         "diagnose": [first, "--items", "40"],
         "export_encoder": [first, f"{out}/encoder"],
         "tune": ["tune_spaces/lambdas.py", "--data", data, "--out", f"{out}/search", "--trials",
-                 "2", *settings()],
+                 "2", "--measure-seeds", "1", *settings()],
         "ablate": ["baselines", "--rows", "popularity", "--seeds", "1", "--data", data,
                    "--results", results, *settings()],
     }  # fmt: skip

@@ -41,11 +41,6 @@ def join(uri: str, *parts: str) -> str:
     return "/".join([str(uri).rstrip("/"), *parts])
 
 
-def from_home(text: str) -> str:
-    """Expand `~` at the start of a path, because most libraries take it for a folder's name."""
-    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
-
-
 def absolute(uri: str) -> str:
     """Return `uri` with a local path made absolute, as workers have other working directories."""
     fs, path = open_filesystem(uri)
@@ -119,8 +114,12 @@ def table_files(folder: str) -> list[str]:
     return files
 
 
-def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:
+def read_table(
+    folder: str, columns: list[str] | None = None, without: Iterable[str] = ()
+) -> pa.Table:
     """Read every Parquet file below `folder`; `split=` folders become a column.
+
+    All columns but those of `without` are read unless `columns` are named.
 
     Raises InputError when the folder is missing or holds no Parquet file.
     """
@@ -130,12 +129,14 @@ def read_table(folder: str, columns: list[str] | None = None) -> pa.Table:
     dataset = ds.dataset(
         files, filesystem=fs, format="parquet", partitioning="hive", partition_base_dir=path
     )
+    if columns is None:
+        columns = [name for name in dataset.schema.names if name not in set(without)]
     return dataset.to_table(columns=columns)
 
 
 def write_json(value: Any, uri: str) -> None:
     """Write indented JSON, atomically on a local filesystem."""
-    _replace(json.dumps(value, indent=2, sort_keys=False, default=str) + "\n", uri)
+    write_bytes(f"{json.dumps(value, indent=2, default=str)}\n".encode(), uri)
 
 
 def write_lines(values: Iterable[Any], uri: str) -> None:
@@ -143,19 +144,25 @@ def write_lines(values: Iterable[Any], uri: str) -> None:
     lines = (
         json.dumps(value, sort_keys=True, separators=(",", ":"), default=str) for value in values
     )
-    _replace("".join(f"{line}\n" for line in lines), uri)
+    write_bytes("".join(f"{line}\n" for line in lines).encode(), uri)
 
 
-def _replace(text: str, uri: str) -> None:
+def read_bytes(uri: str) -> bytes:
+    """Read a whole file."""
+    fs, path = open_filesystem(uri)
+    return bytes(fs.cat_file(path))
+
+
+def write_bytes(content: bytes, uri: str) -> None:
+    """Write a file, atomically on a local filesystem."""
     fs, path = open_filesystem(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    if fs.protocol in ("file", "local") or "file" in fs.protocol:
+    if "file" in fs.protocol:
         temporary = f"{path}.{os.getpid()}.tmp"
-        Path(temporary).write_text(text, encoding="utf-8")
+        Path(temporary).write_bytes(content)
         os.replace(temporary, path)
     else:
-        with fs.open(path, "w") as sink:
-            sink.write(text)
+        fs.pipe_file(path, content)
 
 
 def read_json(uri: str) -> Any:
@@ -256,10 +263,6 @@ class RunFolder:
     @property
     def index(self) -> str:
         return self.path(self.names.get("index", "index"))
-
-    @property
-    def delta(self) -> str | None:
-        return self.path(self.names["delta"]) if self.names.get("delta") else None
 
     @property
     def report(self) -> str:

@@ -41,7 +41,7 @@ class InputError(KarmaRayError):
         if choices is not None:
             message += "; choices: " + ", ".join(str(choice) for choice in choices)
         super().__init__(message)
-        self.field, self.value = field, value
+        self.field, self.value, self.problem = field, value, problem
         self._parts = (field, value, problem, None if choices is None else list(choices))
 
     def __reduce__(self) -> tuple[type[InputError], tuple[object, ...]]:

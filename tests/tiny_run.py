@@ -19,7 +19,7 @@ from karma_ray.model.config import ModelConfig, ScoreConfig, TinyBackboneConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
 from karma_ray.retrieval.export import load_bundle, save_bundle
-from karma_ray.retrieval.retriever import index_run
+from karma_ray.retrieval.index_build import index_run
 from karma_ray.studies.plan import HERE
 
 COLOURS = ("red", "blue", "green", "black", "white")

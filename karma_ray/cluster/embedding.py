@@ -40,6 +40,7 @@ class CatalogEncoder:
         torch.set_num_threads(1)
         self.bundle = load_bundle(bundle)
         self.catalog = Catalog.load(data)
+        self.has_categories = self.catalog.categories is not None
         # Without a topic this is no worker that Ray has given a device.
         self.bundle.interest.to(device_here(topic) if topic else this_device())
         self.bundle.interest.attach_catalog(self.catalog, data)
@@ -53,7 +54,9 @@ class CatalogEncoder:
         vectors = encode_catalog(
             self.bundle.interest, tokens, lengths, self.batch_size, self.precision, batch["id"]
         )
-        return embedding_rows(part.item_ids, part.titles, vectors)
+        # All files have the column if any has it, also where no item of a part has a category.
+        categories = part.column("category") if self.has_categories else None
+        return embedding_rows(part.item_ids, part.titles, vectors, categories)
 
 
 def embed_items(

@@ -79,18 +79,29 @@ def load_space(path: str) -> Space:
         spec.loader.exec_module(module)
     except Exception as error:
         raise InputError("SPACE", path, f"cannot be run ({error})") from error
+    fixed = getattr(module, "FIXED", ())
+    if not isinstance(fixed, tuple | list):
+        told = "is not a list of settings, such as ('training.steps=400',)"
+        raise InputError("FIXED", fixed, told)
     space = Space(
         path=path,
         domains=getattr(module, "SPACE", {}),
         metric=getattr(module, "METRIC", ""),
         base_recipe=getattr(module, "BASE_RECIPE", "toy"),
-        fixed=tuple(getattr(module, "FIXED", ())),
+        fixed=tuple(fixed),
         without_images=getattr(module, "WITHOUT_IMAGES", ""),
     )
     _check(space)
     if space.without_images:
         _check(replace(space, base_recipe=space.without_images))
     return space
+
+
+def check_trained(field: str, recipe: str) -> None:
+    """Raise InputError unless a recipe exists and trains something."""
+    if recipe not in recipes.TRAINED:
+        problem = "trains nothing" if recipe in recipes.names() else "is not valid"
+        raise InputError(field, recipe, problem, choices=list(recipes.TRAINED))
 
 
 def _check(space: Space) -> None:
@@ -101,6 +112,7 @@ def _check(space: Space) -> None:
             "METRIC", space.metric, "must be a validation metric, such as valid/HR@50: a search "
             "that looks at the test examples overstates its result",
         )  # fmt: skip
+    check_trained("BASE_RECIPE", space.base_recipe)
     base = space.base()
     for path, domain in space.domains.items():
         if not isinstance(domain, Domain):

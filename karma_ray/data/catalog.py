@@ -87,6 +87,12 @@ class Catalog:
         """Return a column as a list, or None if the catalogue does not have it."""
         return self.table.column(name).to_pylist() if name in self.table.column_names else None
 
+    @property
+    def categories(self) -> list[str | None] | None:
+        """The category of every item, or None if no item has one."""
+        found = self.column("category")
+        return found if found is not None and any(found) else None
+
     def texts(self, start: int = 0, stop: int | None = None, step: int = 1) -> list[str]:
         """Return `title | brand | category | text` of every item, or of a slice of the rows.
 

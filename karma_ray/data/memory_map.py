@@ -13,9 +13,17 @@ from karma_ray.artifacts import locked
 
 
 def mapped_array(
-    path: Path, kind: DTypeLike, shape: tuple[int, ...], fill: Callable[[np.ndarray], None]
+    path: Path,
+    kind: DTypeLike,
+    shape: tuple[int, ...],
+    fill: Callable[[np.ndarray], None],
+    *,
+    writable: bool = False,
 ) -> np.ndarray:
     """Return the array in the file at `path`, read-only; if it is missing, `fill` writes it.
+
+    A `writable` one may be written to, which copies the pages for this process alone and never
+    changes the file.
 
     One process writes while the others wait, because the workers of a node start together. The
     file appears only when it is complete.
@@ -24,7 +32,7 @@ def mapped_array(
         with locked(str(path)):
             if not path.exists():
                 _write(path, kind, shape, fill)
-    return np.asarray(np.load(path, mmap_mode="r"))
+    return np.asarray(np.load(path, mmap_mode="c" if writable else "r"))
 
 
 def _write(

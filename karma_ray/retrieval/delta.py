@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +27,14 @@ from karma_ray.retrieval.encode import ItemTable, encode_catalog, load_embedding
 from karma_ray.retrieval.exact import ExactSearch
 from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.index import ItemIndex, check_parent
-from karma_ray.retrieval.parts import serve_from, served, to_update
+from karma_ray.retrieval.parts import delta_of, serve_from, served, to_update
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from karma_ray.model.recall import RecallModel
+    from karma_ray.retrieval.engines import Engine
+    from karma_ray.retrieval.kinds import IndexKind
 
     Vectors = NDArray[np.float32]
     Rows = NDArray[np.int64]
@@ -43,7 +46,7 @@ HIDDEN = "hidden.json"
 class UpdatedSearch:
     """An engine of search without its hidden rows, and an exact one of what was added."""
 
-    main: Any
+    main: Engine
     """Finds the rows 0 to I - 1."""
     num_main: int
     added: Vectors  # [E, D]; rows I to I + E - 1
@@ -59,19 +62,26 @@ class UpdatedSearch:
         """Return it with the main engine on a device; what was added stays on the CPU."""
         return dataclasses.replace(self, main=self.main.on(device))
 
+    def tuned(self, kind: IndexKind) -> UpdatedSearch:
+        """Return it with other knobs of the main engine."""
+        return dataclasses.replace(self, main=self.main.tuned(kind))
+
+    def write(self, folder: Path, stem: str = "") -> None:
+        """Raise NotImplementedError: a delta has files of its own."""
+        raise NotImplementedError
+
     def search(
         self, queries: Vectors, k: int, allowed: NDArray[np.bool_] | None = None
     ) -> tuple[Vectors, Rows]:  # [B, D], [I + E] -> [B, K]
         """Return scores and rows of the `k` best, best first, equal ones by row; -1 for none."""
-        masks = [()] * 2 if allowed is None else [(m,) for m in np.split(allowed, [self.num_main])]
-        scores, rows = self.main.search(
-            queries, min(k + len(self.hidden), self.num_main), *masks[0]
-        )
+        of_main, of_added = (None, None) if allowed is None else np.split(allowed, [self.num_main])
+        depth = min(k + len(self.hidden), self.num_main)
+        scores, rows = self.main.search(queries, depth, of_main)
         gone = (rows < 0) | np.isin(rows, self.hidden)
         parts = [(np.where(gone, -np.inf, scores), np.where(gone, -1, rows))]
         if len(self.added):
             engine = ExactSearch(self.added)
-            scores, rows = engine.search(queries, min(k, len(self.added)), *masks[1])
+            scores, rows = engine.search(queries, min(k, len(self.added)), of_added)
             parts.append((scores, np.where(rows < 0, -1, rows + self.num_main)))
         parts.append((np.full((len(queries), k), -np.inf), np.full((len(queries), k), -1)))
         all_scores, all_rows = (np.concatenate(side, 1) for side in zip(*parts, strict=True))
@@ -100,23 +110,36 @@ def with_delta(
     both = ItemTable(
         [*table.item_ids, *delta.item_ids], [*table.titles, *delta.titles],
         np.concatenate([table.embeddings, delta.embeddings]), table.parents,
+        _both(table, delta),
     )  # fmt: skip
     made = read_manifest(folder)["content_hash"]
     index = dataclasses.replace(
         index, engine=engine, item_ids=both.item_ids, titles=both.titles,
+        categories=None if index.categories is None else both.categories,
         content_hash=f"{index.content_hash}+{made}",
     )  # fmt: skip
     return both, index
+
+
+def _both(table: ItemTable, delta: ItemTable) -> list[str | None] | None:
+    """Return the categories of all items, if the table has any."""
+    if table.categories is None:
+        return None
+    return [*table.categories, *(delta.categories or [None] * delta.num_items)]
 
 
 def live_items(table: ItemTable, index: ItemIndex) -> ItemTable:
     """Return a table in the order of an index without the items that are never found."""
     if not isinstance(index.engine, UpdatedSearch):
         return table
-    rows = np.setdiff1d(np.arange(table.num_items), index.engine.hidden)
+    return _some(table, np.setdiff1d(np.arange(table.num_items), index.engine.hidden))
+
+
+def _some(table: ItemTable, rows: Rows) -> ItemTable:
     return ItemTable(
         [table.item_ids[row] for row in rows], [table.titles[row] for row in rows],
         table.embeddings[rows], table.parents,
+        None if table.categories is None else [table.categories[row] for row in rows],
     )  # fmt: skip
 
 
@@ -147,30 +170,45 @@ def update_run(run: str, data: str, precision: str = "float32") -> Changes:
     main = load_embeddings(folder.item_embeddings)
     before, was_hidden = _earlier(folder, main)
     catalog = Catalog.load(data)
-    known = dict(zip(main.item_ids, main.titles, strict=True))
-    titles = dict(zip(catalog.item_ids, catalog.titles, strict=True))
-    added = [i for i, title in titles.items() if known.get(i) != title]
-    hidden = [i for i in main.item_ids if titles.get(i) != known[i]]
-    kept = dict(zip(before.item_ids, before.titles, strict=True))
-    missing = [i for i in added if kept.get(i) != titles[i]]
+    now = _described(catalog, main)
+    known, wanted, kept = _labels(main), _labels(now), _labels(before)
+    added = [i for i, label in wanted.items() if known.get(i) != label]
+    hidden = [i for i, label in known.items() if wanted.get(i) != label]
+    missing = [i for i in added if kept.get(i) != wanted[i]]
     changes = Changes(len(added), len(hidden), len(missing), True)
     if not missing and set(added) == set(kept) and hidden == was_hidden:
         return dataclasses.replace(changes, is_new=False)
-    encoded = _encode(folder.bundle, catalog, data, missing, precision) if missing else None
     vectors = np.zeros((len(added), main.embeddings.shape[1]), np.float32)
     rows = before.rows(added)
     vectors[rows >= 0] = before.embeddings[rows[rows >= 0]]
-    if encoded is not None:
+    if missing:
+        encoded = _encode(folder.bundle, catalog, data, missing, precision)
         vectors[np.isin(added, missing)] = encoded
-    _write(to_update(run), ItemTable(added, [titles[i] for i in added], vectors, {}), hidden)
+    _write(to_update(run), dataclasses.replace(_some(now, now.rows(added)), embeddings=vectors),
+           hidden)  # fmt: skip
     return changes
+
+
+def _labels(table: ItemTable) -> dict[str, tuple[str, str | None]]:
+    """Return what is shown of each item: its title and category."""
+    categories = table.categories or [None] * table.num_items
+    labels = zip(table.titles, categories, strict=True)
+    return dict(zip(table.item_ids, labels, strict=True))
+
+
+def _described(catalog: Catalog, main: ItemTable) -> ItemTable:
+    """Return the items of a catalogue without embeddings, described as those of the index are."""
+    categories = None if main.categories is None else catalog.categories
+    none = np.zeros((catalog.num_items, 0), np.float32)
+    return ItemTable(catalog.item_ids, catalog.titles, none, {}, categories)
 
 
 def _earlier(folder: RunFolder, main: ItemTable) -> tuple[ItemTable, list[str]]:
     """Return the rows and hidden ids of the delta that serves, if there is one."""
-    if folder.delta is None:
+    delta = delta_of(folder)
+    if delta is None:
         return ItemTable([], [], main.embeddings[:0], {}), []
-    return load_embeddings(folder.delta), list(read_json(join(folder.delta, HIDDEN)))
+    return load_embeddings(delta), list(read_json(join(delta, HIDDEN)))
 
 
 def _encode(bundle: str, catalog: Catalog, data: str, ids: list[str], precision: str) -> Vectors:
@@ -185,13 +223,14 @@ def _encode(bundle: str, catalog: Catalog, data: str, ids: list[str], precision:
 
 
 def _write(folder: RunFolder, added: ItemTable, hidden: list[str]) -> None:
-    assert folder.delta is not None
-    remove(folder.delta)
+    delta = delta_of(folder)
+    assert delta is not None
+    remove(delta)
     parents = {
         "bundle": read_manifest(folder.bundle)["content_hash"],
         "item_embeddings": read_manifest(folder.item_embeddings)["content_hash"],
         "index": read_manifest(folder.index)["content_hash"],
     }
-    write_json(hidden, join(folder.delta, HIDDEN))
-    save_embeddings(dataclasses.replace(added, parents=parents), folder.delta)
+    write_json(hidden, join(delta, HIDDEN))
+    save_embeddings(dataclasses.replace(added, parents=parents), delta)
     serve_from(folder)

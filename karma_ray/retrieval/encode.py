@@ -20,7 +20,9 @@ from tqdm import tqdm
 
 from karma_ray.artifacts import read_manifest, read_table, write_manifest, write_table
 from karma_ray.data.batch import upload
+from karma_ray.data.memory_map import mapped_array
 from karma_ray.errors import SkewError
+from karma_ray.node_cache import known_hash, node_folder
 from karma_ray.retrieval.finite import check_finite
 from karma_ray.retrieval.index import check_parent
 
@@ -116,6 +118,8 @@ class ItemTable:
     titles: list[str]
     embeddings: NDArray[np.float32]  # [I, D]
     parents: Mapping[str, str]
+    categories: list[str | None] | None = None
+    """The category of every item, if the catalogue has categories."""
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -155,31 +159,40 @@ class ItemTable:
         if np.array_equal(rows, np.arange(self.num_items)):
             return self
         return ItemTable(
-            list(item_ids), [self.titles[r] for r in rows], self.embeddings[rows], self.parents
+            list(item_ids),
+            [self.titles[r] for r in rows],
+            self.embeddings[rows],
+            self.parents,
+            None if self.categories is None else [self.categories[r] for r in rows],
         )
 
     def to_arrow(self) -> pa.Table:
-        """Return columns `item_id` and `embedding` as in the tables on disk, and `title`."""
-        return embedding_rows(self.item_ids, self.titles, self.embeddings)
+        """Return the columns of the table on disk."""
+        return embedding_rows(self.item_ids, self.titles, self.embeddings, self.categories)
 
 
 def embedding_rows(
-    item_ids: Sequence[str], titles: Sequence[str], embeddings: NDArray[np.float32]
+    item_ids: Sequence[str],
+    titles: Sequence[str],
+    embeddings: NDArray[np.float32],
+    categories: Sequence[str | None] | None = None,
 ) -> pa.Table:
     """Return one `item_embeddings` row per item.
 
-    The titles make it possible to build and serve an index without the catalogue. Raises
+    Titles, and categories if the catalogue has any, make it possible to build and serve an index
+    without it. Raises
     KarmaRayError on embeddings that are not finite, as no search would find those items.
     """
     check_finite(item_ids, embeddings)
     values = pa.array(np.ascontiguousarray(embeddings).reshape(-1), pa.float32())
-    return pa.table(
-        {
-            "item_id": pa.array(list(item_ids), pa.string()),
-            "embedding": pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1]),
-            "title": pa.array(list(titles), pa.string()),
-        }
-    )
+    columns = {
+        "item_id": pa.array(list(item_ids), pa.string()),
+        "embedding": pa.FixedSizeListArray.from_arrays(values, embeddings.shape[1]),
+        "title": pa.array(list(titles), pa.string()),
+    }
+    if categories is not None:
+        columns["category"] = pa.array(list(categories), pa.string())
+    return pa.table(columns)
 
 
 def save_embeddings(table: ItemTable, folder: str) -> dict[str, Any]:
@@ -195,20 +208,41 @@ def write_embedding_manifest(
     return write_manifest(folder, MANIFEST_KIND, parents=parents, num_items=num_items, width=width)
 
 
-def load_embeddings(folder: str, bundle_hash: str | None = None) -> ItemTable:
-    """Read item embeddings.
+def load_embeddings(
+    folder: str, bundle_hash: str | None = None, *, mapped: bool = False
+) -> ItemTable:
+    """Read item embeddings, or with `mapped` map the node's copy, which its processes share.
 
     Raises InputError when they are missing or unfinished, KarmaRayError when they are not finite,
     and SkewError when they were not made by the bundle with `bundle_hash`, if given.
     """
-    parents = read_manifest(folder, MANIFEST_KIND)["parents"]
+    facts = read_manifest(folder, MANIFEST_KIND)
+    parents = facts["parents"]
     if bundle_hash is not None:
         check_parent(parents, "bundle", bundle_hash, folder)
-    table = read_table(folder, columns=["item_id", "title", "embedding"]).combine_chunks()
+    table = read_table(folder, without=["embedding"] if mapped else [])
+    if mapped:
+        embeddings = _mapped(folder, (table.num_rows, facts["width"]))
+    else:
+        embeddings = _embeddings_of(table)
+    item_ids = table.column("item_id").to_pylist()
+    check_finite(item_ids, embeddings, folder)
+    titles = table.column("title").to_pylist()
+    has_categories = "category" in table.column_names
+    categories = table.column("category").to_pylist() if has_categories else None
+    return ItemTable(item_ids, titles, embeddings, parents, categories)
+
+
+def _embeddings_of(table: pa.Table) -> NDArray[np.float32]:  # [I, D]
     column = table.column("embedding").combine_chunks()
-    width = column.type.list_size
     # A copy, since Arrow's memory is read-only and torch needs writable memory.
     values = np.array(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
-    item_ids, embeddings = table.column("item_id").to_pylist(), values.reshape(-1, width)
-    check_finite(item_ids, embeddings, folder)
-    return ItemTable(item_ids, table.column("title").to_pylist(), embeddings, parents)
+    return values.reshape(-1, column.type.list_size)
+
+
+def _mapped(folder: str, shape: tuple[int, int]) -> NDArray[np.float32]:  # [I, D]
+    def fill(values: np.ndarray) -> None:
+        values[:] = _embeddings_of(read_table(folder, columns=["embedding"]))
+
+    path = node_folder() / "embeddings" / f"{known_hash(folder)}.npy"
+    return mapped_array(path, np.float32, shape, fill, writable=True)

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch.nn import Module
 
+AT_ONCE = 8_192
+"""Items whose vectors are checked at once."""
+
 
 def check_finite(
     item_ids: Sequence[str],
@@ -23,7 +26,10 @@ def check_finite(
     where: str = "the model",
 ) -> None:
     """Raise KarmaRayError, with an example, if vectors of items contain NaN or infinity."""
-    broken = np.flatnonzero(~np.isfinite(vectors).all(1))
+    # In parts, because a mask of all numbers would be a quarter of the vectors' own memory.
+    parts = [vectors[start : start + AT_ONCE] for start in range(0, len(vectors), AT_ONCE)]
+    finite = np.concatenate([np.isfinite(part).all(1) for part in parts] or [np.ones(0, bool)])
+    broken = np.flatnonzero(~finite)
     if len(broken):
         raise KarmaRayError(
             f"{where}: the embeddings of {len(broken)} of {len(item_ids)} items are not finite "

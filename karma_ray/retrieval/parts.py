@@ -26,6 +26,11 @@ def served(run: str | RunFolder) -> RunFolder:
     return RunFolder(run, _state(run).get("current", {}))
 
 
+def delta_of(folder: RunFolder) -> str | None:
+    """Return the folder of what was added to the index since it was made, if there is one."""
+    return folder.path(folder.names["delta"]) if folder.names.get("delta") else None
+
+
 def to_embed(run: str) -> RunFolder:
     """Return the run folder with a place for new embeddings."""
     return _with_new(served(run), "item_embeddings")

@@ -9,6 +9,7 @@ Legend: B requests, I items, D width, K results.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,11 @@ from karma_ray.retrieval.answers import Recall, RecalledItem, Scores
 from karma_ray.retrieval.delta import live_items, with_delta
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.export import load_bundle
+from karma_ray.retrieval.filters import Filter, filtered_search
 from karma_ray.retrieval.finite import check_queries
-from karma_ray.retrieval.index import IndexKind, ItemIndex, check_parent, merged
-from karma_ray.retrieval.parts import serve_from, served, to_index
+from karma_ray.retrieval.index import ItemIndex, check_parent
+from karma_ray.retrieval.kinds import IndexKind
+from karma_ray.retrieval.parts import delta_of, served
 from karma_ray.retrieval.requests import HistoryItem, Request, request_keys, request_table
 
 if TYPE_CHECKING:
@@ -70,13 +73,19 @@ class Retriever:
         check_run(folder)
         bundle = load_bundle(folder.bundle, encodes_items=False)
         interest = bundle.interest.to(this_device(device))
-        table = load_embeddings(folder.item_embeddings, bundle.content_hash)
+        # An endpoint has several of these on a node; an evaluation has one, in its own order.
+        table = load_embeddings(folder.item_embeddings, bundle.content_hash, mapped=data is None)
         index = ItemIndex.load(folder.index, bundle.content_hash)
-        table = table.in_order(index.item_ids)
-        if folder.delta is not None:
-            table, index = with_delta(table, index, interest, folder.delta)
+        if (delta := delta_of(folder)) is not None:
+            table = table.in_order(index.item_ids)
+            table, index = with_delta(table, index, interest, delta)
+            table = table if data is None else live_items(table, index)
+        elif data is None:
+            table = table.in_order(index.item_ids)
         if data is not None:
-            table = live_items(table, index).in_order(Catalog.load(data).item_ids)
+            table = table.in_order(Catalog.load(data).item_ids)
+        else:  # one list of names is enough
+            index = replace(index, item_ids=table.item_ids, titles=table.titles)
         collator = Collator(table, bundle.tokenizer, bundle.collate_config)
         return cls(interest, collator, table, index, bundle.content_hash)
 
@@ -137,49 +146,54 @@ class Retriever:
         history: Sequence[HistoryItem],
         k: int,
         exclude_history: bool = False,
+        only: Filter | None = None,
     ) -> Recall:
-        """Return the `k` best items of one request; `exclude_history` omits clicked items."""
-        return self.recall_batch([Request(query, history)], k, exclude_history)[0]
+        """Return the `k` best items of one request, or of those that `only` allows.
+
+        `exclude_history` omits clicked items.
+        """
+        filters = None if only is None else [only]
+        return self.recall_batch([Request(query, history)], k, exclude_history, filters)[0]
 
     def recall_batch(
-        self, requests: Sequence[Request], k: int, exclude_history: bool = False
+        self,
+        requests: Sequence[Request],
+        k: int,
+        exclude_history: bool = False,
+        filters: Sequence[Filter] | None = None,
     ) -> list[Recall]:
         """Apply `recall` to several requests with one pass of the model and one of the index.
 
-        Raises KarmaRayError if the model's output is not finite.
+        `filters` has one for each request. Raises KarmaRayError if the model's output is not
+        finite, InputError on an unknown category.
         """
         if k < 1:
             raise InputError("k", k, "must be at least 1")
+        wanted = list(filters or [Filter()] * len(requests))
+        if exclude_history:
+            wanted = [one.without_history(r) for one, r in zip(wanted, requests, strict=True)]
         vectors = self._search_vectors(requests)
-        return self.best_of(
-            vectors, requests, [k] * len(requests), [exclude_history] * len(requests)
-        )
+        return self.best_of(vectors, requests, [k] * len(requests), wanted)
 
     def best_of(
         self,
         vectors: NDArray[np.float32],  # [B, K, D]
         requests: Sequence[Request],
         ks: Sequence[int],
-        excludes: Sequence[bool],
+        filters: Sequence[Filter],
     ) -> list[Recall]:
         """Return what each request of given search vectors recalls, with one pass of the index."""
-        clicked = [
-            {item.item_id for item in request.history} if exclude else set()
-            for request, exclude in zip(requests, excludes, strict=True)
+        answers = filtered_search(self.index, vectors, filters, ks)
+        return [
+            Recall(
+                [
+                    RecalledItem(self.index.item_ids[row], value, self.index.titles[row])
+                    for row, value in zip(rows, scores, strict=True)
+                ],
+                self._unknown(request),
+            )
+            for request, (rows, scores) in zip(requests, answers, strict=True)
         ]
-        deepest = max(k + len(seen) for k, seen in zip(ks, clicked, strict=True))
-        rows, scores = self._search(vectors, deepest)
-        answers = []
-        for place, (request, seen, k) in enumerate(zip(requests, clicked, ks, strict=True)):
-            wanted = k + len(seen)
-            found, values = rows[place, :wanted].tolist(), scores[place, :wanted].tolist()
-            items = [
-                RecalledItem(self.index.item_ids[row], value, self.index.titles[row])
-                for row, value in zip(found, values, strict=True)
-                if row >= 0 and self.index.item_ids[row] not in seen
-            ]
-            answers.append(Recall(items[:k], self._unknown(request)))
-        return answers
 
     def score_items(
         self, query: str | None, history: Sequence[HistoryItem], item_ids: Sequence[str]
@@ -212,6 +226,9 @@ class Retriever:
 
     @cached_property
     def _index_vectors(self) -> Tensor:  # [I, D]
+        held = self.index.exact_vectors(self.table.item_ids)
+        if held is not None:
+            return held
         with torch.inference_mode():
             return self.interest.index_vectors(self.embeddings)
 
@@ -222,51 +239,26 @@ class Retriever:
         check_queries(result)
         return result
 
-    def _search(
-        self, queries: NDArray[np.float32], k: int
-    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return the k best rows of each request and their scores [B, k]; queries [B, K, D].
-
-        An item in several of the K lists counts once, with its best score.
-        """
-        count, lists, _ = queries.shape
-        rows, scores = self.index.search(queries.reshape(count * lists, -1), k)
-        if lists == 1:
-            return rows, scores
-        return merged(rows.reshape(count, -1), scores.reshape(count, -1), k)
-
     def _unknown(self, request: Request) -> list[str]:
         ids = dict.fromkeys(item.item_id for item in request.history)
         return [item_id for item_id in ids if self.table.row(item_id) < 0]
 
 
 def build_index(
-    interest: RecallModel, table: ItemTable, kind: IndexKind | None = None, **parents: str
+    interest: RecallModel, table: ItemTable, kind: IndexKind | None = None
 ) -> ItemIndex:
-    """Build an index of `index_vectors(e)` of a table."""
+    """Build an index of a table in memory; it is exact unless told otherwise."""
+    vectors = score_vectors(interest, table)
+    return ItemIndex.build(vectors, table.item_ids, table.titles, kind, categories=table.categories)
+
+
+def score_vectors(interest: RecallModel, table: ItemTable) -> NDArray[np.float32]:  # [I, D]
+    """Return `index_vectors(e)` of every item of a table."""
     device = next(interest.parameters()).device
     with torch.inference_mode():
         vectors = interest.index_vectors(torch.from_numpy(table.embeddings).to(device))
-    return ItemIndex.build(
-        vectors.float().cpu().numpy(), table.item_ids, table.titles, kind, parents
-    )
-
-
-def index_run(
-    run: str, kind: IndexKind | None = None, device: torch.device | str | None = None
-) -> ItemIndex:
-    """Build and save the index of a run's newest embeddings, which then serve together."""
-    folder = to_index(run)
-    require_part(run, folder.bundle, "jobs/train.py --out RUN")
-    require_part(run, folder.item_embeddings, "jobs/embed.py RUN")
-    bundle = load_bundle(folder.bundle)
-    table = load_embeddings(folder.item_embeddings, bundle.content_hash)
-    made = read_manifest(folder.item_embeddings)["content_hash"]
-    interest = bundle.interest.to(this_device(device))
-    index = build_index(interest, table, kind, bundle=bundle.content_hash, item_embeddings=made)
-    saved = index.save(folder.index)
-    serve_from(folder)
-    return saved
+    result: NDArray[np.float32] = vectors.float().cpu().numpy()
+    return result
 
 
 def check_run(run: str | RunFolder) -> None:
@@ -284,9 +276,9 @@ def check_run(run: str | RunFolder) -> None:
     check_parent(index["parents"], "bundle", made, folder.index)
     made = embeddings["content_hash"]
     check_parent(index["parents"], "item_embeddings", made, folder.index)
-    if folder.delta is not None:
-        delta = read_manifest(folder.delta, "item_embeddings")
-        check_parent(delta["parents"], "index", index["content_hash"], folder.delta)
+    if (delta := delta_of(folder)) is not None:
+        parents = read_manifest(delta, "item_embeddings")["parents"]
+        check_parent(parents, "index", index["content_hash"], delta)
 
 
 def require_part(run: str, part: str, command: str) -> None:

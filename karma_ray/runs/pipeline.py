@@ -34,8 +34,9 @@ from karma_ray.node_cache import known_hash
 from karma_ray.report.page import render_report
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
 from karma_ray.retrieval.export import save_bundle
+from karma_ray.retrieval.index_build import index_run
 from karma_ray.retrieval.parts import start_over
-from karma_ray.retrieval.retriever import check_run, index_run
+from karma_ray.retrieval.retriever import check_run
 from karma_ray.runs.assessment import assess
 from karma_ray.runs.continuation import (
     Parent,
@@ -71,6 +72,7 @@ def train_run(
     init_from: str | None = None,
     cache: str | None = None,
     executor: Executor = HERE,
+    is_tested: bool = True,
 ) -> dict[str, Any]:
     """Run a recipe from tables to a complete run folder; returns the content of metrics.json.
 
@@ -78,7 +80,8 @@ def train_run(
     `on_validate(step, metrics)` is called at every validation in this process (needs
     `training.num_workers=0`) and may raise to stop the run. `init_from` is a finished run whose
     model is trained further, without pretraining and warm-up. `cache` is shared by runs (default:
-    `cache_beside`). `executor` does the heavy parts. Raises InputError on bad input.
+    `cache_beside`). `executor` does the heavy parts. Without `is_tested` the run ends with its
+    index, has no metrics and returns none. Raises InputError on bad input.
     """
     run, cache = absolute(out), absolute(cache or cache_beside(out))
     folder, cost = RunFolder(run), Cost()
@@ -109,18 +112,12 @@ def train_run(
         _note_items(stage, folder, facts)
         stage = _train(stage, source, run, on_validate, resume, executor)
         with cost.timed("embedding"):
-            _serve_side(stage, folder, executor)
+            _serve_side(stage, folder, source, executor)
     write_manifest(
         run, "run", recipe=config.recipe, seed=config.seed, data=source.uri,
         items=source.items_uri, version=__version__, parents=parents,
     )  # fmt: skip
-    with cost.timed("evaluation"):
-        metrics = _measure(config, source, run, stage, cache, executor)
-    metrics["seconds"] = cost.save(run, stage)
-    write_json(metrics, folder.metrics)
-    render_report(run)
-    folder.link_latest()
-    return metrics
+    return _tested(config, source, folder, stage, cache, executor, cost) if is_tested else {}
 
 
 def _check_workers(config: Config, executor: Executor) -> None:
@@ -233,7 +230,7 @@ def _train(
     return replace(stage, trained=summary["weights"], contents=None)
 
 
-def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
+def _serve_side(stage: Stage, folder: RunFolder, source: PreparedData, executor: Executor) -> None:
     """Write what serving needs: the bundle, the item embeddings and the index.
 
     Outputs of frozen layers that were kept are used again, so embeddings of this catalogue differ
@@ -255,23 +252,30 @@ def _serve_side(stage: Stage, folder: RunFolder, executor: Executor) -> None:
             "bundle": read_manifest(folder.bundle)["content_hash"],
             "items": known_hash(join(stage.items_uri, "items")),
         }
-        table = ItemTable(catalog.item_ids, catalog.titles, vectors, parents)
+        table = ItemTable(catalog.item_ids, catalog.titles, vectors, parents, catalog.categories)
         save_embeddings(table, folder.item_embeddings)
-    index_run(folder.root)
+    index_run(folder.root, data=source.uri)
 
 
-def _measure(
-    config: Config, source: PreparedData, run: str, stage: Stage | None, cache: str,
-    executor: Executor,
+def _tested(
+    config: Config, source: PreparedData, folder: RunFolder, stage: Stage | None, cache: str,
+    executor: Executor, cost: Cost,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluate the finished run, where the executor does so; returns its metrics."""
+    """Evaluate the run, where the executor does so, and finish its folder; returns its metrics."""
 
     def measure() -> dict[str, Any]:
-        return assess(config, source, run, stage, cache) | forgetting(stage, cache)
+        return assess(config, source, folder.root, stage, cache) | forgetting(stage, cache)
 
-    if stage is None or not config.training.num_workers or executor.measure is None:
-        return measure()
-    return executor.measure(measure)
+    with cost.timed("evaluation"):
+        if stage is None or not config.training.num_workers or executor.measure is None:
+            metrics = measure()
+        else:
+            metrics = executor.measure(measure)
+    metrics["seconds"] = cost.save(folder.root, stage)
+    write_json(metrics, folder.metrics)
+    render_report(folder.root)
+    folder.link_latest()
+    return metrics
 
 
 def _checkpoint_shapes(config: Config) -> dict[str, dict[str, Any]]:

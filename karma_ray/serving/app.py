@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from karma_ray import __version__
-from karma_ray.errors import KarmaRayError
+from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.serving import schemas
 from karma_ray.serving.batching import Overloaded
 from karma_ray.serving.guards import RETRY_AFTER_S, Guards
@@ -120,6 +120,11 @@ class _Calls:
                 status = 503
                 headers = {"retry-after": str(RETRY_AFTER_S)}
                 return JSONResponse({"detail": str(error)}, status, headers)
+            except InputError as error:
+                status = 422
+                place = ["body", error.field]
+                detail = [{"loc": place, "msg": error.problem, "type": "value_error"}]
+                return JSONResponse({"detail": detail}, status)
             except KarmaRayError as error:
                 status = 500
                 return await _say_why(request, error)

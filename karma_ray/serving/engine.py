@@ -15,6 +15,7 @@ import torch
 from karma_ray.errors import KarmaRayError
 from karma_ray.model.incremental import HistoryState, IncrementalReader, Step
 from karma_ray.model.interest import InterestModel
+from karma_ray.retrieval.filters import Filter
 from karma_ray.retrieval.finite import check_queries
 from karma_ray.retrieval.requests import Request
 from karma_ray.serving.histories import steps_of
@@ -36,7 +37,7 @@ class RecallCall:
 
     request: Request
     k: int = 10
-    exclude_history: bool = False
+    filter: Filter = field(default_factory=Filter)
 
 
 @dataclass(frozen=True)
@@ -107,6 +108,7 @@ class Engine:
         for place, call in enumerate(calls):
             try:
                 check_queries(vectors[place][None])
+                self._check(call)
             except KarmaRayError as error:
                 answers[place] = error
                 continue
@@ -122,11 +124,16 @@ class Engine:
             found = self.retriever.best_of(
                 vectors[recalls], [calls[place].request for place in recalls],
                 [calls[place].k for place in recalls],  # type: ignore[union-attr]
-                [calls[place].exclude_history for place in recalls],  # type: ignore[union-attr]
+                [calls[place].filter for place in recalls],  # type: ignore[union-attr]
             )  # fmt: skip
             for place, answer in zip(recalls, found, strict=True):
                 answers[place] = answer
         return answers
+
+    def _check(self, call: Call) -> None:
+        """Raise InputError on an unknown category, which would spoil the batch."""
+        if isinstance(call, RecallCall) and call.filter.category is not None:
+            self.retriever.index.of_category(call.filter.category)
 
     def _interests(self, requests: Sequence[Request]) -> tuple[Tensor, list[list[Step]]]:
         """Return h [B, D] of requests and the steps of their histories."""

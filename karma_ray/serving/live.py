@@ -13,7 +13,7 @@ from typing import Any
 
 from karma_ray.artifacts import RunFolder, exists, join, open_filesystem, write_json
 from karma_ray.errors import InputError
-from karma_ray.retrieval.parts import served
+from karma_ray.retrieval.parts import delta_of, served
 from karma_ray.retrieval.retriever import check_run
 
 FILE = "live.json"
@@ -129,7 +129,7 @@ def check_source(source: str) -> RunFolder:
 def usable_folder(arm: LiveRun) -> RunFolder:
     """Return the parts that were published, or those that serve now if the former are gone."""
     published = arm.folder
-    needed = [published.item_embeddings, published.index, published.delta or published.index]
+    needed = [published.item_embeddings, published.index, delta_of(published) or published.index]
     if all(exists(join(part, "manifest.json")) for part in needed):
         return published
     return served(arm.run)

@@ -18,7 +18,7 @@ from typing import Any
 
 from karma_ray.artifacts import RunFolder, absolute, exists, join, locked, read_json, read_manifest
 from karma_ray.errors import InputError, KarmaRayError
-from karma_ray.retrieval.parts import served
+from karma_ray.retrieval.parts import delta_of, served
 from karma_ray.retrieval.retriever import check_run
 from karma_ray.serving.arms import FIRST, check_shares
 from karma_ray.serving.live import Live, LiveRun, is_live_folder, live_file, read_live, write_live
@@ -36,8 +36,8 @@ def live_run(run: str, arm: str, now: str, share: float = 1.0) -> LiveRun:
     folder = served(absolute(run))
     check_run(folder)
     index = read_manifest(folder.index)["content_hash"]
-    if folder.delta is not None:
-        index = f"{index}+{read_manifest(folder.delta)['content_hash']}"
+    if (delta := delta_of(folder)) is not None:
+        index = f"{index}+{read_manifest(delta)['content_hash']}"
     model = read_manifest(folder.bundle)["content_hash"]
     return LiveRun(arm, folder.root, dict(folder.names), model, index, now, share)
 

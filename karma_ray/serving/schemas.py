@@ -54,6 +54,10 @@ class RecallRequest(_RequestBody):
 
     k: Annotated[int, Field(ge=1, le=MAX_K)] = 10
     exclude_history: bool = False
+    exclude: Annotated[list[ItemId], Field(max_length=10_000)] = []
+    """Items that are not wanted."""
+    category: Annotated[str | None, Field(max_length=512)] = None
+    """Only items of this category."""
 
 
 class ScoreRequest(_RequestBody):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from karma_ray.retrieval.delta import num_live
+from karma_ray.retrieval.filters import Filter
 from karma_ray.retrieval.requests import HistoryItem, Request
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving import engine as calls
@@ -114,7 +115,10 @@ class Service:
     ) -> dict[str, Any]:
         """Return the k best items of the whole catalogue."""
         request = await self._request(body)
-        call = calls.RecallCall(request, body.k, body.exclude_history)
+        wanted = Filter(frozenset(body.exclude), body.category)
+        if body.exclude_history:
+            wanted = wanted.without_history(request)
+        call = calls.RecallCall(request, body.k, wanted)
         answer, version = await self._submit(call, body, facts)
         items = [
             {"item_id": item.item_id, "score": item.score, "title": item.title}

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from karma_ray.artifacts import locked, read_lines, write_lines
+from karma_ray.artifacts import join, locked, read_lines, write_lines
 from karma_ray.evaluation.outcomes import Outcomes
 from karma_ray.metrics.significance import BootstrapResult, paired_bootstrap
 from karma_ray.studies.records import Record, outcomes_of
@@ -32,7 +32,7 @@ _DIGITS = 6
 class Intervals:
     """Intervals for the records in `results`: read, or computed from values per example."""
 
-    def __init__(self, results: Path) -> None:
+    def __init__(self, results: str | Path) -> None:
         self._results = results
         self._found: dict[str, dict[Key, Found]] = {}  # data set -> ...
         self._outcomes: dict[str, Outcomes | None] = {}
@@ -74,7 +74,7 @@ class Intervals:
                     write_lines([_line(key, kept[key]) for key in sorted(kept)], uri)
 
     def _uri(self, data: str) -> str:
-        return str(self._results / FOLDER / f"{data}.jsonl")
+        return join(str(self._results), FOLDER, f"{data}.jsonl")
 
     def _of_data(self, pairs: Pairs) -> dict[Key, Found]:
         data = pairs[0][0]["data"]

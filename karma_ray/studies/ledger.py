@@ -57,6 +57,36 @@ class Trial:
 
 
 @dataclass(frozen=True)
+class Compared:
+    """One test metric of the best trial and the default, in percent; differences in points."""
+
+    metric: str
+    default: float
+    best: float
+    """Both are means over the seeds."""
+    difference: float
+    interval: tuple[float, float] | None
+    """95 % interval over other users and other seeds."""
+    mark: str
+    """As in the tables of a study: `*` if the interval excludes 0."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A trial beside the default on the test split."""
+
+    trial: str
+    seeds: tuple[int, ...]
+    compared: tuple[Compared, ...]
+    """Nothing if the data have no test examples."""
+
+    def rows(self) -> list[list[str]]:
+        """Return the table, with its header first."""
+        header = ["test", "default", f"trial {self.trial}", "difference", "95 % interval"]
+        return [header, *(_compared_row(one) for one in self.compared)]
+
+
+@dataclass(frozen=True)
 class Search:
     """A finished search; `best` reached the last step, unless no trial did."""
 
@@ -67,6 +97,8 @@ class Search:
     best: Trial
     distributions: Mapping[str, str]
     """Optuna's distribution of every drawn field, as JSON."""
+    measured: Measured | None = None
+    """The best trial beside the default on test, if that was asked for."""
 
     def flags(self) -> str:
         """Return the best configuration as flags of `jobs/train.py`."""
@@ -81,9 +113,9 @@ class Search:
     def saved_share(self) -> float:
         """Return the share of all trials' steps that were not run, as trials were stopped early.
 
-        Failed trials are not counted.
+        Failed and unfinished trials are not counted.
         """
-        whole = [trial for trial in self.trials if trial.ended != "failed"]
+        whole = [t for t in self.trials if t.ended in ("ran to its end", "stopped early")]
         steps = self.base.training.steps * len(whole)
         return 1 - sum(min(t.step, self.base.training.steps) for t in whole) / max(1, steps)
 
@@ -94,18 +126,22 @@ class Ledger:
     def __init__(self, out: str) -> None:
         self.out = out
 
+    @staticmethod
+    def check(out: str, facts: Mapping[str, Any]) -> None:
+        """Raise InputError, naming the first differences, if a folder holds another search than
+        the one that `facts` describe, or a run."""
+        if exists(join(out, "config.json")):
+            raise InputError("--out", out, "holds a run; a search needs a folder for itself")
+        uri = join(out, "search.json")
+        if exists(uri) and (found := _differences(read_json(uri), facts)):
+            told = "; ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
+            raise InputError("--out", out, f"holds another search, choose a new one: {told}")
+
     @classmethod
     def open(cls, out: str, facts: Mapping[str, Any]) -> Ledger:
-        """Open a folder for the search that `facts` describe.
-
-        Raises InputError, naming the first differences, if it holds another search.
-        """
-        uri = join(out, "search.json")
-        if exists(uri):
-            if found := _differences(read_json(uri), facts):
-                told = "; ".join(found[:3]) + (f" and {len(found) - 3} more" if found[3:] else "")
-                raise InputError("--out", out, f"holds another search, choose a new one: {told}")
-        else:
+        """Open a folder for a search, after `check`."""
+        cls.check(out, facts)
+        if not exists(uri := join(out, "search.json")):
             write_json(facts, uri)
         return cls(out)
 
@@ -184,13 +220,13 @@ def describe(result: Search) -> str:
         drawn = [shown(trial.values.get(name)) for name in names]
         told = "–" if value is None else f"{value:.2f}"
         rows.append([trial.name, *drawn, told, str(trial.step), trial.error or trial.ended])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
-        for row in rows
-    ]
     saved = f"stopping weak trials early saved {100 * result.saved_share():.0f} % of the steps"
-    return "\n".join([*lines, "", saved, f"best  {result.flags()}"])
+    lines = [*_aligned(rows), "", saved, f"best  {result.flags()}"]
+    if (found := result.measured) is not None:
+        seeds = f"seed{'s' * (len(found.seeds) > 1)} {', '.join(map(str, found.seeds))}"
+        lines += ["", f"Measured on test with {seeds}; * if the interval excludes 0:"]
+        lines += _aligned(found.rows()) if found.compared else ["there are no test examples"]
+    return "\n".join(lines)
 
 
 def ranked(result: Search) -> list[Trial]:
@@ -201,6 +237,20 @@ def ranked(result: Search) -> list[Trial]:
 def shown(value: object) -> str:
     """Format a drawn value for a table."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
+
+
+def _compared_row(one: Compared) -> list[str]:
+    interval = "–" if one.interval is None else "[{:+.2f}, {:+.2f}]".format(*one.interval)
+    told = f"{one.difference:+.2f} {one.mark}".rstrip()
+    return [one.metric, f"{one.default:.2f}", f"{one.best:.2f}", told, interval]
 
 
 def _rank(trial: Trial, metric: str) -> tuple[bool, bool, float]:

@@ -5,11 +5,8 @@ Both are generated in the folder of the records; docs/results.md discusses them.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Sequence
 from pathlib import Path
-
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from karma_ray.artifacts import value_hash
 from karma_ray.studies.comparison import Group, Variant
@@ -19,7 +16,7 @@ from karma_ray.studies.intervals import Intervals
 from karma_ray.studies.overview import gains, overview, picture
 from karma_ray.studies.plots import curve_picture, delta_picture
 from karma_ray.studies.records import read_records
-from karma_ray.studies.sections import Section
+from karma_ray.studies.sections import Section, html_page
 from karma_ray.studies.tables import TABLES
 
 COMMAND = "python jobs/ablate.py report"
@@ -55,7 +52,7 @@ def write_report(results: str | Path) -> tuple[Path, Path]:
         (folder / name).write_bytes(content)
     markdown, page = results / TABLES_FILE, folder / "report.html"
     markdown.write_text(_markdown(sections, command))
-    page.write_text(_page(sections, pictures, command))
+    page.write_text(html_page("Results", sections, pictures, command))
     return markdown, page
 
 
@@ -121,14 +118,3 @@ def _markdown(sections: Sequence[Section], command: str) -> str:
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def _page(sections: Sequence[Section], pictures: dict[str, bytes], command: str) -> str:
-    environment = Environment(
-        loader=PackageLoader("karma_ray.studies", "templates"),
-        autoescape=True,
-        undefined=StrictUndefined,
-    )
-    encoded = {name: base64.b64encode(content).decode() for name, content in pictures.items()}
-    template = environment.get_template("study.html.jinja")
-    return template.render(sections=sections, pictures=encoded, command=command)

@@ -14,7 +14,7 @@ from karma_ray.studies.comparison import Difference, Group, Variant
 
 SHOWN = ("HR@10", "HR@50", "HR@200", "gAUC", "JS@50", "cold/HR@50")
 CURVES = ("HR@10", "HR@50", "HR@200", "gAUC")
-_GREY, _BLUE = "#57606a", "#1f6feb"
+GREY, BLUE = "#57606a", "#1f6feb"
 
 
 def delta_picture(
@@ -37,11 +37,11 @@ def delta_picture(
         for place, label in enumerate(labels):
             if (label, metric) in found:
                 _bar(axes, place, found[label, metric])
-        axes.axvline(0.0, color=_GREY, linewidth=0.9)
+        axes.axvline(0.0, color=GREY, linewidth=0.9)
         axes.set_yticks(range(len(labels)), labels, fontsize=8)
         axes.set_ylim(len(labels) - 0.4, -0.6)
-        _dress(axes, f"{metric}, points")
-    return _png(figure)
+        dress(axes, f"{metric}, points")
+    return png(figure)
 
 
 def curve_picture(group: Group) -> bytes | None:
@@ -61,9 +61,9 @@ def curve_picture(group: Group) -> bytes | None:
                 axes.plot(steps, mean, label=variant.label, color=colour, marker="o", ms=3)
                 axes.fill_between(steps, low, high, color=colour, alpha=0.12, linewidth=0)
         axes.set_xlabel("step", fontsize=8)
-        _dress(axes, f"validation {metric}, percent")
+        dress(axes, f"validation {metric}, percent")
     panels[-1].legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    return _png(figure)
+    return png(figure)
 
 
 def _curve(variant: Variant, metric: str) -> list[tuple[float, float, float, float]]:
@@ -77,7 +77,7 @@ def _curve(variant: Variant, metric: str) -> list[tuple[float, float, float, flo
 
 
 def _bar(axes: Axes, place: int, found: Difference) -> None:
-    colour = _BLUE if found.direction else _GREY
+    colour = BLUE if found.direction else GREY
     if found.interval is not None:
         axes.plot(found.interval, [place, place], color=colour, linewidth=2)
     inside = "white" if len(found.seeds) == 1 else colour
@@ -85,7 +85,8 @@ def _bar(axes: Axes, place: int, found: Difference) -> None:
     axes.plot(found.seeds, [place] * len(found.seeds), "|", color="black", ms=7)
 
 
-def _dress(axes: Axes, title: str) -> None:
+def dress(axes: Axes, title: str) -> None:
+    """Give a panel its title, a light grid and no frame above and on the right."""
     axes.set_title(title, fontsize=9)
     axes.tick_params(labelsize=8)
     axes.grid(axis="both", color="#e1e4e8", linewidth=0.6)
@@ -93,7 +94,8 @@ def _dress(axes: Axes, title: str) -> None:
         axes.spines[side].set_visible(False)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Return the figure as a PNG."""
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=100)
     return sink.getvalue()

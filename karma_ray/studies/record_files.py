@@ -7,7 +7,14 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from karma_ray.artifacts import join, locked, read_lines, value_hash, write_lines
+from karma_ray.artifacts import (
+    join,
+    locked,
+    read_lines,
+    value_hash,
+    write_bytes,
+    write_lines,
+)
 from karma_ray.config import to_dict
 from karma_ray.studies.checkpoints import portable_assignments, portable_config
 from karma_ray.studies.plan import Data
@@ -41,18 +48,16 @@ def run_folder(trial: Trial, data: Data, runs: str) -> str:
     return join(runs, f"{data.name}-{trial.name}-{digest}")
 
 
-def write_record(trial: Trial, found: Record, data: Data, results: Path) -> None:
+def write_record(trial: Trial, found: Record, data: Data, results: str | Path) -> None:
     """Write values per example first, so that a record made here always has them."""
     examples, outcomes = found["examples"], found["outcomes"]
     names = {"examples": _digest(examples), "outcomes": _digest(examples + outcomes)}
     for name, content in zip(names.values(), (examples, outcomes), strict=True):
-        path = outcomes_path(results, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        write_bytes(content, outcomes_path(results, name))
     write_found(trial, {**found, **names, "commit": commit()}, data, results)
 
 
-def write_found(trial: Trial, found: Record, data: Data, results: Path) -> None:
+def write_found(trial: Trial, found: Record, data: Data, results: str | Path) -> None:
     """Write a record of `found` under the trial's row, without changing other records."""
     told = {
         "data": data.name,
@@ -64,7 +69,7 @@ def write_found(trial: Trial, found: Record, data: Data, results: Path) -> None:
         **({"searched": list(trial.searched)} if trial.searched else {}),
     }
     same = {"data_hash": data.hash, "config": portable_config(to_dict(trial.config))}
-    uri = str(results / f"{data.name}.jsonl")
+    uri = join(str(results), f"{data.name}.jsonl")
     with locked(uri):  # two studies that finish a run at once must not lose a record
         known = list(read_lines(uri))
         name = _name(trial, data, known)

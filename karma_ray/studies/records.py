@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from karma_ray import recipes
-from karma_ray.artifacts import read_lines, value_hash
+from karma_ray.artifacts import (
+    exists,
+    join,
+    open_filesystem,
+    read_bytes,
+    read_lines,
+    value_hash,
+)
 from karma_ray.config import Config, flattened, from_dict, override, to_dict
 from karma_ray.errors import InputError
 from karma_ray.evaluation.outcomes import Outcomes
@@ -37,22 +44,24 @@ _ALWAYS = ("model.decodability.max_target_tokens",)
 """Decodability settings of the warm-up, on which every row depends."""
 
 
-def read_records(results: Path) -> list[Record]:
-    """Read every record of a folder, by data set and name."""
-    return [record for path in sorted(results.glob("*.jsonl")) for record in read_lines(str(path))]
+def read_records(results: str | Path) -> list[Record]:
+    """Read every record of a folder or URI, by data set and name."""
+    fs, path = open_filesystem(str(results))
+    names = sorted(name.rsplit("/", 1)[-1] for name in fs.glob(f"{path}/*.jsonl"))
+    return [record for name in names for record in read_lines(join(str(results), name))]
 
 
-def outcomes_path(results: Path, name: str) -> Path:
+def outcomes_path(results: str | Path, name: str) -> str:
     """Return the file of one part of the values per example; `name` is its content hash."""
-    return results / OUTCOMES / f"{name}.npz"
+    return join(str(results), OUTCOMES, f"{name}.npz")
 
 
-def outcomes_of(record: Record, results: Path) -> Outcomes | None:
+def outcomes_of(record: Record, results: str | Path) -> Outcomes | None:
     """Read the values per example of a record, or None if a file is missing."""
     paths = [outcomes_path(results, record[name]) for name in ("examples", "outcomes")]
-    if not all(path.exists() for path in paths):
+    if not all(exists(path) for path in paths):
         return None
-    return Outcomes.unpacked(*(path.read_bytes() for path in paths))
+    return Outcomes.unpacked(*(read_bytes(path) for path in paths))
 
 
 def settled(saved: Record) -> Record:

@@ -1,10 +1,13 @@
-"""The elements of a study's report: sections with notes, table and picture, and number formats."""
+"""The elements of a report: sections with notes, table and picture, number formats, the page."""
 
 from __future__ import annotations
 
+import base64
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from karma_ray.studies.comparison import Difference
 
@@ -48,3 +51,17 @@ def mean_of(values: Sequence[float]) -> float | None:
 
 def plain(value: float | None, digits: int = 1) -> str:
     return "–" if value is None else f"{value:.{digits}f}"
+
+
+def html_page(
+    title: str, sections: Sequence[Section], pictures: Mapping[str, bytes], command: str
+) -> str:
+    """Return a self-contained page; `pictures` are PNGs by the names that sections give."""
+    environment = Environment(
+        loader=PackageLoader("karma_ray.studies", "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+    )
+    encoded = {name: base64.b64encode(content).decode() for name, content in pictures.items()}
+    template = environment.get_template("study.html.jinja")
+    return template.render(title=title, sections=sections, pictures=encoded, command=command)

@@ -75,7 +75,7 @@ def run_study(
         raise InputError("--concurrent", concurrent, "must be at least 1")
     if max_minutes is not None and max_minutes <= 0:
         raise InputError("--max-minutes", max_minutes, "must be above 0")
-    results, outcome = Path(results), Outcome()
+    outcome = Outcome()
     commit()  # cached now, because commits may be made while this runs
     known = read_records(results)
     missing: list[Trial] = []
@@ -108,8 +108,8 @@ class _Queue:
     """Runs first stages and trials, as many at a time as there are slots."""
 
     def __init__(
-        self, machine: Machine, slots: int, trials: Sequence[Trial], data: Data, results: Path,
-        runs: str, cache: str, outcome: Outcome,
+        self, machine: Machine, slots: int, trials: Sequence[Trial], data: Data,
+        results: str | Path, runs: str, cache: str, outcome: Outcome,
     ) -> None:  # fmt: skip
         self.machine, self.slots = machine, slots
         self.data, self.results, self.runs, self.cache = data, results, runs, cache

@@ -14,7 +14,7 @@ from karma_ray.artifacts import (
     exists,
     join,
     locked,
-    open_filesystem,
+    read_bytes,
     read_lines,
     value_hash,
 )
@@ -119,8 +119,8 @@ def train_trial(
         "peak_gib": peak_gib(),
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
-        "examples": _content(folder.path("outcomes", "examples.npz")),
-        "outcomes": _content(folder.path("outcomes", "outcomes.npz")),
+        "examples": read_bytes(folder.path("outcomes", "examples.npz")),
+        "outcomes": read_bytes(folder.path("outcomes", "outcomes.npz")),
     }
 
 
@@ -144,8 +144,3 @@ def _probes(lines: list[dict[str, Any]]) -> dict[str, float]:
     names = dict.fromkeys(name for line in lines for name in line if name.startswith(_PROBES))
     found = {name: [line[name] for line in lines if line.get(name) is not None] for name in names}
     return {name: float(np.mean(values)) for name, values in found.items() if values}
-
-
-def _content(uri: str) -> bytes:
-    fs, path = open_filesystem(uri)
-    return bytes(fs.cat_file(path))

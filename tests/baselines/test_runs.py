@@ -91,7 +91,7 @@ def test_a_baseline_makes_a_complete_run_folder(finished: tuple[str, str]) -> No
     recipe, run = finished
     for part in (
         "metrics.json", "floors.json", "checks.json", "bundle/manifest.json",
-        "index/index.faiss", "report/report.html", "report/cases.json", "outcomes/outcomes.npz",
+        "index/vectors.npy", "report/report.html", "report/cases.json", "outcomes/outcomes.npz",
     ):  # fmt: skip
         assert Path(run, part).exists(), part
     metrics, floors = read_json(f"{run}/metrics.json"), read_json(f"{run}/floors.json")

@@ -11,7 +11,8 @@ from karma_ray.artifacts import content_hash, join, read_manifest, read_table
 from karma_ray.cluster.embedding import CatalogEncoder, embed_items
 from karma_ray.errors import InputError
 from karma_ray.retrieval.encode import load_embeddings
-from karma_ray.retrieval.retriever import Retriever, index_run
+from karma_ray.retrieval.index_build import index_run
+from karma_ray.retrieval.retriever import Retriever
 from tests import tiny_run
 
 

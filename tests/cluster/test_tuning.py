@@ -13,7 +13,8 @@ from karma_ray.artifacts import join
 from karma_ray.cli import load_config
 from karma_ray.cluster.accelerators import gpu_share
 from karma_ray.cluster.search_space import Space, load_space
-from karma_ray.cluster.tuning import reported_value, search
+from karma_ray.cluster.trials import reported_value
+from karma_ray.cluster.tuning import search
 from karma_ray.config import Config, override
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.studies.ledger import assignments, describe
@@ -127,6 +128,8 @@ def test_a_search_whose_every_trial_fails_says_why(ray_cluster, tmp_path) -> Non
     [
         ({"trials": 0}, "--trials: 0 must be at least 1"),
         ({"max_concurrent": 0}, "--concurrent: 0 must be at least 1"),
+        ({"measure_seeds": -1}, "--measure-seeds: -1 must be at least 0"),
+        ({"base": Config(recipe="karma_txt")}, "recipe: 'karma_txt' is not valid"),
         ({"base": Config(recipe="popularity")}, "trains nothing; choices: action_only"),
     ],
 )
@@ -160,6 +163,14 @@ def test_the_spaces_that_ship_can_be_loaded(path: Path) -> None:
         (
             "SPACE = {'seed': tune.choice([1])}\nMETRIC = 'valid/MRR'\nBASE_RECIPE = 'toys'",
             "'toys' is not valid; choices: action_only",
+        ),
+        (
+            "SPACE = {'seed': tune.choice([1])}\nMETRIC = 'valid/MRR'\nBASE_RECIPE = 'popularity'",
+            "BASE_RECIPE: 'popularity' trains nothing; choices: action_only",
+        ),
+        (
+            "SPACE = {'seed': tune.choice([1])}\nMETRIC = 'valid/MRR'\nFIXED = 'training.steps=4'",
+            "FIXED: 'training.steps=4' is not a list of settings",
         ),
         ("SPACE = nothing", "cannot be run"),
         (

@@ -12,11 +12,13 @@ from karma_ray.artifacts import RunFolder, join, write_table
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.schema import ITEMS
 from karma_ray.errors import SkewError
-from karma_ray.retrieval.delta import live_items, num_live, update_run
-from karma_ray.retrieval.index import InvertedLists
-from karma_ray.retrieval.parts import served
+from karma_ray.retrieval.delta import UpdatedSearch, live_items, num_live, update_run
+from karma_ray.retrieval.engines import build_engine
+from karma_ray.retrieval.index_build import index_run
+from karma_ray.retrieval.kinds import Flat, InvertedLists
+from karma_ray.retrieval.parts import delta_of, served
 from karma_ray.retrieval.requests import HistoryItem, Request, request_table
-from karma_ray.retrieval.retriever import Retriever, build_index, index_run
+from karma_ray.retrieval.retriever import Retriever, build_index
 from tests import tiny_run
 
 HISTORY = [HistoryItem("i3", "shirt"), HistoryItem("i21", None)]
@@ -91,10 +93,32 @@ def test_only_what_no_delta_holds_is_encoded(run: str) -> None:
 def test_a_new_index_needs_no_delta_and_one_of_another_index_is_refused(run: str) -> None:
     update_run(run, changed(run))
     earlier = served(run)
-    assert earlier.delta is not None
+    assert delta_of(earlier) is not None
     index_run(run, InvertedLists())
-    assert served(run).delta is None
+    assert delta_of(served(run)) is None
     assert Retriever.load(earlier).recall("mug", [], 3).items  # it stays until the next change
     mixed = RunFolder(run, {**served(run).names, "delta": earlier.names["delta"]})
     with pytest.raises(SkewError, match="index"):
         Retriever.load(mixed)
+
+
+@pytest.mark.parametrize("kind", [Flat(), InvertedLists(num_lists=4, num_probes=4)])
+@pytest.mark.parametrize("hidden", [0, 7, 30], ids=["nothing", "some", "everything"])
+def test_a_search_beside_any_index_is_the_search_of_what_is_left(kind, hidden: int) -> None:
+    draw = np.random.default_rng(hidden)
+    vectors = draw.normal(size=(40, 8)).astype(np.float32)
+    gone = np.sort(draw.permutation(30)[:hidden])
+    engine = UpdatedSearch(build_engine(vectors[:30], kind), 30, vectors[30:], gone)
+    queries = draw.normal(size=(5, 8)).astype(np.float32)
+    allowed = draw.random(40) < 0.6
+    for mask in (None, allowed):
+        usable = np.ones(40, bool) if mask is None else mask.copy()
+        usable[gone] = False
+        left = np.flatnonzero(usable)
+        order = np.argsort(-queries @ vectors[left].T, axis=1)
+        for k in (1, 9, 40):
+            scores, rows = engine.search(queries, k, mask)
+            assert scores.shape == rows.shape == (5, k)
+            few = min(k, len(left))
+            assert (rows[:, :few] == left[order[:, :few]]).all() and (rows[:, few:] == -1).all()
+            assert np.isneginf(scores[:, few:]).all()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -117,3 +119,15 @@ def test_embeddings_that_are_not_finite_are_refused_by_the_items_id(tmp_path, va
     table = ItemTable(["a", "b", "c"], ["A", "B", "C"], embeddings, {})
     with pytest.raises(KarmaRayError, match=r"1 of 3 items are not finite \(for example of 'b'\)"):
         save_embeddings(table, str(tmp_path))
+
+
+def test_mapped_embeddings_are_those_that_are_read_and_follow_the_files(tmp_path: Path) -> None:
+    folder = str(tmp_path / "embeddings")
+    for width in (4, 6):  # the second replaces the first
+        save_embeddings(table(width), folder)
+        read, mapped = load_embeddings(folder), load_embeddings(folder, mapped=True)
+        assert np.array_equal(mapped.embeddings, read.embeddings)
+        assert (mapped.item_ids, mapped.titles) == (read.item_ids, read.titles)
+        mapped.embeddings[:] = 0  # of this process alone
+        again = load_embeddings(folder, mapped=True).embeddings
+        assert np.array_equal(again, read.embeddings)

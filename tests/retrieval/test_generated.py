@@ -12,7 +12,7 @@ import torch
 
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle, save_bundle
-from karma_ray.retrieval.index import merged
+from karma_ray.retrieval.filters import merged
 from karma_ray.retrieval.requests import HistoryItem, Request, request_table
 from karma_ray.retrieval.retriever import Retriever
 from tests import generating, tiny_run

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from karma_ray.errors import InputError, SkewError
-from karma_ray.retrieval.index import Flat, InvertedLists, ItemIndex, index_kind
+from karma_ray.retrieval.index import ItemIndex
+from karma_ray.retrieval.kinds import Flat, IndexKind, InvertedLists, index_kind
 
 
 def vectors(count: int, width: int = 8, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=(count, width)).astype(np.float32)
 
 
-def build(items: np.ndarray, kind: Flat | InvertedLists | None = None) -> ItemIndex:
+def build(items: np.ndarray, kind: IndexKind | None = None) -> ItemIndex:
     ids = [f"i{row}" for row in range(len(items))]
     titles = [f"title {row}" for row in range(len(items))]
     parents = {"bundle": "b1", "item_embeddings": "e1"}
@@ -78,5 +79,5 @@ def test_an_empty_catalogue_is_refused() -> None:
 
 
 def test_an_unknown_kind_names_the_choices() -> None:
-    with pytest.raises(InputError, match=r"--kind: .hnsw.*flat, ivf"):
-        index_kind("hnsw")
+    with pytest.raises(InputError, match=r"--kind: .annoy.*flat, ivf"):
+        index_kind("annoy")

@@ -11,8 +11,9 @@ import pytest
 
 from karma_ray.artifacts import RunFolder, read_json, read_manifest
 from karma_ray.retrieval.encode import ItemTable, load_embeddings, save_embeddings
+from karma_ray.retrieval.index_build import index_run
 from karma_ray.retrieval.parts import CURRENT, offer, served, start_over, to_embed
-from karma_ray.retrieval.retriever import Retriever, check_run, index_run
+from karma_ray.retrieval.retriever import Retriever, check_run
 from tests import tiny_run
 
 

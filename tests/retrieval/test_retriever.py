@@ -15,8 +15,9 @@ from karma_ray.errors import InputError, KarmaRayError, SkewError
 from karma_ray.model.device import this_device
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle
+from karma_ray.retrieval.index_build import index_run
 from karma_ray.retrieval.requests import HistoryItem, Request, request_table
-from karma_ray.retrieval.retriever import Retriever, check_run, index_run
+from karma_ray.retrieval.retriever import Retriever, check_run
 from tests import tiny_run
 
 HISTORY = [HistoryItem("i3", "shirt"), HistoryItem("i21", "scarf"), HistoryItem("i8", None)]

@@ -78,7 +78,8 @@ def test_an_encoder_that_would_see_nothing_is_refused_at_once(
 def test_a_run_sees_from_training_to_serving(ray_cluster: None, shop: str, tmp_path: Path) -> None:
     from karma_ray.cluster.embedding import embed_items
     from karma_ray.retrieval.encode import load_embeddings
-    from karma_ray.retrieval.retriever import Retriever, index_run
+    from karma_ray.retrieval.index_build import index_run
+    from karma_ray.retrieval.retriever import Retriever
     from karma_ray.runs.pipeline import train_run
     from karma_ray.runs.stages import finished_stage
 

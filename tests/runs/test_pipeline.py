@@ -54,7 +54,7 @@ def test_a_run_folder_is_complete(finished: tuple[str, str, dict[str, Any]]) -> 
     for part in (
         "config.json", "manifest.json", "metrics.json", "metrics.jsonl", "floors.json",
         "checks.json", "data.json", "bundle/manifest.json", "item_embeddings/manifest.json",
-        "index/index.faiss", "report/report.html", "report/model_card.md", "report/cases.json",
+        "index/vectors.npy", "report/report.html", "report/model_card.md", "report/cases.json",
     ):  # fmt: skip
         assert Path(run, part).exists(), part
     assert list(Path(run).glob("events.out.tfevents.*"))
@@ -120,6 +120,18 @@ def test_measuring_again_gives_the_same_numbers(
 
     run, cache, metrics = finished
     assert evaluate_run(run, cache=cache)[1] == pytest.approx(metrics, rel=1e-6)
+
+
+def test_a_run_that_was_not_tested_holds_no_test_metric_and_is_tested_later(
+    finished: tuple[str, str, dict[str, Any]], shop: str, tmp_path: Path
+) -> None:
+    from karma_ray.runs.pipeline import evaluate_run, train_run
+
+    _, cache, metrics = finished
+    run = str(tmp_path / "run")
+    assert train_run(_config(), shop, run, cache=cache, is_tested=False) == {}
+    assert not {"metrics.json", "outcomes", "report"} & {path.name for path in Path(run).iterdir()}
+    assert evaluate_run(run, cache=cache)[1]["HR@50"] == pytest.approx(metrics["HR@50"])
 
 
 def test_a_measurement_on_other_data_stands_beside_the_runs_own(

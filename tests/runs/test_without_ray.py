@@ -30,5 +30,5 @@ def test_a_run_from_tables_to_a_run_folder_needs_neither_ray_nor_faiss(tmp_path:
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 0 <= read_json(str(tmp_path / "made/metrics.json"))["HR@10"] <= 100
-    for part in ("bundle/manifest.json", "index/index.faiss", "report/report.html"):
+    for part in ("bundle/manifest.json", "index/vectors.npy", "report/report.html"):
         assert (tmp_path / "made" / part).exists(), part

@@ -141,3 +141,12 @@ def test_bad_input_is_422_and_names_the_field(client, path, body, field) -> None
 def test_a_body_that_is_no_request_is_422(client, body: bytes) -> None:
     headers = {"content-type": "application/json"}
     assert client.post("/v1/recall", content=body, headers=headers).status_code == 422
+
+
+def test_unwanted_items_and_categories_are_left_out_and_unknown_ones_are_named(client) -> None:
+    best = [i["item_id"] for i in client.post("/v1/recall", json={**BODY, "k": 40}).json()["items"]]
+    without = {**BODY, "exclude": [best[0], best[2], "nobody"]}
+    found = [i["item_id"] for i in client.post("/v1/recall", json=without).json()["items"]]
+    assert found == [item for item in best if item not in without["exclude"]][:5]
+    answer = client.post("/v1/recall", json={**BODY, "category": "hats"})
+    assert answer.status_code == 422 and answer.json()["detail"][0]["loc"] == ["body", "category"]

@@ -8,6 +8,7 @@ import random
 import numpy as np
 import pytest
 
+from karma_ray.retrieval.filters import Filter
 from karma_ray.retrieval.requests import HistoryItem, Request, request_table
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving.engine import (
@@ -82,7 +83,7 @@ def test_calls_of_all_kinds_share_a_batch(retriever: Retriever) -> None:
             ScoreCall(request, ids),
             FeaturesCall(request, ids),
             RememberCall(request),
-            RecallCall(request, 5, exclude_history=True),
+            RecallCall(request, 5, Filter().without_history(request)),
         ]
     )
     score_of = {item.item_id: item.score for item in recalled.items}

@@ -16,8 +16,9 @@ from fastapi.testclient import TestClient
 
 from karma_ray.artifacts import read_manifest
 from karma_ray.errors import SkewError
-from karma_ray.retrieval.index import InvertedLists
-from karma_ray.retrieval.retriever import Retriever, index_run
+from karma_ray.retrieval.index_build import index_run
+from karma_ray.retrieval.kinds import InvertedLists
+from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving.app import build_app
 from karma_ray.serving.following import Follower, load_engine
 from karma_ray.serving.live import live_file, read_live

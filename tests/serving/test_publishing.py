@@ -12,7 +12,7 @@ import pytest
 
 from karma_ray.artifacts import join, write_json, write_manifest
 from karma_ray.errors import InputError, KarmaRayError, SkewError
-from karma_ray.retrieval.retriever import index_run
+from karma_ray.retrieval.index_build import index_run
 from karma_ray.serving.live import Live, check_source, is_live_folder, live_file, read_live
 from karma_ray.serving.publishing import comparison, end_arm, publish, roll_back
 from tests import tiny_run

@@ -12,8 +12,8 @@ from karma_ray.artifacts import join, write_table
 from karma_ray.data.schema import ITEMS
 from karma_ray.node_cache import upload
 from karma_ray.retrieval.delta import update_run
-from karma_ray.retrieval.index import InvertedLists
-from karma_ray.retrieval.retriever import index_run
+from karma_ray.retrieval.index_build import index_run
+from karma_ray.retrieval.kinds import InvertedLists
 from karma_ray.serving.following import Follower, load_engine
 from karma_ray.serving.live import read_live
 from karma_ray.serving.publishing import publish, roll_back

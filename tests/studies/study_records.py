@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from karma_ray import recipes
-from karma_ray.artifacts import read_lines, value_hash, write_lines
+from karma_ray.artifacts import read_lines, value_hash, write_bytes, write_lines
 from karma_ray.config import override, to_dict
 from karma_ray.evaluation.outcomes import Examples, Outcomes
 from karma_ray.studies.record_files import in_order
@@ -38,9 +38,7 @@ def write_record(
     stem = "-".join([row, *(s.split("=")[1] for s in settings), f"seed{seed}"])
     digests = [value_hash(content.hex())[:8] for content in (parts[0], b"".join(parts))]
     for digest, content in zip(digests, parts, strict=True):
-        path = outcomes_path(results, digest)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        write_bytes(content, outcomes_path(results, digest))
     metrics: dict[str, float] = {"num_test": NUM_CLICKS, "collapse/effective_rank_e": 12.5}
     for name in ("HR@10", "HR@50", "HR@200", "cold/HR@50", "in_query/HR@10", "JS@50", "gAUC"):
         values, _, weights = found.values(name) or (np.zeros(1), None, np.ones(1))

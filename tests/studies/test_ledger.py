@@ -67,6 +67,13 @@ def test_a_folder_is_continued_by_its_own_search_alone(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
+def test_a_folder_of_a_run_is_no_place_for_a_search(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(InputError, match="holds a run; a search needs a folder for itself"):
+        Ledger.open(str(tmp_path), facts_of(Config(), METRIC, {}, "hash"))
+    assert not (tmp_path / "search.json").exists()
+
+
 def test_what_early_stopping_saved_is_the_share_of_steps_that_were_not_run() -> None:
     base = override(Config(), ["training.steps=20"])
     early = Trial("b", {}, ({"step": 5, METRIC: 1.0},), "stopped early")
