@@ -71,7 +71,7 @@ class Retriever:
         """
         folder = served(run)
         check_run(folder)
-        bundle = load_bundle(folder.bundle, encodes_items=False)
+        bundle = load_bundle(folder.bundle, encodes_items=data is not None)
         interest = bundle.interest.to(this_device(device))
         # An endpoint has several of these on a node; an evaluation has one, in its own order.
         table = load_embeddings(folder.item_embeddings, bundle.content_hash, mapped=data is None)
