@@ -1,11 +1,13 @@
 """Submit every job to a local Ray cluster with a job server, token and all, and print how it ended.
 
-    python benchmarks/every_job.py [JOB ...] [--out FOLDER]
+    python benchmarks/every_job.py [JOB ...] [--out FOLDER] [--mistakes]
 
 A toy shop of 240 items and models of a few thousand weights: what is measured is the way from
 `ray job submit --working-dir .` to an exit code, not the work. The jobs run in the order below,
 each on what the ones before it left; name some to run these alone in a folder of an earlier call.
-JSON lines, one a job: its seconds, how it ended, and the last line of its log.
+The endpoint is asked for items and then stopped. With --mistakes every job is told to read what
+does not exist, and has to fail with a message. JSON lines, one a job: its seconds, how it ended,
+and the last line of its log.
 """
 
 from __future__ import annotations
@@ -20,8 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -33,6 +39,8 @@ from karma_ray.runs.stopping import stop_on_signals
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOP = {"num_items": 240, "num_users": 120}
+PATIENT = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
+"""Gives a job that is stopped a minute to end; Ray's own 3 seconds are few for an endpoint."""
 TINY = (
     "model.tiny.hidden_size=32", "model.tiny.num_heads=2", "model.tiny.intermediate_size=64",
     "model.tiny.num_key_value_heads=1", "model.tiny.vocab_size=512", "pretrain.steps=0",
@@ -47,26 +55,61 @@ def settings(*more: str) -> list[str]:
     return [word for setting in (*TINY, *more) for word in ("--set", setting)]
 
 
-def every_job(out: str) -> dict[str, list[str]]:
-    """Return the arguments of each job, by its name and in order; they write below `out`."""
-    data, first = f"{out}/data", f"{out}/run"
-    results = f"{out}/results"
+@dataclass(frozen=True)
+class Job:
+    """A job's arguments, and how it has to end."""
+
+    words: list[str]
+    says: str
+    """Part of the last line of its log; of the endpoint's, anywhere in it."""
+    ends: str = "SUCCEEDED"
+    port: int = 0
+    """The port of an endpoint, which is asked and stopped; 0 for a job that ends by itself."""
+
+
+def every_job(out: str) -> dict[str, Job]:
+    """Return each job by its name and in order; they read and write below `out`."""
+    data, first, results = f"{out}/data", f"{out}/run", f"{out}/results"
+    port = free_port()
     return {
-        "import_data": ["toy_shop", f"{out}/shop.json", data],
-        "prepare": ["--data", data],
-        "features": [data, "--actors", "2"],
-        "train": ["--data", data, "--out", first, "--recipe", "karma_text",
-                  *settings("training.num_workers=2")],
-        "embed": [first, "--actors", "2"],
-        "index": [first],
-        "evaluate": [first],
-        "diagnose": [first, "--items", "40"],
-        "export_encoder": [first, f"{out}/encoder"],
-        "tune": ["tune_spaces/lambdas.py", "--data", data, "--out", f"{out}/search", "--trials",
-                 "2", "--measure-seeds", "1", *settings()],
-        "ablate": ["baselines", "--rows", "popularity", "--seeds", "1", "--data", data,
-                   "--results", results, *settings()],
+        "import_data": Job(["toy_shop", f"{out}/shop.json", data], data),
+        "prepare": Job(["--data", data], ""),
+        "features": Job([data, "--actors", "2"], ""),
+        "train": Job(["--data", data, "--out", first, "--recipe", "karma_text",
+                      *settings("training.num_workers=2")], f"jobs/serve.py {first}"),
+        "embed": Job([first, "--actors", "2"], ""),
+        "index": Job([first], ""),
+        "evaluate": Job([first], ""),
+        "diagnose": Job([first, "--items", "40"], ""),
+        "export_encoder": Job([first, f"{out}/encoder"], ""),
+        "tune": Job(["tune_spaces/lambdas.py", "--data", data, "--out", f"{out}/search",
+                     "--trials", "2", "--measure-seeds", "1", *settings()], ""),
+        "ablate": Job(["baselines", "--rows", "popularity,sasrec", "--seeds", "1", "--data", data,
+                       "--results", results, *settings()], f"{results}/"),
+        "serve": Job([first, "--port", str(port)], "stopping", "STOPPED", port),
+        "status": Job([first], "Nothing is waited for."),
     }  # fmt: skip
+
+
+def asked(
+    port: int, wait_s: float = 0.0, starts: Callable[[], bool] = lambda: True
+) -> dict[str, Any] | None:
+    """Return what the endpoint of a local port answers, or None.
+
+    It may take `wait_s` to begin, as long as it `starts`.
+    """
+    url = f"http://127.0.0.1:{port}/v1/recall"
+    end = time.monotonic() + wait_s
+    while True:
+        body = json.dumps({"query": "red", "k": 3}).encode()
+        try:
+            with urllib.request.urlopen(url, body, timeout=30) as answer:
+                found: dict[str, Any] = json.load(answer)
+                return found
+        except OSError:
+            if time.monotonic() >= end or not starts():
+                return None
+            time.sleep(1.0)
 
 
 class LocalCluster:
@@ -74,7 +117,7 @@ class LocalCluster:
 
     def __init__(self, folder: Path, num_cpus: int = 4) -> None:
         self._folder, self._num_cpus = folder, num_cpus
-        self.port, dashboard, self._agent, self._client = (_free_port() for _ in range(4))
+        self.port, dashboard, self._agent, self._client = (free_port() for _ in range(4))
         self._dashboard = dashboard
         self.address = f"http://127.0.0.1:{dashboard}"
         self._temporary = Path(f"/tmp/kr-{self.port}")  # sockets need a short path
@@ -140,7 +183,8 @@ class LocalCluster:
 
         The project's code is uploaded as `--working-dir .` says; `name` must be new.
         """
-        flags = ["--submission-id", name, "--working-dir", ".", *(() if wait else ("--no-wait",))]
+        flags = ["--submission-id", name, "--working-dir", ".", "--runtime-env-json", PATIENT]
+        flags += [] if wait else ["--no-wait"]
         done = self.ray("job", "submit", *flags, "--", "python", *words)
         log = self.ray("job", "logs", name).stdout if wait else ""
         return done.returncode, log or done.stdout + done.stderr
@@ -156,22 +200,55 @@ class LocalCluster:
         return [str(Path(sys.executable).parent / "ray"), *words]
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
 
 
+def submitted(cluster: LocalCluster, name: str, job: Job) -> dict[str, Any]:
+    """Submit a job and wait for its end; returns what there is to say, with its log as `log`.
+
+    `wrong` says what was not as it has to be, and is empty if nothing was.
+    """
+    begun = time.monotonic()
+    words = (f"jobs/{name}.py", *job.words)
+    code, said = cluster.submit(name, *words, wait=not job.port)
+    wrong = []
+    if job.port:
+        states = ("PENDING", "RUNNING")
+        answer = asked(job.port, 240.0, lambda: cluster.status(name) in states)
+        wrong += [] if answer and len(answer["items"]) == 3 else [f"answered {answer}"]
+        cluster.ray("job", "stop", name)
+        wrong += ["still answers after its end"] if asked(job.port) else []
+        said = cluster.ray("job", "logs", name).stdout
+    ended = cluster.status(name)
+    lines = [line for line in said.splitlines() if line.strip()]
+    wrong += [] if ended == job.ends else [f"ended as {ended}, not {job.ends}"]
+    wrong += [] if (code != 0) == (job.ends == "FAILED") else [f"exit code {code}"]
+    where = said if job.port else "".join(lines[-1:])
+    wrong += [] if job.says in where else [f"did not end with {job.says!r}"]
+    seconds = round(time.monotonic() - begun, 1)
+    return {"job": name, "seconds": seconds, "exit": code, "ended": ended,
+            "last": "".join(lines[-1:]), "wrong": wrong, "log": said}  # fmt: skip
+
+
 def main(argv: list[str] | None = None) -> None:
-    """Submit the jobs, and raise KarmaRayError if one failed."""
+    """Submit the jobs, and raise KarmaRayError if one ended otherwise than it has to."""
     flags = parser(__doc__ or "")
     flags.add_argument("jobs", metavar="JOB", nargs="*", help="jobs to submit (default: all)")
     flags.add_argument("--out", help="folder of what they write (default: a new temporary one)")
+    flags.add_argument(
+        "--mistakes", action="store_true", help="let every job read what does not exist"
+    )
     arguments = flags.parse_args(argv)
     out = Path(arguments.out or tempfile.mkdtemp(prefix="every-job-")).absolute()
     out.mkdir(parents=True, exist_ok=True)
     (out / "shop.json").write_text(json.dumps(SHOP))
     jobs = every_job(str(out))
+    if arguments.mistakes:
+        absent = every_job(str(out / "absent"))
+        jobs = {name: Job(job.words, "error: ", "FAILED") for name, job in absent.items()}
     for name in arguments.jobs:
         if name not in jobs:
             raise InputError("JOB", name, choices=list(jobs))
@@ -179,14 +256,10 @@ def main(argv: list[str] | None = None) -> None:
     stop_on_signals()  # SIGTERM too ends the cluster
     with LocalCluster(out) as cluster:
         for name in arguments.jobs or jobs:
-            begun = time.monotonic()
-            code, said = cluster.submit(name, f"jobs/{name}.py", *jobs[name])
-            (out / f"{name}.log").write_text(said)
-            ended = cluster.status(name)
-            failed += [name] if code or ended != "SUCCEEDED" else []
-            last = [line for line in said.splitlines() if line.strip()][-1:]
-            facts = {"job": name, "seconds": round(time.monotonic() - begun, 1), "exit": code}
-            print(json.dumps(facts | {"ended": ended, "last": "".join(last)}), flush=True)
+            found = submitted(cluster, name, jobs[name])
+            (out / f"{name}.log").write_text(found.pop("log"))
+            failed += [name] if found["wrong"] else []
+            print(json.dumps(found), flush=True)
     if failed:
         raise KarmaRayError(f"failed: {', '.join(failed)}; their logs are in {out}")
 

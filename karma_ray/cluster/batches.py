@@ -40,7 +40,7 @@ def ray_blocks(order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
         batch_format="pyarrow",
         # Reading is cheap, and a reserved CPU may not be available beside training workers.
         num_cpus=0,
-        concurrency=1,
+        compute=ray.data.TaskPoolStrategy(size=1),
     )
     dataset.context.execution_options.preserve_order = True
     dataset.context.enable_progress_bars = False

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.encode import load_embeddings
 from karma_ray.serving.app import build_app
 from karma_ray.serving.guards import RETRY_AFTER_S
-from karma_ray.serving.host import SWITCH_INTERVAL_S, TOKEN, token_from_environment
+from karma_ray.serving.host import TOKEN, settle, token_from_environment
 from karma_ray.serving.live import check_source
 from karma_ray.serving.process import (
     check_port,
@@ -164,8 +163,9 @@ def application_of(
         token = token_from_environment()
         if needs_token and token is None:
             raise InputError(TOKEN, "", "is set here but not where the replicas run; set it there")
-        sys.setswitchinterval(SWITCH_INTERVAL_S)
-        return build_app(Service.load(run, max_waiting=max_queued_requests), token, log)
+        service = Service.load(run, max_waiting=max_queued_requests)
+        settle()
+        return build_app(service, token, log)
 
     scaling: dict[str, Any] = {"num_replicas": replicas.fewest}
     if replicas.most > replicas.fewest:

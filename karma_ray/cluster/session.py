@@ -34,7 +34,7 @@ def connect(num_cpus: int | None = None) -> None:
     Inside `ray job submit`, or with RAY_ADDRESS set, the existing cluster is joined. `num_cpus` is
     the number of logical CPUs of a local cluster (default: the machine's, at least 4).
     """
-    _quiet_data()
+    quiet()
     if ray.is_initialized():
         return
     joins = joins_a_cluster()
@@ -62,9 +62,14 @@ def joins_a_cluster() -> bool:
     return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_ID"))
 
 
-def _quiet_data() -> None:
-    """Show Ray Data's progress as bars on a terminal instead of many log lines a second."""
+def quiet() -> None:
+    """Let Ray Data and Ray Train of this process log warnings only, and no bars but on a terminal.
+
+    A driver whose worker logs a lot may print the rest of it after its own last words.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.enable_progress_bars and sys.stderr.isatty()
     for name in ("ray.data", "ray.train"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Every execution would warn that it shows no bar.
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

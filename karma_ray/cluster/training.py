@@ -21,7 +21,7 @@ from ray.train.torch.config import _TorchBackend
 
 from karma_ray.cluster.accelerators import CPU, GPU, device_here, training_on_gpus
 from karma_ray.cluster.batches import ray_blocks
-from karma_ray.cluster.session import connect
+from karma_ray.cluster.session import connect, quiet
 from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.errors import KarmaRayError, NonFiniteLoss, StorageError, TakenOver
 from karma_ray.runs import training as runs
@@ -29,7 +29,7 @@ from karma_ray.runs.worker import TrainJob, run_worker
 from karma_ray.training.loop import Record
 from karma_ray.training.order import Order, Window
 
-COLLECTIVE_TIMEOUT_S = 1800  # the other workers wait during an evaluation on rank 0
+COLLECTIVE_TIMEOUT_S = 1800  # the other workers wait while one reads or writes what is remote
 
 
 class RayChannel:
@@ -125,6 +125,7 @@ def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
 
 
 def _ray_worker(job: TrainJob, topic: str) -> dict[str, Any]:
+    quiet()
     try:
         return run_worker(job, RayChannel(topic))
     except (NonFiniteLoss, StorageError, TakenOver) as error:

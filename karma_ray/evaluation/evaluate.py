@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from karma_ray.baselines.ranker import Ranker as Ranker
 from karma_ray.data.catalog import Catalog
 from karma_ray.evaluation.config import EvaluationConfig
-from karma_ray.evaluation.measurement import EvaluationDetails, Measurement
+from karma_ray.evaluation.measurement import ALONE, EvaluationDetails, Measurement, Workers
 
 if TYPE_CHECKING:
     from karma_ray.data.prepared import QueryMatches
@@ -41,6 +41,7 @@ def evaluate(
     query_matches: QueryMatches,
     held_out: NDArray[np.bool_] | None = None,
     seed: int = 0,
+    workers: Workers = ALONE,
 ) -> EvaluationResult:
     """Return all metrics of a ranker on `examples`, and the values per example behind them.
 
@@ -54,14 +55,14 @@ def evaluate(
 
     `train_item_ids` is the mask [I] of training-clicked items, or their ids. With a mask [I]
     `held_out` there is also the section `held_out/` of the targets in it. With
-    `config.max_examples` a sample drawn from `seed` is evaluated. Raises KarmaRayError when a
-    score is NaN.
+    `config.max_examples` a sample drawn from `seed` is evaluated. With `workers` all of them call
+    this, rank a share, and get the whole result. Raises KarmaRayError when a score is NaN.
     """
     sample = _sampled_rows(examples.num_rows, config.max_examples, seed)
     taken = examples.take(pa.array(sample)) if len(sample) < examples.num_rows else examples
     warm = _as_mask(train_item_ids, catalog)
     measurement = Measurement(taken, catalog, config, query_matches)
-    measurement.run(ranker)
+    measurement.run(ranker, workers)
     metrics = measurement.metrics(warm, held_out)
     return EvaluationResult(metrics, measurement.details(sample))
 

@@ -1,7 +1,8 @@
 """Measurement of a ranker: one pass over the examples in blocks, values per example, and means.
 
 Memory is proportional to block x catalogue, never to users x items. The scores of a block are
-dropped after ranks, term overlap and the scores of its pages have been computed.
+dropped after ranks, term overlap and the scores of its pages have been computed. Workers that
+measure together take whole blocks, so each computes what a single one would, to the last bit.
 Legend: n examples, b of them in a block, I items, G judged requests.
 """
 
@@ -10,8 +11,9 @@ from __future__ import annotations
 import logging
 import time
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -60,6 +62,29 @@ class EvaluationDetails:
     """[G] weight of each judged request in gAUC."""
 
 
+@dataclass(frozen=True)
+class Workers:
+    """Workers that measure together, each some of the blocks; by default there is one."""
+
+    rank: int = 0
+    """Number of this worker."""
+    count: int = 1
+    add: Callable[[NDArray[Any]], NDArray[Any]] = lambda values: values
+    """Returns the sum of all workers' arrays; all of them call it."""
+
+    def share(self, num_blocks: int) -> list[tuple[int, bool]]:
+        """Return the blocks that this worker scores, and whether each counts.
+
+        All score equally many, since a pass through sharded layers needs every worker: the last
+        block stands in for a missing one.
+        """
+        dealt = range(self.rank, -(-num_blocks // self.count) * self.count, self.count)
+        return [(min(block, num_blocks - 1), block < num_blocks) for block in dealt]
+
+
+ALONE = Workers()
+
+
 def block_scores(ranker: Ranker, block: pa.Table) -> ScoreBlock:
     """Return the scores of a block; those of a ranker on a GPU stay there."""
     if isinstance(ranker, DeviceRanker):
@@ -96,21 +121,27 @@ class Measurement:
         self.js, self.js_excl = np.zeros(num), np.zeros(num)
         self.pair_scores = np.zeros(len(self.pairs.row), dtype=np.float64)
 
-    def run(self, ranker: Ranker) -> None:
-        """Score every block, and keep what the metrics need."""
+    def run(self, ranker: Ranker, workers: Workers = ALONE) -> None:
+        """Score every block, or this worker's share, and keep what the metrics need of all."""
         num, size = self.examples.num_rows, self.config.block_size
         started = reported = time.monotonic()
-        for start in range(0, num, size):
+        for number, counts in workers.share(-(-num // size)):
+            start = number * size
             block = self.examples.slice(start, size)
             scores = block_scores(ranker, block)
             assert scores.shape == (block.num_rows, self.num_items), "a ranker scores all items"
             if scores.has_nan():
                 raise KarmaRayError(f"{type(ranker).__name__}: NaN among the scores")
-            self._take(start, scores)
+            if counts:
+                self._take(start, scores)
             if time.monotonic() - reported > _PROGRESS_SECONDS:
                 reported = time.monotonic()
                 done = start + block.num_rows
                 logger.info("evaluated %d of %d examples, %.0f s", done, num, reported - started)
+        # Every value is zero but with the worker that scored its block.
+        self.ranks, self.query_ranks = workers.add(self.ranks), workers.add(self.query_ranks)
+        self.js, self.js_excl = workers.add(self.js), workers.add(self.js_excl)
+        self.pair_scores = workers.add(self.pair_scores)
 
     def _take(self, start: int, scores: ScoreBlock) -> None:  # scores [b, I]
         here = slice(start, start + scores.shape[0])

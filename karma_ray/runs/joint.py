@@ -25,13 +25,12 @@ from karma_ray.model.lora import set_encoder_trained
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.runs.batches import ordered_batches
 from karma_ray.runs.stages import Stage, over_ids
-from karma_ray.runs.together import encode_together
+from karma_ray.runs.together import encode_together, ranking_workers
 from karma_ray.runs.worker import TrainJob
 from karma_ray.training.action_step import ActionStep
 from karma_ray.training.loop import Record
 from karma_ray.training.optim import RateMultiplier, RateMultipliers
 from karma_ray.training.parallel import rank
-from karma_ray.training.placement import needs_all_workers
 from karma_ray.training.step import JointStep
 from karma_ray.training.step_state import StepState
 
@@ -152,8 +151,8 @@ class JointProbe:
 class Validation:
     """Computes metrics on a fixed sample of validation examples.
 
-    All workers encode the catalogue together. Rank 0 ranks it for the examples, and the others
-    return nothing, unless sharded layers need them.
+    All workers encode the catalogue together, each ranks it for a share of the examples, and all
+    return the metrics that a single worker computes.
     """
 
     stage: Stage
@@ -173,8 +172,6 @@ class Validation:
         embeddings = encode_together(
             model.interest, *collator.catalog_tokens(), config.training.precision
         )
-        if rank() and not needs_all_workers(model):
-            return {}
         retriever = Retriever.from_model(model.interest, collator, catalog, embeddings)
         metrics = evaluate(
             retriever,
@@ -185,6 +182,7 @@ class Validation:
             query_matches=self.source.query_matches(catalog),
             held_out=self.source.held_out(catalog),
             seed=config.seed,
+            workers=ranking_workers(model),
         ).metrics
         if self.on_validate is not None and rank() == 0:
             self.on_validate(step, {f"valid/{name}": value for name, value in metrics.items()})

@@ -1,4 +1,4 @@
-"""Encoding of the catalogue by all workers of a training together."""
+"""What all workers of a training do together: encode the catalogue, and rank it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,15 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from karma_ray.evaluation.measurement import ALONE, Workers
 from karma_ray.retrieval.encode import CPU_BATCH, GPU_SLOTS, encode_catalog
-from karma_ray.training.parallel import all_gather_rows, is_parallel, rank, world_size
+from karma_ray.training.parallel import (
+    all_gather_rows,
+    global_sum,
+    is_parallel,
+    rank,
+    world_size,
+)
 from karma_ray.training.placement import needs_all_workers
 
 
@@ -46,3 +53,16 @@ def encode_together(
     result = np.empty_like(dealt)
     result[order] = dealt
     return result
+
+
+def ranking_workers(model: nn.Module) -> Workers:
+    """Return the workers of this training for an evaluation; they exchange on the model's device.
+
+    Alone it is this process.
+    """
+    device = next(model.parameters()).device
+
+    def add(values: NDArray[Any]) -> NDArray[Any]:
+        return global_sum(torch.from_numpy(values).to(device)).cpu().numpy()
+
+    return Workers(rank(), world_size(), add) if is_parallel() else ALONE

@@ -71,8 +71,8 @@ class TrainJob:
     probe: Probe | None = None
     """Measures collapse metrics on the batch of every report."""
     validate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
-    """Computes validation metrics every `validate_every` steps and at the end. All workers call it;
-    the metrics of rank 0 are used."""
+    """Computes validation metrics every `validate_every` steps and at the end. All workers call it,
+    and get the same."""
     should_stop: Callable[[Record], bool] | None = None
     """Ends the stage early; may use only losses, which are equal on all workers."""
     before_step: Prepare = keep_state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shlex
@@ -40,6 +41,16 @@ def curl_example(url: str, item_ids: list[str]) -> str:
     return f"curl -s -X POST {url}/v1/recall -d {shlex.quote(json.dumps(body, ensure_ascii=False))}"
 
 
+def settle() -> None:
+    """Prepare this process, once all is loaded, for threads that share it and never wait long."""
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    # A full collection walks over every object of the loaded packages: half a second, in which
+    # nobody is answered. What is there now will stay, so it need not be looked at again; an engine
+    # that is replaced later holds no cycles and is freed all the same.
+    gc.collect()
+    gc.freeze()
+
+
 def serve_here(
     run: str, host: str, port: int, on_ready: Callable[[str], None] | None = None,
     num_threads: int = 1, log: LogSettings | None = None,
@@ -51,7 +62,7 @@ def serve_here(
     check_port(port)
     service = Service.load(run, num_threads)
     app = build_app(service, token_from_environment(), log)
-    sys.setswitchinterval(SWITCH_INTERVAL_S)
+    settle()
     with held_port(host, port):
         pass
     settings = uvicorn.Config(
