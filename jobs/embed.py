@@ -57,10 +57,11 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.new:
         check_run(arguments.run)
         changes = update_run(arguments.run, data, arguments.precision)
+        following = f"next: python jobs/publish.py {shlex.quote(arguments.run)}"
         print(
             f"{changes.added} items beside the index ({changes.encoded} encoded now), "
             f"{changes.hidden} hidden, in {time.monotonic() - started:.0f} s\n"
-            f"next: python jobs/publish.py {shlex.quote(arguments.run)}"
+            f"{following if changes.is_new else 'nothing changed since the last time'}"
         )
         return
     folder = to_embed(arguments.run)

@@ -105,7 +105,7 @@ class Follower:
         keys = {arm.engine_key for arm in (*live.arms, *live.previous_arms)}
         self._engines = {key: engine for key, engine in self._engines.items() if key in keys}
         measures.swaps.labels("done").inc()
-        LOG.warning("now live: %s", [f"{arm.arm}: {arm.run}" for arm in live.arms])
+        LOG.info("now live: %s", [f"{arm.arm}: {arm.run}" for arm in live.arms])
 
     def _arms(self, live: Live) -> Arms:
         found = []
