@@ -7,18 +7,20 @@ all alike: `list` (collated beforehand), `stream` (read and collated ahead by a 
 (Ray Train worker fed from Ray Data), each in a new process every round: one that has already
 grown to its size would be faster. One point is the time per step between two reports; the first
 report of each run, with the first batch in it, is left out. `stream` minus `list` is collation,
-`ray` minus `stream` is Ray. JSON lines; the last one holds the headline.
+`ray` minus `stream` is Ray. CPU time per step is that of the training process alone, which other
+work on the machine hardly changes (with two threads or more it includes those that wait for each
+other); `ray_cores` are the cores that Ray's other processes took meanwhile. JSON lines; the last
+one holds the headline.
 """
 
 from __future__ import annotations
 
 import json
-import resource
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from itertools import islice
@@ -33,6 +35,8 @@ from ray import cloudpickle
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks.cpu_meter import CpuMeter
+from benchmarks.first_step import CpuClock
 from karma_ray import cli
 from karma_ray.artifacts import absolute, join, read_lines
 from karma_ray.cluster.session import connect
@@ -52,6 +56,8 @@ from karma_ray.training.step_state import AT_THE_END
 
 REPORT_EVERY = 10
 WAYS = ("list", "stream", "ray")
+WORKER = "RayTrainWorker"
+"""In the name of the process that trains."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -71,25 +77,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     stage = start_stage(config, source, absolute(CACHE))
     with tempfile.TemporaryDirectory() as folder:
-        job = replace(joint_job(stage, source, folder), probe=None, validate=_peak_memory)
+        job = replace(joint_job(stage, source, folder), probe=None, validate=None)
         measure(job, folder, rounds)
 
 
 def measure(job: TrainJob, folder: str, rounds: int) -> None:
     """Interleave the ways, print each one's figures and the headline."""
     points: dict[str, list[Record]] = {way: [] for way in WAYS}
-    fits: list[float] = []
-    peak = 0.0
+    used: dict[str, list[Record]] = {way: [] for way in WAYS}
     for number in range(rounds):
-        for way in ("list", "stream"):
-            points[way] += _in_new_process(job, way)
-        run = join(folder, f"round-{number}")
-        started = time.perf_counter()
-        summary = run_training(replace(job, run=run), progress=False)
-        fits.append(time.perf_counter() - started - summary["seconds"])
-        peak = max(peak, summary["valid"]["peak_gib"])
-        lines = [line for line in read_lines(join(run, "metrics.jsonl")) if "lr" in line]
-        points["ray"] += lines[1:]
+        for way in WAYS:
+            if way == "ray":
+                records, cost = _on_ray(replace(job, run=join(folder, f"round-{number}")))
+            else:
+                records, cost = _in_new_process(job, way)
+            points[way] += records
+            used[way].append(cost)
     flops = _step_flops(job)
     half = job.training.precision == "bfloat16"
     limit = peak_flops("cpu", torch.bfloat16 if half else torch.float32)
@@ -103,6 +106,9 @@ def measure(job: TrainJob, folder: str, rounds: int) -> None:
             "ms_per_step": round(medians[way], 2),
             "spread_ms": [round(value, 2) for value in (min(times), max(times))],
             "tokens_per_s": round(statistics.median(r["tokens_per_s"] for r in records)),
+            "cpu_ms_per_step": round(1e3 * _median(used[way], "cpu_per_step"), 2),
+            "of_other_threads": round(1e3 * _median(used[way], "others_per_step"), 2),
+            "page_faults_per_step": round(_median(used[way], "page_faults_per_step")),
             "data_wait_share": round(statistics.median(r["data_wait_share"] for r in records), 4),
             "batch_size": job.training.batch_size,
             "threads": job.training.num_threads(),
@@ -110,15 +116,19 @@ def measure(job: TrainJob, folder: str, rounds: int) -> None:
         }
         print(json.dumps(point), flush=True)
     ray = points["ray"]
+    cpu = {way: _median(costs, "cpu_per_step") for way, costs in used.items()}
     headline = {
         "ray_over_plain": round(medians["ray"] / medians["list"], 3),
+        "cpu_ray_over_plain": round(cpu["ray"] / cpu["list"], 3),
+        "cpu_ray_over_stream": round(cpu["ray"] / cpu["stream"], 3),
+        "ray_cores": round(_median(used["ray"], "ray_cores"), 3),
         "tokens_per_s": round(statistics.median(record["tokens_per_s"] for record in ray)),
         "share_of_matmul_peak": round(flops / (medians["ray"] / 1e3) / limit, 4),
-        "peak_gib": round(peak, 3),
+        "peak_gib": round(max(cost["peak_gib"] for cost in used["ray"]), 3),
         "data_wait_share": round(statistics.median(record["data_wait_share"] for record in ray), 4),
         "stream_over_plain": round(medians["stream"] / medians["list"], 3),
         "ray_over_stream": round(medians["ray"] / medians["stream"], 3),
-        "fixed_seconds": round(statistics.median(fits), 1),
+        "fixed_seconds": round(_median(used["ray"], "fixed_seconds"), 1),
         "gflop_per_step": round(flops / 1e9, 3),
         "matmul_peak_gflops": round(limit / 1e9, 1),
     }
@@ -144,13 +154,39 @@ def _config(config: Config, steps: int) -> Config:
     )
 
 
-def _in_new_process(job: TrainJob, way: str) -> list[Record]:
+def _meter(job: TrainJob) -> CpuMeter:
+    return CpuMeter(job.before_step, job.training.steps, REPORT_EVERY)
+
+
+def _median(costs: list[Record], name: str) -> float:
+    return statistics.median(cost[name] for cost in costs)
+
+
+def _on_ray(job: TrainJob) -> tuple[list[Record], Record]:
+    """The records of a Ray Train worker, but the first, and what it cost, beside Ray's own part."""
+    meter, started = _meter(job), time.perf_counter()
+    with CpuClock() as clock:
+        metered = replace(job, before_step=meter, validate=meter.totals)
+        summary = run_training(metered, progress=False)
+    reached = summary["reached"]
+    begin, end = reached["first_step"], reached["entered"] + summary["seconds"]
+    others = {n: cpu for n, (_, cpu) in clock.between(begin, end).items() if WORKER not in n}
+    cost = {
+        **summary["valid"],
+        "ray_cores": sum(others.values()) / (end - begin),
+        "fixed_seconds": time.perf_counter() - started - summary["seconds"],
+    }
+    lines = [line for line in read_lines(join(job.run, "metrics.jsonl")) if "lr" in line]
+    return lines[1:], cost
+
+
+def _in_new_process(job: TrainJob, way: str) -> tuple[list[Record], Record]:
     with ProcessPoolExecutor(1, get_context("spawn")) as pool:
         return pool.submit(_plain, cloudpickle.dumps(job), way).result()
 
 
-def _plain(pickled: bytes, way: str) -> list[Record]:
-    """The records of `fit` in this process, but the first."""
+def _plain(pickled: bytes, way: str) -> tuple[list[Record], Record]:
+    """The records of `fit` in this process, but the first, and what it cost."""
     job: TrainJob = cloudpickle.loads(pickled)
     torch.set_num_threads(job.training.num_threads())
     keep_heap()  # as a worker does
@@ -160,6 +196,7 @@ def _plain(pickled: bytes, way: str) -> list[Record]:
     model = job.build()
     optimizer = _optimizer(job, model)
     records: list[Record] = []
+    meter = _meter(job)
     fit(
         model,
         job.step,
@@ -170,8 +207,9 @@ def _plain(pickled: bytes, way: str) -> list[Record]:
         grad_clip=job.training.grad_clip,
         precision=job.training.precision,
         report_every=job.training.report_every,
+        before_step=meter,
     )
-    return records[1:]
+    return records[1:], dict(meter.totals(model, job.training.steps))
 
 
 def _optimizer(job: TrainJob, model: nn.Module) -> torch.optim.Optimizer:
@@ -194,11 +232,6 @@ def _step_flops(job: TrainJob, num_batches: int = 5) -> float:
         for batch in islice(_batches(job), num_batches):
             torch.autograd.backward(job.step(model, batch, AT_THE_END).loss)
     return float(counter.get_total_flops()) / num_batches
-
-
-def _peak_memory(model: nn.Module, step: int) -> Mapping[str, float]:
-    """Peak resident memory of the worker, asked for at its end."""
-    return {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
 
 
 if __name__ == "__main__":

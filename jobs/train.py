@@ -10,15 +10,24 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.cli import run, train
-from karma_ray.cluster.executor import ON_RAY
+
+if TYPE_CHECKING:
+    from karma_ray.runs.executor import Executor
+
+
+def on_ray() -> Executor:
+    from karma_ray.cluster.executor import ON_RAY
+
+    return ON_RAY
 
 
 def main(argv: list[str] | None = None) -> None:
-    train(argv, __doc__, ON_RAY)
+    train(argv, __doc__, on_ray)
 
 
 if __name__ == "__main__":

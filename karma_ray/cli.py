@@ -102,14 +102,12 @@ def default_out(recipe: str) -> str:
     return join("runs", f"{recipe}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
-def train(argv: list[str] | None, description: str, executor: Executor) -> None:
-    """Train by flags, for jobs/train.py with an executor on Ray and karma_ray.runs without."""
-    # Imported here, because they import PyTorch, for which --help of other jobs need not wait.
-    from karma_ray.report.terminal import summary
-    from karma_ray.runs.continuation import Parent
-    from karma_ray.runs.node_hours import NodeHours
-    from karma_ray.runs.pipeline import train_run
+def train(argv: list[str] | None, description: str, load_executor: Callable[[], Executor]) -> None:
+    """Train by flags, for jobs/train.py with an executor on Ray and karma_ray.runs without.
 
+    The executor is loaded after the flags are read: a mistake in them, or --help, need not wait for
+    all that training imports.
+    """
     flags = parser(description, config=True)
     flags.add_argument("--data", help="data folder or URI (default: the built-in toy shop)")
     flags.add_argument("--out", help="run folder or URI (default: runs/<recipe>-<time>)")
@@ -123,11 +121,18 @@ def train(argv: list[str] | None, description: str, executor: Executor) -> None:
     cache_flag(flags)
     arguments = flags.parse_args(argv)
     if arguments.init_from and not (arguments.recipe or arguments.config):
+        from karma_ray.runs.continuation import Parent
+
         arguments.config = RunFolder(Parent.open(arguments.init_from).run).config
     config = load_config(arguments, "karma_text" if arguments.data else "toy")
     if arguments.profile:
         config = override(config, ["training.profile=true"])
     out = arguments.out or default_out(config.recipe)
+    from karma_ray.report.terminal import summary
+    from karma_ray.runs.node_hours import NodeHours
+    from karma_ray.runs.pipeline import train_run
+
+    executor = load_executor()
     with NodeHours(out, executor.count_nodes):
         train_run(
             config, arguments.data, out, resume=arguments.resume, init_from=arguments.init_from,

@@ -4,19 +4,17 @@ No disk is shared between the machines of a cluster. Whatever a process opens by
 read from there (weights, tokenizers, files to map into memory) is fetched to its machine once, by
 the first process that needs it, while the others wait. Local paths are used as they are.
 
-The folder lies in the system's temporary folder (TMPDIR) and may be removed at any time between
-runs.
+Both lie in the node's folder (node_disk.py).
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import stat
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +29,7 @@ from karma_ray.artifacts import (
     value_hash,
 )
 from karma_ray.errors import InputError
+from karma_ray.node_disk import kept, node_folder, remove_path
 
 SETTLED_SECONDS = 5.0
 """Age from which the time of a local file's last change tells it from its earlier contents."""
@@ -40,17 +39,6 @@ MODULES = "modules.json"
 """The file that says the same of a folder of sentence-transformers."""
 MARKS = ("ETag", "etag", "LastModified", "last_modified", "updated", "mtime", "created")
 """What stores call the property of a file that changes with its content, the surest first."""
-
-
-def node_folder() -> Path:
-    """Return a folder shared by all processes of the user, and closed to other users."""
-    folder = Path(tempfile.gettempdir(), f"karma_ray-node-{os.getuid()}")
-    with suppress(FileExistsError):
-        folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise InputError("temporary folder", str(folder), "is not private; remove it or set TMPDIR")
-    return folder
 
 
 def local_copy(uri: str) -> str:
@@ -79,23 +67,22 @@ def fetch(uri: str, target: Path, content: str | None = None) -> None:
 
     Raises InputError if its content hash is not `content`.
     """
-    if target.exists():
-        return
-    with locked(str(target)):
-        if target.exists():
-            return
+
+    def make() -> None:
         fs, path = open_filesystem(uri)
         draft = target.with_name(f"{target.name}.tmp")
-        _remove(draft)
+        remove_path(draft)
         names = sorted(fs.find(path)) if fs.isdir(path) else [path]
         for name in names:
             file = Path(f"{draft}{name[len(path) :]}")
             file.parent.mkdir(parents=True, exist_ok=True)
             fs.get_file(name, str(file))
         if content is not None and content_hash(str(draft)) != content:
-            _remove(draft)
+            remove_path(draft)
             raise InputError("folder", uri, "holds other files than its manifest.json says")
         os.replace(draft, target)
+
+    kept(target, make)
 
 
 def upload(source: Path, uri: str) -> None:
@@ -188,9 +175,3 @@ def _recorded(uri: str) -> str | None:
     manifest = join(uri, "manifest.json")
     facts = read_json(manifest) if exists(manifest) else {}
     return str(facts["content_hash"]) if "schema_version" in facts else None
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)

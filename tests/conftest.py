@@ -54,6 +54,20 @@ def ray_cluster() -> Iterator[None]:
         ray.shutdown()
 
 
+@pytest.fixture
+def two_cpus(ray_cluster: None) -> Iterator[None]:
+    """The cluster of the session while all but two of its CPUs are taken."""
+    import ray
+    from ray.util.placement_group import placement_group, remove_placement_group
+
+    taken = placement_group([{"CPU": ray.cluster_resources()["CPU"] - 2}])
+    ray.get(taken.ready())
+    try:
+        yield
+    finally:
+        remove_placement_group(taken)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public datasets beside the project; the test skips where it is absent."""

@@ -20,6 +20,7 @@ ROOMS = (
     "errors",
     "ranges",
     "artifacts",
+    "node_disk",
     "node_cache",
     "data",
     "metrics",

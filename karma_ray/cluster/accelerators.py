@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+import ray.data
 import torch
 from ray.experimental.internal_kv import _internal_kv_put
 from ray.train.torch import get_device
@@ -17,12 +19,17 @@ from ray.train.torch import get_device
 from karma_ray.cluster.session import joins_a_cluster
 from karma_ray.cluster.supply import Reach, Supply, supply
 from karma_ray.errors import InputError
+from karma_ray.model.device import may_use_gpus
 from karma_ray.training.config import TrainingConfig
 
 LOG = logging.getLogger(__name__)
 
 GPU = {"GPU": 1.0}
 CPU = {"CPU": 1.0}
+ENCODER_CPUS = 0.9
+"""What an encoder on CPUs holds of a CPU: a pool that fills all machines leaves room to write."""
+WRITER_CPUS = 0.1
+"""What a task that writes what encoders made holds of a CPU."""
 NO_CUDA = "a GPU was assigned, but its process finds no CUDA: computing on the CPU"
 
 
@@ -59,7 +66,16 @@ class Pool:
     @property
     def need(self) -> dict[str, float]:
         """What one encoder waits for."""
-        return {"GPU": self.num_gpus} if self.num_gpus else dict(CPU)
+        return {"GPU": self.num_gpus} if self.num_gpus else {"CPU": ENCODER_CPUS}
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How `map_batches` runs the pool: beside it there is always room for a writer."""
+        return {
+            "compute": ray.data.ActorPoolStrategy(size=self.size),
+            "num_cpus": 0 if self.num_gpus else ENCODER_CPUS,
+            "num_gpus": self.num_gpus,
+        }
 
 
 def encoders(
@@ -70,11 +86,11 @@ def encoders(
 
     Its size is the number `asked` for, or else that of the GPUs that are up or may be added, or of
     the CPUs that are up if there is none, each with `memory` bytes. Work that gains nothing from a
-    GPU says so by `on_gpus`. Raises InputError if more are
-    asked for than may ever run together.
+    GPU says so by `on_gpus`; a run that may not use GPUs has said so (`using_gpus`). Raises
+    InputError if more are asked for than may ever run together.
     """
     found = found or supply()
-    gpus, cpus = found.reach(GPU) if on_gpus else Reach(0), found.reach(CPU)
+    gpus, cpus = found.reach(GPU) if on_gpus and may_use_gpus() else Reach(0), found.reach(CPU)
     if asked is None:
         room = found.reach(CPU | {"memory": memory} if memory else CPU).up
         size = max(1, min(gpus.possible or room, most))
@@ -85,7 +101,8 @@ def encoders(
         return Pool(size, gpu_share(gpus.possible, size))
     if size > cpus.possible:
         raise InputError("--actors", size, f"needs {_count(size, 'CPU')}; {_said(cpus, 'CPU')}")
-    why = f": {_said(gpus)}" if on_gpus else ""
+    said = _said(gpus) if may_use_gpus() else "training.use_gpu is false"
+    why = f": {said}" if on_gpus else ""
     LOG.info("%s with %s on CPUs%s", purpose, _count(size, "encoder"), why)
     return Pool(size, 0.0)
 

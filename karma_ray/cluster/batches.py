@@ -1,9 +1,11 @@
 """The rows of training batches, streamed from Ray Data.
 
-Each worker has one Ray Data pipeline for the whole training. Its input is the list of shuffle
-windows of `training/order.py`; its map tasks read and shuffle them, and the worker receives rows
-in order, a bounded number ahead. A new epoch is just the next window of a running stream, whereas
-executing a Ray Dataset again per epoch takes 1-2 s before the first batch.
+A table that fits into one shuffle window is read by the worker itself, in milliseconds: Ray Data
+would take seconds before the first step, and a process of its own. For a larger table each worker
+has one Ray Data pipeline for the whole training. Its input is the list of shuffle windows of
+`training/order.py`; its map tasks read and shuffle them, and the worker receives rows in order, a
+bounded number ahead. A new epoch is just the next window of a running stream, whereas executing a
+Ray Dataset again per epoch takes 1-2 s before the first batch.
 
 A global `random_shuffle` or `sort` per epoch would cost 5-25 s each, and `streaming_split` assigns
 blocks to the worker that asks first.
@@ -15,11 +17,16 @@ from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
 
+from karma_ray.runs.batches import local_blocks
 from karma_ray.training.order import Order, Window
 
 
 def ray_blocks(order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
-    """Stream the rows of `windows`, in order, from Ray Data tasks."""
+    """Return the rows of `windows`, in order; those of a large table come from Ray Data tasks."""
+    return local_blocks(order, windows) if order.is_small else _streamed(order, windows)
+
+
+def _streamed(order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
     import ray
 
     units = _group(windows, order.window_rows)

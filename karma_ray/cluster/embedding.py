@@ -5,6 +5,7 @@ Workers read texts from the node's memory-mapped catalogue, so only row numbers 
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ import torch
 from pyarrow.fs import FSSpecHandler, PyFileSystem
 
 from karma_ray.artifacts import absolute, exists, join, open_filesystem, read_manifest
-from karma_ray.cluster.accelerators import device_here, encoders
+from karma_ray.cluster.accelerators import WRITER_CPUS, device_here, encoders
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.data.catalog import Catalog
@@ -47,12 +48,16 @@ class CatalogEncoder:
         self.batch_size, self.precision = batch_size, precision
 
     def __call__(self, batch: dict[str, np.ndarray[Any, Any]]) -> pa.Table:
-        """Encode row numbers {"id": [n]} into `item_embeddings` rows."""
-        part = Catalog(self.catalog.table.take(pa.array(batch["id"])))
+        """Encode the range {"first": [1], "end": [1]} into `item_embeddings` rows."""
+        return self.encode(np.arange(batch["first"][0], batch["end"][0]))
+
+    def encode(self, rows: np.ndarray[Any, Any]) -> pa.Table:
+        """Encode rows of the catalogue [n] into `item_embeddings` rows."""
+        part = Catalog(self.catalog.table.take(pa.array(rows)))
         config = self.bundle.collate_config
         tokens, lengths = encode_texts(self.bundle.tokenizer, part.texts(), config.max_item_tokens)
         vectors = encode_catalog(
-            self.bundle.interest, tokens, lengths, self.batch_size, self.precision, batch["id"]
+            self.bundle.interest, tokens, lengths, self.batch_size, self.precision, rows
         )
         # All files have the column if any has it, also where no item of a part has a category.
         categories = part.column("category") if self.has_categories else None
@@ -83,25 +88,34 @@ def embed_items(
     catalog = Catalog.load(data)
     bundle, data = absolute(bundle), absolute(data)
     connect()
-    block = batch_size * BLOCK_BATCHES
-    num_blocks = max(num_actors or 1, -(-catalog.num_items // block))
+    blocks = _ranges(catalog.num_items, num_actors or 1, batch_size * BLOCK_BATCHES)
     memory = BASE_MEMORY + 2 * _bytes_of(bundle)  # weights, and a copy while they are loaded
-    pool = encoders(f"embedding {catalog.num_items} items", num_blocks, num_actors, memory=memory)
-    embedded = ray.data.range(catalog.num_items, override_num_blocks=num_blocks).map_batches(
+    pool = encoders(f"embedding {catalog.num_items} items", len(blocks), num_actors, memory=memory)
+    # Of items, whose blocks are made here: `range` makes its blocks by tasks that wait for CPUs.
+    embedded = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map_batches(
         CatalogEncoder,
         fn_constructor_args=(bundle, data, batch_size, precision, topic_of("embedding")),
-        compute=ray.data.ActorPoolStrategy(size=pool.size),
-        num_gpus=pool.num_gpus,
-        batch_size=block,
+        batch_size=1,
+        **pool.options,
     )
     fs, path = open_filesystem(absolute(out))
     if fs.exists(path):
         fs.rm(path, recursive=True)
     fs.makedirs(path, exist_ok=True)
     with telling("embedding", pool.need, pool.size):
-        embedded.write_parquet(path, filesystem=PyFileSystem(FSSpecHandler(fs)), compression="zstd")
+        embedded.write_parquet(
+            path, filesystem=PyFileSystem(FSSpecHandler(fs)), compression="zstd",
+            ray_remote_args={"num_cpus": WRITER_CPUS},
+        )  # fmt: skip
     parents = {"bundle": manifest["content_hash"], "items": known_hash(join(data, "items"))}
     return write_embedding_manifest(out, parents, catalog.num_items, manifest["width"])
+
+
+def _ranges(num_items: int, fewest: int, most_rows: int) -> list[dict[str, int]]:
+    """Cut the rows into at least `fewest` ranges of about equal size, at most `most_rows` each."""
+    count = max(1, min(num_items, max(fewest, -(-num_items // most_rows))))
+    edges = [num_items * n // count for n in range(count + 1)]
+    return [{"first": a, "end": b} for a, b in pairwise(edges)]
 
 
 def _bytes_of(folder: str) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
@@ -22,6 +23,8 @@ from karma_ray.data.pictures import Part, encode_fragment
 from karma_ray.errors import InputError
 from karma_ray.runs import features
 from karma_ray.runs.features import FeaturesConfig, Fitted, Loaded, encode_here, rows_of
+
+LOG = logging.getLogger(__name__)
 
 
 def make_features(
@@ -63,7 +66,10 @@ def encode_on_ray(
     work: str, num_actors: int,
 ) -> Iterator[Part]:  # fmt: skip
     """Encode the row groups with a pool of actors, or in this process if one is enough."""
-    num_actors = min(num_actors, len(fragments))
+    if num_actors > len(fragments):
+        LOG.info("encoding images with %d encoders instead of %d: items/ has %d row groups to do",
+                 len(fragments), num_actors, len(fragments))  # fmt: skip
+        num_actors = len(fragments)
     if num_actors == 1:
         yield from encode_here(make, fragments, items, kinds, work)
         return
@@ -73,10 +79,9 @@ def encode_on_ray(
     encoded = ray.data.from_items(described, override_num_blocks=len(described)).map_batches(
         FeatureEncoder,
         fn_constructor_args=(make, items, ray.put(kinds), work, topic_of("encoding images")),
-        compute=ray.data.ActorPoolStrategy(size=pool.size),
-        num_gpus=pool.num_gpus,
         batch_size=1,
         batch_format="pyarrow",
+        **pool.options,
     )
     with telling("encoding images", pool.need, pool.size):
         for row in encoded.iter_rows():

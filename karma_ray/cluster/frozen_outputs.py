@@ -26,9 +26,8 @@ class PortionEncoder:
 
     def __init__(self, outputs: FrozenOutputs, topic: str = "") -> None:
         torch.set_num_threads(1)
-        if topic:  # inside Ray: tells the driver if the GPU is one in name only
-            device_here(topic)
-        self.portions = outputs.portions()
+        # Without a topic this is no worker that Ray has given a device.
+        self.portions = outputs.portions(device_here(topic) if topic else None)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Numbers of portions -> the states of each, as bytes."""
@@ -46,10 +45,9 @@ def encode_on_ray(
     encoded = ray.data.from_items(missing, override_num_blocks=max(1, len(missing))).map_batches(
         PortionEncoder,
         fn_constructor_args=(outputs, topic_of("frozen layers")),
-        compute=ray.data.ActorPoolStrategy(size=pool.size),
-        num_gpus=pool.num_gpus,
         batch_size=1,
         batch_format="pyarrow",
+        **pool.options,
     )
     with telling("frozen layers", pool.need, pool.size):
         for row in encoded.iter_rows():

@@ -13,6 +13,7 @@ from karma_ray.cluster.accelerators import GPU
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.supply import supply
 from karma_ray.cluster.waiting import telling
+from karma_ray.model.device import may_use_gpus
 
 LOG = logging.getLogger(__name__)
 
@@ -20,8 +21,11 @@ LOG = logging.getLogger(__name__)
 def measure_on_a_gpu(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Call `measure` on a GPU of the cluster if this process has none, and else here.
 
-    A GPU that the autoscaler may add counts too. Errors of `measure` are raised as they are.
+    A GPU that the autoscaler may add counts too, and none counts for a run that may not use GPUs.
+    Errors of `measure` are raised as they are.
     """
+    if not may_use_gpus():
+        return measure()
     connect()
     if torch.cuda.is_available() or not supply().reach(GPU).possible:
         return measure()

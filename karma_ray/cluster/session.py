@@ -10,6 +10,8 @@ from pathlib import Path
 import ray
 import ray.data
 
+from karma_ray.node_disk import LIMIT
+
 LOG = logging.getLogger(__name__)
 
 _QUIET = {
@@ -40,8 +42,9 @@ def connect(num_cpus: int | None = None) -> None:
     joins = joins_a_cluster()
     for name, value in (_QUIET if joins else _QUIET | _ALONE).items():
         os.environ.setdefault(name, value)
+    told = [*_QUIET, *([LIMIT] if LIMIT in os.environ else [])]
     root = str(Path(__file__).resolve().parents[2])
-    environment = {"env_vars": {"PYTHONPATH": root, **{n: os.environ[n] for n in _QUIET}}}
+    environment = {"env_vars": {"PYTHONPATH": root, **{n: os.environ[n] for n in told}}}
     if joins:
         ray.init(address="auto", runtime_env=environment, log_to_driver=True)
         return

@@ -9,19 +9,21 @@ from __future__ import annotations
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
-import torch
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from ray.data._internal.stats import get_or_create_stats_actor
-from ray.train.torch import TorchConfig
-from ray.train.torch.config import _TorchBackend
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 
 from karma_ray.cluster.accelerators import CPU, GPU, device_here, training_on_gpus
+from karma_ray.cluster.backend import Collectives
 from karma_ray.cluster.batches import ray_blocks
-from karma_ray.cluster.session import connect, quiet
+from karma_ray.cluster.session import connect, joins_a_cluster, quiet
 from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.errors import KarmaRayError, NonFiniteLoss, StorageError, TakenOver
 from karma_ray.runs import training as runs
@@ -51,25 +53,12 @@ class RayChannel:
         ray.train.report(dict(record))
 
 
-class _Backend(_TorchBackend):
-    """Chooses NCCL if all workers have CUDA, and otherwise Gloo.
+class _Trainer(TorchTrainer):
+    """Has no actor for datasets that the driver passes to workers: they open their own data."""
 
-    The process that starts the workers cannot know it: it may run on a machine without GPUs, and a
-    worker's GPU may be one in name only.
-    """
-
-    def on_start(self, worker_group: Any, backend_config: TorchConfig) -> None:
-        has_gpus = worker_group.get_resources_per_worker().get("GPU", 0) > 0
-        on_cuda = has_gpus and all(worker_group.execute(torch.cuda.is_available))
-        backend = "nccl" if on_cuda else "gloo"
-        super().on_start(worker_group, replace(backend_config, backend=backend))
-
-
-@dataclass
-class _Config(TorchConfig):
-    @property
-    def backend_cls(self) -> type[_Backend]:
-        return _Backend
+    def _create_default_callbacks(self) -> list[Any]:
+        found = super()._create_default_callbacks()
+        return [callback for callback in found if not isinstance(callback, DatasetsCallback)]
 
 
 def run_training(job: TrainJob, **options: Any) -> dict[str, Any]:
@@ -86,22 +75,24 @@ def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
     there can never be enough GPUs or CPUs.
     """
     import ray.train
-    from ray.train.torch import TorchTrainer
 
     connect()
     workers, fewest = job.training.num_workers, job.training.min_workers
     use_gpu = training_on_gpus(job.training)
-    # Ray Data starts this actor where it is first used, for as long as the cluster lives: on the
-    # node of a training worker it would keep that node, and its GPU, from ever being returned.
-    get_or_create_stats_actor()
+    if joins_a_cluster():
+        # Ray Data starts this actor where it is first used, for as long as the cluster lives: on
+        # the node of a training worker it would keep that node, and its GPU, from being returned.
+        get_or_create_stats_actor()
+    # The controller would wait for this one, which starts no sooner than the controller itself.
+    get_or_create_autoscaling_coordinator()
     # Ray's own state is in a temporary folder instead of the run's store, because it is not needed
     # afterwards, and outages of the store then do not affect Ray.
     with tempfile.TemporaryDirectory(prefix="karma-ray-") as folder:
-        trainer = TorchTrainer(
+        trainer = _Trainer(
             # Bound instead of passed in train_loop_config, which the controller would unpickle,
-            # importing the model.
+            # importing the model: seconds before it starts the workers.
             partial(_ray_worker, job, topic_of(job.stage)),
-            torch_config=_Config(timeout_s=COLLECTIVE_TIMEOUT_S),
+            torch_config=Collectives(timeout_s=COLLECTIVE_TIMEOUT_S, run=job.run, stage=job.stage),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(fewest, workers) if fewest else workers,
                 use_gpu=use_gpu,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
@@ -81,5 +82,6 @@ def _watch(purpose: str, need: Mapping[str, float], workers: int, stop: threadin
 def _waited_for(name: str, amount: float) -> str:
     up = ray.cluster_resources().get(name, 0.0)
     free = ray.available_resources().get(name, 0.0)
-    plural = "" if amount == 1 else "s"
-    return f"{amount:g} {name}{plural}: {up:g} in the cluster, {free:g} of them free"
+    whole = math.ceil(amount)  # workers may each need a part of one
+    plural = "" if whole == 1 else "s"
+    return f"{whole} {name}{plural}: {up:g} in the cluster, {free:g} of them free"

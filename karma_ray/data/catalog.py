@@ -17,12 +17,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from karma_ray.artifacts import join, locked
+from karma_ray.artifacts import join
 from karma_ray.data.fragments import list_fragments, read_fragment
 from karma_ray.data.identifiers import MISSING
 from karma_ray.data.schema import ITEMS, check_columns
 from karma_ray.errors import InputError
-from karma_ray.node_cache import known_hash, node_folder
+from karma_ray.node_cache import known_hash
+from karma_ray.node_disk import kept, node_folder
 
 
 def usable_items(table: pa.Table) -> np.ndarray:
@@ -62,10 +63,7 @@ class Catalog:
         source = join(data_uri, "items")
         folder = Path(cache_dir) if cache_dir else node_folder()
         path = folder / f"{known_hash(source)}.arrow"
-        if not path.exists():
-            with locked(str(path)):
-                if not path.exists():
-                    _write_arrow(source, path)
+        kept(path, lambda: _write_arrow(source, path))
         return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), path)
 
     def with_contents(self, ids: np.ndarray) -> Catalog:

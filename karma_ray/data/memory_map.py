@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import DTypeLike
 
-from karma_ray.artifacts import locked
+from karma_ray.node_disk import kept
 
 
 def mapped_array(
@@ -28,10 +28,7 @@ def mapped_array(
     One process writes while the others wait, because the workers of a node start together. The
     file appears only when it is complete.
     """
-    if not path.exists():
-        with locked(str(path)):
-            if not path.exists():
-                _write(path, kind, shape, fill)
+    kept(path, lambda: _write(path, kind, shape, fill))
     return np.asarray(np.load(path, mmap_mode="c" if writable else "r"))
 
 

@@ -2,9 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
+
+_GPUS = ContextVar("gpus", default=True)
 
 
 def this_device(device: torch.device | str | None = None) -> torch.device:
-    """Return `device`, or if it is None this process's GPU, or the CPU if it has none."""
-    return torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    """Return `device`, or if it is None the GPU of this process, or else the CPU."""
+    cuda = may_use_gpus() and torch.cuda.is_available()
+    return torch.device(device or ("cuda" if cuda else "cpu"))
+
+
+def may_use_gpus() -> bool:
+    """Whether what is computed now may use a GPU."""
+    return _GPUS.get()
+
+
+@contextmanager
+def using_gpus(allowed: bool) -> Iterator[None]:
+    """While inside, use GPUs only if `allowed`."""
+    before = _GPUS.set(allowed)
+    try:
+        yield
+    finally:
+        _GPUS.reset(before)

@@ -22,7 +22,8 @@ from karma_ray.artifacts import read_manifest, read_table, write_manifest, write
 from karma_ray.data.batch import upload
 from karma_ray.data.memory_map import mapped_array
 from karma_ray.errors import SkewError
-from karma_ray.node_cache import known_hash, node_folder
+from karma_ray.node_cache import known_hash
+from karma_ray.node_disk import node_folder
 from karma_ray.retrieval.finite import check_finite
 from karma_ray.retrieval.index import check_parent
 

@@ -41,6 +41,7 @@ from karma_ray.retrieval.retriever import Retriever
 from karma_ray.runs.joint import CURVE_EXAMPLES
 from karma_ray.runs.stages import STAGE_VERSION, Stage
 from karma_ray.runs.text_vectors import LlmTexts
+from karma_ray.runs.training import on_its_devices
 from karma_ray.training.order import Source
 
 LOG = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class Evaluator:
         return Outcomes.of(test.details, cold, users, held_out, paraphrased)
 
 
+@on_its_devices
 def assess(
     config: Config, source: PreparedData, run: str, stage: Stage | None, cache: str,
     out: str | None = None,

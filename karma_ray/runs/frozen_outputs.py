@@ -35,7 +35,8 @@ from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.device import this_device
 from karma_ray.model.frozen_states import KINDS, PORTION, FrozenStates, write_states
 from karma_ray.model.item_encoder import ItemEncoder, instruction_tokens
-from karma_ray.node_cache import checkpoint_hash, fetch, known_hash, node_folder, upload
+from karma_ray.node_cache import checkpoint_hash, fetch, known_hash, upload
+from karma_ray.node_disk import hold, node_folder
 from karma_ray.retrieval.encode import autocast
 
 LOG = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ class FrozenOutputs:
         """Return the catalogue's tokens [I, L] and lengths [I], shared by a node's processes."""
         return catalog_tokens(Catalog.load(self.items_uri), self.tokenizer(), self.max_item_tokens)
 
-    def portions(self, device: str | None = None) -> FrozenPortions:
+    def portions(self, device: torch.device | str | None = None) -> FrozenPortions:
         """Load the frozen layers; the default device is this process's GPU, if it has one."""
         body = load_item_body(self.encoder)
         words = instruction_tokens(self.encoder, self.tokenizer())
@@ -128,6 +129,7 @@ class FrozenOutputs:
             )
 
         started = time.perf_counter()
+        hold(self.here)
         write_states(str(self.here), counts, width, self.precision, portions)
         if "://" in self.path:
             upload(self.here, self.path)

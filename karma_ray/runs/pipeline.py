@@ -56,12 +56,13 @@ from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import cache_beside, toy_shop
 from karma_ray.runs.stages import Stage, finished_stage, model_size, over_ids
 from karma_ray.runs.tracking import tracked
-from karma_ray.runs.training import run_training
+from karma_ray.runs.training import on_its_devices, run_training
 
 LOG = logging.getLogger(__name__)
 
 
 @tracked
+@on_its_devices
 def train_run(
     config: Config,
     data: str | None,
@@ -95,13 +96,12 @@ def train_run(
     config = parent.continued(config) if parent else config
     tables = absolute(data) if data else toy_shop(cache)
     source = ensure_prepared(tables, config.prepare, executor.prepare)
-    check_sizes(config, source, with_warmup=parent is None)
-    _check_workers(config, executor)
-    parents = {"data": str(source.facts.get("input", ""))}
+    _check(config, source, executor, with_warmup=parent is None)
+    cost.reached("data")
     if resume:
         check_resumed(config, source, folder)
-    if init := noted_parent(folder, parent):
-        parents["init"] = init
+    init = noted_parent(folder, parent)
+    parents = {"data": str(source.facts.get("input", "")), **({"init": init} if init else {})}
     write_json(to_dict(config), folder.config)
     write_json(facts := _data_facts(source), folder.path("data.json"))
     stage = None
@@ -110,6 +110,7 @@ def train_run(
         stage = _first_stage(config, source, cache, run, found, parent, executor)
         note_start(folder, stage, init)
         _note_items(stage, folder, facts)
+        cost.reached("first_stages")
         stage = _train(stage, source, run, on_validate, resume, executor)
         with cost.timed("embedding"):
             _serve_side(stage, folder, source, executor)
@@ -120,8 +121,9 @@ def train_run(
     return _tested(config, source, folder, stage, cache, executor, cost) if is_tested else {}
 
 
-def _check_workers(config: Config, executor: Executor) -> None:
-    """Raise InputError if several workers are requested and no executor can start them."""
+def _check(config: Config, source: PreparedData, executor: Executor, *, with_warmup: bool) -> None:
+    """Raise InputError if sizes do not fit, or no executor can start the workers."""
+    check_sizes(config, source, with_warmup=with_warmup)
     workers = config.training.num_workers
     if executor.train is None and workers > 1:
         message = "cannot be started by this process alone; jobs/train.py starts them on Ray"

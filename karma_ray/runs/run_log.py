@@ -12,7 +12,8 @@ import logging
 import os
 import sys
 import threading
-from collections.abc import Mapping
+import time
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
@@ -20,9 +21,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from karma_ray.artifacts import RunFolder, open_filesystem, read_lines
+from karma_ray.artifacts import RunFolder, join, open_filesystem, read_lines, write_lines
 from karma_ray.errors import StorageError
 from karma_ray.evaluation.alarm import messages
+from karma_ray.training.checkpoints.files import CheckpointFiles
 from karma_ray.training.checkpoints.outage import reason, redacted, retried
 
 LOG = logging.getLogger(__name__)
@@ -78,11 +80,30 @@ class RunLog:
             self._writer = None
         return line
 
+    def flush(self) -> None:
+        """Let waiting lines be written soon, as before a checkpoint from which a run may go on."""
+        self._lines.flush()
+
     def close(self) -> None:
         """Write the waiting lines, and close the TensorBoard file."""
         self._lines.close()
         if self._writer is not None:
             self._writer.close()
+
+
+def note_start(run: str, stage: str, machines: Sequence[str]) -> None:
+    """Append to RUN/starts.jsonl that the workers of a stage start, on these machines by rank.
+
+    `step` is that of the newest checkpoint, after which they go on. No failure here ends the run.
+    """
+    uri = RunFolder(run).path("starts.jsonl")
+    try:
+        steps = CheckpointFiles(join(run, "checkpoints", stage)).steps()
+        start = {"stage": stage, "step": max(steps, default=0), "at": round(time.time(), 1),
+                 "machines": list(machines)}  # fmt: skip
+        write_lines([*read_lines(uri), start], uri)
+    except Exception as error:
+        LOG.warning("%s cannot be written: %s", redacted(uri), reason(error))
 
 
 class _LocalLines:
@@ -114,9 +135,12 @@ class _LocalLines:
                 LOG.warning("%s cannot be written yet: %s", self._path, reason(error))
             self._warned = True
 
-    def close(self) -> None:
+    def flush(self) -> None:
         if self._waiting:
             self.add("")
+
+    def close(self) -> None:
+        self.flush()
 
 
 class _RemoteLines:
@@ -129,7 +153,7 @@ class _RemoteLines:
     def __init__(self, uri: str, lines: list[str]) -> None:
         self._fs, self._path = open_filesystem(uri)
         self._uri, self._lines, self._written = uri, lines, len(lines)
-        self._closed = threading.Event()
+        self._closed, self._woken = threading.Event(), threading.Event()
         self._warned = False
         self._thread = threading.Thread(target=self._run, name="run log", daemon=True)
         self._thread.start()
@@ -137,8 +161,12 @@ class _RemoteLines:
     def add(self, line: str) -> None:
         self._lines.append(line)
 
+    def flush(self) -> None:
+        self._woken.set()
+
     def close(self) -> None:
         self._closed.set()
+        self._woken.set()
         self._thread.join()
         try:
             retried(self._flush)
@@ -147,7 +175,11 @@ class _RemoteLines:
             LOG.warning("%s lacks %d lines: %s", redacted(self._uri), lost, reason(error))
 
     def _run(self) -> None:
-        while not self._closed.wait(FLUSH_SECONDS):
+        while True:
+            self._woken.wait(FLUSH_SECONDS)
+            self._woken.clear()
+            if self._closed.is_set():
+                return
             try:
                 self._flush()
             except Exception as error:

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import pyarrow as pa
 
 from karma_ray.artifacts import absolute, exists, join, read_json
+from karma_ray.config import Config
 from karma_ray.errors import InputError
-from karma_ray.model.device import this_device
+from karma_ray.model.device import this_device, using_gpus
 from karma_ray.runs import stopping
 from karma_ray.runs.batches import local_blocks
 from karma_ray.runs.run_log import ProgressLine
@@ -25,6 +27,22 @@ from karma_ray.training.order import Order, Window
 
 Distribute = Callable[[TrainJob, int], dict[str, Any]]
 """(job, max_failures): trains with `training.num_workers` workers, restarting after lost ones."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def on_its_devices(
+    compute: Callable[Concatenate[Config, P], R],
+) -> Callable[Concatenate[Config, P], R]:
+    """Let all that `compute` does for a configuration follow its `training.use_gpu`."""
+
+    @wraps(compute)
+    def run(config: Config, /, *args: P.args, **options: P.kwargs) -> R:
+        with using_gpus(config.training.use_gpu != "false"):
+            return compute(config, *args, **options)
+
+    return run
 
 
 def run_training(

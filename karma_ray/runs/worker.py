@@ -21,7 +21,7 @@ from karma_ray.errors import StorageError, TakenOver
 from karma_ray.evaluation.alarm import Alarm, messages
 from karma_ray.runs import stopping
 from karma_ray.runs.batches import WorkerContext
-from karma_ray.runs.cost import peak_gib
+from karma_ray.runs.cost import peak_gib, process_began
 from karma_ray.runs.run_log import RunLog
 from karma_ray.training.checkpoints.checkpoint import Progress, load_checkpoint, save_weights
 from karma_ray.training.checkpoints.outage import reason, redacted, retried
@@ -115,16 +115,15 @@ def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[
     continue the run, and StorageError when the final weights cannot be written.
     """
     training, started = job.training, time.perf_counter()
+    reached = {"process": process_began(), "entered": time.time()}
     torch.set_num_threads(training.num_threads())
     keep_heap()
     torch.manual_seed(job.seed)
     model = place(job.build(), training, channel.device)
     optimizer = build_optimizer(
-        model,
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
+        model, learning_rate=training.learning_rate, weight_decay=training.weight_decay,
         multiplier_of=job.multiplier_of,
-    )
+    )  # fmt: skip
     # Set before the restore, which may load the random state of a checkpoint.
     torch.manual_seed(job.seed + 1_000_003 * (rank() + 1))
     store = CheckpointStore(
@@ -137,7 +136,8 @@ def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[
     found = store.restore(lambda folder: load_checkpoint(folder, model, optimizer))
     start = found.step if found else 0
     log = RunLog(job.run, job.stage, start) if rank() == 0 else None
-    hooks = _Hooks(job, channel, model, optimizer, log, store)
+    reached["model"] = time.time()
+    hooks = _Hooks(job, channel, model, optimizer, log, store, reached)
     try:
         done = _fitted(job, channel, model, optimizer, hooks, start, progress)
         store.finish()
@@ -157,6 +157,7 @@ def run_worker(job: TrainJob, channel: Channel, progress: bool = False) -> dict[
         "valid": hooks.valid,
         "failed_checkpoints": len(store.failed),
         "peak_gib": peak_gib(),
+        "reached": reached,
     }
     _save_final(job.final, model, summary, channel.device)
     return summary
@@ -229,9 +230,10 @@ class _Hooks:
         optimizer: torch.optim.Optimizer,
         log: RunLog | None,
         store: CheckpointStore,
+        reached: dict[str, float],
     ) -> None:
         self._job, self._channel, self._log, self._store = job, channel, log, store
-        self._model, self._optimizer = model, optimizer
+        self._model, self._optimizer, self._reached = model, optimizer, reached
         self.last: Record = {}
         self.valid: Record = {}
         self._validated = -1
@@ -263,6 +265,7 @@ class _Hooks:
         return stalled / max(record.get("seconds", 0.0) + stalled, 1e-9)
 
     def after_step(self, step: int) -> None:
+        self._reached.setdefault("first_step", time.time())
         if self._channel.device.type == "cpu" and time.monotonic() > self._trimmed + TRIM_SECONDS:
             trim_heap()
             self._trimmed = time.monotonic()
@@ -273,6 +276,8 @@ class _Hooks:
         stops = stopping.is_requested() and step < training.steps
         if stops or (training.checkpoint_every and step % training.checkpoint_every == 0):
             score = self.valid.get(training.best_metric) if self._validated == step else None
+            if self._log is not None:
+                self._log.flush()  # a restart from this checkpoint needs the lines before it
             self._store.save(self._model, self._optimizer, Progress(step), score=score)
         if stops:
             LOG.info("%s: stopped after step %d of %d", job.stage, step, training.steps)

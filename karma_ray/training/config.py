@@ -84,7 +84,8 @@ class TrainingConfig:
     """Smallest number of workers to continue with when machines are lost; 0: `num_workers`."""
     use_gpu: Literal["auto", "true", "false"] = "auto"
     """Whether each worker gets a GPU; `auto` uses those that are up or that the cluster's
-    autoscaler may add, if there is one for every worker."""
+    autoscaler may add, if there is one for every worker. `false` holds for the whole run, with its
+    frozen outputs, embedding and evaluation."""
     threads_per_worker: CountOrZero = 0
     """CPU threads of each worker; 0 divides the machine's cores among the workers."""
 

@@ -167,10 +167,11 @@ class Order:
     @property
     def num_lanes(self) -> int:
         """Number of lanes of the table, independent of the number of workers."""
-        return 1 if self._is_small else min(LANES, self.size)
+        return 1 if self.is_small else min(LANES, self.size)
 
     @property
-    def _is_small(self) -> bool:
+    def is_small(self) -> bool:
+        """Whether a window holds the whole table."""
         return self.source.num_rows <= self.window_rows
 
     @property
@@ -210,7 +211,7 @@ class Order:
             own = max(low, start) - start, min(high, after) - start
             if own[0] >= own[1]:
                 continue
-            if self._is_small:  # the whole table, including rows that no batch will use
+            if self.is_small:  # the whole table, including rows that no batch will use
                 bounds = 0, self.source.num_rows
             else:
                 offset = self.batches_per_epoch * start

@@ -27,6 +27,7 @@ from karma_ray.cluster.measuring import measure_on_a_gpu
 from karma_ray.cluster.supply import Reach, supply
 from karma_ray.cluster.training import run_training
 from karma_ray.cluster.waiting import telling
+from karma_ray.model.device import using_gpus
 from karma_ray.training.parallel import rank
 from karma_ray.training.step import StepOutput
 from tests.cluster import test_training as small
@@ -87,6 +88,9 @@ def main(folder: str, run: str, data: str) -> None:
         time.sleep(0.2)
     assert share_of_gpus_up(3) == 0.5 and trial_resources(4) == (1, 0.5)
     assert len(measure_on_a_gpu(given_gpus)["gpus"]) == 1 and not given_gpus()["gpus"]
+    with using_gpus(False):  # as a run with training.use_gpu=false
+        embed_items(join(run, "bundle"), data, join(folder, "embedded_on_cpus"), batch_size=1)
+        assert not measure_on_a_gpu(given_gpus)["gpus"]
     report_growth(3)
     assert supply().reach(GPU) == Reach(2, 3)
 

@@ -66,14 +66,15 @@ def need_own_disks() -> None:
         pytest.skip(f"nodes cannot have disks of their own here: {error}")
 
 
-def run_on(node: subprocess.Popen[bytes], environment: Mapping[str, str], *command: str) -> None:
-    """Run a command on the disks of a node; raises CalledProcessError."""
+def start_on(
+    node: subprocess.Popen[bytes], environment: Mapping[str, str], *command: str
+) -> subprocess.Popen[bytes]:
+    """Start a command of Python on the disks of a node."""
     join = ["nsenter", "--target", str(node.pid), "--mount"]
     join += [] if os.getuid() == 0 else ["--user", "--preserve-credentials"]
-    subprocess.run(
-        [*join, f"--wd={ROOT}", sys.executable, *command], check=True,
-        env={**os.environ, **environment},
-    )  # fmt: skip
+    return subprocess.Popen(
+        [*join, f"--wd={ROOT}", sys.executable, *command], env={**os.environ, **environment}
+    )
 
 
 def disk_of(node: subprocess.Popen[bytes], folder: Path) -> Path:

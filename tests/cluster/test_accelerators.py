@@ -29,10 +29,12 @@ def test_gpus_are_given_to_workers_which_compute_on_cpus_if_cuda_is_absent(tmp_p
     assert sorted(gpu for worker in workers for gpu in worker["gpus"]) == ["0", "1"]
     assert {(w["backend"], w["device"]) for w in workers} == {("gloo", "cpu")}
     assert load_embeddings(str(tmp_path / "embedded")).num_items == 40
+    assert load_embeddings(str(tmp_path / "embedded_on_cpus")).num_items == 40
     for sentence in (
         "training on 2 GPUs: 2 are up, the autoscaler may add none",
         "joint: a GPU was assigned, but its process finds no CUDA: computing on the CPU",
         "embedding 40 items with 2 encoders on GPUs: 2 are up",
+        "embedding 40 items with 3 encoders on CPUs: training.use_gpu is false",
         "evaluating on a GPU of the cluster",
         "a task: waiting for 3 GPUs: 2 in the cluster, 2 of them free",
     ):

@@ -60,9 +60,11 @@ def test_training_and_embedding_make_the_cluster_grow_and_it_shrinks(
     port = free_port()
     address = f"127.0.0.1:{port}"
     config = tmp_path / "cluster.json"
-    config.write_text(json.dumps(cluster_file(address)))
+    cluster = cluster_file(address)
+    cluster["provider"] |= {"type": "external", "module": "tests.cluster.clouds.SlowProvider"}
+    config.write_text(json.dumps(cluster))
     for name, value in (
-        ("RAY_AUTH_MODE", "disabled"), ("RAY_FAKE_CLUSTER", "1"),
+        ("RAY_AUTH_MODE", "disabled"), ("RAY_FAKE_CLUSTER", "1"), ("PYTHONPATH", str(ROOT)),
         ("AUTOSCALER_UPDATE_INTERVAL_S", "1"), ("RAY_ADDRESS", address),
         ("RAY_OVERRIDE_NODE_ID_FOR_TESTING", FAKE_HEAD_NODE_ID),
     ):  # fmt: skip

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray.data
 import torch
 from torch import Tensor
 
@@ -128,14 +129,21 @@ def test_an_epoch_draws_anew(source: Source) -> None:
     assert len(keys.unique()) == len(keys) == STEPS * BATCH
 
 
-@pytest.mark.ray
-@REGIMES
-def test_ray_data_streams_the_batches_of_this_process(
-    ray_cluster: None, source: Source, window_rows: int
+def test_a_table_of_one_window_is_read_without_ray_data(
+    source: Source, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(ray.data, "from_items", None)  # calling it raises TypeError
+    order = Order(source, 7, BATCH, 1, 3, 1000)
+    windows = tuple(order.windows(5, STEPS))
+    found = pa.concat_tables(ray_blocks(order, windows))
+    assert found.equals(pa.concat_tables(local_blocks(order, windows)))
+
+
+@pytest.mark.ray
+def test_ray_data_streams_the_batches_of_this_process(ray_cluster: None, source: Source) -> None:
     steps = (5, STEPS)
-    here = list(_stream(source, (1, 3), window_rows, steps))
-    there = list(_stream(source, (1, 3), window_rows, steps, use_ray=True))
+    here = list(_stream(source, (1, 3), 16, steps))
+    there = list(_stream(source, (1, 3), 16, steps, use_ray=True))
     assert len(here) == len(there) == STEPS - 5
     for one, other in zip(here, there, strict=True):
         for field in fields(Batch):
@@ -144,11 +152,9 @@ def test_ray_data_streams_the_batches_of_this_process(
 
 @pytest.mark.ray
 def test_rows_come_when_training_holds_every_cpu(ray_cluster: None, source: Source) -> None:
-    import ray
-
     everything = ray.util.placement_group([{"CPU": ray.cluster_resources()["CPU"]}])
     ray.get(everything.ready(), timeout=60)
-    order = Order(source, 7, BATCH, 0, 1, 1000)
+    order = Order(source, 7, BATCH, 0, 1, 16)
     windows = tuple(order.windows(0, STEPS))
     found: list[pa.Table] = []
     reading = threading.Thread(target=lambda: found.extend(ray_blocks(order, windows)), daemon=True)

@@ -30,7 +30,7 @@ def data_of(run: str) -> str:
 def test_one_encoder_gives_the_in_process_numbers_for_any_rows(run: str) -> None:
     expected = load_embeddings(join(run, "item_embeddings"))
     encoder = CatalogEncoder(join(run, "bundle"), data_of(run), batch_size=3, precision="float32")
-    part = encoder({"id": np.array([7, 0, 31])})
+    part = encoder.encode(np.array([7, 0, 31]))
     assert part.column("item_id").to_pylist() == ["i7", "i0", "i31"]
     assert part.column("title").to_pylist() == [expected.titles[row] for row in (7, 0, 31)]
     vectors = np.array(part.column("embedding").to_pylist(), np.float32)
@@ -47,7 +47,9 @@ def test_missing_parts_are_named(run: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
-def test_ray_data_makes_the_same_embeddings_and_the_run_serves_them(ray_cluster, run: str) -> None:
+def test_encoders_on_every_cpu_make_the_same_embeddings_and_the_run_serves_them(
+    two_cpus: None, run: str
+) -> None:
     out = join(run, "item_embeddings")
     expected = load_embeddings(out)
     stale = Path(out, "part-99999.parquet")

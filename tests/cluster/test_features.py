@@ -183,7 +183,13 @@ def test_a_catalogue_without_a_readable_image_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.ray
-def test_encoders_on_ray_make_the_same_folder(ray_cluster, data: str) -> None:
+def test_encoders_on_every_cpu_make_the_same_folder(
+    two_cpus: None, data: str, caplog: pytest.LogCaptureFixture
+) -> None:
     alone = make_features(data, SMALL, join(data, "alone"))
-    together = make_features(data, SMALL, join(data, "together"), num_actors=2)
+    with caplog.at_level("INFO"):
+        together = make_features(data, SMALL, join(data, "together"), num_actors=3)
     assert together == alone
+    assert (
+        "encoding images with 2 encoders instead of 3: items/ has 2 row groups to do" in caplog.text
+    )

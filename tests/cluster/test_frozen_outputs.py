@@ -45,7 +45,7 @@ def test_one_encoder_gives_the_portion_that_the_process_writes(outputs: FrozenOu
 
 @pytest.mark.ray
 def test_a_pool_writes_the_same_file(
-    ray_cluster: None, outputs: FrozenOutputs, tmp_path: Path
+    two_cpus: None, outputs: FrozenOutputs, tmp_path: Path
 ) -> None:
     other = replace(outputs, path=str(tmp_path / "other.npy"))
     other.make(encode_on_ray)

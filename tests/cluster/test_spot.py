@@ -39,7 +39,7 @@ def test_work_gets_a_machine_on_demand_where_spot_is_refused(
     for name in ("gpu_spot", "gpu_on_demand"):
         kind = {**gpu, "resources": {**gpu["resources"]}}
         cluster["available_node_types"][name] = kind
-    cluster["provider"] |= {"type": "external", "module": "tests.cluster.refusing.RefusingProvider"}
+    cluster["provider"] |= {"type": "external", "module": "tests.cluster.clouds.RefusingProvider"}
     config = tmp_path / "cluster.json"
     config.write_text(json.dumps(cluster))
     (start,) = (

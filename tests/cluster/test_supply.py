@@ -13,6 +13,7 @@ import yaml
 from karma_ray.cluster.accelerators import CPU, GPU, Pool, encoders, training_on_gpus
 from karma_ray.cluster.supply import NodeType, Reach, Supply, declared_types, of_ray_cluster
 from karma_ray.errors import InputError
+from karma_ray.model.device import using_gpus
 from karma_ray.training.config import TrainingConfig
 
 LAPTOP = Supply([{"CPU": 4.0}])
@@ -96,6 +97,8 @@ def test_what_can_never_come_is_refused_with_what_there_is() -> None:
     with pytest.raises(InputError, match=r"training\.num_workers: 5 needs 5 CPUs.*4 are up"):
         training_on_gpus(training(5), LAPTOP)
     assert not training_on_gpus(training(5, fewest=4), LAPTOP)
+    with using_gpus(False):
+        assert encoders("embedding", 100, found=TWO_GPUS) == Pool(16, 0.0)
     with pytest.raises(InputError, match=r"--actors: 5 needs 5 CPUs"):
         encoders("embedding", 9, asked=5, found=LAPTOP)
 

@@ -188,6 +188,8 @@ def test_ray_workers_train_like_this_process(
     assert list(ray.values()) == pytest.approx(list(plain.values()), rel=tolerance, abs=1e-7)
     assert summary["steps"] == 10
     assert (tmp_path / "ray/checkpoints/joint/step-0000010/checkpoint.json").exists()
+    (start,) = read_lines(str(tmp_path / "ray/starts.jsonl"))
+    assert (start["stage"], start["step"], len(start["machines"])) == ("joint", 0, workers)
 
 
 @pytest.mark.ray

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,13 +12,15 @@ import pytest
 from karma_ray import recipes
 from karma_ray.artifacts import read_json
 from karma_ray.baselines.floors import build_floor
+from karma_ray.baselines.ranker import Ranker
 from karma_ray.config import Config, override
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.evaluation.outcomes import FILES, Outcomes
+from karma_ray.model.device import this_device
 from karma_ray.runs.assessment import Evaluator
 from karma_ray.runs.continuation import warn_of_other_split
-from karma_ray.runs.pipeline import train_run
+from karma_ray.runs.pipeline import evaluate_run, train_run
 from karma_ray.runs.preparation import ensure_prepared
 
 
@@ -45,6 +48,29 @@ def held_out(shop: str, tmp_path_factory: pytest.TempPathFactory) -> PreparedDat
     uri = tmp_path_factory.mktemp("held") / "shop"
     shutil.copytree(shop, uri)
     return ensure_prepared(str(uri), settings("tfidf", "prepare.hold_out=0.25").prepare)
+
+
+def test_a_run_without_gpus_is_measured_without_them(
+    data: PreparedData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    seen = []
+
+    def noting(*arguments: Any) -> Ranker:
+        seen.append(this_device().type)
+        return build_floor(*arguments)
+
+    monkeypatch.setattr("karma_ray.baselines.floors.build_floor", noting)
+    for use_gpu, device in (("false", "cpu"), ("auto", "cuda")):
+        seen.clear()
+        config = settings("popularity", f"training.use_gpu={use_gpu}")
+        train_run(
+            config, data.uri, str(tmp_path / use_gpu), cache=str(tmp_path / use_gpu / "cache")
+        )
+        assert set(seen) == {device}
+        seen.clear()
+        evaluate_run(str(tmp_path / use_gpu), cache=str(tmp_path / use_gpu / "cache"))
+        assert set(seen) == {device}
 
 
 def test_a_run_measures_both_and_keeps_their_values(held_out: PreparedData, tmp_path: Path) -> None:

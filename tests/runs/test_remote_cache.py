@@ -14,7 +14,8 @@ from karma_ray.artifacts import exists, join, read_json, read_lines, read_manife
 from karma_ray.config import Config, override
 from karma_ray.model.backbone import load_body, save_body
 from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer
-from karma_ray.node_cache import checkpoint_hash, node_folder
+from karma_ray.node_cache import checkpoint_hash
+from karma_ray.node_disk import node_folder
 from karma_ray.runs.frozen_outputs import FrozenOutputs
 from karma_ray.runs.plain_checkpoints import with_shared_checkpoints
 from karma_ray.runs.sources import CACHE, cache_beside

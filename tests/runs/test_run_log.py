@@ -10,7 +10,7 @@ import pytest
 
 from karma_ray.artifacts import read_lines
 from karma_ray.runs import run_log
-from karma_ray.runs.run_log import ProgressLine, RunLog
+from karma_ray.runs.run_log import ProgressLine, RunLog, note_start
 
 
 def _write(run: Path, steps: range, start: int = 0) -> None:
@@ -126,3 +126,29 @@ def test_the_driver_tells_an_alarm_of_far_away_workers_once(
     again = RunLog(str(tmp_path), "joint", 3)
     again.close()
     assert [line["step"] for line in again.earlier] == [1, 2, 3]
+
+
+def test_lines_before_a_checkpoint_reach_a_store_without_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(run_log, "FLUSH_SECONDS", 3600.0)
+    log = RunLog(run := "memory://log-before-a-checkpoint", "joint")
+    log.add({"step": 10, "seconds": 1.0})
+    log.flush()
+    end = time.monotonic() + 30
+    while not list(read_lines(f"{run}/metrics.jsonl")) and time.monotonic() < end:
+        time.sleep(0.01)
+    (line,) = read_lines(f"{run}/metrics.jsonl")
+    assert line["step"] == 10
+    log.close()
+
+
+def test_every_start_is_noted_with_its_machines(tmp_path: Path) -> None:
+    note_start(str(tmp_path), "joint", ["10.0.0.1", "10.0.0.2"])
+    (tmp_path / "checkpoints" / "joint" / "step-0000012").mkdir(parents=True)
+    note_start(str(tmp_path), "joint", ["10.0.0.3"])
+    first, second = read_lines(str(tmp_path / "starts.jsonl"))
+    assert (first["stage"], first["step"]) == ("joint", 0)
+    assert first["machines"] == ["10.0.0.1", "10.0.0.2"]
+    assert (second["step"], second["machines"]) == (12, ["10.0.0.3"])
+    assert second["at"] >= first["at"]

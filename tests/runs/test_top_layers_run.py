@@ -90,6 +90,11 @@ def test_the_run_says_what_its_stages_cost(finished: tuple[str, str, str]) -> No
     assert set(cost["seconds"]) == {"frozen", "embedding", "evaluation"}
     assert all(seconds >= 0 for seconds in cost["seconds"].values())
     assert cost["peak_gib"]["host"] > 0
+    driver, worker = cost["reached"]["driver"], cost["reached"]["worker"]
+    assert list(driver) == ["process", "libraries", "data", "first_stages"]
+    assert list(worker) == ["process", "entered", "model", "first_step"]
+    later = [*driver.values(), *list(worker.values())[1:]]  # one process did everything
+    assert later == sorted(later) and abs(worker["process"] - driver["process"]) < 0.1
 
 
 def test_the_bundle_embeds_the_catalogue_as_the_run_did(finished: tuple[str, str, str]) -> None:

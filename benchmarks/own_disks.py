@@ -1,0 +1,47 @@
+"""Train, search and make features on machines that share no disk, and lose one of them on the way.
+
+    python benchmarks/own_disks.py
+
+The machines are `ray start` nodes in mount namespaces of their own, with a stand-in for S3 between
+them; that needs Linux, and the test dependencies. JSON lines, one an event: when (seconds), what,
+on which machine; `workers start` says after which step of a stage, and on which machines.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import pytest
+
+from karma_ray.cli import parser, run
+from tests.cluster import nodes, own_disks
+from tests.cluster.stores import running_store
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Print the timeline."""
+    parser(__doc__ or "").parse_args(argv)
+    runs = nodes.ROOT / "runs"
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        tempfile.TemporaryDirectory() as here,
+        nodes.short_folder() as disk,
+        running_store(patch) as store,
+    ):
+        own_disks.fill_store(Path(here, "shop"))
+        hidden = [Path(here), *([runs] if runs.is_dir() else [])]
+        with own_disks.two_machines(Path(here), disk, hidden, store.environment) as machines:
+            own_disks.train_while_one_is_lost(machines, "127.0.0.1", "127.0.0.2")
+            own_disks.search(machines, "127.0.0.1")
+            own_disks.pooled_features(machines, "127.0.0.1")
+    for event in machines.timeline:
+        print(json.dumps(event))
+
+
+if __name__ == "__main__":
+    run(main)
