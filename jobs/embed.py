@@ -1,4 +1,9 @@
-"""Embed the catalogue: write RUN/item_embeddings with the model in RUN/bundle."""
+"""Embed the catalogue with the model in RUN/bundle, for the next index of the run.
+
+Earlier embeddings and their index go on serving until jobs/index.py has made an index of the new
+ones. With --new only items that the index lacks are encoded; they can be found at once, and items
+that left the catalogue cannot be found any more.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +18,9 @@ from karma_ray.artifacts import RunFolder, exists, read_manifest
 from karma_ray.cli import parser, run
 from karma_ray.cluster.embedding import embed_items
 from karma_ray.errors import InputError
-from karma_ray.retrieval.retriever import require_part
+from karma_ray.retrieval.delta import update_run
+from karma_ray.retrieval.parts import offer, to_embed
+from karma_ray.retrieval.retriever import check_run, require_part
 
 
 def data_of(run_uri: str) -> str:
@@ -39,15 +46,30 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument(
         "--precision", choices=["float32", "bfloat16"], default="float32", help="compute type"
     )
+    flags.add_argument(
+        "--new", action="store_true",
+        help="encode new items only, in this process, and hide items that left the catalogue",
+    )  # fmt: skip
     arguments = flags.parse_args(argv)
-    folder = RunFolder(arguments.run)
-    require_part(arguments.run, folder.bundle, "jobs/train.py --out RUN")
+    require_part(arguments.run, RunFolder(arguments.run).bundle, "jobs/train.py --out RUN")
     data = arguments.data or data_of(arguments.run)
     started = time.monotonic()
+    if arguments.new:
+        check_run(arguments.run)
+        changes = update_run(arguments.run, data, arguments.precision)
+        following = f"next: python jobs/publish.py {shlex.quote(arguments.run)}"
+        print(
+            f"{changes.added} items beside the index ({changes.encoded} encoded now), "
+            f"{changes.hidden} hidden, in {time.monotonic() - started:.0f} s\n"
+            f"{following if changes.is_new else 'nothing changed since the last time'}"
+        )
+        return
+    folder = to_embed(arguments.run)
     manifest = embed_items(
         folder.bundle, data, folder.item_embeddings, arguments.actors, arguments.batch,
         arguments.precision,
     )  # fmt: skip
+    offer(folder)
     print(
         f"{manifest['num_items']} items x {manifest['width']} in {time.monotonic() - started:.0f} s"
         f" -> {folder.item_embeddings}\nnext: python jobs/index.py {shlex.quote(arguments.run)}"

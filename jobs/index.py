@@ -1,7 +1,7 @@
-"""Build the index: write RUN/index from RUN/bundle and RUN/item_embeddings.
+"""Build the index of a run's newest embeddings; both then serve together.
 
 Recall against exact search is measured on validation requests of the run's data. An index below
---min-recall is not written, and the earlier one stays.
+--min-recall is not written, and the earlier one goes on serving.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from karma_ray.artifacts import RunFolder
 from karma_ray.cli import parser, run
 from karma_ray.retrieval.index_build import MIN_RECALL, index_run
 from karma_ray.retrieval.index_recall import RECALL_AT
 from karma_ray.retrieval.kinds import AUTO, KINDS, describe_kinds, index_kind
+from karma_ray.retrieval.parts import served
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     print(
         f"{index.kind} index of {index.num_items} items, recall@{RECALL_AT} {index.recall:.3f} "
         f"({index.recall_measured_on}), in {time.monotonic() - started:.1f} s -> "
-        f"{RunFolder(arguments.run).index}\n"
+        f"{served(arguments.run).index}\n"
         f"next: python jobs/serve.py {shlex.quote(arguments.run)}"
     )
 

@@ -1,4 +1,8 @@
-"""Serve a finished run over HTTP until Ctrl-C."""
+"""Serve a finished run over HTTP until Ctrl-C.
+
+A live folder, which jobs/publish.py makes, is followed: what is published there answers within
+seconds, and no request fails meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +11,20 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from karma_ray.artifacts import RunFolder, read_table
+from karma_ray.artifacts import absolute, join, read_table
 from karma_ray.cli import parser, run
 from karma_ray.errors import InputError
 from karma_ray.serving.host import curl_example, serve_here
+from karma_ray.serving.live import check_source
+from karma_ray.serving.request_log import LogSettings
 
 
 def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__)
-    flags.add_argument("run", metavar="RUN", help="run folder with bundle/, embeddings and index/")
+    flags.add_argument(
+        "run", metavar="RUN|LIVE",
+        help="run folder with bundle/, embeddings and index/, or a live folder",
+    )  # fmt: skip
     flags.add_argument("--host", default="127.0.0.1", help="address to listen on (127.0.0.1)")
     flags.add_argument("--port", type=int, default=8000, help="port to listen on (8000)")
     flags.add_argument(
@@ -30,12 +39,23 @@ def main(argv: list[str] | None = None) -> None:
         "--compare", metavar="RUN",
         help="a second run that the search page shows beside it (with --without-ray)",
     )  # fmt: skip
+    flags.add_argument(
+        "--log-requests", metavar="PATH|-", help="append a JSON line per request (- is the screen)"
+    )
+    flags.add_argument(
+        "--log-raw", action="store_true", help="log user ids and queries as they are, not hashed"
+    )
     arguments = flags.parse_args(argv)
     if arguments.compare and not arguments.without_ray:
         raise InputError("--compare", arguments.compare, "needs --without-ray")
+    if arguments.log_raw and not arguments.log_requests:
+        raise InputError("--log-raw", True, "needs --log-requests")
+    log = None
+    if path := arguments.log_requests:
+        log = LogSettings(path if path == "-" else absolute(path), arguments.log_raw)
 
     def announce(url: str) -> None:
-        source = RunFolder(arguments.run).path("index", "item_ids.parquet")
+        source = join(check_source(arguments.run).index, "item_ids.parquet")
         ids = read_table(source, columns=["item_id"]).column("item_id")[:2].to_pylist()
         print(
             f"ready: {url}/docs; stop with Ctrl-C. Search page: {url}/\n"
@@ -44,14 +64,15 @@ def main(argv: list[str] | None = None) -> None:
 
     if arguments.without_ray:
         serve_here(
-            arguments.run, arguments.host, arguments.port, announce, compare=arguments.compare
-        )
+            arguments.run, arguments.host, arguments.port, announce, log=log,
+            compare=arguments.compare,
+        )  # fmt: skip
         return
     from karma_ray.cluster.serving import Replicas, serve_run  # not needed without Ray
 
     serve_run(
         arguments.run, arguments.host, arguments.port, Replicas.parse(arguments.replicas),
-        blocking=True, on_ready=announce,
+        blocking=True, on_ready=announce, log=log,
     )  # fmt: skip
 
 

@@ -13,7 +13,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +39,6 @@ def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
 def join(uri: str, *parts: str) -> str:
     """Join path parts below a local path or URI."""
     return "/".join([str(uri).rstrip("/"), *parts])
-
-
-def from_home(text: str) -> str:
-    """Expand `~` at the start of a path, because most libraries take it for a folder's name."""
-    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
 
 
 def absolute(uri: str) -> str:
@@ -234,6 +229,8 @@ class RunFolder:
     """The paths in a run folder."""
 
     root: str
+    names: Mapping[str, str] = field(default_factory=dict)
+    """Names of parts that were made again; `retrieval/parts.py` says which ones serve."""
 
     def path(self, *parts: str) -> str:
         """Return a path inside the run folder."""
@@ -261,11 +258,11 @@ class RunFolder:
 
     @property
     def item_embeddings(self) -> str:
-        return self.path("item_embeddings")
+        return self.path(self.names.get("item_embeddings", "item_embeddings"))
 
     @property
     def index(self) -> str:
-        return self.path("index")
+        return self.path(self.names.get("index", "index"))
 
     @property
     def report(self) -> str:

@@ -10,8 +10,16 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from karma_ray import pretrained, recipes
-from karma_ray.artifacts import RunFolder, from_home, join, read_json
-from karma_ray.config import Config, assigned, describe_fields, from_dict, override, to_dict
+from karma_ray.artifacts import RunFolder, join, read_json
+from karma_ray.config import (
+    Config,
+    assigned,
+    describe_fields,
+    from_dict,
+    from_home,
+    override,
+    to_dict,
+)
 from karma_ray.errors import InputError, KarmaRayError
 
 if TYPE_CHECKING:

@@ -10,6 +10,7 @@ import ast
 import dataclasses
 import inspect
 import itertools
+import os
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -17,7 +18,6 @@ from typing import Any, cast, get_type_hints
 
 from pydantic import ConfigDict
 
-from karma_ray.artifacts import from_home
 from karma_ray.data.collate import CollateConfig
 from karma_ray.data.config import PrepareConfig
 from karma_ray.errors import InputError
@@ -83,6 +83,11 @@ def from_dict(value: Mapping[str, Any]) -> Config:
     """
     _check_names(Config, value, "")
     return validated(Config, _from_home(value))
+
+
+def from_home(text: str) -> str:
+    """Expand `~` at the start of a path, because most libraries take it for a folder's name."""
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
 
 
 def _from_home(value: Any) -> Any:

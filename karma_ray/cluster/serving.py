@@ -18,16 +18,15 @@ import ray
 from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 
-from karma_ray.artifacts import RunFolder
 from karma_ray.cluster.accelerators import share_of_gpus_up
 from karma_ray.cluster.session import connect, joins_a_cluster
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.encode import load_embeddings
-from karma_ray.retrieval.retriever import check_run
 from karma_ray.serving.app import build_app
 from karma_ray.serving.client import TOKEN
 from karma_ray.serving.guards import RETRY_AFTER_S
 from karma_ray.serving.host import settle, token_from_environment
+from karma_ray.serving.live import check_source
 from karma_ray.serving.page.routes import SearchPage, shows_users
 from karma_ray.serving.process import (
     check_port,
@@ -36,6 +35,7 @@ from karma_ray.serving.process import (
     raise_on_signals,
     run_until_signal,
 )
+from karma_ray.serving.request_log import LogSettings
 from karma_ray.serving.service import MAX_WAITING, Service
 
 APPLICATION = "karma_ray"
@@ -79,17 +79,17 @@ def serve_run(
     blocking: bool = False,
     max_queued_requests: int = MAX_QUEUED,
     on_ready: Callable[[str], None] | None = None,
+    log: LogSettings | None = None,
 ) -> str:
-    """Serve a finished run; returns its base URL, or runs until Ctrl-C when `blocking`.
+    """Serve a finished run or a live folder; returns its base URL, or runs until Ctrl-C.
 
     `on_ready` is called with the URL once the endpoint answers. The run and the port are checked
     first, so that a missing part, a mismatch of model and index or a used port gives an error
-    message instead of a replica that fails again and again. When `blocking`, SIGINT or SIGTERM
-    ends this process. Raises KarmaRayError.
+    message instead of a replica that fails again and again. When `blocking`, it runs until SIGINT
+    or SIGTERM, which end this process. Raises KarmaRayError.
     """
     check_port(port)
-    check_run(run)
-    load_embeddings(RunFolder(run).item_embeddings)  # fails here instead of in a replica
+    load_embeddings(check_source(run).item_embeddings)  # fails here instead of in a replica
     # Replicas have another working directory, where a relative path would not be found.
     run = run if "://" in run else str(Path(run).resolve())
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
@@ -104,7 +104,8 @@ def serve_run(
             connect()
             if blocking:
                 raise_on_signals()
-            _start(host, proxy, application_of(run, replicas, max_queued_requests, host))
+            application = application_of(run, replicas, max_queued_requests, log, host)
+            _start(host, proxy, application)
         if on_ready is not None:
             on_ready(url)
 
@@ -152,7 +153,11 @@ def _take_down() -> None:
 
 
 def application_of(
-    run: str, replicas: Replicas, max_queued_requests: int = MAX_QUEUED, host: str = ""
+    run: str,
+    replicas: Replicas,
+    max_queued_requests: int = MAX_QUEUED,
+    log: LogSettings | None = None,
+    host: str = "",
 ) -> serve.Application:
     """Return the Serve application of a finished run, a path or URI that every node can read.
 
@@ -166,8 +171,8 @@ def application_of(
         if needs_token and token is None:
             raise InputError(TOKEN, "", "is set here but not where the replicas run; set it there")
         service = Service.load(run, max_waiting=max_queued_requests)
-        page = SearchPage(run, show_users=shows_users(host, token))
-        app = build_app(service, token, page)
+        page = SearchPage(check_source(run).root, show_users=shows_users(host, token))
+        app = build_app(service, token, page, log)
         settle()
         return app
 

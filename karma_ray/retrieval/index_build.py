@@ -21,6 +21,7 @@ from karma_ray.retrieval.export import Bundle, load_bundle
 from karma_ray.retrieval.index import ItemIndex
 from karma_ray.retrieval.index_recall import ProbeQueries, item_probes
 from karma_ray.retrieval.kinds import Flat, IndexKind, chosen_kind
+from karma_ray.retrieval.parts import serve_from, to_index
 from karma_ray.retrieval.retriever import Retriever, build_index, require_part, score_vectors
 
 LOG = logging.getLogger(__name__)
@@ -40,7 +41,7 @@ def index_run(
     min_recall: float = MIN_RECALL,
     num_shards: int = 1,
 ) -> ItemIndex:
-    """Build and save RUN/index from RUN/bundle and RUN/item_embeddings.
+    """Build and save the index of a run's newest embeddings; both then serve together.
 
     Without `kind` the size of the catalogue decides, knobs are raised until the recall is
     `min_recall`, and exact search takes over if it never is. `data` are prepared data with
@@ -49,7 +50,7 @@ def index_run(
     """
     if not 0 <= min_recall <= 1:
         raise InputError("--min-recall", min_recall, "must lie between 0 and 1")
-    folder = RunFolder(run)
+    folder = to_index(run)
     require_part(run, folder.bundle, "jobs/train.py --out RUN")
     require_part(run, folder.item_embeddings, "jobs/embed.py RUN")
     bundle = load_bundle(folder.bundle)
@@ -75,7 +76,9 @@ def index_run(
             raise
         LOG.warning("%s; this index searches exactly instead", error)
         index = build(Flat(), None)
-    return index.save(folder.index)
+    saved = index.save(folder.index)
+    serve_from(folder)
+    return saved
 
 
 def held_out_interests(bundle: Bundle, table: ItemTable, data: str) -> np.ndarray:  # [B K, D]

@@ -23,12 +23,14 @@ from karma_ray.data.collate import Collator
 from karma_ray.errors import InputError
 from karma_ray.model.device import this_device
 from karma_ray.retrieval.answers import Recall, RecalledItem, Scores
+from karma_ray.retrieval.delta import live_items, with_delta
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.filters import Filter, filtered_search
 from karma_ray.retrieval.finite import check_queries
 from karma_ray.retrieval.index import ItemIndex, check_parent
 from karma_ray.retrieval.kinds import IndexKind
+from karma_ray.retrieval.parts import delta_of, served
 from karma_ray.retrieval.requests import HistoryItem, Request, request_keys, request_table
 
 if TYPE_CHECKING:
@@ -58,8 +60,9 @@ class Retriever:
 
     @classmethod
     def load(
-        cls, run: str, data: str | None = None, device: torch.device | str | None = None
-    ) -> Retriever:
+        cls, run: str | RunFolder, data: str | None = None,
+        device: torch.device | str | None = None,
+    ) -> Retriever:  # fmt: skip
         """Load a finished run folder; the default device is this process's GPU, if it has one.
 
         With `data`, rows (and columns of `score`) are in the order of that catalogue, and the model
@@ -67,19 +70,25 @@ class Retriever:
         without reading a catalogue. Raises InputError that names a missing part and the command
         that makes it, and SkewError when parts do not fit together.
         """
-        check_run(run)
-        folder = RunFolder(run)
+        folder = served(run)
+        check_run(folder)
         # Without a catalogue there is nothing to encode; an evaluation also looks at the encoder.
         bundle = load_bundle(folder.bundle, encodes_items=data is not None)
+        interest = bundle.interest.to(this_device(device))
         # An endpoint has several of these on a node; an evaluation has one, in its own order.
         table = load_embeddings(folder.item_embeddings, bundle.content_hash, mapped=data is None)
         index = ItemIndex.load(folder.index, bundle.content_hash)
-        order = index.item_ids if data is None else Catalog.load(data).item_ids
-        table = table.in_order(order)
-        if data is None:  # one list of names is enough
+        if (delta := delta_of(folder)) is not None:
+            table = table.in_order(index.item_ids)
+            table, index = with_delta(table, index, interest, delta)
+            table = table if data is None else live_items(table, index)
+        elif data is None:
+            table = table.in_order(index.item_ids)
+        if data is not None:
+            table = table.in_order(Catalog.load(data).item_ids)
+        else:  # one list of names is enough
             index = replace(index, item_ids=table.item_ids, titles=table.titles)
         collator = Collator(table, bundle.tokenizer, bundle.collate_config)
-        interest = bundle.interest.to(this_device(device))
         return cls(interest, collator, table, index, bundle.content_hash)
 
     @classmethod
@@ -254,9 +263,10 @@ def score_vectors(interest: RecallModel, table: ItemTable) -> NDArray[np.float32
     return result
 
 
-def check_run(run: str) -> None:
+def check_run(run: str | RunFolder) -> None:
     """Raise InputError or SkewError if a run cannot be served; reads manifests only."""
-    folder = RunFolder(run)
+    folder = served(run)
+    run = folder.root
     require_part(run, folder.bundle, "jobs/train.py --out RUN")
     require_part(run, folder.item_embeddings, "jobs/embed.py RUN")
     require_part(run, folder.index, "jobs/index.py RUN")
@@ -268,6 +278,9 @@ def check_run(run: str) -> None:
     check_parent(index["parents"], "bundle", made, folder.index)
     made = embeddings["content_hash"]
     check_parent(index["parents"], "item_embeddings", made, folder.index)
+    if (delta := delta_of(folder)) is not None:
+        parents = read_manifest(delta, "item_embeddings")["parents"]
+        check_parent(parents, "index", index["content_hash"], delta)
 
 
 def require_part(run: str, part: str, command: str) -> None:

@@ -35,6 +35,7 @@ from karma_ray.report.page import render_report
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
 from karma_ray.retrieval.export import save_bundle
 from karma_ray.retrieval.index_build import index_run
+from karma_ray.retrieval.parts import start_over
 from karma_ray.retrieval.retriever import check_run
 from karma_ray.runs.assessment import assess
 from karma_ray.runs.continuation import (
@@ -197,14 +198,9 @@ def evaluate_run(
 
 
 def _first_stage(
-    config: Config,
-    source: PreparedData,
-    cache: str,
-    run: str,
-    found: Stage | None,
-    parent: Parent | None,
-    executor: Executor,
-) -> Stage:
+    config: Config, source: PreparedData, cache: str, run: str, found: Stage | None,
+    parent: Parent | None, executor: Executor,
+) -> Stage:  # fmt: skip
     if found is None and parent is None:
         return start_stage(config, source, cache, run, executor)
     if found is None and parent is not None:
@@ -215,13 +211,9 @@ def _first_stage(
 
 
 def _train(
-    stage: Stage,
-    source: PreparedData,
-    run: str,
-    on_validate: OnValidate | None,
-    resume: bool,
+    stage: Stage, source: PreparedData, run: str, on_validate: OnValidate | None, resume: bool,
     executor: Executor,
-) -> Stage:
+) -> Stage:  # fmt: skip
     training = stage.config.training
     LOG.info("joint training: %d steps, %d worker(s)", training.steps, max(1, training.num_workers))
     job = joint_job(stage, source, run, on_validate)
@@ -241,6 +233,7 @@ def _serve_side(stage: Stage, folder: RunFolder, source: PreparedData, executor:
     facts = {"recipe": config.recipe, "seed": config.seed, **model_size(model)}
     if not over_ids(config):
         facts["checkpoints"] = _checkpoint_shapes(config)
+    start_over(folder.root)
     save_bundle(model.interest, model.tokenizer, config.collate, folder.bundle, facts)
     if config.training.num_workers and executor.embed is not None:
         executor.embed(folder.bundle, stage.items_uri, folder.item_embeddings)

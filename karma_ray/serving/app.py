@@ -23,17 +23,20 @@ from karma_ray.serving.batching import Overloaded
 from karma_ray.serving.guards import RETRY_AFTER_S, Guards
 from karma_ray.serving.page.routes import SearchPage, add_page
 from karma_ray.serving.refusals import name_the_field
-from karma_ray.serving.service import Service
+from karma_ray.serving.request_log import LogSettings, NamedRequests, RequestLog, facts_of
+from karma_ray.serving.service import Facts, Service
 
 Body = TypeVar("Body", bound=BaseModel)
 
 
 def build_app(
-    service: Service, token: str | None = None, page: SearchPage | None = None
-) -> FastAPI:
-    """Build the application of a service; with a `token`, callers must send it as a bearer.
+    service: Service, token: str | None = None, page: SearchPage | None = None,
+    log: LogSettings | None = None,
+) -> FastAPI:  # fmt: skip
+    """Build the application of a service.
 
-    `page` says what the search page shows beside recall; by default nothing.
+    With a `token`, callers must send it as a bearer; with `log`, each request is logged. `page`
+    says what the search page shows beside recall; by default nothing.
     """
     page = page or SearchPage()
 
@@ -48,6 +51,8 @@ def build_app(
         lifespan=lifespan,
     )  # fmt: skip
     app.add_middleware(Guards, token=token, is_full=lambda: service.is_full)
+    opened = None if log is None else RequestLog(log, service.salt)
+    app.add_middleware(NamedRequests, measures=service.measures, log=opened)
     app.add_exception_handler(KarmaRayError, _say_why)
     _add_calls(app, service)
     add_page(app, service, page)
@@ -60,9 +65,11 @@ def build_app(
     @app.get("/v1/version", response_model=schemas.Versions)
     async def versions() -> Response:
         """Return the content hashes of model and index."""
-        kind = service.engine.retriever.index.kind
-        found = {"karma_ray": __version__, "index_kind": kind, **service.engine.version}
-        return JSONResponse(found)
+        live = service.arms
+        kind = live.first.engine.retriever.index.kind
+        arms = [{"arm": arm.name, "share": arm.share, **arm.engine.version} for arm in live.arms]
+        found = {"karma_ray": __version__, "index_kind": kind, **live.first.engine.version}
+        return JSONResponse({**found, "arms": arms})
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:
@@ -101,17 +108,17 @@ class _Calls:
 
     def __call__(
         self, path: str, body: type[Body], answer: type[Any],
-        handle: Callable[[Body], Awaitable[Any]], summary: str,
+        handle: Callable[[Body, Facts], Awaitable[Any]], summary: str,
     ) -> None:  # fmt: skip
         writer = TypeAdapter(answer)
 
         async def call(request: Request) -> Response:
             begin = time.perf_counter()
-            status = 200
+            status, facts = 200, facts_of(request.scope)
             try:
                 content = writer.dump_json(await handle(body.model_validate_json(
                     await request.body()
-                )))  # fmt: skip
+                ), facts))  # fmt: skip
                 return Response(content, media_type="application/json")
             except ValidationError as error:
                 status = 422
@@ -129,7 +136,8 @@ class _Calls:
                 status = 500
                 return await _say_why(request, error)
             finally:
-                self._service.measures.answered(path, status, time.perf_counter() - begin)
+                seconds, arm = time.perf_counter() - begin, facts.get("arm", "")
+                self._service.measures.answered(path, status, seconds, arm)
 
         schema = {"required": True, "content": {"application/json": {
             "schema": _inlined(body.model_json_schema())}}}  # fmt: skip

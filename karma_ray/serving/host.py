@@ -14,8 +14,10 @@ import uvicorn
 from karma_ray.errors import InputError
 from karma_ray.serving.app import build_app
 from karma_ray.serving.client import TOKEN
+from karma_ray.serving.live import check_source
 from karma_ray.serving.page.routes import SearchPage, shows_users
 from karma_ray.serving.process import check_port, held_port
+from karma_ray.serving.request_log import LogSettings
 from karma_ray.serving.service import Service
 
 SWITCH_INTERVAL_S = 0.0005
@@ -47,16 +49,17 @@ def settle() -> None:
     """Prepare this process, once all is loaded, for threads that share it and never wait long."""
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     # A full collection walks over every object of the loaded packages: half a second, in which
-    # nobody is answered. What is there now will stay, so it need not be looked at again.
+    # nobody is answered. What is there now will stay, so it need not be looked at again; an engine
+    # that is replaced later holds no cycles and is freed all the same.
     gc.collect()
     gc.freeze()
 
 
 def serve_here(
     run: str, host: str, port: int, on_ready: Callable[[str], None] | None = None,
-    num_threads: int = 1, compare: str | None = None,
+    num_threads: int = 1, log: LogSettings | None = None, compare: str | None = None,
 ) -> None:  # fmt: skip
-    """Serve a finished run from this process until SIGINT or SIGTERM.
+    """Serve a finished run, or a live folder, from this process until SIGINT or SIGTERM.
 
     The search page can show the run `compare` beside it. Raises InputError, SkewError or
     KarmaRayError when a run or the port cannot be used.
@@ -64,10 +67,10 @@ def serve_here(
     check_port(port)
     service, token = Service.load(run, num_threads), token_from_environment()
     page = SearchPage(
-        run, show_users=shows_users(host, token), other_run=compare,
+        check_source(run).root, show_users=shows_users(host, token), other_run=compare,
         other=None if compare is None else Service.load(compare, num_threads),
     )  # fmt: skip
-    app = build_app(service, token, page)
+    app = build_app(service, token, page, log)
     settle()
     with held_port(host, port):
         pass

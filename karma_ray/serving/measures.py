@@ -35,6 +35,9 @@ class Measures:
             "karma_ray_batch_seconds", "Time of the compute thread for a batch",
             buckets=SECONDS, **named,
         )  # fmt: skip
+        self.swaps = Counter(
+            "karma_ray_swaps", "Publications that were taken over, or failed", ["result"], **named
+        )
         waiting = Gauge("karma_ray_waiting", "Requests that no batch has taken yet", **named)
         waiting.set_function(num_waiting)
         self._histories = Gauge(
@@ -55,6 +58,10 @@ class Measures:
         """Note an answered request."""
         self.requests.labels(path, status, arm).inc()
         self.seconds.labels(path, arm).observe(seconds)
+
+    def refused(self, path: str, status: int) -> None:
+        """Note a request that was refused before it was read."""
+        self.requests.labels(path, status, "").inc()
 
     def text(self) -> bytes:
         """Return all of it."""

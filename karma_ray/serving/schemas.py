@@ -140,8 +140,17 @@ class Health(TypedDict):
     num_items: int
 
 
+class ArmVersion(Version):
+    """What answers the users of one arm of an experiment."""
+
+    arm: str
+    share: float
+    """Share of the users; the first arm answers the rest."""
+
+
 class Versions(Version):
-    """The versions of the running endpoint."""
+    """What the running endpoint answers with; the hashes outside `arms` are of the first arm."""
 
     karma_ray: str
     index_kind: str
+    arms: list[ArmVersion]

@@ -1,19 +1,29 @@
-"""A loaded run that answers: the engine, its compute thread, stored users and counters."""
+"""Loaded runs that answer: their engines, the compute thread, stored users and counters.
+
+A request keeps the engine that it met: model, table, index and stored histories belong together,
+so that no answer mixes two publications.
+"""
 
 from __future__ import annotations
 
+import secrets
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from karma_ray.retrieval.delta import num_live
 from karma_ray.retrieval.filters import Filter
 from karma_ray.retrieval.requests import HistoryItem, Request
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving import engine as calls
 from karma_ray.serving import schemas
+from karma_ray.serving.arms import FIRST, Arm, Arms
 from karma_ray.serving.batching import Batcher, Overloaded
 from karma_ray.serving.engine import Engine
+from karma_ray.serving.following import Follower, load_engine
+from karma_ray.serving.live import is_live_folder
 from karma_ray.serving.measures import Measures
 from karma_ray.serving.users import LocalUsers, UserStore
 
@@ -30,81 +40,126 @@ DEADLINE_S = 5.0
 """A request that no batch has taken after this time is given up with the status 503."""
 
 
+Facts = dict[str, Any]
+"""What is said of a request in headers and logs; handlers add to it."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    call: calls.Call
+    engine: Engine
+
+
 class Service:
-    """Answers parsed requests; its methods belong to the event loop."""
+    """Answers parsed requests; its methods belong to the event loop, but `swap` to any thread."""
 
     def __init__(
         self,
-        retriever: Retriever,
+        live: Retriever | Arms,
         users: UserStore | None = None,
         *,
         cache_bytes: int = CACHE_BYTES,
         max_waiting: int = MAX_WAITING,
     ) -> None:
         """`users` are stored in this process unless told otherwise."""
-        self.engine = Engine(retriever, cache_bytes)
+        self.arms = live if isinstance(live, Arms) else _alone(Engine(live, cache_bytes))
         self.users = users or LocalUsers(max(1, self.engine.limit))
         self.measures = Measures(lambda: self._batcher.num_waiting, lambda: self.engine.cache)
-        self._batcher: Batcher[calls.Call, Any] = Batcher(
+        self.salt = secrets.token_hex(16)
+        self._follower: Follower | None = None
+        self._batcher: Batcher[_Asked, Any] = Batcher(
             self._work, MAX_SLOTS, max_waiting, self.measures.batch
         )
 
     @classmethod
-    def load(cls, run: str, num_threads: int = 1, **options: Any) -> Service:
-        """Load a finished run; computes with `num_threads`. Raises as `Retriever.load` does."""
+    def load(
+        cls, source: str, num_threads: int = 1, *, cache_bytes: int = CACHE_BYTES, **options: Any
+    ) -> Service:
+        """Load a finished run, or what a live folder names, which is followed from then on.
+
+        Computes with `num_threads`. Raises as `Retriever.load` does.
+        """
         torch.set_num_threads(num_threads)
-        return cls(Retriever.load(run), **options)
+        if not is_live_folder(source):
+            return cls(Retriever.load(source), cache_bytes=cache_bytes, **options)
+        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes))
+        service = cls(follower.arms, cache_bytes=cache_bytes, **options)
+        service.salt, service._follower = follower.live.salt, follower
+        follower.start(service.swap, service.measures)
+        return service
+
+    def swap(self, live: Arms | Engine) -> Arms:
+        """Let other engines answer all requests from now on; returns those that did.
+
+        Requests that wait or run keep the engine that they met. Stored clicks of users stay.
+        """
+        before, self.arms = self.arms, live if isinstance(live, Arms) else _alone(live)
+        return before
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of the first arm."""
+        return self.arms.first.engine
 
     @property
     def num_items(self) -> int:
-        """Number of items of the live index."""
-        return self.engine.retriever.index.num_items
+        """Number of items that the first arm can find."""
+        return num_live(self.engine.retriever.index)
 
     @property
     def is_full(self) -> bool:
         """Whether a further request would be refused."""
         return self._batcher.is_full
 
-    async def recall(self, body: schemas.RecallRequest) -> dict[str, Any]:
+    async def recall(
+        self, body: schemas.RecallRequest, facts: Facts | None = None
+    ) -> dict[str, Any]:
         """Return the k best items of the whole catalogue."""
         request = await self._request(body)
         wanted = Filter(frozenset(body.exclude), body.category)
         if body.exclude_history:
             wanted = wanted.without_history(request)
         call = calls.RecallCall(request, body.k, wanted)
-        answer, version = await self._submit(call)
+        answer, version = await self._submit(call, body, facts)
         items = [
             {"item_id": item.item_id, "score": item.score, "title": item.title}
             for item in answer.items
         ]
         return {"items": items, "ignored_item_ids": answer.ignored_item_ids, **version}
 
-    async def score(self, body: schemas.ScoreRequest) -> dict[str, Any]:
+    async def score(self, body: schemas.ScoreRequest, facts: Facts | None = None) -> dict[str, Any]:
         """Return the scores of given items."""
         request = await self._request(body)
-        answer, version = await self._submit(calls.ScoreCall(request, body.item_ids))
+        answer, version = await self._submit(calls.ScoreCall(request, body.item_ids), body, facts)
         return {"scores": answer.scores, "ignored_item_ids": answer.ignored_item_ids, **version}
 
-    async def features(self, body: schemas.FeaturesRequest) -> dict[str, Any]:
+    async def features(
+        self, body: schemas.FeaturesRequest, facts: Facts | None = None
+    ) -> dict[str, Any]:
         """Return similarities of given items to the history."""
         request = await self._request(body)
-        answer, version = await self._submit(calls.FeaturesCall(request, body.item_ids))
+        answer, version = await self._submit(
+            calls.FeaturesCall(request, body.item_ids), body, facts
+        )
         ignored = answer.scores.ignored_item_ids
         return {"features": answer.features, "ignored_item_ids": ignored, **version}
 
-    async def event(self, body: schemas.EventRequest) -> dict[str, Any]:
+    async def event(self, body: schemas.EventRequest, facts: Facts | None = None) -> dict[str, Any]:
         """Store a click, and its keys and values, so that the next request runs its query only."""
-        if self.engine.retriever.table.row(body.item_id) < 0:
+        arm = self._arm_of(body, facts)
+        if arm.engine.retriever.table.row(body.item_id) < 0:
             history = await self.users.history(body.user_id)
             return {"num_clicks": len(history), "known": False}
         count = await self.users.append(body.user_id, body.click())
         history = await self.users.history(body.user_id)
         with suppress(Overloaded):  # the click is stored; a 503 would have it sent twice
-            await self._submit(calls.RememberCall(Request(None, history)))
+            await self._submit(calls.RememberCall(Request(None, history)), body, facts)
         return {"num_clicks": count, "known": True}
 
     def close(self) -> None:
-        """Answer what waits, then end the compute thread."""
+        """Answer what waits, then end the threads."""
+        if self._follower is not None:
+            self._follower.stop()
         self._batcher.close()
 
     async def _request(self, body: Any) -> Request:
@@ -115,16 +170,39 @@ class Service:
             history = await self.users.history(body.user_id)
         return Request(body.query, history)
 
-    async def _submit(self, call: calls.Call) -> tuple[Any, dict[str, str]]:
-        """Return the answer and the versions of what gave it."""
-        answer: tuple[Any, dict[str, str]] = await self._batcher.submit(
-            call, self.engine.weight(call), DEADLINE_S
-        )
-        return answer
+    def _arm_of(self, body: Any, facts: Facts | None) -> Arm:
+        arm = self.arms.of(body.user_id)
+        if facts is not None:
+            facts.update(arm=arm.name, user_id=body.user_id, query=body.query)
+        return arm
 
-    def _work(self, batch: Sequence[calls.Call]) -> list[Any]:
-        engine = self.engine  # one for the whole batch, whatever is published meanwhile
-        return [
-            answer if isinstance(answer, Exception) else (answer, engine.version)
-            for answer in engine.answer(batch)
-        ]
+    async def _submit(
+        self, call: calls.Call, body: Any, facts: Facts | None
+    ) -> tuple[Any, dict[str, str]]:
+        """Return the answer and the versions of what gave it."""
+        engine = self._arm_of(body, facts).engine
+        answer, size = await self._batcher.submit(
+            _Asked(call, engine), engine.weight(call), DEADLINE_S
+        )
+        if facts is not None:
+            facts.update(engine.version, batch_size=size)
+        return answer, engine.version
+
+    def _work(self, batch: Sequence[_Asked]) -> list[Any]:
+        """Answer each call with the engine that it met."""
+        answers: list[Any] = [None] * len(batch)
+        engines = {id(asked.engine): asked.engine for asked in batch}
+        for key, engine in engines.items():
+            places = [place for place, asked in enumerate(batch) if id(asked.engine) == key]
+            try:
+                found: list[Any] = engine.answer([batch[place].call for place in places])
+            except Exception as error:  # the calls of another arm still have their answers
+                found = [error] * len(places)
+            for place, answer in zip(places, found, strict=True):
+                failed = isinstance(answer, Exception)
+                answers[place] = answer if failed else (answer, len(places))
+        return answers
+
+
+def _alone(engine: Engine) -> Arms:
+    return Arms([Arm(FIRST, engine)])

@@ -16,6 +16,7 @@ from karma_ray.retrieval.encode import load_embeddings
 from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.index_build import held_out_interests, index_run
 from karma_ray.retrieval.kinds import Graph, InvertedLists, ScalarQuantised
+from karma_ray.retrieval.parts import served
 from karma_ray.retrieval.requests import HistoryItem
 from karma_ray.retrieval.retriever import Retriever
 from tests import tiny_run
@@ -47,7 +48,7 @@ def run(tmp_path: Path) -> str:
 def test_recall_is_measured_on_what_validation_requests_search_with(run: str) -> None:
     made = index_run(run, ScalarQuantised())
     assert made.recall_measured_on == "30 vectors of validation requests"
-    facts = read_manifest(RunFolder(run).index)
+    facts = read_manifest(served(run).index)
     assert facts["recall_measured_on"] == made.recall_measured_on
     bundle = load_bundle(RunFolder(run).bundle)
     table = load_embeddings(RunFolder(run).item_embeddings)
@@ -71,7 +72,7 @@ def test_without_the_data_item_vectors_measure_and_the_manifest_says_why(tmp_pat
 def test_a_build_under_its_promise_fails_and_the_old_index_stays(
     run: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = read_manifest(RunFolder(run).index)
+    before = read_manifest(served(run).index)
     poor = InvertedLists(num_lists=1, num_probes=1)
     with pytest.raises(InputError, match=r"--min-recall: 1\.5 must lie"):
         index_run(run, poor, min_recall=1.5)
@@ -79,7 +80,7 @@ def test_a_build_under_its_promise_fails_and_the_old_index_stays(
     monkeypatch.setattr("karma_ray.retrieval.index_recall.measured_recalls", lambda *_: {200: 0.4})
     with pytest.raises(InputError, match=r"recall@200 .* 0\.400 on 30 vectors.*num_probes=2"):
         index_run(run, poor)
-    assert read_manifest(RunFolder(run).index) == before
+    assert read_manifest(served(run).index) == before
     Retriever.load(run)
     # A choice that nobody typed gives way to exact search.
     monkeypatch.setattr(index_build, "chosen_kind", lambda *_: Graph())
