@@ -160,7 +160,7 @@ def search(machines: Machines, head: str) -> None:
     (machines.disk(head) / "space.py").write_text(SPACE)
     flags = [f"--set={field}" for field in FIELDS]
     machines.run(head, "jobs/tune.py", str(machines.home / "space.py"), "--trials", "2",
-                 "--data", DATA, "--out", SEARCH, *flags)  # fmt: skip
+                 "--measure-seeds", "0", "--data", DATA, "--out", SEARCH, *flags)  # fmt: skip
 
 
 def pooled_features(machines: Machines, name: str) -> None:
