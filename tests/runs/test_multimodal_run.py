@@ -41,7 +41,7 @@ def test_the_embedding_actor_sees_what_the_process_sees(tmp_path: Path) -> None:
     tokens, lengths = encode_texts(words, catalog.texts(), tiny.PLAIN.max_item_tokens)
     expected = encode_catalog(model, tokens, lengths)
     encoder = CatalogEncoder(bundle, data, batch_size=4, precision="float32")
-    part = encoder({"id": np.array([7, 0, 31])})
+    part = encoder.encode(np.array([7, 0, 31]))
     found = np.array(part.column("embedding").to_pylist())
     np.testing.assert_allclose(found, expected[[7, 0, 31]], atol=1e-5)
     model.item_encoder.pictures = multimodal.pictures()
