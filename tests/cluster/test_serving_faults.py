@@ -141,6 +141,7 @@ def processes(session: int, name: str) -> list[int]:
     return [int(line) for line in listed.stdout.split()]
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_killed_processes_cost_no_answer_and_a_signal_drains(endpoint, expected) -> None:
     url, process = endpoint()
@@ -166,6 +167,7 @@ def test_killed_processes_cost_no_answer_and_a_signal_drains(endpoint, expected)
     assert set(answers) == {200}
 
 
+@pytest.mark.slow
 @pytest.mark.fault
 def test_replicas_are_added_under_load_and_removed_after_it(endpoint, expected) -> None:
     url, process = endpoint("--replicas", "1-2")
