@@ -1,12 +1,14 @@
 """The endpoint of a finished run under load, behind several hosts side by side.
 
     python benchmarks/serve.py RUN [--hosts uvicorn,serve] [--clients 1,8,16] [--history 0,20,50]
+    python benchmarks/serve.py RUN --rates 100,200,400
 
 Hosts: `single` (uvicorn, one request at a time and nothing stored), `uvicorn` (one process with
 batches and stored histories: `jobs/serve.py RUN --without-ray`), `serve` (Ray Serve:
 `jobs/serve.py RUN`). Every round asks all hosts in turn; printed are medians over the rounds, as
 JSON lines: requests per second, latencies in ms, the ratio to `uvicorn`, and the share of histories
-that were found stored. Load comes from a process of its own (benchmarks/load.py), on the same
+that were found stored. With `--rates` requests are due at fixed times instead (an open loop), and a
+latency counts from then. Load comes from a process of its own (benchmarks/load.py), on the same
 machine, and the item ids from the run's index.
 """
 
@@ -109,20 +111,22 @@ def stored(url: str) -> dict[str, float]:
     }
 
 
-def measure(urls: dict[str, str], requests: str, given: argparse.Namespace, clients: int) -> None:
-    """Ask all hosts in turn and print the medians."""
+def measure(
+    urls: dict[str, str], requests: str, given: argparse.Namespace, name: str, value: float
+) -> None:
+    """Ask all hosts in turn, with so many `clients` or at this `rate`, and print the medians."""
     rounds: dict[str, list[dict]] = {host: [] for host in urls}
     before = {host: stored(url) for host, url in urls.items()}
     for _ in range(given.rounds):
         for host, url in urls.items():
-            options = ["--clients", str(clients), "--seconds", str(given.seconds)]
+            options = [f"--{name}", str(value), "--seconds", str(given.seconds)]
             rounds[host].append(load(url, requests, *options))
     middle = {h: statistics.median(r["per_second"] for r in found) for h, found in rounds.items()}
     for host, found in rounds.items():
         rates = [r["per_second"] for r in found]
         hits = {n: v - before[host].get(n, 0) for n, v in stored(urls[host]).items()}
         line = {
-            "host": host, "clients": clients, "history": given.current,
+            "host": host, name: value, "history": given.current,
             "per_second": middle[host], "spread": [min(rates), max(rates)],
             "to_uvicorn": round(middle[host] / middle.get("uvicorn", math.nan), 3),
             **{n: statistics.median(r[n] for r in found) for n in ("p50_ms", "p99_ms", "max_ms")},
@@ -138,6 +142,7 @@ def main() -> None:
     flags.add_argument("run", metavar="RUN")
     flags.add_argument("--hosts", default="single,uvicorn,serve")
     flags.add_argument("--clients", default="1,8,16")
+    flags.add_argument("--rates", default="", help="requests per second, instead of --clients")
     flags.add_argument("--history", default="0,20,50")
     flags.add_argument("--users", type=int, default=200, help="distinct histories")
     flags.add_argument("--k", type=int, default=50)
@@ -152,8 +157,12 @@ def main() -> None:
             requests = Path(folder, f"{history}.jsonl")
             requests.write_text("\n".join(bodies(run, history, given.users, given.k)))
             given.current = history
+            if given.rates:
+                for rate in map(float, given.rates.split(",")):
+                    measure(urls, str(requests), given, "rate", rate)
+                continue
             for clients in map(int, given.clients.split(",")):
-                measure(urls, str(requests), given, clients)
+                measure(urls, str(requests), given, "clients", clients)
 
 
 if __name__ == "__main__":
