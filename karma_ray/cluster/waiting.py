@@ -7,7 +7,7 @@ import math
 import threading
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
@@ -66,9 +66,7 @@ def _watch(purpose: str, need: Mapping[str, float], workers: int, stop: threadin
     most, before, next_line = need[name] * workers, 0.0, 0.0
     while not stop.wait(POLL_S):
         try:
-            if heard := _internal_kv_get(topic):
-                LOG.warning("%s: %s", purpose, heard.decode())
-                _internal_kv_del(topic)
+            _listen(purpose, topic)
             lacking = min(most, pending(name))
         except Exception as error:  # the cluster is busy or going down: the work itself will say so
             LOG.debug("%s: %s", purpose, error)
@@ -77,6 +75,15 @@ def _watch(purpose: str, need: Mapping[str, float], workers: int, stop: threadin
             LOG.info("%s: waiting for %s", purpose, _waited_for(name, lacking))
             next_line = time.monotonic() + REPEAT_S
         before = lacking
+    with suppress(Exception):  # what was said since the last look
+        _listen(purpose, topic)
+
+
+def _listen(purpose: str, topic: str) -> None:
+    """Log what a worker has left under `topic`."""
+    if heard := _internal_kv_get(topic):
+        LOG.warning("%s: %s", purpose, heard.decode())
+        _internal_kv_del(topic)
 
 
 def _waited_for(name: str, amount: float) -> str:
