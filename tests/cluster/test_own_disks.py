@@ -48,14 +48,14 @@ def test_jobs_complete_on_machines_that_share_no_disk_though_one_is_lost(
             assert read_json(join(RUN, "metrics.json"))["HR@50"] == trained["HR@50"]
             search(machines, head)
             pooled_features(machines, head)
+        assert len(read_json(join(SEARCH, "trials.json"))["trials"]) == 2
+        assert read_json(join(SEARCH, "best.json"))["recipe"] == "toy"
+        features = read_manifest(features_uri(DATA), "visual_features")
+        embedded = read_manifest(join(RUN, "item_embeddings"))
+        assert features["parents"]["items"] == embedded["parents"]["items"]
+        assert (features["num_tokens"], features["num_items"]) == (1, 240)
     for event in machines.timeline:
         print(json.dumps(event))
-    assert len(read_json(join(SEARCH, "trials.json"))["trials"]) == 2
-    assert read_json(join(SEARCH, "best.json"))["recipe"] == "toy"
-    features = read_manifest(features_uri(DATA), "visual_features")
-    embedded = read_manifest(join(RUN, "item_embeddings"))
-    assert features["parents"]["items"] == embedded["parents"]["items"]
-    assert (features["num_tokens"], features["num_items"]) == (1, 240)
 
 
 def _check_run(lost: str, new: str) -> None:
