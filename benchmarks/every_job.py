@@ -17,7 +17,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -36,6 +35,7 @@ import psutil
 from karma_ray.cli import parser, run
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.runs.stopping import stop_on_signals
+from karma_ray.serving.process import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 SHOP = {"num_items": 240, "num_users": 120}
@@ -198,13 +198,6 @@ class LocalCluster:
 
     def _ray(self, *words: str) -> list[str]:
         return [str(Path(sys.executable).parent / "ray"), *words]
-
-
-def free_port() -> int:
-    """Return a port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def submitted(cluster: LocalCluster, name: str, job: Job) -> dict[str, Any]:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -27,7 +26,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import psutil
 import ray
 
 from benchmarks.cpu_meter import CpuMeter
@@ -42,6 +40,7 @@ from karma_ray.runs.joint import joint_job
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import CACHE, toy_shop
 from karma_ray.runs.stopping import stop_on_signals
+from tests.cluster.nodes import kill
 
 WARM = 8
 """Steps before the first one counted."""
@@ -120,7 +119,7 @@ def cluster(nodes: int) -> Iterator[None]:
         ray.shutdown()
         del os.environ["RAY_ADDRESS"]
         for process in processes:
-            _kill(process)
+            kill(process)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -134,15 +133,6 @@ def _wait(address: str, nodes: int) -> None:
                 return
         time.sleep(0.5)
     raise TimeoutError(f"{nodes} nodes at {address}: not within two minutes")
-
-
-def _kill(process: subprocess.Popen[bytes]) -> None:
-    with suppress(psutil.NoSuchProcess):
-        found = psutil.Process(process.pid)
-        for one in [*found.children(recursive=True), found]:
-            with suppress(psutil.NoSuchProcess):
-                one.send_signal(signal.SIGKILL)
-    process.wait()
 
 
 if __name__ == "__main__":

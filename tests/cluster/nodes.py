@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,8 @@ from pathlib import Path
 
 import psutil
 import pytest
+
+from karma_ray.serving.process import free_port as free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 OWN_MOUNTS = ["unshare", "--mount", *(() if os.getuid() == 0 else ("--user", "--map-root-user"))]
@@ -90,12 +91,6 @@ def kill(process: subprocess.Popen[bytes]) -> None:
             with suppress(psutil.NoSuchProcess):
                 one.send_signal(signal.SIGKILL)
     process.wait()
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def wait(

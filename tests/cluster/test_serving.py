@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +15,7 @@ from karma_ray.cluster.serving import Replicas, serve_run
 from karma_ray.errors import InputError, SkewError
 from karma_ray.serving.app import build_app
 from karma_ray.serving.host import curl_example
+from karma_ray.serving.process import free_port
 from karma_ray.serving.service import Service
 from tests import tiny_run
 from tests.serving.test_app import BODY
@@ -58,12 +58,6 @@ def test_what_cannot_be_served_is_said_before_anything_starts(run: str, tmp_path
         serve_run(mixed)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.mark.ray
 def test_ray_serve_answers_as_the_app_does_and_sheds_load(
     ray_cluster, run: str, client, monkeypatch
@@ -73,7 +67,7 @@ def test_ray_serve_answers_as_the_app_does_and_sheds_load(
     monkeypatch.chdir(Path(run).parent)
     ready: list[str] = []
     try:
-        url = serve_run("run", port=_free_port(), max_queued_requests=1, on_ready=ready.append)
+        url = serve_run("run", port=free_port(), max_queued_requests=1, on_ready=ready.append)
         assert ready == [url]
         served = httpx.post(f"{url}/v1/recall", json=BODY, timeout=30)
         assert served.status_code == 200
