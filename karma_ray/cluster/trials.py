@@ -69,6 +69,21 @@ def trainable(metric: str, base: Config, data: str | None, ledger: Ledger, train
     return trial
 
 
+def last_words(trial: Any) -> str:
+    """Return the last line of a failed trial's traceback.
+
+    Ray Tune writes it on the driver's disk before it tells its callbacks. `trial.get_error()`
+    reads the copy in the storage, which is sent in the background and may not be there yet.
+    """
+    path = trial.error_file
+    if path and os.path.isfile(path):
+        with open(path, encoding="utf-8", errors="replace") as file:
+            lines = file.read().strip().splitlines()
+        if lines:
+            return lines[-1]
+    return "unknown"
+
+
 class Recorder(tune.Callback):
     """Writes every start, validation and end of a trial to the ledger, and logs them.
 
@@ -115,8 +130,7 @@ class Recorder(tune.Callback):
 
     def _failed(self, trial: Any) -> Trial:
         found = self._of(trial)
-        error = str(trial.get_error() or "unknown").strip().splitlines()[-1]
-        found = replace(found, failures=found.failures + 1, error=error)
+        found = replace(found, failures=found.failures + 1, error=last_words(trial))
         self._write(found)
         return found
 
