@@ -106,9 +106,12 @@ def test_calls_of_all_kinds_share_a_batch(retriever: Retriever) -> None:
     assert last is not None and last["max"] == pytest.approx(1, abs=1e-5) and last["tiers"][9] > 0.6
 
 
-def test_a_window_grows_to_twice_its_length_and_begins_anew() -> None:
-    lengths = [count - window_start(count, 5) for count in range(18)]
-    assert lengths == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]
+def test_a_window_is_never_longer_than_in_training_and_begins_anew_with_half() -> None:
+    lengths = [count - window_start(count, 5) for count in range(13)]
+    assert lengths == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 3]
+    assert [count - window_start(count, 1) for count in range(4)] == [0, 1, 1, 1]
+    for limit in (4, 50):  # where a store of clicks drops the older half, the window begins too
+        assert window_start(2 * limit - 1, limit) == limit
     assert window_start(7, 0) == 7
 
 
@@ -119,7 +122,7 @@ def test_a_growing_history_runs_its_new_click_only(retriever: Retriever) -> None
         engine.answer([RecallCall(Request("mug", clicks[:size]), 3)])
     assert engine.cache is not None
     counts = engine.cache.counts
-    assert (counts.none, counts.part, counts.whole) == (1, 8, 0)
+    assert (counts.none, counts.part, counts.whole) == (3, 6, 0)  # anew at 6 and 9 clicks of 5
     engine.answer([RecallCall(Request("lamp", clicks), 3)])
     assert counts.whole == 1
 
