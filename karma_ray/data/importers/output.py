@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -54,6 +55,7 @@ _OWNED = (
     "quarantine", "truth", "prepared.json", "manifest.json",
 )  # fmt: skip
 
+ROWS_PER_PART = 1_000_000
 
 _WORK = "import-work"
 
@@ -68,6 +70,7 @@ class DataFolder:
         self.rows: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._parts: Counter[str] = Counter()
+        self._pending: dict[str, list[pa.Table]] = {}
         self._users: set[str] = set()
         self._item_ids: list[pa.Array] = []
         self._digest = hashlib.sha256()
@@ -114,6 +117,28 @@ class DataFolder:
         elif name.startswith("examples"):
             self._users.update(arrow.column("user_id").unique().to_pylist())
 
+    def append(self, name: str, table: pl.DataFrame | pa.Table) -> None:
+        """Append rows to the table `name`, in parts whose size does not depend on the calls.
+
+        Call `finish` after it, which writes the last part.
+        """
+        arrow = table.to_arrow() if isinstance(table, pl.DataFrame) else table
+        arrow = check_columns(arrow, _SCHEMAS[name], f"{name} of {self.uri}")
+        pending = self._pending.setdefault(name, [])
+        pending.append(arrow)
+        if sum(part.num_rows for part in pending) >= ROWS_PER_PART:
+            whole = pa.concat_tables(pending)
+            stop = whole.num_rows - whole.num_rows % ROWS_PER_PART
+            for start in range(0, stop, ROWS_PER_PART):
+                self.add(name, whole.slice(start, ROWS_PER_PART))
+            self._pending[name] = [whole.slice(stop)]
+
+    def flush(self) -> None:
+        """Write what `append` keeps."""
+        for name, pending in self._pending.items():
+            self.add(name, pa.concat_tables(pending))
+        self._pending.clear()
+
     def _count_unknown(self, clicked: pa.ChunkedArray) -> None:
         """Count clicks that preparation will quarantine, and the pages that have one."""
         items = pa.array([], pa.string())
@@ -150,12 +175,15 @@ class DataFolder:
         licence: str,
         notes: list[str],
         presplit: bool = False,
+        cutoffs: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """Write the manifest (and `prepared.json` of a pre-split source); returns the manifest.
 
         Its `data_hash` is computed from the values of the tables, so it is the same on every
-        machine; records of finished runs identify their data by it.
+        machine; records of finished runs identify their data by it. `cutoffs` are those that a
+        preparation takes (Cutoffs.iso).
         """
+        self.flush()
         counts = {"users": len(self._users), "items": self.rows["items"]}
         counts |= {
             k: self.rows[k] for k in ("other_items", "events", "sequences") if self._parts[k]
@@ -176,7 +204,7 @@ class DataFolder:
             write_json(prepared, join(self.work, "prepared.json"))
         manifest = write_manifest(
             self.work, "data", name=name, **facts, data_hash=self._digest.hexdigest()[:16],
-            licence=licence, notes=notes, presplit=presplit,
+            licence=licence, notes=notes, presplit=presplit, **(cutoffs or {}),
         )  # fmt: skip
         self.publish()
         return manifest
