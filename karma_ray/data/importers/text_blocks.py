@@ -11,7 +11,7 @@ import gzip
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
 import polars as pl
 
@@ -21,7 +21,8 @@ BLOCK_BYTES = 1 << 24
 NOT_UTF8 = "not UTF-8"
 _PROBE = 1 << 20
 """Bytes at the start of a file that show its encoding and its line ends."""
-_BROKEN = (OSError, EOFError, zlib.error)
+_BROKEN = (gzip.BadGzipFile, EOFError, zlib.error)
+"""What a damaged archive raises. A store that cannot be reached raises other errors."""
 
 
 class Damaged(Exception):
@@ -91,7 +92,7 @@ def _pieces(uri: str, block_bytes: int) -> Iterator[bytes]:
     fs, path = open_filesystem(uri)
     try:
         with fs.open(path, "rb") as raw:
-            source: IO[bytes] = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
+            source: Any = gzip.GzipFile(fileobj=raw) if path.endswith(".gz") else raw
             size = max(block_bytes, _PROBE)
             while piece := source.read(size):
                 yield piece
