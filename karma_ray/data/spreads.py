@@ -19,6 +19,8 @@ def spread(values: pl.Series) -> dict[str, Any]:
     edges = [0, *(2**n for n in range(int(ranked[-1]).bit_length() + 1))]
     numbers, _ = np.histogram(ranked.to_numpy(), [*edges, edges[-1] * 2])
     bars = [{"from": low, "count": int(n)} for low, n in zip(edges, numbers, strict=True)]
+    bars = bars[bars[0]["count"] == 0 :]  # whether anybody has none
+    bars = bars[: len(bars) - (bars[-1]["count"] == 0)]
     return {"mean": float(np.mean(ranked.to_numpy())), "max": int(ranked[-1]), "quantiles": places,
             "histogram": bars}  # fmt: skip
 

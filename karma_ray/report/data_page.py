@@ -11,7 +11,7 @@ from karma_ray.report.page import environment, write_bytes
 PAGE = "description.html"
 NUMBERS = "description.json"
 _LABELS = {"derived": "DERIVED", "proxy": "PROXY"}
-_QUARTILES = (("0.1", "10 %"), ("0.5", "median"), ("0.9", "90 %"), ("0.99", "99 %"))
+_PARTS = (("0.1", "10 %"), ("0.5", "half"), ("0.9", "90 %"), ("0.99", "99 %"))
 
 
 def render_data_page(numbers: dict[str, Any], folder: str) -> str:
@@ -118,10 +118,11 @@ def data_screen(numbers: dict[str, Any]) -> str:
 def _splits(numbers: dict[str, Any]) -> list[tuple[str, str, str]]:
     cutoffs, rows = numbers["cutoffs"], []
     for name, split in numbers["splits"].items():
-        start = cutoffs.get(f"{name}_start", "")
-        cold = "" if name == "train" else f"{_percent(split['cold_share'])} on cold items, "
-        since = f"from {start[:16].replace('T', ' ')}" if start else "before"
-        rows.append((f"{name} clicks", f"{split['clicks']:,}", f"{cold}{since}"))
+        start = cutoffs.get(f"{'valid' if name == 'train' else name}_start", "")
+        when = start[:16].replace("T", " ")
+        cold = f"{_percent(split['cold_share'])} on items without a training click, from {when}"
+        told = f"before {when}" if name == "train" else cold
+        rows.append((f"{name} clicks", f"{split['clicks']:,}", told if start else ""))
     return rows
 
 
@@ -133,8 +134,10 @@ def _sampled(numbers: dict[str, Any]) -> str:
 def _quantiles(values: dict[str, Any]) -> tuple[str, str]:
     """Return the mean, and the quantiles as a sentence."""
     found = values["quantiles"]
-    listed = [f"{name} {found[place]:,}" for place, name in _QUARTILES if place in found]
-    return f"{values['mean']:.1f}", ", ".join([*listed, f"largest {values['max']:,}"])
+    listed = [f"{found[place]:,} for {name}" for place, name in _PARTS if place in found]
+    if not listed:
+        return "0", ""
+    return f"{values['mean']:.1f}", f"at most {', '.join(listed)}; largest {values['max']:,}"
 
 
 def _of(part: int, whole: int) -> str:

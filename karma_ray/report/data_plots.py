@@ -21,12 +21,13 @@ def days(numbers: Numbers) -> bytes | None:
     if not per_day:
         return None
     figure, (axes,) = new_panels(1, width=_WIDE)
-    when = [_days_since(day) for day, _, _ in per_day]
+    known = {_days_since(day): (events, clicks) for day, events, clicks in per_day}
+    when = list(range(min(known), max(known) + 1))
     axes.xaxis_date()
     marker = "o" if len(when) < 3 else None
-    for place, name in ((1, "events"), (2, "clicks")):
-        values = [row[place] for row in per_day]
-        axes.plot(when, values, label=name, color=LINE_COLOURS[place - 1], lw=1.2, marker=marker)
+    for place, name in enumerate(("events", "clicks")):
+        values = [known.get(day, (0, 0))[place] for day in when]
+        axes.plot(when, values, label=name, color=LINE_COLOURS[place], lw=1.2, marker=marker)
     top = axes.get_ylim()[1]
     for name in ("valid", "test"):
         start = numbers["cutoffs"].get(f"{name}_start")
@@ -43,16 +44,16 @@ def days(numbers: Numbers) -> bytes | None:
 def lengths(numbers: Numbers) -> bytes | None:
     """Draw the histograms of clicks per user, exposures per page and words per query."""
     groups = {
-        "users by number of clicks": (numbers["history"]["histogram"], True),
-        "pages by number of exposures": (numbers["exposures"]["per_page"]["histogram"], False),
-        "queries by number of words": (numbers["queries"]["words"]["histogram"], False),
+        "users by number of clicks": numbers["history"]["histogram"],
+        "pages by number of exposures": numbers["exposures"]["per_page"]["histogram"],
+        "queries by number of words": numbers["queries"]["words"]["histogram"],
     }
-    groups = {title: group for title, group in groups.items() if group[0]}
+    groups = {title: bars for title, bars in groups.items() if bars}
     if not groups:
         return None
     figure, found = new_panels(len(groups))
-    for axes, (title, (bars, doubling)) in zip(found, groups.items(), strict=True):
-        _bars(axes, bars, doubling=doubling)
+    for axes, (title, bars) in zip(found, groups.items(), strict=True):
+        _bars(axes, bars)
         dress(axes, title)
     return png(figure)
 
@@ -76,8 +77,12 @@ def popularity(numbers: Numbers) -> bytes | None:
 
 
 DATA_PLOTS: tuple[tuple[str, str, Callable[[Numbers], bytes | None]], ...] = (
-    ("Time", "A gap is a day without an event; dotted lines are the starts of the splits.", days),
-    ("Lengths", "Clicks per user are counted in classes that double.", lengths),
+    ("Time", "Dotted lines are the starts of validation and test.", days),
+    (
+        "Lengths",
+        "Clicks per user are counted in classes that double: 4 stands for 4 to 7.",
+        lengths,
+    ),
     (
         "Popularity",
         "A model that ranks by popularity reaches the shares of this curve.",
@@ -87,23 +92,18 @@ DATA_PLOTS: tuple[tuple[str, str, Callable[[Numbers], bytes | None]], ...] = (
 """(title, caption, plot); a plot of nothing is None."""
 
 
-def _bars(axes: Axes, bars: list[dict[str, int]], *, doubling: bool) -> None:
+def _bars(axes: Axes, bars: list[dict[str, int]]) -> None:
     shown = bars[:_MAX_BARS]
     rest = sum(bar["count"] for bar in bars[_MAX_BARS:])
-    names = [_class(bar["from"]) if doubling else str(bar["from"]) for bar in shown]
+    names = [str(bar["from"]) for bar in shown]
     counts = [bar["count"] for bar in shown]
     if rest:
         names, counts = [*names, "more"], [*counts, rest]
     axes.bar(range(len(counts)), counts, color=LINE_COLOURS[0], width=0.8)
     every = max(1, len(names) // 8)
     axes.set_xticks(range(0, len(names), every), names[::every], fontsize=8)
-    axes.yaxis.get_major_formatter().set_useOffset(False)  # type: ignore[attr-defined]
 
 
 def _days_since(day: str) -> int:
     """Return the days since 1970, as matplotlib counts dates."""
     return (date.fromisoformat(day) - date(1970, 1, 1)).days
-
-
-def _class(low: int) -> str:
-    return str(low) if low < 2 else f"{low}-{2 * low - 1}"
