@@ -2,14 +2,15 @@
 
 Examples contain ids without texts; the collator looks the ids up here. Rows are in the order of
 `DATA/items`, without invalid ones (no id, no title, or a repeated id after its first row), so that
-a row number has the same meaning in every process.
+a row number has the same meaning in every process. A process holds no item: texts are read from
+the mapped copy, and the table of ids (item_lookup.py) is mapped too.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from itertools import repeat
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import pyarrow.compute as pc
 from karma_ray.artifacts import join
 from karma_ray.data.fragments import list_fragments, read_fragment
 from karma_ray.data.identifiers import MISSING
+from karma_ray.data.item_lookup import ItemLookup
 from karma_ray.data.schema import ITEMS, check_columns
 from karma_ray.errors import InputError
 from karma_ray.node_cache import known_hash
@@ -48,9 +50,6 @@ class Catalog:
         if table.num_rows == 0:
             raise InputError("items", 0, "rows: the catalogue is empty")
         self.table, self.copy = table, copy
-        self.item_ids: list[str] = table.column("item_id").to_pylist()
-        self.titles: list[str] = table.column("title").to_pylist()
-        self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids)}
         self._content_ids: np.ndarray | None = None
 
     @classmethod
@@ -75,11 +74,25 @@ class Catalog:
     @property
     def num_items(self) -> int:
         """Number of items I."""
-        return len(self.item_ids)
+        return int(self.table.num_rows)
 
-    def rows(self, ids: Sequence[str]) -> np.ndarray:
+    @cached_property
+    def item_ids(self) -> list[str]:
+        """The id of every item. This process alone holds the list: gigabytes for 10^7 items."""
+        return list(self.table.column("item_id").to_pylist())
+
+    @cached_property
+    def titles(self) -> list[str]:
+        """The title of every item, held as `item_ids` are."""
+        return list(self.table.column("title").to_pylist())
+
+    @cached_property
+    def _lookup(self) -> ItemLookup:
+        return ItemLookup(self.table.column("item_id"), self.copy)
+
+    def rows(self, ids: Sequence[str] | pa.Array) -> np.ndarray:
         """Return the row numbers [n] int64 of item ids; -1 for unknown ones."""
-        return np.fromiter(map(self._row_of.get, ids, repeat(-1)), dtype=np.int64, count=len(ids))
+        return self._lookup.rows(ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string()))
 
     def column(self, name: str) -> list[Any] | None:
         """Return a column as a list, or None if the catalogue does not have it."""

@@ -30,7 +30,7 @@ def hashed(*parts: Any) -> np.ndarray:
     with np.errstate(over="ignore"):
         for part in parts:
             values = np.asarray(part).astype(np.int64).view(np.uint64)
-            state = _mixed((state + _GOLDEN) ^ values)
+            state = mixed((state + _GOLDEN) ^ values)
     return np.asarray(state).view(np.int64)
 
 
@@ -63,7 +63,8 @@ def row_keys(count: int, seed: int) -> np.ndarray:
     return hashed(seed, np.arange(count))
 
 
-def _mixed(state: Any) -> Any:
+def mixed(state: Any) -> Any:
+    """Return SplitMix64's finaliser of uint64 numbers, which scatters them; one to one."""
     state = (state ^ (state >> np.uint64(30))) * _FIRST
     state = (state ^ (state >> np.uint64(27))) * _SECOND
     return state ^ (state >> np.uint64(31))
