@@ -8,7 +8,7 @@ collates the row, and does not depend on other draws.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -52,7 +52,7 @@ def normal(keys: np.ndarray, shape: tuple[int, ...], device: torch.device | str)
     return found
 
 
-def text_keys(texts: Sequence[str]) -> np.ndarray:
+def text_keys(texts: Iterable[str]) -> np.ndarray:
     """Return keys [N] int64 of texts, the same on every machine."""
     digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     return np.frombuffer(b"".join(digests), "<i8")

@@ -49,7 +49,7 @@ class ItemLookup:
         """Return the row numbers [n] int64 of ids; -1 for unknown ones and for null."""
         wanted = text_hashes(ids)
         places = self._hashes.searchsorted(wanted)
-        found = self._numbers.take(places, mode="clip")
+        found: np.ndarray = self._numbers.take(places, mode="clip")
         wrong = np.flatnonzero(~self._equal(ids, found))
         found[wrong] = -1
         # An id may lie behind others with its hash.
@@ -123,4 +123,4 @@ def text_hashes(texts: pa.Array) -> np.ndarray:
         unused = np.maximum(done + _WORD - sizes[here], 0).view(np.uint64) << np.uint64(3)
         word = words[starts[here] + done] << unused
         state[here] = mixed(state[here] ^ word)
-    return state
+    return np.asarray(state)
