@@ -13,12 +13,15 @@ from karma_ray.data.catalog import Catalog
 
 CLICK_COLUMNS = ("item_ids", "loss_mask")
 """The columns of training windows that are read here."""
-Windows = pa.Table | Iterable[pa.Table]
-"""Training windows: a table, or tables that are counted one after the other."""
 
 
-def training_clicks(windows: Windows, catalog: Catalog) -> NDArray[np.int64]:  # -> [I]
-    """Count the training clicks of every item: steps with `loss_mask`, so each counts once."""
+def training_clicks(
+    windows: Iterable[pa.Table] | pa.Table, catalog: Catalog
+) -> NDArray[np.int64]:  # -> [I]
+    """Count the training clicks of every item: steps with `loss_mask`, so each counts once.
+
+    `windows` is a table, or tables that are read one after the other.
+    """
     result = np.zeros(catalog.num_items, dtype=np.int64)
     for part in _parts(windows):
         items, mask = _flat(part, "item_ids"), _flat(part, "loss_mask")
@@ -26,7 +29,9 @@ def training_clicks(windows: Windows, catalog: Catalog) -> NDArray[np.int64]:  #
     return result
 
 
-def click_shares(windows: Windows, catalog: Catalog) -> NDArray[np.float32]:  # -> [I]
+def click_shares(
+    windows: Iterable[pa.Table] | pa.Table, catalog: Catalog
+) -> NDArray[np.float32]:  # -> [I]
     """Return the share of training clicks on each item's content, of at least one click."""
     clicks, content = training_clicks(windows, catalog), catalog.content_ids
     counts = np.bincount(content, weights=clicks)[content]
@@ -34,7 +39,9 @@ def click_shares(windows: Windows, catalog: Catalog) -> NDArray[np.float32]:  # 
     return shares.astype(np.float32)
 
 
-def warm_mask(windows: Windows, catalog: Catalog) -> NDArray[np.bool_]:  # -> [I]
+def warm_mask(
+    windows: Iterable[pa.Table] | pa.Table, catalog: Catalog
+) -> NDArray[np.bool_]:  # -> [I]
     """Return the mask of items with a training click, as target or context; others are cold."""
     result = np.zeros(catalog.num_items, dtype=np.int64)
     for part in _parts(windows):
@@ -53,7 +60,7 @@ class PopularityRanker:
         return np.broadcast_to(self._scores, (examples.num_rows, len(self._scores)))
 
 
-def _parts(windows: Windows) -> Iterable[pa.Table]:
+def _parts(windows: Iterable[pa.Table] | pa.Table) -> Iterable[pa.Table]:
     return [windows] if isinstance(windows, pa.Table) else windows
 
 
