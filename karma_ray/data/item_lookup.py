@@ -10,6 +10,7 @@ Legend: n ids looked up, I items.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,8 @@ FORMAT = 1
 """Raised when the hash or the layout changes, so that old files are ignored."""
 CHUNK = 65_536
 """Ids hashed at once, which bounds the memory of the process that writes the table."""
+FEW = 10_000
+"""Up to so many ids a dictionary (a megabyte or two) answers sooner, and is used instead."""
 _WORD = 8
 
 
@@ -34,6 +37,10 @@ class ItemLookup:
 
         Without a copy the table is built in this process.
         """
+        self._few: dict[str, int] | None = None
+        if len(ids) <= FEW:
+            self._few = {item_id: row for row, item_id in enumerate(ids.to_pylist())}
+            return
         self._chunks = ids.chunks
         self._ends = np.cumsum([len(chunk) for chunk in self._chunks])
         shape = (2, len(ids))
@@ -47,6 +54,9 @@ class ItemLookup:
 
     def rows(self, ids: pa.Array) -> np.ndarray:
         """Return the row numbers [n] int64 of ids; -1 for unknown ones and for null."""
+        if self._few is not None:
+            known = map(self._few.get, ids.to_pylist(), repeat(-1))
+            return np.fromiter(known, np.int64, len(ids))
         wanted = text_hashes(ids)
         places = self._hashes.searchsorted(wanted)
         found: np.ndarray = self._numbers.take(places, mode="clip")

@@ -31,12 +31,15 @@ def _column(size: int, kind: pa.DataType) -> pa.ChunkedArray:
     return pa.chunked_array([pa.array(part, kind) for part in parts])
 
 
+@pytest.mark.parametrize("few", [0, 1000])
 @pytest.mark.parametrize("asked_kind", [pa.string(), pa.large_string()])
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
 @pytest.mark.parametrize("size", [7, 1000])
 def test_rows_are_those_of_a_dictionary(
-    size: int, kind: pa.DataType, asked_kind: pa.DataType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    size: int, kind: pa.DataType, asked_kind: pa.DataType, few: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(item_lookup, "FEW", few)
     monkeypatch.setattr(item_lookup, "CHUNK", 50)
     lookup = ItemLookup(_column(size, kind))
     assert lookup.rows(pa.array(ASKED, asked_kind)).tolist() == _expected(ASKED)
@@ -53,6 +56,7 @@ def test_ids_with_equal_hashes_are_told_apart(
         largest = np.uint64(2**64 - 1)
         return largest - text_hashes(texts) % np.uint64(num_hashes)
 
+    monkeypatch.setattr(item_lookup, "FEW", 0)
     monkeypatch.setattr(item_lookup, "text_hashes", colliding)
     found = ItemLookup(_column(1000, pa.string())).rows(pa.array(ASKED))
     assert found.tolist() == _expected(ASKED)
@@ -78,6 +82,7 @@ def test_processes_that_start_together_make_one_table_and_hold_none(
         made.append(len(texts))
         return text_hashes(texts)
 
+    monkeypatch.setattr(item_lookup, "FEW", 0)
     monkeypatch.setattr(item_lookup, "text_hashes", counted)
     found: list[np.ndarray] = []
 
