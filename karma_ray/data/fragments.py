@@ -6,6 +6,8 @@ the input order, which decides between pages with equal times.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from urllib.parse import unquote
 
@@ -15,6 +17,10 @@ import pyarrow.parquet as pq
 from karma_ray.artifacts import open_filesystem, table_files
 from karma_ray.data.reading import DAMAGE, Lost, require_damage, said
 from karma_ray.errors import InputError
+
+MOST_FILES = 64
+BLOCK_ROWS = 16_384
+"""Rows in memory at once where a table is streamed."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,39 @@ def read_or_lose(
         require_damage(error)
         return Lost(fragment.path, fragment.first_row, fragment.num_rows, 0.0, said(error))
     return table
+
+
+class OpenFiles(ExitStack):
+    """Parquet files by their path, open until this context is left, and at most MOST_FILES.
+
+    The footer of a file, which is long if it has many rows, is read once.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__()
+        self._fs, self._open = open_filesystem(folder)[0], dict[str, pq.ParquetFile]()
+
+    def __getitem__(self, path: str) -> pq.ParquetFile:
+        if path not in self._open:
+            if len(self._open) == MOST_FILES:
+                self.close()
+                self._open.clear()
+            self._open[path] = pq.ParquetFile(self.enter_context(self._fs.open(path, "rb")))
+        return self._open[path]
+
+
+def row_blocks(folder: str, columns: Sequence[str]) -> Iterator[pa.Table]:
+    """Yield all rows of `folder` in order, in tables of at most BLOCK_ROWS rows.
+
+    Columns that the files do not have are left out. Each file's footer is read once.
+    """
+    fs, _ = open_filesystem(folder)
+    for path in table_files(folder):
+        with fs.open(path, "rb") as source:
+            file = pq.ParquetFile(source)
+            wanted = [name for name in columns if name in file.schema_arrow.names]
+            for batch in file.iter_batches(BLOCK_ROWS, columns=wanted):
+                yield pa.Table.from_batches([batch])
 
 
 def folder_columns(path: str, root: str) -> dict[str, str | None]:
