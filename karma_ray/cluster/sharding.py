@@ -47,14 +47,14 @@ def run_on_ray(task: Task, inputs: Sequence[Any], small: bool) -> Iterable[None]
         yield from run_here(task, inputs)
         return
     connect()
-    shared = ray.put(task)
+    shared, call = ray.put(task), ray.remote(_call)
     left = iter(inputs)
-    running = [_call.remote(shared, part) for part in islice(left, IN_FLIGHT)]
+    running = [call.remote(shared, part) for part in islice(left, IN_FLIGHT)]
     try:
         while running:
             (done,), running = ray.wait(running, num_returns=1)
             yield ray.get(done)
-            running += [_call.remote(shared, part) for part in islice(left, 1)]
+            running += [call.remote(shared, part) for part in islice(left, 1)]
     except RayTaskError as error:
         if isinstance(error.cause, KarmaRayError):
             raise error.cause from None  # its message is all that the user needs
@@ -64,7 +64,6 @@ def run_on_ray(task: Task, inputs: Sequence[Any], small: bool) -> Iterable[None]
             ray.cancel(each)
 
 
-@ray.remote
 def _call(task: Task, part: Any) -> None:
     """Run as a task on a node."""
     task(part)
