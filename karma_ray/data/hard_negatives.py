@@ -18,7 +18,7 @@ def page_negatives(pages: pl.DataFrame, scope: str, cap: int | None, seed: int) 
     shown = place.select("place", scope, item="exposed").explode("item").drop_nulls("item")
     liked = pl.concat(
         [place.select(scope, item=name).explode("item") for name in ("clicked", "purchased")]
-    ).unique()
+    )
     negatives = (
         shown.with_row_index("shown")
         .join(liked, on=[scope, "item"], how="anti", nulls_equal=False)
