@@ -125,7 +125,9 @@ class PartitionBuild:
         paths = [self.work.path("rows", part) for part in self.parts]
         with ThreadPoolExecutor(READERS) as readers:
             tables = list(readers.map(lambda path: read_rows(path, slots), paths))
-        return joined(tables, starts(self.parts))
+        # Rows are numbered in their files, and start at the part's first row there.
+        begins = zip(starts(self.parts), self.parts, strict=True)
+        return joined(tables, [start - part.first_row for start, part in begins])
 
 
 def _numbered(table: pa.Table, name: str, numbers: np.ndarray) -> pa.Table:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import polars as pl
@@ -24,7 +24,8 @@ from karma_ray.data.validation import CLEAN_EVENTS
 
 BITS = 16
 """Doublings of `prepare.num_partitions` that a file of rows serves."""
-BATCH_ROWS = 1_024
+BATCH_BYTES = 1 << 18
+"""Bytes of a record batch, about, before it is compressed."""
 _FIRST_SLOTS = b"first_slots"
 
 
@@ -63,12 +64,13 @@ def write_rows(clean: pa.Table, uri: str, fewest: int) -> None:
     slots = slots_of(clean["user_id"], fewest)
     by_slot = np.argsort(slots, kind="stable")
     rows = clean.append_column("slot", pa.array(slots)).take(pa.array(by_slot)).combine_chunks()
-    first_slots = json.dumps(slots[by_slot][::BATCH_ROWS].tolist())
+    batch_rows = max(16, BATCH_BYTES * rows.num_rows // max(1, rows.nbytes))
+    first_slots = json.dumps(slots[by_slot][::batch_rows].tolist())
     schema = rows.schema.with_metadata({_FIRST_SLOTS: first_slots.encode()})
     sink = pa.BufferOutputStream()
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.ipc.new_file(sink, schema, options=options) as writer:
-        writer.write_table(rows, max_chunksize=BATCH_ROWS)
+        writer.write_table(rows, max_chunksize=batch_rows)
     write_bytes(sink.getvalue(), uri)
 
 
@@ -80,8 +82,7 @@ def read_rows(uri: str, slots: tuple[int, int]) -> pa.Table:
         first_slots = np.array(json.loads(file.schema.metadata[_FIRST_SLOTS]), dtype=np.int64)
         first = max(0, int(np.searchsorted(first_slots, slots[0], side="left")) - 1)
         end = int(np.searchsorted(first_slots, slots[1], side="left"))
-        batches = [file.get_batch(number) for number in range(first, end)]
-    kept = list(_within(batches, slots))
+        kept = [_within(file.get_batch(number), slots) for number in range(first, end)]
     return pa.Table.from_batches(kept, CLEAN_EVENTS)
 
 
@@ -95,22 +96,21 @@ def newest(rows: pa.Table, most: int) -> pa.Table:
     return rows.filter(pa.array(frame.select(age < most).to_series().to_numpy()))
 
 
-def joined(tables: Sequence[pa.Table], starts: Sequence[int]) -> pa.Table:
-    """Join the rows of several parts; `order` becomes the number of the row in the whole log."""
+def joined(tables: Sequence[pa.Table], offsets: Sequence[int]) -> pa.Table:
+    """Join the rows of several parts; `offsets` make `order` the row's number in the whole log."""
     place = CLEAN_EVENTS.get_field_index("order")
     numbered = [
-        table.set_column(place, "order", pc.add(table["order"], start))
-        for table, start in zip(tables, starts, strict=True)
+        table.set_column(place, "order", pc.add(table["order"], offset))
+        for table, offset in zip(tables, offsets, strict=True)
         if table.num_rows
     ]
     return pa.concat_tables([CLEAN_EVENTS.empty_table(), *numbered])
 
 
-def _within(batches: Sequence[pa.RecordBatch], slots: tuple[int, int]) -> Iterator[pa.RecordBatch]:
-    for batch in batches:
-        slot = batch.column("slot").to_numpy()
-        first, end = np.searchsorted(slot, slots)
-        yield batch.slice(first, end - first).drop_columns(["slot"])
+def _within(batch: pa.RecordBatch, slots: tuple[int, int]) -> pa.RecordBatch:
+    """Return a copy of the rows of a range of slots, which does not keep the others in memory."""
+    first, end = np.searchsorted(batch.column("slot").to_numpy(), slots)
+    return batch.drop_columns(["slot"]).take(pa.array(np.arange(first, end)))
 
 
 def _crc(user_ids: pa.ChunkedArray) -> np.ndarray:

@@ -33,9 +33,11 @@ def log() -> pa.Table:
 
 
 def write_log(folder: Path, events: pa.Table, rows: int = 60) -> str:
-    """A data folder with `rows` rows in a row group."""
+    """A data folder with two files, and `rows` rows in a row group."""
     (folder / "events").mkdir(parents=True)
-    pq.write_table(events, folder / "events" / "part-0.parquet", row_group_size=rows)
+    first = events.num_rows // 3
+    pq.write_table(events[:first], folder / "events" / "part-0.parquet", row_group_size=rows)
+    pq.write_table(events[first:], folder / "events" / "part-1.parquet", row_group_size=rows)
     write_table(items_table(60), str(folder / "items"))
     return str(folder)
 
@@ -69,9 +71,9 @@ class Recorded:
 
 
 def test_how_the_input_is_divided_changes_no_byte_of_the_output(tmp_path: Path) -> None:
-    events = log()
-    outs = []
-    for number, (rows, cells) in enumerate([(1000, 1 << 22), (60, 1 << 22), (60, 500), (7, 900)]):
+    events = random_events(seed=22)  # in no order of time, with equal times
+    outs = [prepare(write_log(tmp_path / "data-0", events, 1000), CONFIG, sizes=SMALL)]
+    for number, (rows, cells) in enumerate([(60, 1 << 22), (60, 500), (7, 900)], 1):
         data = write_log(tmp_path / f"data-{number}", events, rows)
         sizes = Sizes(part_cells=cells, partition_cells=1_000)
         outs.append(prepare(data, CONFIG, sizes=sizes))
@@ -221,10 +223,12 @@ def test_parts_follow_row_groups_and_cells(tmp_path: Path) -> None:
     data = write_log(tmp_path / "data", log(), 50)
     parts = list_parts(f"{data}/events", Sizes(part_cells=1_500))
     assert sum(part.num_rows for part in parts) == log().num_rows
-    assert [part.groups[0] for part in parts[1:]] == [part.groups[1] for part in parts[:-1]]
+    second = [part for part in parts if part.file == "part-1.parquet"]
+    assert [part.groups[0] for part in second[1:]] == [part.groups[1] for part in second[:-1]]
     assert all(part.cells <= 1_500 for part in parts)
     whole = list_parts(f"{data}/events", Sizes())
-    assert len(whole) == 1 and whole[0].cells == sum(part.cells for part in parts)
+    assert [part.file for part in whole] == ["part-0.parquet", "part-1.parquet"]
+    assert sum(part.cells for part in whole) == sum(part.cells for part in parts)
     assert isinstance(whole[0], EventPart) and whole[0].day is None
 
 
