@@ -135,10 +135,11 @@ def read_data_manifest(uri: str) -> dict[str, Any]:
 def differences(facts: Mapping[str, Any], config: PrepareConfig) -> dict[str, tuple[Any, Any]]:
     """Return the fields in which `facts` and `config` differ: name -> (there, wanted).
 
-    `num_partitions` is ignored, as it does not change any row. Data that were prepared before
-    `hold_out` existed hold nothing out.
+    `num_partitions` is ignored, as it does not change any row. Data that were prepared before a
+    field existed are as with its default.
     """
-    made_with = {"hold_out": 0.0, **(facts.get("prepare") or {})}
+    newer = {name: getattr(PrepareConfig, name) for name in ("hold_out", "max_user_events")}
+    made_with = {**newer, **(facts.get("prepare") or {})}
     wanted = {name: value for name, value in asdict(config).items() if name != "num_partitions"}
     return {
         name: (made_with.get(name), value)

@@ -28,12 +28,10 @@ from karma_ray.artifacts import (
     locked,
     move,
     open_filesystem,
-    read_json,
     read_manifest,
     read_table,
     remove,
     value_hash,
-    write_json,
 )
 from karma_ray.data.fragments import Fragment, list_fragments
 from karma_ray.data.patches import SAMPLE_IMAGES, PatchPca, side_of
@@ -47,6 +45,7 @@ from karma_ray.data.pictures import (
 )
 from karma_ray.data.prepared import require_data
 from karma_ray.data.visual import KIND, features_uri, grid_of, write_visual_manifest
+from karma_ray.data.work_folder import open_work
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.vision_encoder import load_vision_encoder
 from karma_ray.model.device import this_device
@@ -115,7 +114,7 @@ def make_features(
             if manifest["kind"] != KIND:
                 raise InputError("--out", target, f"holds {manifest['kind']} and is not replaced")
         work = f"{target}-work"
-        _open_work(work, key)
+        open_work(work, key)
         make, facts = _encoder(config, items, kinds, work)
         parts = _encode_all(make, items, kinds, work, encode or encode_here)
         facts |= {"fitted_on": "all items" if trained is None else "training items", "key": key}
@@ -239,14 +238,6 @@ def _identity(encoder: str) -> Any:
     fs, root = open_filesystem(encoder)
     found = fs.find(root, detail=True)
     return [(name[len(root) :], found[name]["size"]) for name in sorted(found)]
-
-
-def _open_work(work: str, key: str) -> None:
-    """Keep the parts of an interrupted attempt if it computed the same features."""
-    marker = join(work, "key.json")
-    if exists(work) and not (exists(marker) and read_json(marker) == key):
-        remove(work)
-    write_json(key, marker)
 
 
 def _replace(target: str, work: str) -> None:
