@@ -23,11 +23,11 @@ from karma_ray.data.config import PrepareConfig
 from karma_ray.data.event_parts import READERS, EventPart, read_part, starts
 from karma_ray.data.forgotten import Forgotten
 from karma_ray.data.preparation import beyond_cap, build_partition
+from karma_ray.data.prepare_work import PrepareWork
 from karma_ray.data.prepared import PREPARE_VERSION
 from karma_ray.data.splits import Cutoffs
 from karma_ray.data.user_rows import joined, newest, read_rows, slot_range, write_rows
 from karma_ray.data.validation import check_events, count_reasons
-from karma_ray.data.work_folder import WorkFolder
 from karma_ray.errors import LeakError
 
 
@@ -37,7 +37,7 @@ class PartCheck:
 
     folder: str
     """The folder events/."""
-    work: WorkFolder
+    work: PrepareWork
     item_ids: pa.Array
     config: PrepareConfig
     forgotten: Forgotten = field(default_factory=Forgotten)
@@ -84,7 +84,7 @@ class PartCheck:
 class PartitionBuild:
     """Turns the clean events of one partition of users into its files."""
 
-    work: WorkFolder
+    work: PrepareWork
     parts: Sequence[EventPart]
     num_partitions: int
     cutoffs: Cutoffs

@@ -18,6 +18,7 @@ import pyarrow.compute as pc
 from karma_ray.artifacts import exists, join, move, open_filesystem, remove, write_json, write_table
 from karma_ray.data.event_parts import EventPart, starts
 from karma_ray.data.fragments import Fragment, list_fragments, read_fragment
+from karma_ray.data.prepare_work import PrepareWork
 from karma_ray.data.schema import EXAMPLES, ITEMS, QUARANTINE, SEQUENCES, check_columns
 from karma_ray.data.validation import (
     Checked,
@@ -26,7 +27,6 @@ from karma_ray.data.validation import (
     count_reasons,
     records_of,
 )
-from karma_ray.data.work_folder import WorkFolder
 from karma_ray.errors import TooManyBadRows
 
 WORK = "prepare-work"
@@ -57,7 +57,7 @@ def read_catalogue(data_uri: str, with_categories: bool = False) -> Checked:
 class Staging:
     """Publishes the tables of a work folder in `target`."""
 
-    def __init__(self, target: str, work: WorkFolder, of_items: pa.Table) -> None:
+    def __init__(self, target: str, work: PrepareWork, of_items: pa.Table) -> None:
         """`of_items` are the rejected items."""
         self._target, self._work, self._of_items = target, work, of_items
 

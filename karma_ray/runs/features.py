@@ -43,9 +43,9 @@ from karma_ray.data.pictures import (
     source_rows,
     standing_part,
 )
+from karma_ray.data.prepare_work import open_work
 from karma_ray.data.prepared import require_data
 from karma_ray.data.visual import KIND, features_uri, grid_of, write_visual_manifest
-from karma_ray.data.work_folder import open_work
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.vision_encoder import load_vision_encoder
 from karma_ray.model.device import this_device

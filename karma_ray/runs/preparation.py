@@ -5,7 +5,7 @@
     partitions of users --build--> sequences/, examples/split=.../ (one file per partition)
 
 No process holds more than one part or one partition. What a task has finished is kept in the work
-folder until the job has ended, so a killed job goes on where it was (data/work_folder.py). Tasks
+folder until the job has ended, so a killed job goes on where it was (data/prepare_work.py). Tasks
 run in this process by default, or on Ray (cluster/sharding.py); both write the same bytes.
 
 What prepares is imported where it is used, so that data that are prepared need no polars.
@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from karma_ray.data.event_parts import EventPart, Sizes
     from karma_ray.data.forgotten import Forgotten
     from karma_ray.data.passes import PartCheck, PartitionBuild
+    from karma_ray.data.prepare_work import PrepareWork
     from karma_ray.data.splits import Cutoffs
-    from karma_ray.data.work_folder import WorkFolder
 
 LOG = logging.getLogger(__name__)
 
@@ -118,11 +118,11 @@ def _prepare_into(
 ) -> dict[str, Any]:  # fmt: skip
     from karma_ray.data.event_parts import Sizes
     from karma_ray.data.forgotten import Forgotten
+    from karma_ray.data.prepare_work import PrepareWork
     from karma_ray.data.staging import WORK
-    from karma_ray.data.work_folder import WorkFolder
 
     source, target = absolute(data_uri), absolute(out)
-    work = WorkFolder(join(target, WORK))
+    work = PrepareWork(join(target, WORK))
     forgotten = Forgotten.of(target, forget)
     job = _Preparation(source, target, work, config, run, sizes or Sizes(), forgotten)
     try:
@@ -149,7 +149,7 @@ class _Preparation:
 
     source: str
     target: str
-    work: WorkFolder
+    work: PrepareWork
     config: PrepareConfig
     run: RunTasks
     sizes: Sizes
@@ -233,7 +233,7 @@ class _Preparation:
 
 
 def _cutoffs(
-    work: WorkFolder, parts: Sequence[EventPart], checked: Sequence[dict[str, Any]],
+    work: PrepareWork, parts: Sequence[EventPart], checked: Sequence[dict[str, Any]],
     config: PrepareConfig, manifest: dict[str, Any],
 ) -> Cutoffs:  # fmt: skip
     from karma_ray.data.click_times import DAY, cutoffs_by_day

@@ -19,10 +19,10 @@ from karma_ray.data.config import PrepareConfig
 from karma_ray.data.event_parts import Sizes, list_parts
 from karma_ray.data.passes import PartCheck, PartitionBuild
 from karma_ray.data.preparation import Prepared, prepare_tables
+from karma_ray.data.prepare_work import PrepareWork
 from karma_ray.data.prepared import PreparedData
 from karma_ray.data.schema import ITEMS
 from karma_ray.data.splits import Cutoffs, to_microseconds
-from karma_ray.data.work_folder import WorkFolder
 from karma_ray.errors import InputError, TooManyBadRows
 from karma_ray.runs import preparation
 from karma_ray.runs.preparation import Task
@@ -161,7 +161,7 @@ def test_too_many_bad_events_stop_and_leave_the_old_tables(tmp_path: Path) -> No
 def test_a_leak_found_in_a_task_reaches_the_caller(tmp_path: Path) -> None:
     uri, _ = shop(tmp_path / "data")
     (part, *_) = parts = list_parts(f"{uri}/events", Sizes())
-    work = WorkFolder(str(tmp_path / "work"))
+    work = PrepareWork(str(tmp_path / "work"))
     PartCheck(f"{uri}/events", work, items_table(60)["item_id"].combine_chunks(), CONFIG)(part)
     crossed = Cutoffs(valid_start=hour(150), test_start=hour(50))
     PartitionBuild(work, parts[:1], 4, crossed, CONFIG)(1)

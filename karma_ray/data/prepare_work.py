@@ -44,7 +44,7 @@ _KINDS = {"parts": "json", "rows": "arrow", "times": "parquet", "unknown": "parq
 
 
 @dataclass(frozen=True)
-class WorkFolder:
+class PrepareWork:
     """The paths in a work folder, and what is kept there."""
 
     uri: str
