@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from karma_ray.artifacts import join
-from karma_ray.data.fragments import list_fragments, read_fragment
+from karma_ray.data.fragments import items_folder, list_fragments, read_fragment
 from karma_ray.data.identifiers import MISSING
 from karma_ray.data.schema import ITEMS, check_columns
 from karma_ray.errors import InputError
@@ -60,7 +59,7 @@ class Catalog:
         The Arrow copy is kept in `cache_dir` (default: the node's folder) under the content hash
         of the items, so all workers of a node share its pages. One of them hashes and reads them.
         """
-        source = join(data_uri, "items")
+        source = items_folder(data_uri)
         folder = Path(cache_dir) if cache_dir else node_folder()
         path = folder / f"{known_hash(source)}.arrow"
         kept(path, lambda: _write_arrow(source, path))

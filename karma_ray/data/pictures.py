@@ -182,6 +182,11 @@ class Part:
     squares: list[float]
 
     @property
+    def num_items(self) -> int:
+        """Number of items, with or without a readable picture."""
+        return self.with_image + self.without_image + len(self.broken)
+
+    @property
     def moments(self) -> Moments:
         """The sums over FITTED items."""
         return Moments(self.fitted, np.array(self.total), np.array(self.squares))

@@ -8,6 +8,7 @@ appears under its name when it is complete, and until then an earlier one stays 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,9 +59,8 @@ class WorkFolder:
         """Return the facts of the finished parts by name."""
         fs, root = open_filesystem(self.root)
         fs.invalidate_cache()  # other processes write to it
-        if not fs.exists(f"{root}/facts"):
-            return {}
-        found = fs.cat([name for name in fs.find(f"{root}/facts") if name.endswith(".json")])
+        named = [name for name in fs.find(f"{root}/facts") if name.endswith(".json")]
+        found = fs.cat(named) if named else {}
         parts = {name.rsplit("/", 1)[-1][:-5]: json.loads(told) for name, told in found.items()}
         tables = {name.rsplit("/", 1)[-1] for name in fs.find(f"{root}/table")}
         return {
@@ -72,6 +72,24 @@ class WorkFolder:
     def finished_part(self, name: str) -> Any:
         """Return the facts of a part, or None if it is not finished."""
         return read_json(self._facts(name))["facts"] if exists(self._facts(name)) else None
+
+    def keep(self, names: Collection[str]) -> str | None:
+        """Keep the finished parts of these names in the table, and remove what is not finished.
+
+        Rows of other finished parts, as of an earlier state of the input, are set aside; returns
+        their folder if there are any.
+        """
+        fs, root = open_filesystem(self.root)
+        aside, done = f"{root}/aside", self.finished()
+        for path in fs.find(f"{root}/table"):
+            name = path.rsplit("/", 1)[-1].removesuffix(".parquet")
+            if name not in done:
+                fs.rm(path)
+            elif name not in names:
+                fs.makedirs(aside, exist_ok=True)
+                fs.mv(path, f"{aside}/{name}.parquet")
+                fs.rm(f"{root}/facts/{name}.json")
+        return join(self.root, "aside") if fs.exists(aside) else None
 
     def complete(self) -> None:
         """Let the table, whose manifest is written, take the place of the target."""

@@ -19,7 +19,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from karma_ray.artifacts import (
     absolute,
@@ -35,6 +34,7 @@ from karma_ray.artifacts import (
 from karma_ray.data.fragments import Fragment, list_fragments
 from karma_ray.data.patches import SAMPLE_IMAGES, PatchPca, side_of
 from karma_ray.data.pictures import (
+    UNUSED,
     ImageEncoder,
     Part,
     encode_fragment,
@@ -43,6 +43,7 @@ from karma_ray.data.pictures import (
     source_rows,
 )
 from karma_ray.data.prepared import require_data
+from karma_ray.data.progress import told
 from karma_ray.data.visual import KIND, features_uri, grid_of, write_visual_manifest
 from karma_ray.data.work_folder import WorkFolder
 from karma_ray.errors import InputError
@@ -178,12 +179,9 @@ def _encode_all(
     if parts:
         LOG.info("features: %d of %d parts already exist", len(parts), len(fragments))
     if missing:
-        with tqdm(
-            total=sum(len(rows_of(f, kinds)) for f in missing), unit="item", disable=None
-        ) as bar:
-            for part in encode(make, missing, items, kinds, work):
-                parts.append(part)
-                bar.update(part.with_image + part.without_image + len(part.broken))
+        total = sum(int((rows_of(fragment, kinds) != UNUSED).sum()) for fragment in missing)
+        made = encode(make, missing, items, kinds, work)
+        parts += told(made, lambda part: part.num_items, total, "features")
     return sorted(parts, key=lambda part: part.order)
 
 

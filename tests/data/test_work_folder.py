@@ -39,6 +39,17 @@ def test_a_part_without_its_facts_or_its_rows_is_not_finished(work: WorkFolder) 
     assert work.finished() == {"a": 1}
 
 
+def test_parts_of_an_earlier_input_are_set_aside_and_torn_ones_removed(work: WorkFolder) -> None:
+    work.write("a", ROWS, 1)
+    work.write("b", ROWS, 2)
+    write_bytes(b"torn", join(work.table, "c.parquet"))
+    assert work.keep(["a", "b", "c"]) is None
+    assert work.keep(["b", "c"]) == join(work.root, "aside")
+    assert work.finished() == {"b": 2} and read_table(work.table).equals(ROWS)
+    assert read_table(join(work.root, "aside")).equals(ROWS)
+    assert work.keep([]) is not None and work.finished() == {}
+
+
 def test_a_complete_table_takes_the_place_of_an_earlier_one(work: WorkFolder) -> None:
     write_bytes(b"old", join(work.target, "old.parquet"))
     work.write("a", ROWS, 1)
