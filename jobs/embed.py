@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     flags.add_argument(
         "--precision", choices=["auto", "float32", "bfloat16"], default="auto",
-        help="compute type (default auto: bfloat16 on GPUs, float32 on CPUs)",
+        help="compute type (default auto: that of the newest embeddings of this bundle, or else "
+        "bfloat16 on GPUs and on CPUs with instructions for it, and float32 on others)",
     )  # fmt: skip
     flags.add_argument(
         "--new", action="store_true",

@@ -22,8 +22,8 @@ from karma_ray.cluster.session import connect
 from karma_ray.cluster.supply import supply
 from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.errors import InputError
-from karma_ray.model.device import may_use_gpus
-from karma_ray.retrieval.embedding import PART_ITEMS, embed_catalog
+from karma_ray.model.device import cpu_computes_bfloat16, may_use_gpus
+from karma_ray.retrieval.embedding import PART_ITEMS, embed_catalog, known_precision
 from karma_ray.retrieval.part_encoder import Embedding, Part, PartEncoder
 
 BASE_MEMORY = 1 << 30
@@ -50,14 +50,15 @@ def embed_items(
     """Call `embed_catalog` with a pool of encoders.
 
     Without `num_actors` there are as many encoders as GPUs that the cluster has or may add, or else
-    as cores, but never more than there are parts to encode. The precision `auto` is bfloat16 on
-    GPUs, and float32 on CPUs. Raises InputError as it does, and if there can never be so many
-    encoders.
+    as cores, but never more than there are parts to encode. The precision `auto` is
+    that of the newest embeddings of the bundle, so that they can be used again; without any it is
+    bfloat16 on GPUs and on CPUs with instructions for it (this machine's CPU tells for all), and
+    else float32. Raises InputError as it does, and if there can never be so many encoders.
     """
     if num_actors is not None and num_actors < 1:
         raise InputError("--actors", num_actors, "must be at least 1")
     if precision == "auto":
-        precision = _precision()
+        precision = known_precision(bundle, reuse) or _precision()
     return embed_catalog(
         bundle, data, out, partial(encode_on_ray, num_actors=num_actors), precision=precision,
         reuse=reuse, fewest=num_actors or 1, part_items=part_items,
@@ -89,7 +90,7 @@ def encode_on_ray(
 def _precision() -> str:
     connect()
     on_gpus = may_use_gpus() and supply().reach(GPU).possible
-    return "bfloat16" if on_gpus else "float32"
+    return "bfloat16" if on_gpus or cpu_computes_bfloat16() else "float32"
 
 
 def _num_items(parts: list[Part]) -> int:

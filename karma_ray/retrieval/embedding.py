@@ -131,6 +131,16 @@ def made_with(precision: str) -> dict[str, Any]:
     return {"version": VERSION, "precision": precision}
 
 
+def known_precision(bundle: str, folders: Sequence[str]) -> str | None:
+    """Return the precision of the first of these embeddings that a bundle's encoders made."""
+    wanted = read_manifest(bundle, "bundle")["content_hash"]
+    for folder in folders:
+        facts = read_manifest(folder, MANIFEST_KIND)
+        if "made" in facts and facts["parents"].get("bundle") == wanted:
+            return str(facts["made"]["precision"])
+    return None
+
+
 def _fits(folder: str, bundle_hash: str, made: dict[str, Any]) -> bool:
     """Whether a bundle makes the vectors of a folder anew if it encodes the same items again."""
     facts = read_manifest(folder, MANIFEST_KIND)

@@ -29,7 +29,7 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.schema import ITEMS
 from karma_ray.errors import InputError
 from karma_ray.retrieval.delta import update_run
-from karma_ray.retrieval.embedding import embed_catalog, plan_of
+from karma_ray.retrieval.embedding import embed_catalog, known_precision, plan_of
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.index_build import index_run
 from karma_ray.retrieval.part_encoder import (
@@ -205,6 +205,8 @@ def test_embeddings_that_were_made_otherwise_are_not_reused(
     plain = join(run, "item_embeddings")  # without hashes of what was encoded
     manifest = embed_catalog(bundle_of(run), data, out, reuse=[plain, half])
     assert (manifest["encoded"], manifest["reused"], manifest["dropped"]) == (40, 0, 0)
+    assert known_precision(bundle_of(run), [plain, half]) == "bfloat16"
+    assert known_precision(bundle_of(run), [plain]) is None
 
 
 def test_a_catalogue_that_changes_while_the_job_is_down_costs_what_changed(
