@@ -168,10 +168,11 @@ class PartEncoder:
             found, known = source.find(hashes[rows])
             vectors[rows[found]], missing[rows[found]] = known, False
         rows = np.flatnonzero(missing)
-        facts: dict[str, Any] = {"encoded": len(rows), "reused": items.num_items - len(rows)}
+        _, some, of_which = np.unique(hashes[rows], return_index=True, return_inverse=True)
+        facts: dict[str, Any] = {"encoded": len(some), "reused": items.num_items - len(some)}
         if len(rows):
-            new = self.encoder.encode(rows + part.first)
-            vectors[rows] = new.vectors
+            new = self.encoder.encode(rows[some] + part.first)  # of equal items one is enough
+            vectors[rows] = new.vectors[of_which]
             facts |= {"tokens": new.tokens, "slots": new.slots}
         if part.first == 0 and self.of.precision != "float32":
             facts["accuracy"] = self.accuracy()

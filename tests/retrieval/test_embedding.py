@@ -253,6 +253,17 @@ def test_what_a_delta_has_encoded_is_not_encoded_again(tmp_path: Path) -> None:
     assert (manifest["encoded"], manifest["reused"], manifest["dropped"]) == (0, 39, 3)
 
 
+def test_of_items_with_equal_texts_one_is_encoded(run: str, data: str, tmp_path: Path) -> None:
+    rows = tiny_run.items_table().to_pylist()
+    rows += [{**row, "item_id": f"again-{row['item_id']}"} for row in rows[:10]]
+    write_table(pa.Table.from_pylist(rows, schema=ITEMS), join(data, "items"))
+    out = str(tmp_path / "out")
+    manifest = embed_catalog(bundle_of(run), data, out)
+    assert (manifest["num_items"], manifest["encoded"], manifest["reused"]) == (50, 40, 10)
+    found = load_embeddings(out)
+    assert np.array_equal(found.embeddings[40:], found.embeddings[:10])
+
+
 def test_plans_depend_on_the_items_alone(data: str) -> None:
     catalog, contents = Catalog.load(data), Contents(False, None)
     parts = plan_of(catalog, contents, most_items=16)
