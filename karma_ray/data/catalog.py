@@ -18,9 +18,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from karma_ray.artifacts import join
 from karma_ray.data.contents import FORMAT, fill_content_ids
-from karma_ray.data.fragments import list_fragments, read_fragment
+from karma_ray.data.fragments import items_folder, list_fragments, read_fragment
 from karma_ray.data.identifiers import MISSING
 from karma_ray.data.item_lookup import ItemLookup
 from karma_ray.data.memory_map import mapped_array
@@ -66,7 +65,7 @@ class Catalog:
         The Arrow copy is kept in `cache_dir` (default: the node's folder) under the content hash
         of the items, so all workers of a node share its pages. One of them hashes and reads them.
         """
-        source = join(data_uri, "items")
+        source = items_folder(data_uri)
         folder = Path(cache_dir) if cache_dir else node_folder()
         path = folder / f"{known_hash(source)}.arrow"
         kept(path, lambda: _write_arrow(source, path))

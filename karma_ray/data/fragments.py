@@ -14,7 +14,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from karma_ray.artifacts import open_filesystem, table_files
+from karma_ray.artifacts import data_files, exists, join, open_filesystem, table_files
 from karma_ray.data.reading import DAMAGE, Lost, require_damage, said
 from karma_ray.errors import InputError
 
@@ -37,6 +37,12 @@ class Fragment:
     """Number of the fragment's first row in the whole folder (files sorted by name)."""
     num_rows: int
     """Number of rows."""
+
+
+def items_folder(data: str) -> str:
+    """Return the folder items/ of a data folder, or the folder itself if it is one of items."""
+    inside = join(data, "items")
+    return data if not exists(inside) and data_files(data, (".parquet",)) else inside
 
 
 def list_fragments(
