@@ -65,7 +65,7 @@ Call = RecallCall | ScoreCall | FeaturesCall | RememberCall
 
 @dataclass(frozen=True)
 class CandidateFeatures:
-    """Scores and similarities of candidates; None for unknown items."""
+    """Scores and similarities of candidates; None for what recall never finds."""
 
     scores: Scores
     features: list[dict[str, Any] | None] = field(default_factory=list)
@@ -171,7 +171,7 @@ class Engine:
     ) -> CandidateFeatures:
         """`vectors` [K, D]."""
         scores = self.retriever.scores_of(vectors, call.request, call.item_ids)
-        rows = self.retriever.table.rows(call.item_ids)
+        rows = self.retriever.candidate_rows(call.item_ids)
         known = np.flatnonzero(rows >= 0)
         table = self.retriever.table.embeddings
         cosines = _unit(table[rows[known]]) @ _unit(table[[step.row for step in steps]]).T

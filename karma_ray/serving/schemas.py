@@ -99,7 +99,7 @@ class RecallResponse(Version):
 
 
 class ScoreResponse(Version):
-    """One score per requested item, in order; null for an unknown item."""
+    """One score per requested item, in order; null for one that the catalogue does not hold."""
 
     scores: list[float | None]
     ignored_item_ids: list[str]
@@ -119,7 +119,7 @@ class Features(TypedDict):
 
 
 class FeaturesResponse(Version):
-    """Features of each candidate, in order; null for an unknown item."""
+    """Features of each candidate, in order; null for one that the catalogue does not hold."""
 
     features: list[Features | None]
     ignored_item_ids: list[str]
