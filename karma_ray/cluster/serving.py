@@ -83,13 +83,12 @@ def serve_run(
 ) -> str:
     """Serve a finished run or a live folder; returns its base URL, or runs until Ctrl-C.
 
-    `on_ready` is called with the URL once the endpoint answers. The run and the port are checked
+    `on_ready` is called with the URL once the endpoint answers. The port and the run are checked
     first, so that a missing part, a mismatch of model and index or a used port gives an error
     message instead of a replica that fails again and again. When `blocking`, it runs until SIGINT
     or SIGTERM, which end this process. Raises KarmaRayError.
     """
     check_port(port)
-    load_embeddings(check_source(run).item_embeddings)  # fails here instead of in a replica
     # Replicas have another working directory, where a relative path would not be found.
     run = run if "://" in run else str(Path(run).resolve())
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
@@ -97,6 +96,7 @@ def serve_run(
     def start() -> None:
         # In an existing cluster the head node opens the port, whichever node asks.
         with nullcontext() if joins_a_cluster() else held_port(host, port):
+            load_embeddings(check_source(run).item_embeddings)  # fails here, not in a replica
             proxy = port
             if replicas.most == 1 and not joins_a_cluster() and not ray.is_initialized():
                 os.environ.update(_direct(port))

@@ -65,21 +65,21 @@ def serve_here(
     KarmaRayError when a run or the port cannot be used.
     """
     check_port(port)
-    service, token = Service.load(run, num_threads), token_from_environment()
-    page = SearchPage(
-        check_source(run).root, show_users=shows_users(host, token), other_run=compare,
-        other=None if compare is None else Service.load(compare, num_threads),
-    )  # fmt: skip
-    app = build_app(service, token, page, log)
-    settle()
+    # From before the model is loaded: that may take minutes, and would be in vain.
     with held_port(host, port):
-        pass
-    settings = uvicorn.Config(
-        app, host, port, log_level="warning", access_log=False, server_header=False,
-        timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=STOP_S,
-    )  # fmt: skip
-    server = _Announced(settings, lambda: on_ready(f"http://{host}:{port}") if on_ready else None)
-    server.run()
+        service, token = Service.load(run, num_threads), token_from_environment()
+        page = SearchPage(
+            check_source(run).root, show_users=shows_users(host, token), other_run=compare,
+            other=None if compare is None else Service.load(compare, num_threads),
+        )  # fmt: skip
+        app = build_app(service, token, page, log)
+        settle()
+        settings = uvicorn.Config(
+            app, host, port, log_level="warning", access_log=False, server_header=False,
+            timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=STOP_S,
+        )  # fmt: skip
+        url = f"http://{host}:{port}"
+        _Announced(settings, lambda: on_ready(url) if on_ready else None).run()
 
 
 class _Announced(uvicorn.Server):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from fastapi.testclient import TestClient
 from karma_ray.cluster.serving import Replicas, serve_run
 from karma_ray.errors import InputError, SkewError
 from karma_ray.serving.app import build_app
-from karma_ray.serving.host import curl_example
+from karma_ray.serving.host import curl_example, serve_here
 from karma_ray.serving.process import free_port
 from karma_ray.serving.service import Service
 from tests import tiny_run
@@ -50,12 +51,22 @@ def test_what_cannot_be_served_is_said_before_anything_starts(run: str, tmp_path
             Replicas.parse(text)
     assert (Replicas.parse("3"), Replicas.parse("1-4")) == (Replicas(3, 3), Replicas(1, 4))
     with pytest.raises(InputError, match="does not exist"):
-        serve_run(str(tmp_path / "nothing"))
+        serve_run(str(tmp_path / "nothing"), port=free_port())
     mixed, other = tiny_run.write_run(tmp_path / "a"), tiny_run.write_run(tmp_path / "b", seed=3)
     Path(mixed, "index").rename(tmp_path / "away")
     Path(other, "index").rename(Path(mixed, "index"))
     with pytest.raises(SkewError, match="index was made from bundle"):
-        serve_run(mixed)
+        serve_run(mixed, port=free_port())
+
+
+@pytest.mark.parametrize("serve", [serve_here, serve_run])
+def test_a_port_that_somebody_holds_is_said_before_the_run_is_looked_at(serve, tmp_path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port: {port} is used by another program"):
+            serve(str(tmp_path / "nothing"), "127.0.0.1", port)
 
 
 @pytest.mark.ray
