@@ -1,6 +1,7 @@
 """The endpoint on Ray Serve: one deployment that contains the model and the index.
 
 Decoder and index are in the same replica, because each hop between deployments costs milliseconds.
+What several replicas must know of users is elsewhere (`clicks.py`).
 The HTTP interface is `karma_ray.serving`; Serve only hosts it.
 """
 
@@ -19,6 +20,7 @@ from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 
 from karma_ray.cluster.accelerators import share_of_gpus_up
+from karma_ray.cluster.clicks import SharedUsers, clicks_deployment
 from karma_ray.cluster.session import connect, joins_a_cluster
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.encode import load_embeddings
@@ -170,7 +172,8 @@ def application_of(
         token = token_from_environment()
         if needs_token and token is None:
             raise InputError(TOKEN, "", "is set here but not where the replicas run; set it there")
-        service = Service.load(run, max_waiting=max_queued_requests)
+        users = SharedUsers() if replicas.most > 1 else None
+        service = Service.load(run, users=users, max_waiting=max_queued_requests)
         page = SearchPage(check_source(run).root, show_users=shows_users(host, token))
         app = build_app(service, token, page, log)
         settle()
@@ -195,4 +198,4 @@ def application_of(
         ray_actor_options={"num_cpus": 1, "num_gpus": share_of_gpus_up(replicas.most)},
         **scaling,
     )
-    return deployment.bind()
+    return deployment.bind(*[clicks_deployment()] if replicas.most > 1 else [])

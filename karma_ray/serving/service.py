@@ -63,7 +63,7 @@ class Service:
     ) -> None:
         """`users` are stored in this process unless told otherwise."""
         self.arms = live if isinstance(live, Arms) else _alone(Engine(live, cache_bytes))
-        self.users = users or LocalUsers(max(1, self.engine.limit))
+        self.users = users or LocalUsers()
         self.measures = Measures(lambda: self._batcher.num_waiting, lambda: self.engine.cache)
         self.salt = secrets.token_hex(16)
         self._follower: Follower | None = None
@@ -150,11 +150,11 @@ class Service:
         if arm.engine.retriever.table.row(body.item_id) < 0:
             history = await self.users.history(body.user_id)
             return {"num_clicks": len(history), "known": False}
-        count = await self.users.append(body.user_id, body.click())
-        history = await self.users.history(body.user_id)
+        keep = max(1, arm.engine.limit)
+        history = await self.users.append(body.user_id, body.click(), keep)
         with suppress(Overloaded):  # the click is stored; a 503 would have it sent twice
             await self._submit(calls.RememberCall(Request(None, history)), body, facts)
-        return {"num_clicks": count, "known": True}
+        return {"num_clicks": len(history), "known": True}
 
     def close(self) -> None:
         """Answer what waits, then end the threads."""

@@ -101,3 +101,25 @@ def test_ray_serve_answers_as_the_app_does_and_sheds_load(
         assert ask(0).status_code == 200
     finally:
         serve.shutdown()
+
+
+@pytest.mark.ray
+def test_all_replicas_know_a_click_that_one_of_them_was_told(ray_cluster, run: str, client) -> None:
+    from ray import serve
+
+    clicks = [{"item_id": f"i{n}", "query": "lamp"} for n in (3, 21, 8, 9, 30, 31, 12, 2)]
+    sent = client.post("/v1/recall", json={"query": "mug", "history": clicks}).json()["items"]
+    try:
+        url = serve_run(run, port=free_port(), replicas=Replicas(2, 2))
+        told = [
+            httpx.post(f"{url}/v1/events", json={"user_id": "ann", **click}, timeout=60).json()
+            for click in clicks
+        ]
+        # Calls go to either replica at random.
+        assert [answer["num_clicks"] for answer in told] == list(range(1, 9))
+        for _ in range(8):
+            body = {"query": "mug", "user_id": "ann"}
+            found = httpx.post(f"{url}/v1/recall", json=body, timeout=60).json()["items"]
+            assert [item["item_id"] for item in found] == [item["item_id"] for item in sent]
+    finally:
+        serve.shutdown()
