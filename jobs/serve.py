@@ -16,6 +16,7 @@ from karma_ray.cli import parser, run
 from karma_ray.errors import InputError
 from karma_ray.serving.host import curl_example, serve_here
 from karma_ray.serving.live import check_source
+from karma_ray.serving.precision import PRECISIONS
 from karma_ray.serving.request_log import LogSettings
 
 
@@ -34,6 +35,10 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument(
         "--without-ray", action="store_true",
         help="answer from this process, behind uvicorn: one machine, no cluster",
+    )  # fmt: skip
+    flags.add_argument(
+        "--precision", choices=PRECISIONS, default="auto",
+        help="compute type of the decoder (auto: bfloat16 on a GPU, float32 on a CPU)",
     )  # fmt: skip
     flags.add_argument(
         "--compare", metavar="RUN",
@@ -65,14 +70,14 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.without_ray:
         serve_here(
             arguments.run, arguments.host, arguments.port, announce, log=log,
-            compare=arguments.compare,
+            compare=arguments.compare, precision=arguments.precision,
         )  # fmt: skip
         return
     from karma_ray.cluster.serving import Replicas, serve_run  # not needed without Ray
 
     serve_run(
         arguments.run, arguments.host, arguments.port, Replicas.parse(arguments.replicas),
-        blocking=True, on_ready=announce, log=log,
+        blocking=True, on_ready=announce, log=log, precision=arguments.precision,
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from ray import serve
 
 from karma_ray.cluster.serving import MAX_QUEUED, Replicas, application_of
 from karma_ray.retrieval.retriever import check_run
+from karma_ray.serving.precision import Precision
 
 
 class ServiceArguments(BaseModel):
@@ -28,6 +29,8 @@ class ServiceArguments(BaseModel):
     """If larger, copies are added up to this number by load, and removed again."""
     max_queued_requests: int = Field(default=MAX_QUEUED, ge=1)
     """Requests that may wait for a replica; further ones get the status 503."""
+    precision: Precision = "auto"
+    """In which the user decoder computes; `auto` is bfloat16 on a GPU and float32 on a CPU."""
 
 
 def application(given: dict[str, Any]) -> serve.Application:
@@ -40,4 +43,6 @@ def application(given: dict[str, Any]) -> serve.Application:
     check_run(arguments.run)
     most = max(arguments.num_replicas, arguments.max_replicas or 0)
     replicas = Replicas(arguments.num_replicas, most)
-    return application_of(arguments.run, replicas, arguments.max_queued_requests)
+    return application_of(
+        arguments.run, replicas, arguments.max_queued_requests, precision=arguments.precision
+    )

@@ -82,6 +82,7 @@ def serve_run(
     max_queued_requests: int = MAX_QUEUED,
     on_ready: Callable[[str], None] | None = None,
     log: LogSettings | None = None,
+    precision: str = "auto",
 ) -> str:
     """Serve a finished run or a live folder; returns its base URL, or runs until Ctrl-C.
 
@@ -106,7 +107,7 @@ def serve_run(
             connect()
             if blocking:
                 raise_on_signals()
-            application = application_of(run, replicas, max_queued_requests, log, host)
+            application = application_of(run, replicas, max_queued_requests, log, host, precision)
             _start(host, proxy, application)
         if on_ready is not None:
             on_ready(url)
@@ -160,6 +161,7 @@ def application_of(
     max_queued_requests: int = MAX_QUEUED,
     log: LogSettings | None = None,
     host: str = "",
+    precision: str = "auto",
 ) -> serve.Application:
     """Return the Serve application of a finished run, a path or URI that every node can read.
 
@@ -173,7 +175,9 @@ def application_of(
         if needs_token and token is None:
             raise InputError(TOKEN, "", "is set here but not where the replicas run; set it there")
         users = SharedUsers() if replicas.most > 1 else None
-        service = Service.load(run, users=users, max_waiting=max_queued_requests)
+        service = Service.load(
+            run, precision=precision, users=users, max_waiting=max_queued_requests
+        )
         page = SearchPage(check_source(run).root, show_users=shows_users(host, token))
         app = build_app(service, token, page, log)
         settle()

@@ -19,6 +19,7 @@ from karma_ray.retrieval.filters import Filter
 from karma_ray.retrieval.finite import check_queries
 from karma_ray.retrieval.requests import Request
 from karma_ray.serving.histories import steps_of
+from karma_ray.serving.precision import lower
 from karma_ray.serving.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -74,9 +75,13 @@ class CandidateFeatures:
 class Engine:
     """A retriever, and the stored histories of its model. For one thread."""
 
-    def __init__(self, retriever: Retriever, cache_bytes: int) -> None:
-        """`cache_bytes` bound the stored keys and values; 0 stores none."""
+    def __init__(self, retriever: Retriever, cache_bytes: int, precision: str = "float32") -> None:
+        """`cache_bytes` bound the stored keys and values; 0 stores none.
+
+        The decoder of `retriever` computes in `precision` from then on.
+        """
         self.retriever = retriever
+        self.precision = lower(retriever, precision)
         self.limit = retriever.collator.config.max_history
         self.version = {
             "model_version": retriever.model_version,

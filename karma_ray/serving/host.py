@@ -58,6 +58,7 @@ def settle() -> None:
 def serve_here(
     run: str, host: str, port: int, on_ready: Callable[[str], None] | None = None,
     num_threads: int = 1, log: LogSettings | None = None, compare: str | None = None,
+    precision: str = "auto",
 ) -> None:  # fmt: skip
     """Serve a finished run, or a live folder, from this process until SIGINT or SIGTERM.
 
@@ -67,10 +68,15 @@ def serve_here(
     check_port(port)
     # From before the model is loaded: that may take minutes, and would be in vain.
     with held_port(host, port):
-        service, token = Service.load(run, num_threads), token_from_environment()
+        token = token_from_environment()
+        service, other = (
+            None if one is None else Service.load(one, num_threads, precision=precision)
+            for one in (run, compare)
+        )
+        assert service is not None
         page = SearchPage(
             check_source(run).root, show_users=shows_users(host, token), other_run=compare,
-            other=None if compare is None else Service.load(compare, num_threads),
+            other=other,
         )  # fmt: skip
         app = build_app(service, token, page, log)
         settle()

@@ -153,4 +153,6 @@ class Versions(Version):
 
     karma_ray: str
     index_kind: str
+    precision: str
+    """In which the user decoder computes: float32 or bfloat16."""
     arms: list[ArmVersion]

@@ -73,16 +73,18 @@ class Service:
 
     @classmethod
     def load(
-        cls, source: str, num_threads: int = 1, *, cache_bytes: int = CACHE_BYTES, **options: Any
-    ) -> Service:
+        cls, source: str, num_threads: int = 1, *, cache_bytes: int = CACHE_BYTES,
+        precision: str = "auto", **options: Any,
+    ) -> Service:  # fmt: skip
         """Load a finished run, or what a live folder names, which is followed from then on.
 
-        Computes with `num_threads`. Raises as `Retriever.load` does.
+        Computes with `num_threads`, in `precision`. Raises as `Retriever.load` does.
         """
         torch.set_num_threads(num_threads)
         if not is_live_folder(source):
-            return cls(Retriever.load(source), cache_bytes=cache_bytes, **options)
-        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes))
+            alone = _alone(Engine(Retriever.load(source), cache_bytes, precision))
+            return cls(alone, cache_bytes=cache_bytes, **options)
+        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes, precision))
         service = cls(follower.arms, cache_bytes=cache_bytes, **options)
         service.salt, service._follower = follower.live.salt, follower
         follower.start(service.swap, service.measures)
