@@ -11,25 +11,24 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 
+from karma_ray.artifacts import absolute
 from karma_ray.cluster.accelerators import share_of_gpus_up
 from karma_ray.cluster.clicks import SharedUsers, clicks_deployment
 from karma_ray.cluster.session import connect, joins_a_cluster
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.encode import load_embeddings
-from karma_ray.serving.app import build_app
 from karma_ray.serving.client import TOKEN
 from karma_ray.serving.guards import RETRY_AFTER_S
-from karma_ray.serving.host import settle, token_from_environment
+from karma_ray.serving.host import PLAIN, Options, load_app, token_from_environment
 from karma_ray.serving.live import check_source
-from karma_ray.serving.page.routes import SearchPage, shows_users
 from karma_ray.serving.process import (
     check_port,
     free_port,
@@ -37,8 +36,7 @@ from karma_ray.serving.process import (
     raise_on_signals,
     run_until_signal,
 )
-from karma_ray.serving.request_log import LogSettings
-from karma_ray.serving.service import MAX_WAITING, Service
+from karma_ray.serving.service import MAX_WAITING
 
 APPLICATION = "karma_ray"
 MAX_QUEUED = MAX_WAITING
@@ -81,8 +79,7 @@ def serve_run(
     blocking: bool = False,
     max_queued_requests: int = MAX_QUEUED,
     on_ready: Callable[[str], None] | None = None,
-    log: LogSettings | None = None,
-    precision: str = "auto",
+    options: Options = PLAIN,
 ) -> str:
     """Serve a finished run or a live folder; returns its base URL, or runs until Ctrl-C.
 
@@ -93,13 +90,19 @@ def serve_run(
     """
     check_port(port)
     # Replicas have another working directory, where a relative path would not be found.
-    run = run if "://" in run else str(Path(run).resolve())
+    run = absolute(run)
+    if options.compare is not None:
+        options = replace(options, compare=absolute(options.compare))
+    # In an existing cluster the head node opens the port, whichever node asks.
+    reserved = nullcontext if joins_a_cluster() else partial(held_port, host, port)
+    with reserved():
+        for source in (run, options.compare):  # fails here instead of in a replica
+            if source is not None:
+                load_embeddings(check_source(source).item_embeddings)
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
     def start() -> None:
-        # In an existing cluster the head node opens the port, whichever node asks.
-        with nullcontext() if joins_a_cluster() else held_port(host, port):
-            load_embeddings(check_source(run).item_embeddings)  # fails here, not in a replica
+        with reserved():
             proxy = port
             if replicas.most == 1 and not joins_a_cluster() and not ray.is_initialized():
                 os.environ.update(_direct(port))
@@ -107,7 +110,7 @@ def serve_run(
             connect()
             if blocking:
                 raise_on_signals()
-            application = application_of(run, replicas, max_queued_requests, log, host, precision)
+            application = application_of(run, replicas, max_queued_requests, options, host)
             _start(host, proxy, application)
         if on_ready is not None:
             on_ready(url)
@@ -159,9 +162,8 @@ def application_of(
     run: str,
     replicas: Replicas,
     max_queued_requests: int = MAX_QUEUED,
-    log: LogSettings | None = None,
+    options: Options = PLAIN,
     host: str = "",
-    precision: str = "auto",
 ) -> serve.Application:
     """Return the Serve application of a finished run, a path or URI that every node can read.
 
@@ -171,17 +173,10 @@ def application_of(
 
     def build() -> Any:
         # Runs in the replica. The token is read there too, so that it is in no stored setting.
-        token = token_from_environment()
-        if needs_token and token is None:
+        if needs_token and token_from_environment() is None:
             raise InputError(TOKEN, "", "is set here but not where the replicas run; set it there")
         users = SharedUsers() if replicas.most > 1 else None
-        service = Service.load(
-            run, precision=precision, users=users, max_waiting=max_queued_requests
-        )
-        page = SearchPage(check_source(run).root, show_users=shows_users(host, token))
-        app = build_app(service, token, page, log)
-        settle()
-        return app
+        return load_app(run, host, options, users=users, max_waiting=max_queued_requests)
 
     scaling: dict[str, Any] = {"num_replicas": replicas.fewest}
     if replicas.most > replicas.fewest:

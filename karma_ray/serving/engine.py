@@ -75,12 +75,16 @@ class CandidateFeatures:
 class Engine:
     """A retriever, and the stored histories of its model. For one thread."""
 
-    def __init__(self, retriever: Retriever, cache_bytes: int, precision: str = "float32") -> None:
+    def __init__(
+        self, retriever: Retriever, cache_bytes: int, precision: str = "float32",
+        run: str | None = None,
+    ) -> None:  # fmt: skip
         """`cache_bytes` bound the stored keys and values; 0 stores none.
 
-        The decoder of `retriever` computes in `precision` from then on.
+        The decoder of `retriever` computes in `precision` from then on. `run` is the folder that it
+        was loaded from.
         """
-        self.retriever = retriever
+        self.retriever, self.run = retriever, run
         self.precision = lower(retriever, precision)
         self.limit = retriever.collator.config.max_history
         self.version = {

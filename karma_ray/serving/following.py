@@ -36,7 +36,7 @@ def load_engine(arm: LiveRun, cache_bytes: int, precision: str = "float32") -> E
     Raises SkewError if the run holds another model than was published, or KarmaRayError.
     """
     folder = usable_folder(arm)
-    engine = Engine(Retriever.load(folder), cache_bytes, precision)
+    engine = Engine(Retriever.load(folder), cache_bytes, precision, folder.root)
     if engine.version != arm.version:
         if engine.version["model_version"] != arm.model_version:
             raise SkewError(

@@ -15,6 +15,7 @@ import torch
 
 from karma_ray.retrieval.delta import num_live
 from karma_ray.retrieval.filters import Filter
+from karma_ray.retrieval.parts import served
 from karma_ray.retrieval.requests import HistoryItem, Request
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving import engine as calls
@@ -82,8 +83,9 @@ class Service:
         """
         torch.set_num_threads(num_threads)
         if not is_live_folder(source):
-            alone = _alone(Engine(Retriever.load(source), cache_bytes, precision))
-            return cls(alone, cache_bytes=cache_bytes, **options)
+            folder = served(source)
+            engine = Engine(Retriever.load(folder), cache_bytes, precision, folder.root)
+            return cls(_alone(engine), cache_bytes=cache_bytes, **options)
         follower = Follower(source, lambda arm: load_engine(arm, cache_bytes, precision))
         service = cls(follower.arms, cache_bytes=cache_bytes, **options)
         service.salt, service._follower = follower.live.salt, follower
