@@ -37,6 +37,7 @@ from karma_ray.serving.process import (
     run_until_signal,
 )
 from karma_ray.serving.service import MAX_WAITING
+from karma_ray.serving.slow_clients import CALLBACK
 
 APPLICATION = "karma_ray"
 MAX_QUEUED = MAX_WAITING
@@ -104,9 +105,11 @@ def serve_run(
     def start() -> None:
         with reserved():
             proxy = port
-            if replicas.most == 1 and not joins_a_cluster() and not ray.is_initialized():
-                os.environ.update(_direct(port))
-                proxy = free_port()
+            if not joins_a_cluster() and not ray.is_initialized():
+                os.environ.update(CALLBACK)
+                if replicas.most == 1:
+                    os.environ.update(_direct(port))
+                    proxy = free_port()
             connect()
             if blocking:
                 raise_on_signals()

@@ -22,6 +22,7 @@ from karma_ray.serving.page.routes import SearchPage, shows_users
 from karma_ray.serving.process import check_port, held_port
 from karma_ray.serving.request_log import LogSettings
 from karma_ray.serving.service import Service
+from karma_ray.serving.slow_clients import TimedProtocol
 
 SWITCH_INTERVAL_S = 0.0005
 """How long one thread may keep the other from running; Python's 5 ms would be most of a request."""
@@ -105,6 +106,7 @@ def serve_here(
         settings = uvicorn.Config(
             load_app(run, host, options), host, port, log_level="warning", access_log=False,
             server_header=False, timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=STOP_S,
+            http=TimedProtocol,
         )  # fmt: skip
         url = f"http://{host}:{port}"
         _Announced(settings, lambda: on_ready(url) if on_ready else None).run()
