@@ -1,4 +1,4 @@
-"""The endpoint as an application that Serve builds from a file (deploy/kuberay/rayservice.yaml).
+"""The endpoint as an application that Serve builds from a file (deploy/serve.yaml).
 
 `jobs/serve.py` is for a person who waits for it; here Serve, or KubeRay, starts, checks and
 replaces the endpoint.

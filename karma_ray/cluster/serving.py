@@ -27,7 +27,7 @@ from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.encode import load_embeddings
 from karma_ray.serving.client import TOKEN
 from karma_ray.serving.guards import RETRY_AFTER_S
-from karma_ray.serving.host import PLAIN, Options, load_app, token_from_environment
+from karma_ray.serving.host import IDLE_S, PLAIN, Options, load_app, token_from_environment
 from karma_ray.serving.live import check_source
 from karma_ray.serving.process import (
     check_port,
@@ -145,7 +145,7 @@ def _start(host: str, port: int, application: serve.Application) -> None:
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(host=host, port=port),
+        http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=IDLE_S),
         logging_config=quiet,
     )
     try:
