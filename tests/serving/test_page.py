@@ -147,7 +147,7 @@ def test_people_are_shown_to_this_machine_or_to_callers_with_a_token(retriever, 
 
 def test_a_second_run_that_cannot_be_shown_is_said_before_anything_starts(run: str) -> None:
     for host in ([], ["--without-ray"]):
-        with pytest.raises(InputError, match="nowhere.* does not exist"):
+        with pytest.raises(InputError, match=r"nowhere.* does not exist"):
             main([run, "--compare", f"{run}/nowhere", "--port", str(free_port()), *host])
 
 
