@@ -1,17 +1,26 @@
 """Prepare events on Ray Data: write training sequences and evaluation examples.
 
 python jobs/prepare.py --data DATA --set prepare.max_history=50
+
+Up to ten million events are also described, as `python jobs/describe.py DATA` does for any number.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.cli import load_config, parser, run
 from karma_ray.cluster.sharding import prepare
+from karma_ray.data.description import describe
+from karma_ray.report.data_page import data_screen, render_data_page
+
+DESCRIBED_ROWS = 10_000_000
+"""Events that this process describes within a minute or so."""
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,6 +42,17 @@ def main(argv: list[str] | None = None) -> None:
     print(f"  quarantined rows             {rejected:>12,}")
     for reason, count in facts["quarantined"].items():
         print(f"    {reason:<40} {count:>8,}")
+    _describe(arguments.data, arguments.out or arguments.data, facts)
+
+
+def _describe(data: str, out: str, facts: dict[str, Any]) -> None:
+    """Print what is in the data, and write the page, unless reading them again would take long."""
+    if facts["counts"]["event_rows"] > DESCRIBED_ROWS:
+        print(f"\nnext: python jobs/describe.py {shlex.quote(data)}")
+        return
+    numbers = describe(data, out)
+    page = render_data_page(numbers, out)
+    print(f"\n{data_screen(numbers)}\n\npage  {page}")
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from karma_ray.errors import InputError
+from karma_ray.stores import store_options
 
 SCHEMA_VERSION = 1
 ROW_GROUP_ROWS = 2_048
@@ -32,7 +33,7 @@ _HIDDEN = re.compile(r"/[._]")
 
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the fsspec filesystem of `uri` and the path inside it."""
-    fs, path = fsspec.core.url_to_fs(str(uri))
+    fs, path = fsspec.core.url_to_fs(str(uri), **store_options(str(uri)))
     return fs, path
 
 

@@ -21,6 +21,7 @@ from karma_ray.config import (
     to_dict,
 )
 from karma_ray.errors import InputError, KarmaRayError
+from karma_ray.stores import failure
 
 if TYPE_CHECKING:
     from karma_ray.runs.executor import Executor
@@ -154,5 +155,10 @@ def run(main: Callable[[list[str] | None], Any], argv: list[str] | None = None) 
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if (sentence := failure(error)) is None:
+            raise
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(1)
     sys.exit(0)

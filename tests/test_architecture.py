@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ROOMS = (
     "errors",
     "ranges",
+    "stores",
     "artifacts",
     "node_disk",
     "node_cache",

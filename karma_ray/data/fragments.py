@@ -13,6 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from karma_ray.artifacts import open_filesystem, table_files
+from karma_ray.data.reading import DAMAGE, Lost, require_damage, said
 from karma_ray.errors import InputError
 
 
@@ -32,10 +33,13 @@ class Fragment:
     """Number of rows."""
 
 
-def list_fragments(folder: str) -> tuple[list[Fragment], list[tuple[str, pa.Schema]]]:
+def list_fragments(
+    folder: str, lost: list[Lost] | None = None
+) -> tuple[list[Fragment], list[tuple[str, pa.Schema]]]:
     """Return the fragments of all Parquet files below `folder`, and the schema of each file.
 
-    Raises InputError when the folder is missing, has no Parquet file or a broken one.
+    Files that cannot be read are left out and added to `lost`, if it is given. Raises InputError
+    when the folder is missing, has no Parquet file, or a broken one and no `lost`.
     """
     paths = table_files(folder)
     fs, _ = open_filesystem(folder)
@@ -46,8 +50,12 @@ def list_fragments(folder: str) -> tuple[list[Fragment], list[tuple[str, pa.Sche
         with fs.open(path, "rb") as source:
             try:
                 file = pq.ParquetFile(source)
-            except pa.ArrowInvalid as error:
-                raise InputError("file", path, f"is not Parquet ({error})") from None
+            except DAMAGE as error:
+                require_damage(error)
+                if lost is None:
+                    raise InputError("file", path, f"is not Parquet ({error})") from None
+                lost.append(Lost(path, None, None, 1.0, said(error)))
+                continue
             schemas.append((path, file.schema_arrow))
             first_row = 0
             for group in range(file.num_row_groups):
@@ -74,6 +82,19 @@ def read_fragment(
     for name, value in folder_columns(path, root).items():
         if name not in file.schema_arrow.names:
             table = table.append_column(name, pa.repeat(pa.scalar(value, pa.string()), len(table)))
+    return table
+
+
+def read_or_lose(
+    folder: str, fragment: Fragment, columns: list[str] | None = None
+) -> pa.Table | Lost:
+    """Return the rows of `fragment` as `read_fragment` does, or what is lost if it is damaged."""
+    try:
+        table: pa.Table = read_fragment(folder, fragment.path, fragment.row_group, columns)
+        table.validate(full=True)  # text that is not UTF-8 fails here
+    except DAMAGE as error:
+        require_damage(error)
+        return Lost(fragment.path, fragment.first_row, fragment.num_rows, 0.0, said(error))
     return table
 
 

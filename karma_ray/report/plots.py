@@ -33,10 +33,10 @@ def comparison(record: RunRecord) -> bytes | None:
     ]
     if not metrics:
         return None
-    figure, panels = _panels(len(metrics), height=0.9 + 0.32 * len(rankers))
+    figure, panels = new_panels(len(metrics), height=0.9 + 0.32 * len(rankers))
     for axes, metric in zip(panels, metrics, strict=True):
         _bars(axes, rankers, metric)
-    return _png(figure)
+    return png(figure)
 
 
 def losses(record: RunRecord) -> bytes | None:
@@ -45,10 +45,10 @@ def losses(record: RunRecord) -> bytes | None:
     curves = {stage: lines for stage, lines in curves.items() if lines}
     if not curves:
         return None
-    figure, panels = _panels(len(curves))
+    figure, panels = new_panels(len(curves))
     for axes, (stage, lines) in zip(panels, curves.items(), strict=True):
         _draw(axes, lines, STAGES[stage], "loss")
-    return _png(figure)
+    return png(figure)
 
 
 def validation(record: RunRecord) -> bytes | None:
@@ -61,11 +61,11 @@ def validation(record: RunRecord) -> bytes | None:
     }
     if not curves:
         return None
-    figure, panels = _panels(len(curves), width=5.2)
+    figure, panels = new_panels(len(curves), width=5.2)
     for axes, (metric, points) in zip(panels, curves.items(), strict=True):
         _draw(axes, {record.recipe: points}, f"validation {metric}", "percent", marker="o")
         _levels(axes, record, metric)
-    return _png(figure)
+    return png(figure)
 
 
 def decode_gap(record: RunRecord) -> bytes | None:
@@ -77,11 +77,11 @@ def decode_gap(record: RunRecord) -> bytes | None:
     }
     if not curves:
         return None
-    figure, panels = _panels(len(curves))
+    figure, panels = new_panels(len(curves))
     for axes, (stage, lines) in zip(panels, curves.items(), strict=True):
         _draw(axes, lines, STAGES[stage], "nats per token")
         axes.axhline(0.0, color="#57606a", linewidth=0.8)
-    return _png(figure)
+    return png(figure)
 
 
 def collapse(record: RunRecord) -> bytes | None:
@@ -94,10 +94,10 @@ def collapse(record: RunRecord) -> bytes | None:
     groups = {title: curves for title, curves in groups.items() if curves}
     if not groups:
         return None
-    figure, panels = _panels(len(groups))
+    figure, panels = new_panels(len(groups))
     for axes, (title, curves) in zip(panels, groups.items(), strict=True):
         _draw(axes, curves, title, title)
-    return _png(figure)
+    return png(figure)
 
 
 def negatives(record: RunRecord) -> bytes | None:
@@ -105,9 +105,9 @@ def negatives(record: RunRecord) -> bytes | None:
     curves = _curves(record.stage_lines("joint"), "negatives/")
     if not curves:
         return None
-    figure, panels = _panels(1)
+    figure, panels = new_panels(1)
     _draw(panels[0], curves, "negatives that enter the loss", "count")
-    return _png(figure)
+    return png(figure)
 
 
 PLOTS: dict[str, tuple[str, Plot]] = {
@@ -130,9 +130,10 @@ def _curves(lines: list[dict[str, Any]], prefix: str) -> dict[str, list[tuple[fl
     return {key: points for key in keys if (points := _points(lines, key))}
 
 
-def _panels(
+def new_panels(
     count: int, width: float = PANEL[0], height: float = PANEL[1]
 ) -> tuple[Figure, list[Axes]]:
+    """Return a figure of `count` panels side by side."""
     figure = Figure(figsize=(max(width * count, PANEL[0]), height), layout="constrained")
     return figure, list(figure.subplots(1, count, squeeze=False)[0])
 
@@ -150,7 +151,7 @@ def _draw(
         colour = LINE_COLOURS[index % len(LINE_COLOURS)]
         single = marker or ("o" if len(points) == 1 else None)
         axes.plot(steps, values, label=label, color=colour, linewidth=1.6, marker=single, ms=4)
-    _dress(axes, title)
+    dress(axes, title)
     axes.set_xlabel("step")
     axes.set_ylabel(unit)
     axes.grid(axis="y", color="#e1e4e8", linewidth=0.7)
@@ -195,17 +196,19 @@ def _bars(axes: Axes, rankers: list[Ranked], metric: str) -> None:
     axes.set_xlim(0, max([*values, 1e-9]) * 1.18)
     if metric == "gAUC":
         axes.axvline(50.0, color="#57606a", linewidth=0.8, linestyle=":")
-    _dress(axes, f"{metric} (%)")
+    dress(axes, f"{metric} (%)")
 
 
-def _dress(axes: Axes, title: str) -> None:
+def dress(axes: Axes, title: str) -> None:
+    """Give a panel its title, and leave out what says nothing."""
     axes.set_title(title, fontsize=10)
     axes.tick_params(labelsize=8)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Return a figure as the bytes of a PNG."""
     sink = io.BytesIO()
     figure.savefig(sink, format="png", dpi=110)
     return sink.getvalue()

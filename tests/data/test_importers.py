@@ -812,7 +812,10 @@ def test_a_damaged_archive_and_an_unknown_encoding_are_named(tmp_path: Path) -> 
     _, items = write_long(tmp_path)
     (tmp_path / "log.csv.gz").write_bytes(gzip.compress(LOG.encode())[:40])
     with pytest.raises(InputError, match=r"log\.csv\.gz' cannot be read"):
-        import_long(str(tmp_path / "log.csv.gz"), str(tmp_path / "out"), items=items)
+        import_long(
+            str(tmp_path / "log.csv.gz"), str(tmp_path / "out"), items=items,
+            item_columns={"item_id": "sku", "title": "name"},
+        )  # fmt: skip
     with pytest.raises(InputError, match="--encoding: 'utf-9' is not a known encoding"):
         import_long(items, str(tmp_path / "out"), items=items, form=TextFormat(encoding="utf-9"))
 

@@ -55,30 +55,58 @@ def read_delimited(text: str, separator: str, quotes: str = "auto") -> Delimited
     if not len(filled):
         raise pl.exceptions.NoDataError("it is empty")
     header, body = str(lines[int(filled[0])]), lines.gather(filled[1:])
-    row = filled[1:] - filled[0] - 1
-    if quotes == "auto" and separator == "\t" and not header.startswith('"'):
-        quotes = "text"
-    grammar = _Grammar(separator)
-    if quotes == "text":
-        names, odd = header.split(separator), _Odd()
-        plain = (body.str.count_matches(separator, literal=True) == len(names) - 1).to_numpy()
-    else:
-        names = grammar.fields(header)
-        plain = grammar.well_formed(body, len(names))
-        odd = _read_odd(body, plain, grammar, len(names), join_rows=quotes == "csv")
-    taken = np.zeros(len(body), bool)
-    taken[odd.lines] = True
-    bad, plain = ~plain & ~taken, plain & ~taken
-    names = _distinct(names)
-    frame = _parse(body.filter(plain), names, separator, None if quotes == "text" else '"')
-    mended = pl.DataFrame(odd.rows, dict.fromkeys(names, pl.String), orient="row")
-    mended = mended.with_columns(pl.col(names).replace("", None))
-    parts = [
-        part.with_columns(pl.Series("row", numbers, pl.Int64))
-        for part, numbers in ((frame, row[plain]), (mended, row[odd.starts]))
-    ]
-    rejected = pl.DataFrame([pl.Series("row", row[bad], pl.Int64), body.filter(bad)])
-    return Delimited(pl.concat(parts).sort("row"), rejected, odd.joined, odd.literal)
+    return DelimitedReader(header, separator, quotes).read(body, filled[1:] - filled[0] - 1)
+
+
+class DelimitedReader:
+    """Parses the lines below a header, all at once or block by block."""
+
+    def __init__(self, header: str, separator: str, quotes: str = "auto") -> None:
+        if quotes == "auto" and separator == "\t" and not header.startswith('"'):
+            quotes = "text"
+        self._grammar, self._quotes = _Grammar(separator), quotes
+        fields = header.split(separator) if quotes == "text" else self._grammar.fields(header)
+        self._names = _distinct(fields)
+        self._lines = pl.Series("line", [], pl.String)
+        self._rows = np.zeros(0, np.int64)
+
+    @property
+    def waiting(self) -> int | None:
+        """Number of the first line that waits for the next block, or None."""
+        return int(self._rows[0]) if len(self._rows) else None
+
+    def read(self, lines: pl.Series, rows: np.ndarray, *, last: bool = True) -> Delimited:
+        """Parse `lines`, none of them empty, whose numbers are `rows`.
+
+        Unless it is the `last` block, an opening quote near its end waits with all that follows
+        for the next block, so that the blocks do not show in what is read.
+        """
+        body = pl.concat([self._lines, lines.alias("line")])
+        rows = np.concatenate([self._rows, rows])
+        names, separator = self._names, self._grammar.separator
+        if self._quotes == "text":
+            odd = _Odd(len(body))
+            counts = body.str.count_matches(separator, literal=True)
+            plain = (counts == len(names) - 1).to_numpy()
+        else:
+            plain = self._grammar.well_formed(body, len(names))
+            join_rows = self._quotes == "csv"
+            odd = _read_odd(body, plain, self._grammar, len(names), join_rows=join_rows, last=last)
+        self._lines, self._rows = body.slice(odd.stop), rows[odd.stop :]
+        body, rows, plain = body.head(odd.stop), rows[: odd.stop], plain[: odd.stop]
+        taken = np.zeros(len(body), bool)
+        taken[odd.lines] = True
+        bad, plain = ~plain & ~taken, plain & ~taken
+        quote = None if self._quotes == "text" else '"'
+        frame = _parse(body.filter(plain), names, separator, quote)
+        mended = pl.DataFrame(odd.rows, dict.fromkeys(names, pl.String), orient="row")
+        mended = mended.with_columns(pl.col(names).replace("", None))
+        parts = [
+            part.with_columns(pl.Series("row", numbers, pl.Int64))
+            for part, numbers in ((frame, rows[plain]), (mended, rows[odd.starts]))
+        ]
+        rejected = pl.DataFrame([pl.Series("row", rows[bad], pl.Int64), body.filter(bad)])
+        return Delimited(pl.concat(parts).sort("row"), rejected, odd.joined, odd.literal)
 
 
 class _Grammar:
@@ -113,8 +141,13 @@ class _Grammar:
             place = match.end()
         return found
 
-    def joined(self, lines: pl.Series, start: int, num_fields: int) -> list[str] | None:
-        """Return the lines from `start` that a quoted field joins to one row, or None."""
+    def joined(
+        self, lines: pl.Series, start: int, num_fields: int, *, last: bool
+    ) -> list[str] | None:
+        """Return the lines from `start` that a quoted field joins to one row, or None.
+
+        Raises EOFError where only lines after these can tell, unless these are the last.
+        """
         part: list[str] = []
         for number in range(start, min(len(lines), start + _MAX_JOINED)):
             part.append(lines[number])
@@ -125,6 +158,8 @@ class _Grammar:
                 return part if len(self.fields(text)) == num_fields else None
             if not self._open.fullmatch(text):
                 return None
+        if not last and len(lines) < start + _MAX_JOINED:
+            raise EOFError
         return None
 
 
@@ -132,6 +167,8 @@ class _Grammar:
 class _Odd:
     """Rows that were read from lines that are not valid CSV rows by themselves."""
 
+    stop: int
+    """Number of lines that were read; those after them wait for more."""
     rows: list[list[str]] = field(default_factory=list)
     starts: list[int] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)
@@ -140,14 +177,24 @@ class _Odd:
 
 
 def _read_odd(
-    body: pl.Series, plain: np.ndarray, grammar: _Grammar, num_fields: int, *, join_rows: bool
+    body: pl.Series,
+    plain: np.ndarray,
+    grammar: _Grammar,
+    num_fields: int,
+    *,
+    join_rows: bool,
+    last: bool,
 ) -> _Odd:
-    odd, quoted = _Odd(), body.str.contains('"', literal=True).to_numpy()
+    odd, quoted = _Odd(len(body)), body.str.contains('"', literal=True).to_numpy()
     stop = 0
     for number in np.flatnonzero(~plain & quoted).tolist():
         if number < stop:
             continue
-        part = grammar.joined(body, number, num_fields) or []
+        try:
+            part = grammar.joined(body, number, num_fields, last=last) or []
+        except EOFError:
+            odd.stop = number
+            break
         if part and not join_rows and all(len(grammar.fields(p)) == num_fields for p in part):
             part = []  # each is a row on its own
         fields = grammar.fields("\n".join(part) if part else body[number])

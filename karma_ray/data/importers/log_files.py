@@ -1,28 +1,30 @@
-"""Reading files of a log or an item table into one frame, with the lines that cannot be read."""
+"""Reading the files of a log or an item table, in batches or as one frame.
+
+What cannot be read is reported with its file, row and reason: lines with another number of fields,
+lines that are no JSON objects or not UTF-8, row groups and files that are damaged.
+"""
 
 from __future__ import annotations
 
 import codecs
-import gzip
-import json
-import zlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 
 import polars as pl
 
 from karma_ray.artifacts import data_files, exists, open_filesystem
+from karma_ray.data.config import PrepareConfig
 from karma_ray.data.fragments import folder_columns
-from karma_ray.data.importers.delimited import QUOTES, read_delimited, separator_of
+from karma_ray.data.importers.delimited import QUOTES
+from karma_ray.data.importers.log_formats import ENDINGS, JSON, Rows, kind_of, stream_file
 from karma_ray.data.importers.source import with_ids
+from karma_ray.data.importers.text_blocks import BLOCK_BYTES, NOT_UTF8, Damaged
+from karma_ray.data.reading import Lost, check_lost
 from karma_ray.errors import InputError
 
-_KINDS = (".csv", ".tsv", ".parquet", ".jsonl", ".ndjson")
-_ENDINGS = (*_KINDS, *(f"{kind}.gz" for kind in _KINDS if kind != ".parquet"))
-_OTHER_COUNT = "not as many fields as the header"
-_NO_OBJECT = "not a JSON object"
-_RECORDS_AT_ONCE = 100_000
+MAX_BAD_SHARE = PrepareConfig().max_bad_share
+"""Largest share of lines of a file that are not UTF-8, and of bytes in damaged files."""
+_ENCODING_ADVICE = "--encoding names another one, such as latin-1"
 
 
 @dataclass(frozen=True)
@@ -43,15 +45,143 @@ class TextFormat:
         except LookupError:
             raise InputError("--encoding", self.encoding, "is not a known encoding") from None
 
-    def decode(self, content: bytes) -> str:
-        """Decode the content of a file; raises UnicodeDecodeError."""
-        if self.encoding:
-            return content.decode(self.encoding).removeprefix("\ufeff")
-        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-            return content.decode("utf-16")
-        if b"\0" in content[:2]:
-            return content.decode("utf-16-be" if content[:1] == b"\0" else "utf-16-le")
-        return content.decode("utf-8-sig")
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows of one file of a log, in the order of the file."""
+
+    file: str
+    frame: pl.DataFrame
+    """The columns of the file and its folders, `row` (below the header) and `source_file`."""
+    rejected: list[tuple[str, pl.DataFrame]]
+    """Reason, and a frame with `row` and what could not be read as a row."""
+    may_lack: bool
+    """Whether columns may be missing because no row of the batch has a value (JSON lines)."""
+
+
+class LogFiles:
+    """A file, or a folder of files, read in batches whose size does not show in the rows.
+
+    CSV, TSV and JSON values stay strings. The columns `ids` become text in each batch, because a
+    type common to all files would round them. Columns may be in any order, and folders may name
+    some (`dt=2024-05-01/`). Columns that are not `needed` may be missing in some files.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        field: str,
+        *,
+        ids: Iterable[str] = (),
+        needed: Iterable[str] = (),
+        form: TextFormat | None = None,
+        block_bytes: int = BLOCK_BYTES,
+    ) -> None:
+        """Raise InputError, which names `field`, if there is no such file."""
+        if not exists(uri):
+            raise InputError(field, uri, "does not exist")
+        fs, self._root = open_filesystem(uri)
+        self._files = data_files(uri, ENDINGS)
+        if not self._files:
+            raise InputError(field, uri, "is no such file nor a folder of them", choices=ENDINGS)
+        self._remote = "://" in uri
+        self._sizes = {self._uri(fs, name): int(fs.info(name)["size"]) for name in self._files}
+        self.uri, self.field = uri, field
+        self._ids, self._needed = list(ids), list(needed)
+        self._form, self._block_bytes = form or TextFormat(), block_bytes
+        self._have: dict[str, list[str]] = {}
+        self.notes: list[str] = []
+        """Notes for the manifest on how the files were read, complete after the last batch."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The size of all files."""
+        return sum(self._sizes.values())
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the rows of all files.
+
+        Raises InputError on files that cannot be read at all, on columns that only some files have
+        and on ids that are already rounded, and TooManyBadRows if too much of the files is damaged.
+        """
+        lost: list[Lost] = []
+        found = False
+        for file, size in self._sizes.items():
+            if not size and len(self._sizes) > 1:  # written by a worker without rows
+                continue
+            found = True
+            yield from self._file(file, lost)
+        if not found:
+            raise InputError(self.field, self.uri, "has only empty files")
+        check_lost(lost, self._sizes, MAX_BAD_SHARE, self.field)
+
+    def _uri(self, fs: object, name: str) -> str:
+        return str(fs.unstrip_protocol(name)) if self._remote else name  # type: ignore[attr-defined]
+
+    def _file(self, file: str, lost: list[Lost]) -> Iterator[Batch]:
+        lines, undecoded, seen = 0, 0, False
+        try:
+            parts = stream_file(file, self._form.quotes, self._form.encoding, self._block_bytes)
+            for part in parts:
+                lost += part.lost
+                self.notes += [f"{self.field}: {note}" for note in part.notes]
+                lines += part.num_lines
+                undecoded += sum(rows.height for why, rows in part.rejected if why == NOT_UTF8)
+                rejected = [*part.rejected, *(_rejected(one) for one in part.lost)]
+                batch = self._batch(file, part, rejected)
+                seen = seen or part.frame.width > 1
+                if part.lost and len(self._sizes) == 1 and part.lost[0].row is None:
+                    raise Damaged(part.lost[0].error)
+                yield batch
+        except UnicodeError as error:
+            problem = f"cannot be read ({error}); {_ENCODING_ADVICE}"
+            raise InputError(self.field, file, problem) from None
+        except pl.exceptions.PolarsError as error:
+            if len(self._sizes) == 1 or not isinstance(error, pl.exceptions.NoDataError):
+                raise InputError(self.field, file, f"cannot be read ({error})") from None
+        except Damaged as damage:
+            if not seen and len(self._sizes) == 1:
+                raise InputError(self.field, file, f"cannot be read ({damage})") from None
+            one = Lost(file, None, None, 0.0 if seen else 1.0, str(damage))
+            lost.append(one)
+            yield self._batch(file, Rows(pl.DataFrame(schema={"row": pl.Int64})), [_rejected(one)])
+        if undecoded > MAX_BAD_SHARE * lines:
+            problem = f"cannot be read: {undecoded} of {lines} lines are not UTF-8"
+            raise InputError(self.field, file, f"{problem}; {_ENCODING_ADVICE}")
+
+    def _batch(self, file: str, part: Rows, rejected: list[tuple[str, pl.DataFrame]]) -> Batch:
+        frame, path = part.frame, open_filesystem(file)[1]
+        if frame.width > 1:
+            columns = folder_columns(path, self._root) if path != self._root else {}
+            further = [pl.lit(v).alias(c) for c, v in columns.items() if c not in frame.columns]
+            frame = with_ids(frame.with_columns(further), self._ids, file)
+            if kind_of(file) not in JSON:
+                self._check_same(file, frame.columns)
+        source = pl.lit(file).alias("source_file")
+        return Batch(file, frame.with_columns(source), rejected, kind_of(file) in JSON)
+
+    def _check_same(self, file: str, columns: list[str]) -> None:
+        """Raise InputError if a needed column is in one file but not in another.
+
+        JSON lines omit keys without a value, so files of this kind may lack some.
+        """
+        if file in self._have:
+            return
+        self._have[file] = columns
+        first = next(iter(self._have))
+        for column in self._needed:
+            have = [name for name in (first, file) if column in self._have[name]]
+            if len(have) == 1 and first != file:
+                lacks = file if have[0] == first else first
+                raise InputError(
+                    self.field, lacks, f"lacks the column {column!r}, which {have[0]} has; columns",
+                    [c for c in self._have[lacks] if c != "row"],
+                )  # fmt: skip
+
+
+def _rejected(lost: Lost) -> tuple[str, pl.DataFrame]:
+    schema = {"row": pl.Int64, "rows": pl.Int64, "error": pl.String}
+    return lost.reason, pl.DataFrame([(lost.row, lost.num_rows, lost.error)], schema, orient="row")
 
 
 @dataclass(frozen=True)
@@ -74,139 +204,16 @@ def read_files(
     needed: Iterable[str] = (),
     form: TextFormat | None = None,
 ) -> ReadRows:
-    """Read a file, or a folder of files of one kind; CSV, TSV and JSON values stay strings.
-
-    The columns `ids` become text in each file, because a type common to all files would round
-    them. Columns may be in any order, and folders may name some (`dt=2024-05-01/`). Columns that
-    are not `needed` may be missing in some files. Raises InputError, which names `field`, when
-    there is no such file, when it cannot be read, and on ids that are already rounded.
-    """
-    if not exists(uri):
-        raise InputError(field, uri, "does not exist")
-    fs, root = open_filesystem(uri)
-    files = data_files(uri, _ENDINGS)
-    if not files:
-        raise InputError(field, uri, "is no such file nor a folder of them", choices=_ENDINGS)
-    parts: list[ReadRows] = []
-    sources: list[str] = []
-    for name in files:
-        with fs.open(name, "rb") as source:
-            content = source.read()
-        if not content and len(files) > 1:  # written by a worker without rows
-            continue
-        part = _open(name, content, form or TextFormat(), field)
-        columns = folder_columns(name, root) if name != root else {}
-        further = [pl.lit(v).alias(c) for c, v in columns.items() if c not in part.frame.columns]
-        frame = part.frame.with_columns(*further, pl.lit(name).alias("source_file"))
-        parts.append(replace(part, frame=with_ids(frame, ids, name)))
-        sources.append(name)
-    if not parts:
-        raise InputError(field, uri, "has only empty files")
-    _check_same(parts, sources, list(needed), field)
+    """Read all batches of `LogFiles` into one frame; raises what it raises."""
+    files = LogFiles(uri, field, ids=ids, needed=needed, form=form)
+    frames: list[pl.DataFrame] = []
+    rejected: list[tuple[str, str, pl.DataFrame]] = []
+    for batch in files.batches():
+        if batch.frame.width > 2:
+            frames.append(batch.frame)
+        rejected += [(batch.file, reason, bad) for reason, bad in batch.rejected if len(bad)]
     try:
-        frame = pl.concat([part.frame for part in parts], how="diagonal_relaxed")
+        frame = pl.concat(frames, how="diagonal_relaxed")
     except pl.exceptions.PolarsError as error:
         raise InputError(field, uri, f"has files with different columns ({error})") from None
-    rejected = [one for part in parts for one in part.rejected]
-    return ReadRows(frame, rejected, [f"{field}: {n}" for part in parts for n in part.notes])
-
-
-def _check_same(parts: list[ReadRows], files: list[str], needed: list[str], field: str) -> None:
-    """Raise InputError if a needed column is in one file but not in another.
-
-    JSON lines omit keys without a value, so files of this kind may lack some.
-    """
-    for column in needed:
-        have = [name for name, part in zip(files, parts, strict=True) if column in part.frame]
-        for name, part in zip(files, parts, strict=True):
-            if have and column not in part.frame and ".json" not in name and ".ndjson" not in name:
-                raise InputError(
-                    field, name, f"lacks the column {column!r}, which {have[0]} has; columns",
-                    [c for c in part.frame.columns if c not in ("row", "source_file")],
-                )  # fmt: skip
-
-
-def _open(name: str, content: bytes, form: TextFormat, field: str) -> ReadRows:
-    kind = name.lower().removesuffix(".gz")
-    try:
-        if name.lower().endswith(".gz"):
-            content = gzip.decompress(content)
-        if kind.endswith(".parquet"):
-            frame = pl.read_parquet(content)
-            return ReadRows(frame.with_columns(_row_numbers()), [], [])
-        text = form.decode(content)
-        if kind.endswith((".jsonl", ".ndjson")):
-            return _read_json(name, text)
-        return _read_delimited(name, text, "\t" if kind.endswith(".tsv") else ",", form.quotes)
-    except UnicodeError as error:
-        problem = f"cannot be read ({error}); --encoding names another one, such as latin-1"
-        raise InputError(field, name, problem) from None
-    except (pl.exceptions.PolarsError, OSError, EOFError, zlib.error) as error:
-        raise InputError(field, name, f"cannot be read ({error})") from None
-
-
-def _row_numbers() -> pl.Expr:
-    return pl.int_range(pl.len(), dtype=pl.Int64).alias("row")
-
-
-def _read_delimited(name: str, text: str, separator: str, quotes: str) -> ReadRows:
-    header = text.lstrip("\r\n").split("\n", 1)[0]
-    table = read_delimited(text, separator_of(header, separator), quotes)
-    notes = []
-    if table.joined:
-        notes.append(f"{table.joined} rows of {name} have a quoted field of several lines")
-    if table.literal:
-        notes.append(
-            f"{table.literal} rows of {name} have quotes that enclose no field, which were kept "
-            "unchanged; --quotes can change this"
-        )
-    rejected = [(name, _OTHER_COUNT, table.rejected)] if table.rejected.height else []
-    return ReadRows(table.frame, rejected, notes)
-
-
-def _read_json(name: str, text: str) -> ReadRows:
-    """Read JSON lines with strings as values, since a double would lose digits of numbers."""
-    frames: list[pl.DataFrame] = []
-    records: list[dict[str, str | None]] = []
-    bad: list[tuple[int, str]] = []
-
-    def flush() -> None:
-        columns = list(dict.fromkeys(key for record in records for key in record))
-        schema = {key: pl.Int64 if key == "row" else pl.String for key in columns}
-        frames.append(pl.DataFrame(records, schema=schema))
-        records.clear()
-
-    for number, line in enumerate(text.split("\n")):
-        if not line.strip():
-            continue
-        record = _json_record(line)
-        if record is None:
-            bad.append((number, line))
-            continue
-        records.append({**record, "row": number})  # type: ignore[dict-item]
-        if len(records) == _RECORDS_AT_ONCE:
-            flush()
-    flush()
-    rejected = pl.DataFrame(bad, {"row": pl.Int64, "line": pl.String}, orient="row")
-    frame = pl.concat(frames, how="diagonal")
-    if "row" not in frame.columns:
-        raise pl.exceptions.NoDataError("it holds no JSON object")
-    return ReadRows(frame, [(name, _NO_OBJECT, rejected)] if bad else [], [])
-
-
-def _json_record(line: str) -> dict[str, str | None] | None:
-    try:
-        record = json.loads(line, parse_int=str, parse_float=str, parse_constant=str)
-    except json.JSONDecodeError:
-        return None
-    return (
-        {key: _text(value) for key, value in record.items()} if isinstance(record, dict) else None
-    )
-
-
-def _text(value: Any) -> str | None:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    return json.dumps(value, ensure_ascii=False)
+    return ReadRows(frame, rejected, files.notes)

@@ -6,28 +6,38 @@ name needs no mapping.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import shutil
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import polars as pl
 
+from karma_ray.artifacts import value_hash
 from karma_ray.data.identifiers import known_text
+from karma_ray.data.importers.exposures import (
+    NO_TIME,
+    OPTIONAL,
+    TIME_ADVICE,
+    Exposures,
+    filter_rows,
+    map_columns,
+)
 from karma_ray.data.importers.log_files import TextFormat, read_files
-from karma_ray.data.importers.long_parsing import flag, timestamp
 from karma_ray.data.importers.output import DataFolder
+from karma_ray.data.importers.page_spool import TIME_US, PageSpool
+from karma_ray.data.importers.text_blocks import BLOCK_BYTES
 from karma_ray.errors import InputError
+from karma_ray.node_disk import node_folder
 
-_REQUIRED = ("user_id", "item_id", "timestamp")
-_OPTIONAL = ("query", "clicked", "purchased", "position", "impression_id", "session_id")
 _ITEM_REQUIRED = ("item_id", "title")
 _ITEM_OPTIONAL = ("text", "brand", "category", "image")
-_NO_TIME = "unparsable timestamp"
-_TIME_ADVICE = "--time-format states how times are written, for example %m/%d/%Y or %Y%m%d"
-_IDS = ("user_id", "item_id", "impression_id", "session_id")
+_MAX_TEXT = 1_000_000
+"""Characters of a text: models read some dozens of tokens, and a longer one is no text."""
 _NEARLY_ALL = 0.95
 _NO_LOG_BEFORE = datetime(1980, 1, 1, tzinfo=UTC)
-_ROWS_PER_PART = 1_000_000
 
 
 def parse_mapping(text: str, field: str) -> dict[str, str]:
@@ -51,11 +61,13 @@ def import_long(
     form: TextFormat | None = None,
     time_format: str | None = None,
     seed: int = 0,
+    block_bytes: int = BLOCK_BYTES,
 ) -> dict[str, Any]:
     """Import the log `src` as events of `out`; returns the manifest.
 
     `src` and `items` are CSV, TSV, Parquet or JSON-lines files, or folders of one such kind. A
-    page is an `impression_id` if there is one, else (user, timestamp, query). Rows that cannot be
+    page is an `impression_id` of a user if there is one, else (user, timestamp, query); its rows
+    may lie anywhere in the log, of which `block_bytes` are in memory at a time. Rows that cannot be
     read are quarantined with their reason. `form` says how text files are read, and `time_format`
     (`%m/%d/%Y`) how times are written that `long_parsing.timestamp` does not know. Nothing is
     drawn at random, so `seed` has no effect. Raises InputError on files and columns that do not
@@ -66,9 +78,6 @@ def import_long(
     form = form or TextFormat()
     form.check()
     columns, item_columns = columns or {}, item_columns or {}
-    ids, needed = ([columns.get(n, n) for n in names] for names in (_IDS, _REQUIRED + _OPTIONAL))
-    log_rows = read_files(src, "SRC", ids=ids, needed=needed, form=form)
-    log = map_columns(log_rows.frame, columns, "--columns", _REQUIRED, _OPTIONAL)
     needed = [item_columns.get(name, name) for name in _ITEM_REQUIRED]
     item_rows = read_files(items, "--items", ids=needed[:1], needed=needed, form=form)
     table = map_columns(
@@ -78,145 +87,132 @@ def import_long(
         raise InputError(
             "--item-columns image", table.schema["image"], "must contain the bytes of a picture"
         )
-    with DataFolder(out) as data:
-        for file, reason, lines in [*log_rows.rejected, *item_rows.rejected]:
+    log = Exposures(src, columns, form, time_format, block_bytes)
+    with DataFolder(out, count_users=False) as data:
+        for file, reason, lines in item_rows.rejected:
             data.reject(lines, file, reason)
         known = _write_items(data, table)
-        exposures = _readable(data, log, time_format)
-        if exposures.is_empty():
-            advice = f"; {_TIME_ADVICE}" if data.quarantined[_NO_TIME] else ""
-            found = f"has no row that can be read: {dict(data.quarantined)}{advice}"
-            raise InputError("SRC", src, found)
+        with _spool_folder(data) as folder:
+            spool = PageSpool(folder, log.num_bytes)
+            for exposures, rejected in log.batches():
+                data.quarantine(rejected)
+                spool.add(exposures)
+            if not log.num_rows:
+                advice = f"; {TIME_ADVICE}" if data.quarantined[NO_TIME] else ""
+                found = f"has no row that can be read: {dict(data.quarantined)}{advice}"
+                raise InputError("SRC", src, found)
+            folded = _Folding(log.names, known, by_row=log.by_row)
+            for part in spool.pages(folded):
+                data.append("events", part)
+        return _finish(data, log, folded, item_rows.notes)
+
+
+class _Folding:
+    """Folds buckets of exposures to pages, and counts what the manifest tells of them."""
+
+    def __init__(self, names: Collection[str], known: pl.Series, *, by_row: bool) -> None:
+        self._names, self._known, self._by_row = names, known, by_row
+        self.users = self.pages = self.single = self.unknown = 0
+
+    def __call__(self, exposures: pl.DataFrame) -> pl.DataFrame:
+        """Return the pages of whole users; columns that the log lacks are all null."""
+        optional = [name for name in OPTIONAL if name not in self._names]
+        exposures = exposures.drop(optional)
+        if self._by_row:
+            number = pl.int_range(1, pl.len() + 1).over("user_id") * 1_000_000
+            exposures = exposures.with_columns(number.cast(TIME_US).alias("timestamp"))
+        clicked = pl.col("clicked").fill_null(False) if "clicked" in self._names else pl.lit(True)
+        exposures = exposures.with_columns(clicked.alias("clicked"))
+        if "purchased" in self._names:
+            exposures = exposures.with_columns(pl.col("purchased").fill_null(False))
+        clicks = exposures.filter("clicked")["item_id"]
+        self.unknown += len(clicks) - int(clicks.is_in(self._known.implode()).sum())
         pages = fold_exposures(exposures)
-        for part in pages.iter_slices(_ROWS_PER_PART):
-            data.add("events", part)
-        notes = [*log_rows.notes, *item_rows.notes, *_page_notes(log.columns, pages)]
-        return _finish(data, log.columns, exposures, known, notes)
+        self.users += pages["user_id"].n_unique()
+        self.pages += pages.height
+        self.single += int((pages["exposed_item_ids"].list.len() == 1).sum())
+        return pages
+
+
+@contextmanager
+def _spool_folder(data: DataFolder) -> Iterator[Path]:
+    """Return a folder for files that only this import reads: in its work folder if it is local."""
+    place = node_folder() if "://" in data.uri else Path(data.work)
+    folder = place / f"spool-{value_hash(data.uri)}"
+    shutil.rmtree(folder, ignore_errors=True)  # of an import that was killed
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _finish(
-    data: DataFolder, names: list[str], exposures: pl.DataFrame, known: set[str], read: list[str]
+    data: DataFolder, log: Exposures, folded: _Folding, of_items: list[str]
 ) -> dict[str, Any]:
-    clicks = exposures.filter("clicked")
-    unknown = clicks.height - int(clicks["item_id"].is_in(known).sum())
+    names = log.names
     page = "impression_id" if "impression_id" in names else "(user, timestamp, query)"
-    notes = [f"one page per {page}", *read]
+    notes = [f"one page per {page}", *log.notes, *of_items, *_page_notes(names, folded)]
     if "clicked" not in names:
         notes.append("the log has no clicked column: every row is a click, negatives are unknown")
-    if count := data.quarantined[_NO_TIME]:
-        notes.append(f"{count} timestamps cannot be read; {_TIME_ADVICE}")
-    if exposures["timestamp"].max() < _NO_LOG_BEFORE:  # type: ignore[operator]
-        notes.append(f"all times lie before 1980, as row numbers do; {_TIME_ADVICE}")
-    if unknown:
-        notes.append(f"{unknown} clicks name items without a row in the item table")
+    if count := data.quarantined[NO_TIME]:
+        notes.append(f"{count} timestamps cannot be read; {TIME_ADVICE}")
+    if log.by_row:
+        notes.append(
+            "times are UNKNOWN: the rows of each user are numbered, one second apart after 1970, "
+            "so a time compares rows of one user only, and the split takes the last rows of the "
+            "users with most rows"
+        )
+    elif log.newest is not None and log.newest < _NO_LOG_BEFORE:
+        notes.append(f"all times lie before 1980, as row numbers do; {TIME_ADVICE}")
+    if folded.unknown:
+        notes.append(f"{folded.unknown} clicks name items without a row in the item table")
+    data.flush()
     return data.finish(
         name="long",
         query_source="real" if "query" in names else "none",
         negative_source="exposed" if data.num_pages_with_negatives else "none",
         licence="yours",
         notes=notes,
+        num_users=folded.users,
     )
 
 
-def _page_notes(names: list[str], pages: pl.DataFrame) -> list[str]:
+def _page_notes(names: Collection[str], folded: _Folding) -> list[str]:
     """Give advice if nearly every page is one row of the log, and hence has no negative."""
-    single = int((pages["exposed_item_ids"].list.len() == 1).sum())
-    if "clicked" not in names or single < _NEARLY_ALL * pages.height:
+    single, pages = folded.single, folded.pages
+    if "clicked" not in names or single < _NEARLY_ALL * pages:
         return []
-    told = f"{single} of {pages.height} pages have one item, so nothing was shown beside it"
+    told = f"{single} of {pages} pages have one item, so nothing was shown beside it"
     if "impression_id" in names:
         return [f"{told}: does impression_id name a result page, or a row?"]
     return [f"{told}: name the column of the result page with --columns impression_id=COLUMN"]
 
 
-def map_columns(
-    frame: pl.DataFrame,
-    mapping: Mapping[str, str],
-    field: str,
-    required: Iterable[str],
-    optional: Iterable[str],
-) -> pl.DataFrame:
-    """Rename mapped columns to our names; raises InputError on columns that do not exist."""
-    ours = [*required, *optional]
-    have = [c for c in frame.columns if c not in ("row", "source_file")]
-    for name, column in mapping.items():
-        if name not in ours:
-            raise InputError(field, name, "is not one of our column names", choices=ours)
-        if column not in have:
-            raise InputError(f"{field} {name}", column, "is not a column of the file", have)
-    for name in {*ours} & {*have} | {*mapping}:
-        kind = frame.schema[mapping.get(name, name)]
-        if kind.is_nested():
-            raise InputError(f"{field} {name}", str(kind), "is not a single value")
-    for name in required:
-        if name not in mapping and name not in have:
-            raise InputError(f"{field} {name}", None, "is needed; columns of the file", have)
-    # A mapped column replaces another one that already has our name.
-    hidden = [name for name, column in mapping.items() if name in have and column != name]
-    taken = [pl.col(column).alias(name) for name, column in mapping.items()]
-    rest = [c for c in frame.columns if c not in mapping.values() and c not in hidden]
-    return frame.select(*taken, *rest)
-
-
-def _write_items(data: DataFolder, table: pl.DataFrame) -> set[str]:
+def _write_items(data: DataFolder, table: pl.DataFrame) -> pl.Series:
     texts = [name for name in ("title", "text", "brand", "category") if name in table.columns]
     table = table.with_columns(known_text(name) for name in texts)
     reasons = {
         "item without id": pl.col("item_id").is_null(),
         "item without title": pl.col("title").is_null(),
         "repeated item id": ~pl.col("item_id").is_first_distinct(),
+        f"text of more than {_MAX_TEXT} characters": pl.any_horizontal(
+            pl.col(texts).str.len_chars() > _MAX_TEXT
+        ),
     }
-    kept = _filter(data, table, reasons)
+    kept, rejected = filter_rows(table, reasons)
+    data.quarantine(rejected)
     if kept.is_empty():
         raise InputError("--items", 0, "items with an id and a title: the catalogue is empty")
     data.add("items", kept.drop("row", "source_file"))
-    return set(kept["item_id"])
-
-
-def _readable(data: DataFolder, log: pl.DataFrame, time_format: str | None) -> pl.DataFrame:
-    """Return parsed exposures; rows that cannot be parsed are quarantined unchanged."""
-    schema = log.schema
-    parsed = [pl.col(name).alias(f"_{name}") for name in _IDS if name in schema]
-    if "query" in schema:
-        parsed.append(known_text("query").alias("_query"))
-    parsed += [timestamp("timestamp", schema["timestamp"], time_format).alias("_timestamp")]
-    for name in ("clicked", "purchased"):
-        if name in schema:
-            parsed.append(flag(name, schema[name]).alias(f"_{name}"))
-    if "position" in schema:
-        parsed.append(
-            pl.col("position").cast(pl.Float64, strict=False).fill_nan(None).alias("_position")
-        )
-    reasons = {
-        "null user": pl.col("_user_id").is_null(),
-        "null item": pl.col("_item_id").is_null(),
-        _NO_TIME: pl.col("_timestamp").is_null(),
-    }
-    for name in ("clicked", "purchased"):
-        if name in schema:
-            reasons[f"unparsable {name}"] = pl.col(f"_{name}").is_null()
-    kept = _filter(data, log.with_columns(parsed), reasons)
-    names = [name for name in kept.columns if name.startswith("_")]
-    frame = kept.select(pl.col(name).alias(name[1:]) for name in names if name[1:] in schema)
-    if "clicked" not in frame.columns:
-        frame = frame.with_columns(pl.lit(True).alias("clicked"))
-    return frame
-
-
-def _filter(data: DataFolder, frame: pl.DataFrame, reasons: dict[str, pl.Expr]) -> pl.DataFrame:
-    for reason, bad in reasons.items():
-        rejected = frame.filter(bad)
-        shown = [c for c in frame.columns if c != "image" and not c.startswith("_")]
-        for (file,), rows in rejected.group_by(["source_file"], maintain_order=True):
-            data.reject(rows.select(shown).drop("source_file"), str(file), reason)
-        frame = frame.filter(~bad)
-    return frame
+    return kept["item_id"]
 
 
 def fold_exposures(exposures: pl.DataFrame) -> pl.DataFrame:
-    """Build EVENTS: one row per page in time order, with items by position or in row order.
+    """Build EVENTS of exposures in the order of the log, one row per page, in any order.
 
-    An item that is shown twice on a page counts once, as clicked if any of its rows is.
+    Items are ordered by position, or as the rows are. An item that is shown twice on a page counts
+    once, as clicked if any of its rows is. `timestamp`, `position` and `order` are those of the
+    first row.
     """
     names = exposures.columns
     page = ["user_id", *(c for c in ("timestamp", "query") if c in names)]
@@ -228,8 +224,10 @@ def fold_exposures(exposures: pl.DataFrame) -> pl.DataFrame:
             key.alias(name) for key, name in zip(fallback, keys, strict=True)
         )
         page = ["user_id", "impression_id", *keys]
-    order = ["position"] if "position" in names else []
-    ordered = exposures.sort(["timestamp", *order], maintain_order=True, nulls_last=True)
+    order = ["timestamp", *(["position"] if "position" in names else []), "order"]
+    ordered = exposures.sort(order, nulls_last=True)
+    if "position" not in names:
+        ordered = ordered.with_columns(pl.lit(None, pl.Float64).alias("position"))
     item = pl.col("item_id")
     aggregates = [
         item.unique(maintain_order=True).alias("exposed_item_ids"),
@@ -243,8 +241,9 @@ def fold_exposures(exposures: pl.DataFrame) -> pl.DataFrame:
         for c in ("timestamp", "query", "session_id")
         if c in names and c not in page
     ]
+    aggregates += [pl.col(c).first() for c in ("position", "order")]
     pages = ordered.group_by(page, maintain_order=True).agg(aggregates)
     pages = pages.drop(c for c in page if c.startswith("page_") or c == "impression_id")
     if "session_id" not in pages.columns:
         pages = pages.with_columns(pl.lit(None, pl.String).alias("session_id"))
-    return pages.sort("timestamp", maintain_order=True)
+    return pages

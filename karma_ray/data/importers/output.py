@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -51,9 +52,11 @@ _SCHEMAS = {
 # Files of an import or of a later preparation, all of which a new import replaces.
 _OWNED = (
     "items", "other_items", "events", "query_matches", "quarantine_import", "sequences", "examples",
-    "quarantine", "truth", "prepared.json", "manifest.json",
+    "quarantine", "truth", "description.html", "description.json", "prepared.json",
+    "manifest.json",
 )  # fmt: skip
 
+ROWS_PER_PART = 1_000_000
 
 _WORK = "import-work"
 
@@ -61,13 +64,18 @@ _WORK = "import-work"
 class DataFolder:
     """Writes DATA in parts and counts rows; used in a `with` block, completed by `finish`."""
 
-    def __init__(self, uri: str) -> None:
-        """Raise InputError if `uri` contains anything but data of an earlier import."""
+    def __init__(self, uri: str, *, count_users: bool = True) -> None:
+        """Raise InputError if `uri` contains anything but data of an earlier import.
+
+        Without `count_users` the users are not held in memory, and `finish` is told their number.
+        """
         self.uri, self.work = uri, join(uri, _WORK)
         self.quarantined: Counter[str] = Counter()
         self.rows: Counter[str] = Counter()
         self._counts: Counter[str] = Counter()
         self._parts: Counter[str] = Counter()
+        self._pending: dict[str, list[pa.Table]] = {}
+        self._count_users = count_users
         self._users: set[str] = set()
         self._item_ids: list[pa.Array] = []
         self._digest = hashlib.sha256()
@@ -99,7 +107,8 @@ class DataFolder:
             self._item_ids.append(arrow.column("item_id"))
             self._counts["with_image"] += arrow.num_rows - arrow.column("image").null_count
         elif name == "events":
-            self._users.update(arrow.column("user_id").unique().to_pylist())
+            if self._count_users:
+                self._users.update(arrow.column("user_id").unique().to_pylist())
             clicked, exposed = arrow.column("clicked_item_ids"), arrow.column("exposed_item_ids")
             lengths = pc.list_value_length(clicked)
             self._counts["clicks"] += pc.sum(lengths).as_py() or 0
@@ -113,6 +122,29 @@ class DataFolder:
             self._counts["training_clicks"] += trained or 0
         elif name.startswith("examples"):
             self._users.update(arrow.column("user_id").unique().to_pylist())
+
+    def append(self, name: str, table: pl.DataFrame | pa.Table) -> None:
+        """Append rows to the table `name`, in parts whose size does not depend on the calls.
+
+        Call `finish` after it, which writes the last part.
+        """
+        arrow = table.to_arrow() if isinstance(table, pl.DataFrame) else table
+        arrow = check_columns(arrow, _SCHEMAS[name], f"{name} of {self.uri}")
+        pending = self._pending.setdefault(name, [])
+        pending.append(arrow)
+        size = ROWS_PER_PART if name == "events" else ROWS_PER_PART // 10
+        if sum(part.num_rows for part in pending) >= size:
+            whole = pa.concat_tables(pending)
+            stop = whole.num_rows - whole.num_rows % size
+            for start in range(0, stop, size):
+                self.add(name, whole.slice(start, size))
+            self._pending[name] = [whole.slice(stop)]
+
+    def flush(self) -> None:
+        """Write what `append` keeps."""
+        for name, pending in self._pending.items():
+            self.add(name, pa.concat_tables(pending))
+        self._pending.clear()
 
     def _count_unknown(self, clicked: pa.ChunkedArray) -> None:
         """Count clicks that preparation will quarantine, and the pages that have one."""
@@ -128,18 +160,13 @@ class DataFolder:
 
     def reject(self, frame: pl.DataFrame, source_file: str, reason: str) -> None:
         """Quarantine the rows of `frame`; its column `row`, if present, is the row number."""
-        if frame.height == 0:
-            return
-        row = pl.col("row").cast(pl.Int64) if "row" in frame.columns else pl.lit(None, pl.Int64)
-        record = pl.struct(pl.exclude("row")).struct.json_encode()
-        table = frame.select(
-            record.alias("record"),
-            pl.lit(source_file).alias("source_file"),
-            row.alias("row"),
-            pl.lit(reason).alias("reason"),
-        )
-        self.quarantined[reason] += frame.height
-        self.add("quarantine_import", table)
+        self.quarantine(rejected_rows(frame, source_file, reason))
+
+    def quarantine(self, rows: pl.DataFrame) -> None:
+        """Quarantine `rejected_rows`, and count their reasons."""
+        if rows.height:
+            self.quarantined.update(Counter(rows["reason"].to_list()))
+            self.append("quarantine_import", rows)
 
     def finish(
         self,
@@ -150,13 +177,18 @@ class DataFolder:
         licence: str,
         notes: list[str],
         presplit: bool = False,
+        cutoffs: Mapping[str, str] | None = None,
+        num_users: int | None = None,
     ) -> dict[str, Any]:
         """Write the manifest (and `prepared.json` of a pre-split source); returns the manifest.
 
         Its `data_hash` is computed from the values of the tables, so it is the same on every
-        machine; records of finished runs identify their data by it.
+        machine; records of finished runs identify their data by it. `cutoffs` are those that a
+        preparation takes (Cutoffs.iso).
         """
-        counts = {"users": len(self._users), "items": self.rows["items"]}
+        self.flush()
+        users = len(self._users) if num_users is None else num_users
+        counts = {"users": users, "items": self.rows["items"]}
         counts |= {
             k: self.rows[k] for k in ("other_items", "events", "sequences") if self._parts[k]
         }
@@ -176,7 +208,7 @@ class DataFolder:
             write_json(prepared, join(self.work, "prepared.json"))
         manifest = write_manifest(
             self.work, "data", name=name, **facts, data_hash=self._digest.hexdigest()[:16],
-            licence=licence, notes=notes, presplit=presplit,
+            licence=licence, notes=notes, presplit=presplit, **dict[str, Any](cutoffs or {}),
         )  # fmt: skip
         self.publish()
         return manifest
@@ -193,6 +225,25 @@ class DataFolder:
         for name in _OWNED:
             if exists(new := join(self.work, name)):
                 move(new, join(self.uri, name))
+
+
+NO_ROWS = pl.DataFrame(
+    schema={"record": pl.String, "source_file": pl.String, "row": pl.Int64, "reason": pl.String}
+)
+"""The QUARANTINE of nothing."""
+
+
+def rejected_rows(frame: pl.DataFrame, source_file: str, reason: str) -> pl.DataFrame:
+    """Return the QUARANTINE of the rows of `frame`; its column `row` is the row number."""
+    if frame.is_empty():
+        return NO_ROWS
+    row = pl.col("row").cast(pl.Int64) if "row" in frame.columns else pl.lit(None, pl.Int64)
+    return frame.select(
+        pl.struct(pl.exclude("row")).struct.json_encode().alias("record"),
+        pl.lit(source_file).alias("source_file"),
+        row.alias("row"),
+        pl.lit(reason).alias("reason"),
+    )
 
 
 def _check_ours(uri: str) -> None:
