@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,7 @@ import pytest
 from karma_ray.serving.process import free_port
 from karma_ray.serving.publishing import publish, wait_until_live
 from tests import tiny_run
+from tests.serving.test_slow_clients import said_to_half_a_head
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE_S = 240.0
@@ -79,8 +79,4 @@ def test_the_file_is_served_as_documented(endpoint: tuple[str, str], tmp_path: P
     other = tiny_run.write_run(tmp_path / "b", seed=3)
     published, _ = publish(live, other, now="now", fresh=lambda: "b", force=True)
     wait_until_live(url, published, PATIENCE_S)
-    host, port = url.removeprefix("http://").split(":")
-    with socket.create_connection((host, int(port))) as slow:
-        slow.settimeout(PATIENCE_S)
-        slow.sendall(b"POST /v1/recall HTTP/1.1\r\nhost: here\r\n")
-        assert slow.recv(1000).startswith(b"HTTP/1.1 408")
+    assert said_to_half_a_head(url).startswith(b"HTTP/1.1 408")

@@ -15,7 +15,7 @@ from fastapi.testclient import TestClient
 from karma_ray.cluster.serving import Replicas, serve_run
 from karma_ray.errors import InputError, SkewError
 from karma_ray.serving.app import build_app
-from karma_ray.serving.host import curl_example, serve_here
+from karma_ray.serving.host import Options, curl_example, serve_here
 from karma_ray.serving.process import free_port
 from karma_ray.serving.service import Service
 from tests import tiny_run
@@ -78,7 +78,10 @@ def test_ray_serve_answers_as_the_app_does_and_sheds_load(
     monkeypatch.chdir(Path(run).parent)
     ready: list[str] = []
     try:
-        url = serve_run("run", port=free_port(), max_queued_requests=1, on_ready=ready.append)
+        url = serve_run(
+            "run", port=free_port(), max_queued_requests=1, on_ready=ready.append,
+            options=Options(compare="run"),
+        )  # fmt: skip
         assert ready == [url]
         served = httpx.post(f"{url}/v1/recall", json=BODY, timeout=30)
         assert served.status_code == 200
@@ -90,6 +93,8 @@ def test_ray_serve_answers_as_the_app_does_and_sheds_load(
         assert refused.status_code == 422 and refused.json()["detail"][0]["loc"] == ["body", "k"]
         assert httpx.get(f"{url}/v1/healthz", timeout=30).json()["num_items"] == 40
         assert httpx.get(f"{url}/docs", timeout=30).status_code == 200
+        beside = httpx.post(f"{url}/page/other", json=BODY, timeout=30)
+        assert beside.json()["items"] == served.json()["items"]
 
         def ask(_: int) -> httpx.Response:
             return httpx.post(f"{url}/v1/recall", json={**BODY, "k": 40}, timeout=60)

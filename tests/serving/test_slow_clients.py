@@ -65,6 +65,14 @@ def connected(address: tuple[str, int]) -> socket.socket:
     return found
 
 
+def said_to_half_a_head(url: str) -> bytes:
+    """What an endpoint says to a client that sends half a head and waits."""
+    host, port = url.removeprefix("http://").split(":")
+    with connected((host, int(port))) as connection:
+        connection.sendall(HEAD)
+        return rest(connection)
+
+
 def rest(connection: socket.socket) -> bytes:
     """All that comes until the other side closes."""
     found = b""
