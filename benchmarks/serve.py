@@ -3,10 +3,11 @@
     python benchmarks/serve.py RUN [--hosts uvicorn,serve] [--against RUN] [--quick]
 
 Hosts: `single` (uvicorn, one request at a time and nothing stored), `uvicorn` (one process with
-batches and stored histories: `jobs/serve.py RUN --without-ray`), `serve` (Ray Serve:
-`jobs/serve.py RUN`), and with `--against` another run behind `uvicorn`. Every round asks all hosts
-in turn; printed are medians over the rounds, as JSON lines: requests per second, latencies in ms,
-the ratio to `uvicorn`, and the share of histories that were found stored. Four parts:
+batches and stored histories: `jobs/serve.py RUN --without-ray`), `half` (the same with `--precision
+bfloat16`), `serve` (Ray Serve: `jobs/serve.py RUN`), and with `--against` another run behind
+`uvicorn`. Every round asks all hosts in turn; printed are medians over the rounds, as JSON lines:
+requests per second, latencies in ms, the ratio to `uvicorn`, and the share of histories that were
+found stored. Four parts:
 
 - `--clients`: so many clients, each sending its next request when it has an answer;
 - `--lengths`: one client, histories of so many clicks;
@@ -87,7 +88,10 @@ def endpoint(host: str, run: str) -> Iterator[str]:
         "single": ["-c", SINGLE, run, port],
         "uvicorn": ["jobs/serve.py", run, "--port", port, "--without-ray"],
         "serve": ["jobs/serve.py", run, "--port", port],
-    }[host]
+        "half": [
+            "jobs/serve.py", run, "--port", port, "--without-ray", "--precision", "bfloat16",
+        ],
+    }[host]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.DEVNULL

@@ -139,6 +139,14 @@ def num_live(index: ItemIndex) -> int:
     return index.num_items - len(hidden)
 
 
+def hidden_ids(index: ItemIndex) -> frozenset[str]:
+    """Return the ids of items that are never found; one that was added again is found."""
+    if not isinstance(index.engine, UpdatedSearch):
+        return frozenset()
+    gone = {index.item_ids[row] for row in index.engine.hidden}
+    return frozenset(gone.difference(index.item_ids[index.engine.num_main :]))
+
+
 @dataclass(frozen=True)
 class Changes:
     """What a delta holds, and what was done for it."""

@@ -11,6 +11,7 @@ import pytest
 from karma_ray.retrieval.filters import Filter
 from karma_ray.retrieval.requests import HistoryItem, Request, request_table
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.serving import prefix_cache
 from karma_ray.serving.engine import (
     CandidateFeatures,
     Engine,
@@ -125,6 +126,35 @@ def test_a_growing_history_runs_its_new_click_only(retriever: Retriever) -> None
     assert (counts.none, counts.part, counts.whole) == (3, 6, 0)  # anew at 6 and 9 clicks of 5
     engine.answer([RecallCall(Request("lamp", clicks), 3)])
     assert counts.whole == 1
+
+
+def test_a_history_is_hashed_once_however_it_is_answered(retriever: Retriever, monkeypatch) -> None:
+    hashed: list[int] = []
+    chain = prefix_cache._chain
+    monkeypatch.setattr(
+        prefix_cache, "_chain", lambda steps: hashed.append(len(steps)) or chain(steps)
+    )
+    engine = Engine(retriever, 2**20)
+    clicks = [HistoryItem(f"i{n}", "lamp") for n in range(5)]
+    for size in (3, 3, 5, 0):
+        engine.answer([RecallCall(Request("mug", clicks[:size]), 3)])
+    assert hashed == [3, 3, 5, 0]
+    assert engine.cache is not None and engine.cache.counts.part == 1 and len(engine.cache) == 2
+
+
+def test_only_what_is_searched_for_gets_search_vectors(retriever: Retriever, monkeypatch) -> None:
+    counts: list[int] = []
+    search = retriever.interest.search_vectors
+    monkeypatch.setattr(
+        retriever.interest, "search_vectors",
+        lambda interests, keys: counts.append(len(interests)) or search(interests, keys),
+    )  # fmt: skip
+    engine = Engine(retriever, 2**20)
+    click = Request(None, [HistoryItem("i3")])
+    assert engine.answer([RememberCall(click)]) == [None]
+    mixed = engine.answer([RememberCall(click), RecallCall(click, 3), RememberCall(click)])
+    assert counts == [1] and len(mixed[1].items) == 3 and mixed[0] is mixed[2] is None
+    assert engine.cache is not None and engine.cache.counts.whole == 3
 
 
 def test_a_request_whose_vectors_are_not_finite_fails_alone(tmp_path) -> None:
