@@ -14,14 +14,17 @@ from dataclasses import asdict, dataclass
 from itertools import accumulate, pairwise
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from karma_ray.artifacts import join, open_filesystem, table_files, value_hash
 from karma_ray.data.fragments import folder_columns
+from karma_ray.data.reading import DAMAGE, Lost, require_damage, stream_rows
 from karma_ray.data.schema import EVENTS
 from karma_ray.errors import InputError
 
+NO_NUMBERS = np.empty(0, np.int64)
 READERS = 16
 """Files whose footers are read at the same time; a store answers each after a while."""
 _DAY = re.compile(r"(?:^|/)[^/=]+=(\d{4}-\d\d-\d\d)/")
@@ -60,6 +63,11 @@ class EventPart:
         return value_hash([self.file, self.stamp, self.groups])
 
     @property
+    def num_bytes(self) -> int:
+        """Size of the whole file."""
+        return int(self.stamp.split()[0])
+
+    @property
     def day(self) -> str | None:
         """The date in the name of a folder above the file, such as `day=2024-05-01/`."""
         return day_of(self.file)
@@ -77,9 +85,10 @@ def list_parts(
 ) -> list[EventPart]:  # fmt: skip
     """Return the parts of all Parquet files below `folder`, in the order of their rows.
 
-    Files that are as they were when their parts became `known` are not opened. Raises InputError
-    when the folder is missing or empty, when a file is not Parquet or has wrong columns, and when
-    a file of a day before `since` is not known.
+    Files that are as they were when their parts became `known` are not opened. One that is not
+    Parquet is a part without rows, so that it is reported as the rows of others are. Raises
+    InputError when the folder is missing or empty, when a file has wrong columns, and when a file
+    of a day before `since` is not known.
     """
     known = known or {}
     fs, root = open_filesystem(folder)
@@ -113,16 +122,42 @@ def starts(parts: Sequence[EventPart]) -> list[int]:
     return [0, *accumulate(part.num_rows for part in parts)][:-1]
 
 
-def read_part(folder: str, part: EventPart) -> pa.Table:
-    """Read the rows of one part; folder names above the file (`day=2024-05-01/`) become columns."""
-    fs, root = open_filesystem(folder)
-    with fs.open(join(root, part.file), "rb") as source:
-        file = pq.ParquetFile(source)
-        table = file.read_row_groups(list(range(*part.groups)))
-    for name, value in folder_columns(join(root, part.file), root).items():
+@dataclass(frozen=True)
+class PartRows:
+    """What could be read of a part."""
+
+    table: pa.Table
+    numbers: np.ndarray
+    """The number in the file of each row."""
+    lost: tuple[Lost, ...] = ()
+
+
+def read_part(folder: str, part: EventPart) -> PartRows:
+    """Read the rows of one part; folder names above the file (`day=2024-05-01/`) become columns.
+
+    Row groups that are damaged, or have text that is not UTF-8, are lost.
+    """
+    uri, groups = join(folder, part.file), part.groups
+    fs, path = open_filesystem(uri)
+    try:
+        with fs.open(path, "rb") as source:
+            table = pq.ParquetFile(source).read_row_groups(list(range(*groups)))
+        table.validate(full=True)
+        numbers, lost = np.arange(part.first_row, part.first_row + table.num_rows), []
+    except DAMAGE as error:
+        require_damage(error)
+        found = list(stream_rows(uri, groups=groups))
+        lost = [one for one in found if isinstance(one, Lost)]
+        read = [one for one in found if not isinstance(one, Lost)]
+        table = pa.concat_tables([rows for _, rows in read] or [EVENTS.empty_table()])
+        numbers = np.concatenate(
+            [first + np.arange(len(rows)) for first, rows in read] or [NO_NUMBERS]
+        )
+    _, root = open_filesystem(folder)
+    for name, value in folder_columns(path, root).items():
         if name not in table.column_names:
             table = table.append_column(name, pa.repeat(pa.scalar(value, pa.string()), len(table)))
-    return table
+    return PartRows(table, numbers, tuple(lost))
 
 
 def to_json(part: EventPart) -> dict[str, Any]:
@@ -157,14 +192,15 @@ def _refuse_changes(
 
 
 def _parts_of(fs: Any, path: str, file: str, stamp: str, sizes: Sizes) -> list[EventPart]:
-    """Divide the row groups of a file; raises InputError when it cannot be read."""
+    """Divide the row groups of a file; raises InputError when it has wrong columns."""
     from karma_ray.data.validation import event_columns  # needs polars
 
     with fs.open(path, "rb") as source:
         try:
             opened = pq.ParquetFile(source)
-        except pa.ArrowInvalid as error:
-            raise InputError("file", path, f"is not Parquet ({error})") from None
+        except DAMAGE as error:
+            require_damage(error)
+            return [EventPart(file, stamp, (0, 0), 0, 0, 0)]
         event_columns(opened.schema_arrow.empty_table(), path)
         groups = [_size(opened.metadata.row_group(n)) for n in range(opened.num_row_groups)]
     edges, filled = [0], 0

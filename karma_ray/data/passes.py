@@ -9,6 +9,7 @@ its report. A task that runs twice replaces its own files.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -20,11 +21,12 @@ import pyarrow as pa
 from karma_ray.artifacts import join, remove, value_hash, write_json, write_table
 from karma_ray.data.click_times import click_times, clicks_per_day
 from karma_ray.data.config import PrepareConfig
-from karma_ray.data.event_parts import READERS, EventPart, read_part, starts
+from karma_ray.data.event_parts import READERS, EventPart, PartRows, read_part, starts
 from karma_ray.data.forgotten import Forgotten
 from karma_ray.data.preparation import beyond_cap, build_partition
 from karma_ray.data.prepare_work import PrepareWork
 from karma_ray.data.prepared import PREPARE_VERSION
+from karma_ray.data.reading import quarantine_of
 from karma_ray.data.splits import Cutoffs
 from karma_ray.data.user_rows import joined, newest, read_rows, slot_range, write_rows
 from karma_ray.data.validation import check_events, count_reasons
@@ -44,38 +46,44 @@ class PartCheck:
 
     def __call__(self, part: EventPart) -> None:
         """Check a part; its facts in the work folder are written last."""
-        table = read_part(self.folder, part)
-        source = join(self.folder, part.file)
-        theirs, found = self.forgotten.rows(table["user_id"], source)
+        read, source = read_part(self.folder, part), join(self.folder, part.file)
+        theirs, found = self.forgotten.rows(read.table["user_id"], source)
         facts = self.work.facts_of(part)
         if facts is None or facts["forgotten"] != found:
-            facts = self._check(table, theirs, part, source)
+            facts = self._check(read, theirs, part, source)
         facts |= {"forgotten": found, "forgotten_key": self.forgotten.key}
         write_json(facts, self.work.path("parts", part))
 
     def _check(
-        self, table: pa.Table, forgotten: np.ndarray, part: EventPart, source: str
+        self, read: PartRows, forgotten: np.ndarray, part: EventPart, source: str
     ) -> dict[str, Any]:
         """Write all files of a part but its facts, which are returned."""
         remove(self.work.path("parts", part))
-        rows = np.flatnonzero(~forgotten)
-        if len(rows) < len(table):
-            table = table.filter(pa.array(~forgotten))
+        table, rows = read.table, read.numbers
+        if forgotten.any():
+            table, rows = table.filter(pa.array(~forgotten)), rows[~forgotten]
         checked = check_events(table, self.item_ids, source)
         # Numbered as in the file, which has the forgotten rows too.
-        clean = _numbered(checked.table, "order", rows + part.first_row)
-        quarantine = _numbered(checked.quarantine, "row", rows + part.first_row)
+        clean = _numbered(checked.table, "order", rows)
+        quarantine = _numbered(checked.quarantine, "row", rows)
+        reasons = Counter(count_reasons(quarantine))
+        for one in read.lost:
+            reasons[one.reason] += one.num_rows or 1
+        num_lost = sum(one.num_rows or 0 for one in read.lost)
         kept = newest(clean, self.config.max_user_events)
         times = click_times(clean)
         write_rows(kept, self.work.path("rows", part), self.config.num_partitions)
         unknown = pa.table({"item_id": checked.unknown_ids})
         for kind, of_kind in (
-            ("quarantine", quarantine), ("unknown", unknown), ("times", times)
+            ("quarantine", pa.concat_tables([quarantine, quarantine_of(read.lost)])),
+            ("unknown", unknown), ("times", times),
         ):  # fmt: skip
             self.work.write_part_table(kind, part, of_kind)
+        event_rows = checked.counts["event_rows"] + num_lost
         return {
-            "counts": {**checked.counts, **beyond_cap(clean, kept)},
-            "reasons": count_reasons(quarantine),
+            "counts": {**checked.counts, "event_rows": event_rows, **beyond_cap(clean, kept)},
+            "reasons": dict(reasons),
+            "lost": [asdict(one) for one in read.lost],
             "days": clicks_per_day(times),
         }
 

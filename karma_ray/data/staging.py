@@ -8,7 +8,8 @@ for a prepared one.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from karma_ray.artifacts import exists, join, move, open_filesystem, remove, wri
 from karma_ray.data.event_parts import EventPart, starts
 from karma_ray.data.fragments import Fragment, list_fragments, read_fragment
 from karma_ray.data.prepare_work import PrepareWork
+from karma_ray.data.reading import Lost, check_lost
 from karma_ray.data.schema import EXAMPLES, ITEMS, QUARANTINE, SEQUENCES, check_columns
 from karma_ray.data.validation import (
     Checked,
@@ -57,21 +59,30 @@ def read_catalogue(data_uri: str, with_categories: bool = False) -> Checked:
 class Staging:
     """Publishes the tables of a work folder in `target`."""
 
-    def __init__(self, target: str, work: PrepareWork, of_items: pa.Table) -> None:
-        """`of_items` are the rejected items."""
+    def __init__(self, target: str, work: PrepareWork, events: str, of_items: pa.Table) -> None:
+        """`events` is the folder of the log; `of_items` are the rejected items."""
         self._target, self._work, self._of_items = target, work, of_items
+        self._events = events
 
     def check_items(self, rows: int, max_share: float) -> None:
         """Raise TooManyBadRows when too many items were rejected, which are then published."""
-        self._check_share(count_reasons(self._of_items), rows, max_share, "items", ())
+        with self._published(()):
+            check_share(count_reasons(self._of_items), rows, max_share, "items")
 
     def check_events(
         self, parts: Sequence[EventPart], checked: Sequence[Mapping[str, Any]], max_share: float
     ) -> None:
-        """Raise TooManyBadRows when too many events were rejected, which are then published."""
+        """Raise TooManyBadRows when too many events were rejected, which are then published.
+
+        Files that cannot be read whole count by their bytes.
+        """
         rows = sum(facts["counts"]["event_rows"] for facts in checked)
         reasons = add_reasons(checked, self._of_items.slice(0, 0))
-        self._check_share(reasons, rows, max_share, "events", parts)
+        lost = [Lost(**one) for facts in checked for one in facts["lost"]]
+        sizes = {join(self._events, part.file): part.num_bytes for part in parts}
+        with self._published(parts):
+            check_lost(lost, sizes, max_share, "events")
+            check_share(reasons, rows, max_share, "events")
 
     def publish(self, parts: Sequence[EventPart], facts: dict[str, Any]) -> None:
         """Replace the old tables by the new ones and write prepared.json.
@@ -92,12 +103,11 @@ class Staging:
             self._replace(table)
         write_json(facts, join(self._target, "prepared.json"))
 
-    def _check_share(
-        self, reasons: dict[str, int], rows: int, max_share: float, source: str,
-        parts: Sequence[EventPart],
-    ) -> None:  # fmt: skip
+    @contextmanager
+    def _published(self, parts: Sequence[EventPart]) -> Iterator[None]:
+        """Publish the quarantine if there are too many bad rows, and say where."""
         try:
-            check_share(reasons, rows, max_share, source)
+            yield
         except TooManyBadRows as error:
             self._gather_quarantine(parts)
             self._replace("quarantine")
@@ -110,10 +120,12 @@ class Staging:
         write_table(self._of_items, folder, "items")
         fs, there = open_filesystem(folder)
         names = set(self._work.names("quarantine")) if parts else set()
-        for part, start in zip(parts, starts(parts), strict=True):
+        for number, (part, start) in enumerate(zip(parts, starts(parts), strict=True)):
             if part.name in names:
                 _, path = open_filesystem(self._work.path("quarantine", part))
-                fs.copy(path, f"{there}/events-part-{start:012d}.parquet")
+                # A file that cannot be read has no rows, so the next one starts where it does.
+                name = f"part-{start:012d}" if part.num_rows else f"file-{number:06d}"
+                fs.copy(path, f"{there}/events-{name}.parquet")
 
     def _replace(self, table: str) -> None:
         new, old = join(self._work.build, table), join(self._target, table)

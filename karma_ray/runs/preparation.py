@@ -169,7 +169,7 @@ class _Preparation:
         parts = list_parts(events, self.sizes, work.known_parts(), since)
         work.write_parts(parts)
         items = read_catalogue(self.source, with_categories=config.hold_out > 0)
-        staging = Staging(self.target, work, items.quarantine)
+        staging = Staging(self.target, work, events, items.quarantine)
         staging.check_items(items.counts["item_rows"], config.max_bad_share)
         item_ids = catalogue_ids(items.table)
         work.match_catalogue(item_ids)

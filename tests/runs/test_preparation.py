@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -18,8 +19,10 @@ from karma_ray.data.config import PrepareConfig
 from karma_ray.data.event_parts import EventPart, Sizes, list_parts
 from karma_ray.data.forgotten import read_user_ids
 from karma_ray.data.prepared import PreparedData
-from karma_ray.errors import InputError
+from karma_ray.data.reading import NO_FILE, NO_GROUP
+from karma_ray.errors import InputError, TooManyBadRows
 from karma_ray.runs.preparation import Task, prepare, run_here
+from tests.data.damage import spoil
 from tests.data.logs import event, events_table, items_table, random_events
 
 CONFIG = PrepareConfig(max_history=6, num_hard_negatives=3, num_partitions=2)
@@ -230,6 +233,33 @@ def test_parts_follow_row_groups_and_cells(tmp_path: Path) -> None:
     assert [part.file for part in whole] == ["part-0.parquet", "part-1.parquet"]
     assert sum(part.cells for part in whole) == sum(part.cells for part in parts)
     assert isinstance(whole[0], EventPart) and whole[0].day is None
+
+
+def test_damaged_files_cost_their_rows_alone(tmp_path: Path) -> None:
+    events = log()
+    write_log(tmp_path, events)
+    sound, broken = write_log(tmp_path / "sound", events), write_log(tmp_path / "broken", events)
+    spoil(Path(broken, "events", "part-1.parquet"), 1)
+    cut = Path(broken, "events", "cut.parquet")
+    cut.write_bytes(Path(sound, "events", "part-0.parquet").read_bytes()[:50])
+    config = dataclasses.replace(CONFIG, max_bad_share=0.5)
+    whole, facts = prepare(sound, config, sizes=SMALL), prepare(broken, config, sizes=SMALL)
+    assert facts["counts"]["event_rows"] == whole["counts"]["event_rows"]
+    assert facts["quarantined"][NO_GROUP] == 60 and facts["quarantined"][NO_FILE] == 1
+    rows = read_table(f"{broken}/quarantine").to_pylist()
+    told = {row["reason"]: (row["source_file"], row["row"]) for row in rows}
+    assert told[NO_GROUP] == (f"{broken}/events/part-1.parquet", 60)
+    assert told[NO_FILE] == (str(cut), None)
+    # As if the lost rows had never been there.
+    first = events.num_rows // 3
+    kept = pa.concat_tables([events[: first + 60], events[first + 120 :]])
+    without = write_log(tmp_path / "without", kept)
+    same = prepare(without, config, sizes=SMALL)
+    assert facts["valid_start"] == same["valid_start"]
+    for table in ("sequences", "examples"):
+        assert read_table(f"{broken}/{table}").equals(read_table(f"{without}/{table}"))
+    with pytest.raises(TooManyBadRows, match=r"files cannot be read whole.*the rows are in"):
+        prepare(broken, dataclasses.replace(CONFIG, max_bad_share=0.01), sizes=SMALL)
 
 
 def test_nothing_is_left_of_a_preparation_that_was_refused(tmp_path: Path) -> None:
