@@ -47,7 +47,7 @@ STAGES = {
     ("runs/pretraining.py", "_pretrain"): "pretrain",
     ("runs/warm_up.py", "_warm_up"): "warm-up",
     ("runs/stages.py", "Stage.fit_to_items"): "fit to the items",
-    ("runs/worker.py", "run_worker"): "joint training",
+    ("runs/pipeline.py", "_train"): "joint training",
     ("runs/joint.py", "Validation.__call__"): "validation",
     ("runs/pipeline.py", "_serve_side"): "embeddings and index",
     ("runs/assessment.py", "assess"): "test of the run",
@@ -80,10 +80,12 @@ def main(argv: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         data = join(folder, "data")
         write_log(data, items, events)
-        with Watch() as watch:
-            train_run(config, data, join(folder, "run"), cache=join(folder, "cache"))
-    for line in watch.lines():
-        print(json.dumps(line), flush=True)
+        try:
+            with Watch() as watch:
+                train_run(config, data, join(folder, "run"), cache=join(folder, "cache"))
+        finally:  # what was measured before an interruption
+            for line in watch.lines():
+                print(json.dumps(line), flush=True)
     print(json.dumps({
         "part": "total", "items": items, "clicks": events, "recipe": config.recipe,
         "steps": config.training.steps, "cores": os.cpu_count(), "load": os.getloadavg()[0],
@@ -112,23 +114,23 @@ def write_log(uri: str, num_items: int, num_clicks: int) -> None:
     first = np.searchsorted(category[order], np.arange(CATEGORIES + 1))
     size = np.diff(first)[wanted]
     rank = (size[:, None] * random.random((num_pages, PAGE)) ** 3).astype(int)
-    shown = ids[order[first[wanted][:, None] + rank]]
+    shown = order[first[wanted][:, None] + rank]
     seconds = np.sort(random.integers(0, 60 * 86_400, num_pages))
     start = np.datetime64("2026-01-01T00:00:00", "us")
     events = {
         "user_id": np.char.add("user", user.astype(str)),
         "timestamp": pa.array(start + seconds.astype("timedelta64[s]")).cast(TIME),
         "query": names[wanted],
-        "exposed_item_ids": _lists(shown),
-        "clicked_item_ids": _lists(shown[:, :CLICKS_A_PAGE]),
+        "exposed_item_ids": _lists(ids, shown),
+        "clicked_item_ids": _lists(ids, shown[:, :CLICKS_A_PAGE]),
     }
     write_table(pa.table(events), join(uri, "events"))
     write_manifest(uri, "data", name="generated", notes=["a generated log, for its size"])
 
 
-def _lists(ids: np.ndarray) -> pa.ListArray:
-    ends = np.arange(len(ids) + 1, dtype=np.int32) * ids.shape[1]
-    return pa.ListArray.from_arrays(pa.array(ends), pa.array(ids.ravel()))
+def _lists(ids: np.ndarray, rows: np.ndarray) -> pa.ListArray:
+    ends = np.arange(len(rows) + 1, dtype=np.int32) * rows.shape[1]
+    return pa.ListArray.from_arrays(pa.array(ends), pa.array(ids).take(pa.array(rows.ravel())))
 
 
 @dataclass
