@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ from karma_ray.model.config import ItemEncoderConfig, ModelConfig, TinyBackboneC
 from karma_ray.model.device import cpu_computes_bfloat16
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.export import save_bundle
-from karma_ray.retrieval.part_encoder import CatalogEncoder
+from karma_ray.retrieval.part_encoder import CatalogEncoder, Encoded
 from karma_ray.retrieval.sentence_encoder import export_encoder
 from karma_ray.training.flops import BodyCost
 
@@ -136,8 +137,8 @@ def encoder_of(shape: str, words: Any) -> InterestModel:
     """Build a model with an item encoder of a shape; its user decoder is not run."""
     small = TinyBackboneConfig()
     body = build_body(BODY[shape]) if shape in BODY else build_tiny(small, len(words), 1)
-    pool = "mean" if shape in BODY else "eos"
-    config = ModelConfig(tiny=small, item_encoder=ItemEncoderConfig(pool=pool))
+    pooled = ItemEncoderConfig(pool="mean" if shape in BODY else "eos")
+    config = ModelConfig(tiny=small, item_encoder=pooled)
     return InterestModel(config, body, build_tiny(small, len(words), 2), words, 0).eval()
 
 
@@ -154,10 +155,8 @@ def measured(case: Case, rounds: int, threads: int) -> Iterator[dict[str, Any]]:
         same = library.encode(texts[:64], show_progress_bar=False)
         agreement = (unit(made.vectors) * unit(same)).sum(1)
         assert agreement.min() > 0.97, agreement
-        sides[f"ours {kind}"] = lambda kind=kind: with_precision(ours, kind).encode(rows)
-        sides[f"theirs {kind}"] = lambda library=library: library.encode(
-            texts, show_progress_bar=False
-        )
+        sides[f"ours {kind}"] = partial(encoded_by, ours, kind, rows)
+        sides[f"theirs {kind}"] = partial(library.encode, texts, show_progress_bar=False)
         sides[f"peak {kind}"] = product(getattr(torch, kind))
     seconds, found = timed(sides, rounds, time.process_time if threads == 1 else time.perf_counter)
     for kind in kinds:
@@ -187,10 +186,10 @@ def work_of(encoder: CatalogEncoder, texts: list[str]) -> float:
     return cost.forward(float(lengths.sum()), float((lengths * (lengths + 1) // 2).sum()))
 
 
-def with_precision(encoder: CatalogEncoder, kind: str) -> CatalogEncoder:
-    """Return the same encoder, which computes in another type from now on."""
+def encoded_by(encoder: CatalogEncoder, kind: str, rows: np.ndarray) -> Encoded:
+    """Encode rows of the catalogue in another type."""
     encoder.precision = kind
-    return encoder
+    return encoder.encode(rows)
 
 
 def sentence_transformer(folder: str, kind: str) -> Any:

@@ -57,11 +57,9 @@ def main(argv: list[str] | None = None) -> None:
         help="encode new items only, in this process, and hide items that left the catalogue",
     )  # fmt: skip
     arguments = flags.parse_args(argv)
-    require_part(arguments.run, RunFolder(arguments.run).bundle, "jobs/train.py --out RUN")
     if arguments.items and arguments.data:
-        raise InputError(
-            "--items", arguments.items, f"is one of two places, --data {arguments.data}"
-        )
+        raise InputError("--items", arguments.items, "cannot be combined with --data")
+    require_part(arguments.run, RunFolder(arguments.run).bundle, "jobs/train.py --out RUN")
     data = arguments.items or arguments.data or data_of(arguments.run)
     started = time.monotonic()
     if arguments.new:

@@ -42,6 +42,8 @@ CPU_BATCH = 256
 """Items that a CPU encodes at once."""
 GPU_SLOTS = 32_768
 """Slots of a padded batch that a GPU encodes at once."""
+PADDING = 0.04
+"""Largest share of padding in a batch of more than a few items."""
 WAITING = 2**26
 """Numbers that wait on a GPU, a quarter of a gigabyte, before they are moved."""
 
@@ -100,9 +102,11 @@ def item_batches(
 ) -> Iterator[NDArray[np.int64]]:  # fmt: skip
     """Yield the items of each batch; `order` is by rising lengths.
 
-    A batch has `size` items, or as many as fit into `slots` when they are padded. Without either
-    these are CPU_BATCH items on a CPU, and GPU_SLOTS slots elsewhere.
+    A batch has `size` items, or as many as fit into `slots` when they are padded; if more than
+    PADDING of it would be padding, it is smaller, down to an eighth. Without either these are
+    CPU_BATCH items on a CPU, and GPU_SLOTS slots, however padded, elsewhere.
     """
+    most = 1.0 if slots is None else PADDING
     if size is None and slots is None:
         size, slots = (CPU_BATCH, None) if device.type == "cpu" else (None, GPU_SLOTS)
     start = 0
@@ -111,7 +115,9 @@ def item_batches(
         if slots is not None:
             some = np.maximum(lengths[order[start : start + slots]].astype(np.int64), 1)
             padded = some * np.arange(1, len(some) + 1)  # of a batch that ends with this item
-            count = max(1, int(np.searchsorted(padded, slots, side="right")))
+            dense = (padded - some.cumsum() <= most * padded) | (padded <= slots // 8)
+            fitting = np.flatnonzero(dense & (padded <= slots))
+            count = int(fitting[-1]) + 1 if len(fitting) else 1
         yield order[start : start + count]
         start += count
 

@@ -59,8 +59,12 @@ def hashes_of(table: pa.Table) -> Hashes | None:
     """Return the hashes of a table of embeddings, or None if it has none or not of all rows."""
     if COLUMN not in table.column_names or table.column(COLUMN).null_count:
         return None
-    joined = b"".join(table.column(COLUMN).to_pylist())
-    return np.frombuffer(joined, f"S{BYTES}")
+    chunks = [
+        np.frombuffer(chunk.buffers()[1], f"S{BYTES}")[chunk.offset : chunk.offset + len(chunk)]
+        for chunk in table.column(COLUMN).chunks
+        if len(chunk)
+    ]
+    return np.concatenate(chunks) if chunks else np.zeros(0, f"S{BYTES}")
 
 
 class KnownVectors:
