@@ -140,6 +140,7 @@ def test_new_days_are_added_without_checking_old_ones_and_equal_a_full_rebuild(
     write_days(data, events, 1, 7)
     prepare(str(data), CONFIG, out)
     write_days(data, events, 7, 10)
+    pq.write_table(events[:0], data / "events" / "day=2024-01-02" / "empty.parquet")
     with pytest.raises(InputError, match=r"--since: '2024-01-08' is after .*day=2024-01-07"):
         prepare(str(data), CONFIG, out, since="2024-01-08")
     run = Recorded()
