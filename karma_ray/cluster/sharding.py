@@ -7,7 +7,7 @@ and no object store ever holds the log, and a task whose worker died is simply r
 
 from __future__ import annotations
 
-import logging
+import os
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
@@ -21,8 +21,6 @@ from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import KarmaRayError
 from karma_ray.runs import preparation
 from karma_ray.runs.preparation import Task, run_here
-
-LOG = logging.getLogger(__name__)
 
 IN_FLIGHT = 1_000
 """Tasks that are submitted at the same time, which bounds what the driver keeps of them."""
@@ -47,7 +45,7 @@ def run_on_ray(task: Task, inputs: Sequence[Any], small: bool) -> Iterable[None]
         yield from run_here(task, inputs)
         return
     connect()
-    shared, call = ray.put(task), ray.remote(_call)
+    shared, call = [ray.put(task)], ray.remote(_call)
     left = iter(inputs)
     running = [call.remote(shared, part) for part in islice(left, IN_FLIGHT)]
     try:
@@ -64,6 +62,8 @@ def run_on_ray(task: Task, inputs: Sequence[Any], small: bool) -> Iterable[None]
             ray.cancel(each)
 
 
-def _call(task: Task, part: Any) -> None:
-    """Run as a task on a node."""
+def _call(shared: list[ray.ObjectRef], part: Any) -> None:
+    """Run as a task on a node, on the one core that it is granted."""
+    os.environ.setdefault("POLARS_MAX_THREADS", "1")  # before the task's modules import Polars
+    task: Task = ray.get(shared[0])
     task(part)

@@ -97,12 +97,12 @@ def list_parts(
         file, stamp = path.removeprefix(root).lstrip("/"), _stamp(fs.info(path))
         files.append((path, file, stamp))
     old = [_standing(known.get(file), stamp) for _, file, stamp in files]
-    if since is not None:
-        _refuse_changes(files, old, since)
     opened = [place for place, parts in enumerate(old) if parts is None]
     with ThreadPoolExecutor(READERS) as readers:
         found = readers.map(lambda place: _parts_of(fs, *files[place], sizes), opened)
         new = dict(zip(opened, found, strict=True))
+    if since is not None:
+        _refuse_old_days([part for parts in new.values() for part in parts], since)
     parts = [part for place, kept in enumerate(old) for part in (kept or new.get(place, []))]
     if not parts:
         raise InputError("events", folder, "holds no row")
@@ -179,15 +179,13 @@ def _stamp(info: Mapping[str, Any]) -> str:
     return f"{info['size']} {version}"
 
 
-def _refuse_changes(
-    files: Sequence[tuple[str, str, str]], old: Sequence[list[EventPart] | None], since: str
-) -> None:
-    for (path, file, _), parts in zip(files, old, strict=True):
-        day = day_of(file)
-        if day is None:
-            raise InputError("--since", since, f"needs events/day=YYYY-MM-DD/; {path} has no day")
-        if day < since and parts is None:
-            problem = f"is after {path}, which is new or changed: prepare without it once"
+def _refuse_old_days(new: Sequence[EventPart], since: str) -> None:
+    for part in new:
+        if part.day is None:
+            problem = f"needs events/day=YYYY-MM-DD/; {part.file} has no day"
+            raise InputError("--since", since, problem)
+        if part.day < since:
+            problem = f"is after {part.file}, which is new or changed: prepare without it once"
             raise InputError("--since", since, problem)
 
 

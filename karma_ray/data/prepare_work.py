@@ -169,4 +169,4 @@ def write_whole(table: pa.Table, uri: str) -> None:
     """Write a small table as one Parquet file, whole or not at all."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd")
-    write_bytes(sink.getvalue(), uri)
+    write_bytes(sink.getvalue().to_pybytes(), uri)

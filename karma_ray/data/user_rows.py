@@ -71,7 +71,7 @@ def write_rows(clean: pa.Table, uri: str, fewest: int) -> None:
     options = pa.ipc.IpcWriteOptions(compression="zstd")
     with pa.ipc.new_file(sink, schema, options=options) as writer:
         writer.write_table(rows, max_chunksize=batch_rows)
-    write_bytes(sink.getvalue(), uri)
+    write_bytes(sink.getvalue().to_pybytes(), uri)
 
 
 def read_rows(uri: str, slots: tuple[int, int]) -> pa.Table:

@@ -21,7 +21,9 @@ from karma_ray.data.forgotten import read_user_ids
 from karma_ray.data.prepared import PreparedData
 from karma_ray.data.reading import NO_FILE, NO_GROUP
 from karma_ray.errors import InputError, TooManyBadRows
+from karma_ray.node_cache import upload
 from karma_ray.runs.preparation import Task, prepare, run_here
+from tests.cluster.stores import BUCKET, running_store
 from tests.data.damage import spoil
 from tests.data.logs import event, events_table, items_table, random_events
 
@@ -141,6 +143,7 @@ def test_new_days_are_added_without_checking_old_ones_and_equal_a_full_rebuild(
     write_days(data, events, 1, 7)
     prepare(str(data), CONFIG, out)
     write_days(data, events, 7, 10)
+    pq.write_table(events[:0], data / "events" / "day=2024-01-02" / "empty.parquet")
     with pytest.raises(InputError, match=r"--since: '2024-01-08' is after .*day=2024-01-07"):
         prepare(str(data), CONFIG, out, since="2024-01-08")
     run = Recorded()
@@ -154,6 +157,25 @@ def test_new_days_are_added_without_checking_old_ones_and_equal_a_full_rebuild(
     plain = write_log(tmp_path / "plain", events)
     with pytest.raises(InputError, match=r"needs events/day=YYYY-MM-DD/"):
         prepare(plain, CONFIG, since="2024-01-01")
+
+
+def test_a_store_has_what_a_disk_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, events = tmp_path / "data", log()
+    write_table(items_table(60), f"{data}/items")
+    write_days(data, events, 1, 7)
+    with running_store(monkeypatch):
+        there = f"s3://{BUCKET}/log"
+        upload(data, there)
+        prepare(there, CONFIG)
+        write_days(data, events, 7, 10)
+        upload(data / "events" / "day=2024-01-09", f"{there}/events/day=2024-01-09")
+        run = Recorded()
+        facts = prepare(there, CONFIG, None, run, since="2024-01-09")
+        assert [part.day for part in run.inputs[0]] == ["2024-01-09"]
+        for day in (7, 8):
+            (data / "events" / f"day=2024-01-0{day}" / "log.parquet").unlink()
+        assert facts["counts"] == prepare(str(data), CONFIG)["counts"]
+        assert PreparedData.load(there).sequences() == PreparedData.load(str(data)).sequences()
 
 
 def test_an_old_day_is_checked_again_when_an_item_that_it_named_appears(tmp_path: Path) -> None:
