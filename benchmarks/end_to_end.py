@@ -7,15 +7,16 @@ favourite categories, two clicks a page), then `karma_ray.runs` makes a run of i
 as `python -m karma_ray.runs` does, in a temporary folder. A thread looks 20 times a second at what
 is being computed: JSON lines, one for each stage with its seconds, CPU seconds of the process, the
 peak of the memory that is its own (`anonymous_gib`; mapped files are shared), and the functions of
-the package that it was in most often, then a line with the totals. Validation examples, test
-examples and steps are few (SHORT), since shapes and batches decide what a step takes; --set changes
-that. --quick checks the command on a small log.
+the package that it was in most often, then a line with the totals and the median share of joint
+training's time that waits for batches. Test examples and steps are few (SHORT), since shapes and
+batches decide what a step takes; --set changes that. --quick checks the command on a small log.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import statistics
 import sys
 import tempfile
 import threading
@@ -33,7 +34,7 @@ import pyarrow as pa
 
 from benchmarks.lookup import anonymous_gib
 from karma_ray import cli
-from karma_ray.artifacts import join, write_manifest, write_table
+from karma_ray.artifacts import RunFolder, join, read_lines, write_manifest, write_table
 from karma_ray.data.schema import TIME
 from karma_ray.runs.pipeline import train_run
 
@@ -86,10 +87,15 @@ def main(argv: list[str] | None = None) -> None:
         finally:  # what was measured before an interruption
             for line in watch.lines():
                 print(json.dumps(line), flush=True)
+        waits = [
+            line["data_wait_share"]
+            for line in read_lines(RunFolder(join(folder, "run")).metrics_lines)
+            if line["stage"] == "joint" and "data_wait_share" in line
+        ]
     print(json.dumps({
         "part": "total", "items": items, "clicks": events, "recipe": config.recipe,
         "steps": config.training.steps, "cores": os.cpu_count(), "load": os.getloadavg()[0],
-        **watch.totals(),
+        "data_wait_share": statistics.median(waits), **watch.totals(),
     }))  # fmt: skip
 
 
