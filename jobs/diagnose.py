@@ -16,8 +16,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.cli import parser, run
-from karma_ray.report.diagnosis_page import screen
-from karma_ray.runs.model_comparison import diagnose_runs, parse_heads
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -30,6 +28,9 @@ def main(argv: list[str] | None = None) -> None:
         "--items", type=int, default=512, metavar="N", help="items and requests (default 512)"
     )
     arguments = flags.parse_args(argv)
+    from karma_ray.report.diagnosis_page import screen
+    from karma_ray.runs.model_comparison import diagnose_runs, parse_heads
+
     comparison, page = diagnose_runs(
         arguments.runs,
         data=arguments.data,

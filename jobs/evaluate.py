@@ -13,8 +13,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.cli import cache_flag, parser, run
-from karma_ray.report.terminal import summary
-from karma_ray.runs.pipeline import evaluate_run
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -26,6 +24,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     cache_flag(flags)
     arguments = flags.parse_args(argv)
+    from karma_ray.report.terminal import summary
+    from karma_ray.runs.pipeline import evaluate_run
+
     folder, _ = evaluate_run(arguments.run, arguments.data, arguments.cache, arguments.out)
     print(summary(folder))
 

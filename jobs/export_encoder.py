@@ -14,7 +14,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.cli import parser, run
-from karma_ray.retrieval.sentence_encoder import export_encoder
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -23,6 +22,8 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("run", metavar="RUN", help="run folder with a finished bundle/")
     flags.add_argument("out", metavar="OUT", help="a new or empty folder (or URI) to write")
     arguments = flags.parse_args(argv)
+    from karma_ray.retrieval.sentence_encoder import export_encoder
+
     facts = export_encoder(arguments.run, arguments.out)
     print(
         f"{facts['width']} dimensions, at most {facts['max_tokens']} tokens, pooling "

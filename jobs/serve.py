@@ -14,8 +14,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from karma_ray.artifacts import absolute, join, read_table
 from karma_ray.cli import parser, run
 from karma_ray.errors import InputError
-from karma_ray.serving.host import curl_example, serve_here
+from karma_ray.serving.host import Options, curl_example, serve_here
 from karma_ray.serving.live import check_source
+from karma_ray.serving.precision import PRECISIONS
 from karma_ray.serving.request_log import LogSettings
 
 
@@ -36,8 +37,12 @@ def main(argv: list[str] | None = None) -> None:
         help="answer from this process, behind uvicorn: one machine, no cluster",
     )  # fmt: skip
     flags.add_argument(
+        "--precision", choices=PRECISIONS, default="auto",
+        help="compute type of the decoder (auto: bfloat16 on a GPU, float32 on a CPU)",
+    )  # fmt: skip
+    flags.add_argument(
         "--compare", metavar="RUN",
-        help="a second run that the search page shows beside it (with --without-ray)",
+        help="a second run that the search page shows beside it",
     )  # fmt: skip
     flags.add_argument(
         "--log-requests", metavar="PATH|-", help="append a JSON line per request (- is the screen)"
@@ -46,8 +51,6 @@ def main(argv: list[str] | None = None) -> None:
         "--log-raw", action="store_true", help="log user ids and queries as they are, not hashed"
     )
     arguments = flags.parse_args(argv)
-    if arguments.compare and not arguments.without_ray:
-        raise InputError("--compare", arguments.compare, "needs --without-ray")
     if arguments.log_raw and not arguments.log_requests:
         raise InputError("--log-raw", True, "needs --log-requests")
     log = None
@@ -62,17 +65,15 @@ def main(argv: list[str] | None = None) -> None:
             f"Try:\n{curl_example(url, ids)}", flush=True,
         )  # fmt: skip
 
+    options = Options(arguments.compare, arguments.precision, log)
     if arguments.without_ray:
-        serve_here(
-            arguments.run, arguments.host, arguments.port, announce, log=log,
-            compare=arguments.compare,
-        )  # fmt: skip
+        serve_here(arguments.run, arguments.host, arguments.port, announce, options)
         return
     from karma_ray.cluster.serving import Replicas, serve_run  # not needed without Ray
 
     serve_run(
         arguments.run, arguments.host, arguments.port, Replicas.parse(arguments.replicas),
-        blocking=True, on_ready=announce, log=log,
+        blocking=True, on_ready=announce, options=options,
     )  # fmt: skip
 
 

@@ -18,9 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.artifacts import join
 from karma_ray.cli import cache_flag, default_out, parser, run
-from karma_ray.cluster.search_space import load_space
-from karma_ray.cluster.tuning import search
-from karma_ray.studies.ledger import describe
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -46,6 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     cache_flag(flags)
     arguments = flags.parse_args(argv)
+    from karma_ray.cluster.search_space import load_space
+    from karma_ray.cluster.tuning import search
+    from karma_ray.studies.ledger import describe
+
     space = load_space(arguments.space)
     out = arguments.out or default_out("tune")
     if arguments.data:  # the toy shop has visual features

@@ -33,8 +33,7 @@ _HIDDEN = re.compile(r"/[._]")
 
 def open_filesystem(uri: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """Return the fsspec filesystem of `uri` and the path inside it."""
-    fs, path = fsspec.core.url_to_fs(str(uri), **store_options(str(uri)))
-    return fs, path
+    return fsspec.core.url_to_fs(str(uri), **store_options(str(uri)))  # type: ignore[no-any-return]
 
 
 def join(uri: str, *parts: str) -> str:
@@ -56,14 +55,17 @@ def remove(uri: str) -> None:
 
 
 def move(source: str, target: str) -> None:
-    """Move a file or folder of a filesystem to a place where nothing is."""
+    """Move a file or folder of a filesystem to a place where nothing is; manifests come last."""
     (fs, old), (_, new) = open_filesystem(source), open_filesystem(target)
     if "file" in fs.protocol:
         fs.mv(old, new, recursive=True)
         return
     fs.invalidate_cache()  # other processes may have written below it
-    names = fs.find(old)  # a store has no folders that could be moved
-    fs.copy(names, [f"{new}{name[len(old) :]}" for name in names])
+    found = fs.find(old)  # a store has no folders that could be moved
+    manifests = [name for name in found if name.endswith("manifest.json")]
+    for names in ([name for name in found if name not in manifests], manifests):
+        if names:
+            fs.copy(names, [f"{new}{name[len(old) :]}" for name in names])
     fs.rm(old, recursive=True)
 
 

@@ -252,15 +252,25 @@ def test_rights_come_from_the_account_and_no_file_holds_a_key() -> None:
 
 
 def test_the_service_names_an_application_that_serve_can_build(tmp_path) -> None:
-    from ray.serve.schema import ServeDeploySchema
+    from ray.serve.schema import HTTPOptionsSchema, ServeApplicationSchema, ServeDeploySchema
 
     from karma_ray.cluster.service import ServiceArguments, application
+    from karma_ray.cluster.serving import APPLICATION
     from karma_ray.errors import KarmaRayError
+    from karma_ray.serving.slow_clients import CALLBACK
 
-    config = ServeDeploySchema.model_validate(
-        yaml.safe_load(load("RayService")["spec"]["serveConfigV2"])
-    )
+    written = yaml.safe_load((FOLDER.parent / "serve.yaml").read_text())
+    assert yaml.safe_load(load("RayService")["spec"]["serveConfigV2"]) == written
+    config = ServeDeploySchema.model_validate(written)
+    # Serve ignores fields that it does not know.
+    assert set(written) <= set(ServeDeploySchema.model_fields)
+    assert set(written["applications"][0]) <= set(ServeApplicationSchema.model_fields)
+    assert set(written["http_options"]) <= set(HTTPOptionsSchema.model_fields)
+    assert config.proxy_location == "EveryNode" and config.controller_options is not None
+    variables = config.controller_options.runtime_env["env_vars"]
+    assert variables.pop("RAY_SERVE_ENABLE_DIRECT_INGRESS") == "0" and variables == CALLBACK
     (described,) = config.applications
+    assert described.name == APPLICATION
     assert described.import_path == f"{application.__module__}:{application.__name__}"
     arguments = ServiceArguments.model_validate(described.args)
     with pytest.raises(KarmaRayError):
@@ -280,6 +290,9 @@ def test_serve_builds_the_application_of_a_run(tmp_path) -> None:
     built = call_user_app_builder_with_args_if_necessary(application, found)
     deployment = built._bound_deployment
     assert (deployment.name, deployment.num_replicas) == ("retriever", 2)
+    grows = call_user_app_builder_with_args_if_necessary(application, {**found, "max_replicas": 4})
+    limits = grows._bound_deployment._deployment_config.autoscaling_config
+    assert (limits.min_replicas, limits.max_replicas) == (2, 4)
     with pytest.raises(ValueError, match="replicas"):
         call_user_app_builder_with_args_if_necessary(application, {**found, "replicas": 2})
 

@@ -30,16 +30,16 @@ class Bm25Ranker:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._vectorizer = CountVectorizer(analyzer=terms, dtype=np.float32)
-        counts = self._vectorizer.fit_transform(catalog.texts()).tocsr()  # [I, V]
+        counts = self._vectorizer.fit_transform(catalog.each_text()).tocsr()  # [I, V]
         self._texts = normalize(counts, norm="l1")  # [I, V] items as queries
-        self._items = _weights(counts)  # [I, V] items as documents
+        self._by_term = _weights(counts).T.tocsr()  # [V, I] items as documents
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
         """Return BM25 per search term; a request without query and history scores 0."""
         asked = self._requests(examples)  # [b, V]
         scores = np.zeros((examples.num_rows, self._catalog.num_items), dtype=np.float32)
         for start in range(0, examples.num_rows, _BLOCK):
-            product = asked[start : start + _BLOCK] @ self._items.T
+            product = asked[start : start + _BLOCK] @ self._by_term
             product.toarray(out=scores[start : start + _BLOCK])
         return scores
 

@@ -8,7 +8,7 @@ from karma_ray.artifacts import exists, join
 from karma_ray.baselines.affinity import AffinityRanker
 from karma_ray.baselines.bm25 import Bm25Ranker
 from karma_ray.baselines.llm import LlmAffinityRanker, LlmRanker, TextVectors
-from karma_ray.baselines.popularity import PopularityRanker, training_clicks
+from karma_ray.baselines.popularity import CLICK_COLUMNS, PopularityRanker, training_clicks
 from karma_ray.baselines.query_filter import PopularQueryFilterRanker, QueryFilterRanker
 from karma_ray.baselines.ranker import Ranker
 from karma_ray.baselines.tfidf import TfidfRanker
@@ -54,7 +54,7 @@ def build_floor(
         return QueryFilterRanker(catalog, data.query_matches(catalog), seed)
     if name not in NAMES:
         raise InputError("--recipe", name, choices=NAMES)
-    clicks = training_clicks(data.sequences(), catalog)
+    clicks = training_clicks(data.windows(*CLICK_COLUMNS), catalog)
     if name == "popularity":
         return PopularityRanker(clicks)
     if name == "query_filter_popular":

@@ -7,13 +7,16 @@ import pyarrow as pa
 import scipy.sparse as sp
 
 from karma_ray.data.catalog import Catalog
+from karma_ray.data.steps import catalog_rows, flattened, list_sizes
 
 
 def history_counts(examples: pa.Table, catalog: Catalog) -> sp.csr_matrix:  # -> [b, I]
     """Count each catalogue item in each request's history; unknown ids are skipped."""
-    rows = [catalog.rows(ids or []) for ids in examples.column("history_item_ids").to_pylist()]
-    known = [row[row >= 0] for row in rows]
-    ends = np.cumsum([0, *(len(row) for row in known)])
-    columns = np.concatenate([*known, np.zeros(0, dtype=np.int64)])
-    ones = np.ones(len(columns), dtype=np.float32)
-    return sp.csr_matrix((ones, columns, ends), shape=(len(known), catalog.num_items))
+    column = examples.column("history_item_ids")
+    sizes = list_sizes(column)
+    rows = catalog_rows(catalog, flattened(column))
+    known = rows >= 0
+    counts = np.bincount(np.repeat(np.arange(len(sizes)), sizes)[known], minlength=len(sizes))
+    ends = np.concatenate([[0], np.cumsum(counts)])
+    ones = np.ones(int(known.sum()), dtype=np.float32)
+    return sp.csr_matrix((ones, rows[known], ends), shape=(len(sizes), catalog.num_items))

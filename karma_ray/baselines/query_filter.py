@@ -13,6 +13,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from karma_ray.data.catalog import Catalog
+from karma_ray.data.draws import text_keys
 
 if TYPE_CHECKING:
     from karma_ray.data.prepared import QueryMatches
@@ -20,23 +21,34 @@ if TYPE_CHECKING:
 
 def behind_match(
     values: NDArray[np.floating] | NDArray[np.int64], rows: NDArray[np.int64]
-) -> NDArray[np.float32]:  # [I], [M] -> [I]
-    """Return scores that rank `rows` first and otherwise keep the order and ties of `values`.
-
-    Dense ranks are whole numbers, which float32 represents exactly (up to 8 million items).
-    """
-    ranks: NDArray[np.float32] = np.unique(values, return_inverse=True)[1].astype(np.float32)
+) -> NDArray[np.floating]:  # [I], [M] -> [I]
+    """Return scores that rank `rows` first and otherwise keep the order and ties of `values`."""
+    ranks = _dense_ranks(values)
     ranks[rows] += len(values)
     return ranks
 
 
 def behind_matches(
-    values: NDArray[np.floating] | NDArray[np.int64], examples: pa.Table, matches: QueryMatches
-) -> NDArray[np.float32]:  # [b, I] -> [b, I]
+    values: NDArray[np.floating], examples: pa.Table, matches: QueryMatches
+) -> NDArray[np.floating]:  # [b, I] -> [b, I]
     """Return `behind_match` of each request's values and the items that match its query."""
-    queries = examples.column("query").to_pylist()
-    rows = [behind_match(v, matches.rows(query)) for v, query in zip(values, queries, strict=True)]
-    return np.stack(rows) if rows else values.astype(np.float32)
+    scores = np.empty(values.shape, _kind_of_ranks(values.shape[1]))
+    for row, query in enumerate(examples.column("query").to_pylist()):
+        scores[row] = behind_match(values[row], matches.rows(query))
+    return scores
+
+
+def _dense_ranks(
+    values: NDArray[np.floating] | NDArray[np.int64],
+) -> NDArray[np.floating]:  # [I] -> [I]
+    """Return the rank of each value among the distinct ones."""
+    ranks: NDArray[np.int64] = np.unique(values, return_inverse=True)[1]
+    return ranks.astype(_kind_of_ranks(len(values)))
+
+
+def _kind_of_ranks(num_items: int) -> type[np.floating]:
+    """Return a type that holds whole numbers up to twice the items exactly."""
+    return np.float32 if num_items <= 2**23 else np.float64
 
 
 class QueryFilterRanker:
@@ -48,7 +60,7 @@ class QueryFilterRanker:
 
     def __init__(self, catalog: Catalog, matches: QueryMatches, seed: int = 0) -> None:
         self._matches, self._seed = matches, seed
-        self._item_keys = np.array([_key(item_id) for item_id in catalog.item_ids], np.uint64)
+        self._item_keys = text_keys(catalog.each("item_id")).view(np.uint64)
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
         """Return random numbers in [0, 1) for matching items and in [-1, 0) for others."""
@@ -67,12 +79,14 @@ class PopularQueryFilterRanker:
     """Matching items first, ordered by training clicks."""
 
     def __init__(self, clicks: NDArray[np.int64], matches: QueryMatches) -> None:
-        self._clicks, self._matches = clicks, matches
+        self._ranks, self._matches = _dense_ranks(clicks), matches
 
-    def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
+    def score(self, examples: pa.Table) -> NDArray[np.floating]:  # -> [b, I]
         """Return dense popularity ranks, with matching items above all others."""
-        values = np.broadcast_to(self._clicks, (examples.num_rows, len(self._clicks)))
-        return behind_matches(values, examples, self._matches)
+        scores = np.tile(self._ranks, (examples.num_rows, 1))
+        for row, query in enumerate(examples.column("query").to_pylist()):
+            scores[row, self._matches.rows(query)] += len(self._ranks)
+        return scores
 
 
 def _key(text: str) -> int:

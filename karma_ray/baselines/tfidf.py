@@ -24,14 +24,15 @@ class TfidfRanker:
     def __init__(self, catalog: Catalog) -> None:
         self._catalog = catalog
         self._vectorizer = TfidfVectorizer(analyzer=terms, sublinear_tf=True, dtype=np.float32)
-        self._items = self._vectorizer.fit_transform(catalog.texts()).tocsr()  # [I, V]
+        self._items = self._vectorizer.fit_transform(catalog.each_text()).tocsr()  # [I, V]
+        self._by_term = self._items.T.tocsr()  # [V, I]
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
         """Return scores like cosines; a request without query and history scores 0."""
         vectors = self._requests(examples)  # [b, V]
         scores = np.zeros((examples.num_rows, self._catalog.num_items), dtype=np.float32)
         for start in range(0, examples.num_rows, _BLOCK):
-            product = vectors[start : start + _BLOCK] @ self._items.T
+            product = vectors[start : start + _BLOCK] @ self._by_term
             product.toarray(out=scores[start : start + _BLOCK])
         return scores
 

@@ -28,8 +28,6 @@ GPU = {"GPU": 1.0}
 CPU = {"CPU": 1.0}
 ENCODER_CPUS = 0.9
 """What an encoder on CPUs holds of a CPU: a pool that fills all machines leaves room to write."""
-WRITER_CPUS = 0.1
-"""What a task that writes what encoders made holds of a CPU."""
 NO_CUDA = "a GPU was assigned, but its process finds no CUDA: computing on the CPU"
 
 

@@ -2,7 +2,7 @@
 
 A table that fits into one shuffle window is read by the worker itself, in milliseconds: Ray Data
 would take seconds before the first step, and a process of its own. For a larger table each worker
-has one Ray Data pipeline for the whole training. Its input is the list of shuffle windows of
+has one Ray Data pipeline for the whole training. Its input are numbers of the shuffle windows of
 `training/order.py`; its map tasks read and shuffle them, and the worker receives rows in order, a
 bounded number ahead. A new epoch is just the next window of a running stream, whereas executing a
 Ray Dataset again per epoch takes 1-2 s before the first batch.
@@ -20,6 +20,9 @@ import pyarrow as pa
 from karma_ray.runs.batches import local_blocks
 from karma_ray.training.order import Order, Window
 
+MAX_UNITS = 1_024
+"""Tasks that read the rows of a training, however long it is."""
+
 
 def ray_blocks(order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
     """Return the rows of `windows`, in order; those of a large table come from Ray Data tasks."""
@@ -29,18 +32,17 @@ def ray_blocks(order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
 def _streamed(order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
     import ray
 
-    units = _group(windows, order.window_rows)
-    source = order.source
+    size = _unit_size(order, windows)
 
     def read(table: pa.Table) -> Iterator[pa.Table]:
-        for unit in table.column("id").to_pylist():
-            for window in units[unit]:
-                yield source.read(window)
+        for first in table.column("first").to_pylist():
+            for number in range(first, min(first + size, len(windows))):
+                yield order.source.read(windows[number])
 
     # Built from items, whose blocks are made here: the tasks of `from_arrow` and `range` each need
     # a CPU, and would wait for ever if the training workers hold all of them.
-    items = [{"id": unit} for unit in range(len(units))]
-    dataset = ray.data.from_items(items, override_num_blocks=len(units))
+    items = [{"first": first} for first in range(0, len(windows), size)]
+    dataset = ray.data.from_items(items, override_num_blocks=len(items))
     dataset = dataset.map_batches(
         read,
         batch_size=None,
@@ -54,14 +56,11 @@ def _streamed(order: Order, windows: Sequence[Window]) -> Iterator[pa.Table]:
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
 
 
-def _group(windows: Sequence[Window], rows: int) -> tuple[tuple[Window, ...], ...]:
-    """Group consecutive windows into units of about `rows` rows, to avoid a task per epoch."""
-    units: list[list[Window]] = []
-    size = rows
-    for window in windows:
-        if size >= rows:
-            units.append([])
-            size = 0
-        units[-1].append(window)
-        size += window.rows_read
-    return tuple(tuple(unit) for unit in units)
+def _unit_size(order: Order, windows: Sequence[Window]) -> int:
+    """Return how many consecutive windows a task reads: about `window_rows` rows, to avoid a task
+    per epoch of a small table, and more if there would be more than MAX_UNITS tasks.
+
+    A task yields window after window, so its memory does not grow with their number.
+    """
+    rows = max((window.rows_read for window in windows[:2]), default=1)
+    return max(1, -(-order.window_rows // rows), -(-len(windows) // MAX_UNITS))

@@ -1,4 +1,4 @@
-"""The executor of a run on Ray: Ray Data prepares and embeds, Ray Train trains."""
+"""The executor of a run on Ray: Ray prepares, Ray Data embeds, Ray Train trains."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from karma_ray.cluster.embedding import embed_items
 from karma_ray.cluster.frozen_outputs import encode_on_ray
 from karma_ray.cluster.measuring import measure_on_a_gpu
 from karma_ray.cluster.occupancy import kinds_up
-from karma_ray.cluster.sharding import RayShuffle
+from karma_ray.cluster.sharding import run_on_ray
 from karma_ray.cluster.training import train_on_ray
 from karma_ray.runs.executor import Executor
 
 ON_RAY = Executor(
-    prepare=RayShuffle(),
+    prepare=run_on_ray,
     train=train_on_ray,
     freeze=encode_on_ray,
     embed=embed_items,

@@ -20,6 +20,7 @@ from karma_ray.cluster.session import connect
 from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.data.fragments import Fragment
 from karma_ray.data.pictures import Part, encode_fragment
+from karma_ray.data.work_folder import WorkFolder
 from karma_ray.errors import InputError
 from karma_ray.runs import features
 from karma_ray.runs.features import FeaturesConfig, Fitted, Loaded, encode_here, rows_of
@@ -43,7 +44,7 @@ class FeatureEncoder:
     """An actor with an encoder and the kind of each row of items/."""
 
     def __init__(
-        self, make: Fitted | Loaded, items: str, kinds: ray.ObjectRef, work: str,
+        self, make: Fitted | Loaded, items: str, kinds: ray.ObjectRef, work: WorkFolder,
         topic: str,
     ) -> None:  # fmt: skip
         torch.set_num_threads(1)
@@ -63,7 +64,7 @@ class FeatureEncoder:
 
 def encode_on_ray(
     make: Fitted | Loaded, fragments: list[Fragment], items: str, kinds: np.ndarray,
-    work: str, num_actors: int,
+    work: WorkFolder, num_actors: int,
 ) -> Iterator[Part]:  # fmt: skip
     """Encode the row groups with a pool of actors, or in this process if one is enough."""
     if num_actors > len(fragments):

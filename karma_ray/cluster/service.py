@@ -1,4 +1,4 @@
-"""The endpoint as an application that Serve builds from a file (deploy/kuberay/rayservice.yaml).
+"""The endpoint as an application that Serve builds from a file (deploy/serve.yaml).
 
 `jobs/serve.py` is for a person who waits for it; here Serve, or KubeRay, starts, checks and
 replaces the endpoint.
@@ -12,7 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from karma_ray.cluster.serving import MAX_QUEUED, Replicas, application_of
-from karma_ray.retrieval.retriever import check_run
+from karma_ray.serving.host import Options
+from karma_ray.serving.live import check_source
+from karma_ray.serving.precision import Precision
 
 
 class ServiceArguments(BaseModel):
@@ -21,13 +23,17 @@ class ServiceArguments(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     run: str
-    """URI of a finished run, which every node can read."""
+    """URI of a finished run or a live folder, which every node can read."""
     num_replicas: int = Field(default=1, ge=1)
     """Copies of decoder and index."""
     max_replicas: int | None = Field(default=None, ge=1)
     """If larger, copies are added up to this number by load, and removed again."""
     max_queued_requests: int = Field(default=MAX_QUEUED, ge=1)
     """Requests that may wait for a replica; further ones get the status 503."""
+    compare: str | None = None
+    """URI of a second run that the search page shows beside the first."""
+    precision: Precision = "auto"
+    """In which the user decoder computes; `auto` is bfloat16 on a GPU and float32 on a CPU."""
 
 
 def application(given: dict[str, Any]) -> serve.Application:
@@ -37,7 +43,10 @@ def application(given: dict[str, Any]) -> serve.Application:
     the text of one.
     """
     arguments = ServiceArguments.model_validate(given)
-    check_run(arguments.run)
+    for source in (arguments.run, arguments.compare):
+        if source is not None:
+            check_source(source)
     most = max(arguments.num_replicas, arguments.max_replicas or 0)
     replicas = Replicas(arguments.num_replicas, most)
-    return application_of(arguments.run, replicas, arguments.max_queued_requests)
+    options = Options(arguments.compare, arguments.precision)
+    return application_of(arguments.run, replicas, arguments.max_queued_requests, options)

@@ -1,6 +1,7 @@
 """The endpoint on Ray Serve: one deployment that contains the model and the index.
 
 Decoder and index are in the same replica, because each hop between deployments costs milliseconds.
+What several replicas must know of users is elsewhere (`clicks.py`).
 The HTTP interface is `karma_ray.serving`; Serve only hosts it.
 """
 
@@ -10,24 +11,24 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import ray
 from ray import serve
 from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 
+from karma_ray.artifacts import absolute
 from karma_ray.cluster.accelerators import share_of_gpus_up
+from karma_ray.cluster.clicks import SharedUsers, clicks_deployment
 from karma_ray.cluster.session import connect, joins_a_cluster
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.encode import load_embeddings
-from karma_ray.serving.app import build_app
 from karma_ray.serving.client import TOKEN
 from karma_ray.serving.guards import RETRY_AFTER_S
-from karma_ray.serving.host import settle, token_from_environment
+from karma_ray.serving.host import IDLE_S, PLAIN, Options, load_app, token_from_environment
 from karma_ray.serving.live import check_source
-from karma_ray.serving.page.routes import SearchPage, shows_users
 from karma_ray.serving.process import (
     check_port,
     free_port,
@@ -35,8 +36,8 @@ from karma_ray.serving.process import (
     raise_on_signals,
     run_until_signal,
 )
-from karma_ray.serving.request_log import LogSettings
-from karma_ray.serving.service import MAX_WAITING, Service
+from karma_ray.serving.service import MAX_WAITING
+from karma_ray.serving.slow_clients import CALLBACK
 
 APPLICATION = "karma_ray"
 MAX_QUEUED = MAX_WAITING
@@ -79,32 +80,40 @@ def serve_run(
     blocking: bool = False,
     max_queued_requests: int = MAX_QUEUED,
     on_ready: Callable[[str], None] | None = None,
-    log: LogSettings | None = None,
+    options: Options = PLAIN,
 ) -> str:
     """Serve a finished run or a live folder; returns its base URL, or runs until Ctrl-C.
 
-    `on_ready` is called with the URL once the endpoint answers. The run and the port are checked
+    `on_ready` is called with the URL once the endpoint answers. The port and the run are checked
     first, so that a missing part, a mismatch of model and index or a used port gives an error
     message instead of a replica that fails again and again. When `blocking`, it runs until SIGINT
     or SIGTERM, which end this process. Raises KarmaRayError.
     """
     check_port(port)
-    load_embeddings(check_source(run).item_embeddings)  # fails here instead of in a replica
     # Replicas have another working directory, where a relative path would not be found.
-    run = run if "://" in run else str(Path(run).resolve())
+    run = absolute(run)
+    if options.compare is not None:
+        options = replace(options, compare=absolute(options.compare))
+    # In an existing cluster the head node opens the port, whichever node asks.
+    reserved = nullcontext if joins_a_cluster() else partial(held_port, host, port)
+    with reserved():
+        for source in (run, options.compare):  # fails here instead of in a replica
+            if source is not None:
+                load_embeddings(check_source(source).item_embeddings)
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
     def start() -> None:
-        # In an existing cluster the head node opens the port, whichever node asks.
-        with nullcontext() if joins_a_cluster() else held_port(host, port):
+        with reserved():
             proxy = port
-            if replicas.most == 1 and not joins_a_cluster() and not ray.is_initialized():
-                os.environ.update(_direct(port))
-                proxy = free_port()
+            if not joins_a_cluster() and not ray.is_initialized():
+                os.environ.update(CALLBACK)
+                if replicas.most == 1:
+                    os.environ.update(_direct(port))
+                    proxy = free_port()
             connect()
             if blocking:
                 raise_on_signals()
-            application = application_of(run, replicas, max_queued_requests, log, host)
+            application = application_of(run, replicas, max_queued_requests, options, host)
             _start(host, proxy, application)
         if on_ready is not None:
             on_ready(url)
@@ -136,7 +145,7 @@ def _start(host: str, port: int, application: serve.Application) -> None:
     quiet = {"log_level": "WARNING", "enable_access_log": False}
     serve.start(
         proxy_location=ProxyLocation.HeadOnly,
-        http_options=HTTPOptions(host=host, port=port),
+        http_options=HTTPOptions(host=host, port=port, keep_alive_timeout_s=IDLE_S),
         logging_config=quiet,
     )
     try:
@@ -156,7 +165,7 @@ def application_of(
     run: str,
     replicas: Replicas,
     max_queued_requests: int = MAX_QUEUED,
-    log: LogSettings | None = None,
+    options: Options = PLAIN,
     host: str = "",
 ) -> serve.Application:
     """Return the Serve application of a finished run, a path or URI that every node can read.
@@ -167,14 +176,10 @@ def application_of(
 
     def build() -> Any:
         # Runs in the replica. The token is read there too, so that it is in no stored setting.
-        token = token_from_environment()
-        if needs_token and token is None:
+        if needs_token and token_from_environment() is None:
             raise InputError(TOKEN, "", "is set here but not where the replicas run; set it there")
-        service = Service.load(run, max_waiting=max_queued_requests)
-        page = SearchPage(check_source(run).root, show_users=shows_users(host, token))
-        app = build_app(service, token, page, log)
-        settle()
-        return app
+        users = SharedUsers() if replicas.most > 1 else None
+        return load_app(run, host, options, users=users, max_waiting=max_queued_requests)
 
     scaling: dict[str, Any] = {"num_replicas": replicas.fewest}
     if replicas.most > replicas.fewest:
@@ -195,4 +200,4 @@ def application_of(
         ray_actor_options={"num_cpus": 1, "num_gpus": share_of_gpus_up(replicas.most)},
         **scaling,
     )
-    return deployment.bind()
+    return deployment.bind(*[clicks_deployment()] if replicas.most > 1 else [])

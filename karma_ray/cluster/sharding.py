@@ -1,93 +1,69 @@
-"""Preparation on Ray Data, whose tasks check fragments and build partitions of users.
+"""Preparation on Ray: a task per part of the log, and then one per partition of users.
 
-The catalogue's ids are broadcast once, and no task handles single users. On a small machine a
-shuffle costs 5-15 seconds for any amount of data.
+What tasks share, such as the catalogue's ids, is put into the object store once and mapped by
+every process of a node. Rows are exchanged through files of the work folder, so that no process
+and no object store ever holds the log, and a task whose worker died is simply run again.
 """
 
 from __future__ import annotations
 
 import logging
-import sys
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Sequence
+from itertools import islice
 from typing import Any
 
-import pyarrow as pa
 import ray
+from ray.exceptions import RayTaskError
 
 from karma_ray.cluster.session import connect
 from karma_ray.data.config import PrepareConfig
-from karma_ray.data.fragments import Fragment
 from karma_ray.data.prepared import PreparedData
+from karma_ray.errors import KarmaRayError
 from karma_ray.runs import preparation
-from karma_ray.runs.preparation import FragmentCheck, PartitionBuild
+from karma_ray.runs.preparation import Task, run_here
+
+LOG = logging.getLogger(__name__)
+
+IN_FLIGHT = 1_000
+"""Tasks that are submitted at the same time, which bounds what the driver keeps of them."""
 
 
 def ensure_prepared(data_uri: str, config: PrepareConfig) -> PreparedData:
-    """Call `karma_ray.runs.preparation.ensure_prepared` on Ray Data."""
-    return preparation.ensure_prepared(data_uri, config, RayShuffle())
+    """Call `karma_ray.runs.preparation.ensure_prepared` on Ray."""
+    return preparation.ensure_prepared(data_uri, config, run_on_ray)
 
 
 def prepare(
-    data_uri: str, config: PrepareConfig, out: str | None = None, progress: bool = True
-) -> dict[str, Any]:
-    """Call `karma_ray.runs.preparation.prepare` on Ray Data, with progress bars on a terminal."""
-    return preparation.prepare(data_uri, config, out, RayShuffle(progress))
+    data_uri: str, config: PrepareConfig, out: str | None = None, since: str | None = None,
+    forget: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    """Call `karma_ray.runs.preparation.prepare` on Ray."""
+    return preparation.prepare(data_uri, config, out, run_on_ray, since=since, forget=forget)
 
 
-class RayShuffle:
-    """A shuffle on Ray Data that keeps the clean events in the object store."""
-
-    def __init__(self, progress: bool = True) -> None:
-        self._progress = progress
-
-    def check(self, fragments: Sequence[Fragment], check: FragmentCheck, partitions: int) -> Any:
-        """Run a task per fragment; returns a materialised Ray Dataset."""
-        connect()
-        _show_progress(self._progress)
-        described = [asdict(fragment) for fragment in fragments]
-        return (
-            ray.data.from_items(described, override_num_blocks=len(described))
-            .map_batches(
-                _check_fragment,
-                batch_size=1,
-                batch_format="pyarrow",
-                fn_kwargs={
-                    "check": replace(check, item_ids=None),
-                    "item_ids": ray.put(check.item_ids),
-                },
-            )
-            .materialize()
-        )
-
-    def build(self, clean: Any, build: PartitionBuild, partitions: int) -> list[dict[str, Any]]:
-        """Shuffle by partition once, then run a task per partition."""
-        built = clean.groupby("partition", num_partitions=partitions).map_groups(
-            _build,
-            batch_format="pyarrow",
-            fn_kwargs={
-                "build": replace(build, held_out=None),
-                "held_out": None if build.held_out is None else ray.put(build.held_out),
-            },
-        )
-        return list(built.take_all())
+def run_on_ray(task: Task, inputs: Sequence[Any], small: bool) -> Iterable[None]:
+    """Run every task on any node, or in this process when the log is small."""
+    if small or not inputs:
+        yield from run_here(task, inputs)
+        return
+    connect()
+    shared, call = ray.put(task), ray.remote(_call)
+    left = iter(inputs)
+    running = [call.remote(shared, part) for part in islice(left, IN_FLIGHT)]
+    try:
+        while running:
+            (done,), running = ray.wait(running, num_returns=1)
+            yield ray.get(done)
+            running += [call.remote(shared, part) for part in islice(left, 1)]
+    except RayTaskError as error:
+        if isinstance(error.cause, KarmaRayError):
+            raise error.cause from None  # its message is all that the user needs
+        raise
+    finally:
+        for each in running:  # none may write into a folder that is no longer there
+            ray.cancel(each)
 
 
-def _check_fragment(batch: pa.Table, check: FragmentCheck, item_ids: ray.ObjectRef) -> pa.Table:
-    """Run as a task: return the clean rows of one fragment, given by its reference."""
-    (described,) = batch.to_pylist()
-    return replace(check, item_ids=ray.get(item_ids))(Fragment(**described))
-
-
-def _build(group: pa.Table, build: PartitionBuild, held_out: ray.ObjectRef | None) -> pa.Table:
-    """Run as a task: write the files of one partition and return its counts."""
-    return replace(build, held_out=None if held_out is None else ray.get(held_out))(group)
-
-
-def _show_progress(progress: bool) -> None:
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = progress and sys.stderr.isatty()
-    context.print_on_execution_start = False
-    # Otherwise every execution logs that it ended and that it shows no bar.
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
-    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)
+def _call(task: Task, part: Any) -> None:
+    """Run as a task on a node."""
+    task(part)

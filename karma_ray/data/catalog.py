@@ -2,28 +2,35 @@
 
 Examples contain ids without texts; the collator looks the ids up here. Rows are in the order of
 `DATA/items`, without invalid ones (no id, no title, or a repeated id after its first row), so that
-a row number has the same meaning in every process.
+a row number has the same meaning in every process. A process holds no item: texts are read from
+the mapped copy; the table of ids (item_lookup.py) and the content ids are mapped too.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from itertools import repeat
+from collections.abc import Callable, Iterator, Sequence
+from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from karma_ray.artifacts import join
-from karma_ray.data.fragments import list_fragments, read_fragment
+from karma_ray.data.contents import FORMAT, fill_content_ids
+from karma_ray.data.fragments import items_folder, list_fragments, read_fragment
 from karma_ray.data.identifiers import MISSING
+from karma_ray.data.item_lookup import ItemLookup
+from karma_ray.data.memory_map import mapped_array
 from karma_ray.data.schema import ITEMS, check_columns
 from karma_ray.errors import InputError
 from karma_ray.node_cache import known_hash
 from karma_ray.node_disk import kept, node_folder
+
+T = TypeVar("T")
+CHUNK = 65_536
+"""Items whose texts are in memory at once."""
 
 
 def usable_items(table: pa.Table) -> np.ndarray:
@@ -48,10 +55,8 @@ class Catalog:
         if table.num_rows == 0:
             raise InputError("items", 0, "rows: the catalogue is empty")
         self.table, self.copy = table, copy
-        self.item_ids: list[str] = table.column("item_id").to_pylist()
-        self.titles: list[str] = table.column("title").to_pylist()
-        self._row_of = {item_id: row for row, item_id in enumerate(self.item_ids)}
         self._content_ids: np.ndarray | None = None
+        self._derived: dict[Callable[[Catalog], Any], Any] = {}
 
     @classmethod
     def load(cls, data_uri: str, cache_dir: str | None = None) -> Catalog:
@@ -60,26 +65,46 @@ class Catalog:
         The Arrow copy is kept in `cache_dir` (default: the node's folder) under the content hash
         of the items, so all workers of a node share its pages. One of them hashes and reads them.
         """
-        source = join(data_uri, "items")
+        source = items_folder(data_uri)
         folder = Path(cache_dir) if cache_dir else node_folder()
         path = folder / f"{known_hash(source)}.arrow"
         kept(path, lambda: _write_arrow(source, path))
-        return cls(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), path)
+        return _opened(path)
 
     def with_contents(self, ids: np.ndarray) -> Catalog:
         """Return the catalogue with other content ids [I], for which more items are duplicates."""
         other = Catalog(self.table, self.copy)
-        other._content_ids = ids
+        other._content_ids, other._derived = ids, self._derived
         return other
+
+    def derived(self, make: Callable[[Catalog], T]) -> T:
+        """Return what `make` computes of ids and texts, once for all who ask in this process."""
+        if make not in self._derived:
+            self._derived[make] = make(self)
+        return cast(T, self._derived[make])
 
     @property
     def num_items(self) -> int:
         """Number of items I."""
-        return len(self.item_ids)
+        return int(self.table.num_rows)
 
-    def rows(self, ids: Sequence[str]) -> np.ndarray:
+    @cached_property
+    def item_ids(self) -> list[str]:
+        """The id of every item. This process alone holds the list: gigabytes for 10^7 items."""
+        return list(self.table.column("item_id").to_pylist())
+
+    @cached_property
+    def titles(self) -> list[str]:
+        """The title of every item, held as `item_ids` are."""
+        return list(self.table.column("title").to_pylist())
+
+    @cached_property
+    def _lookup(self) -> ItemLookup:
+        return ItemLookup(self.table.column("item_id"), self.copy)
+
+    def rows(self, ids: Sequence[str] | pa.Array) -> np.ndarray:
         """Return the row numbers [n] int64 of item ids; -1 for unknown ones."""
-        return np.fromiter(map(self._row_of.get, ids, repeat(-1)), dtype=np.int64, count=len(ids))
+        return self._lookup.rows(ids if isinstance(ids, pa.Array) else pa.array(ids, pa.string()))
 
     def column(self, name: str) -> list[Any] | None:
         """Return a column as a list, or None if the catalogue does not have it."""
@@ -100,15 +125,40 @@ class Catalog:
         columns = [rows.column(name).to_pylist() for name in _TEXT_COLUMNS]
         return [" | ".join(part for part in parts if part) for parts in zip(*columns, strict=True)]
 
+    def each_text(self) -> Iterator[str]:
+        """Yield the texts of all items without holding them."""
+        for start in range(0, self.num_items, CHUNK):
+            yield from self.texts(start, start + CHUNK)
+
+    def each(self, name: str) -> Iterator[Any]:
+        """Yield a column without holding it: `item_id` or `title`, say."""
+        for start in range(0, self.num_items, CHUNK):
+            yield from self.table.column(name)[start : start + CHUNK].to_pylist()
+
     @property
     def content_ids(self) -> np.ndarray:
         """Ids [I] int64, equal for duplicates: items with equal normalised texts, unless others
-        were given (`with_contents`)."""
+        were given (`with_contents`). The processes of a node share them."""
         if self._content_ids is None:
-            seen: dict[str, int] = {}
-            normal = (" ".join(text.lower().split()) for text in self.texts())
-            self._content_ids = np.array([seen.setdefault(t, len(seen)) for t in normal], np.int64)
+            self._content_ids = self._contents()
         return self._content_ids
+
+    def _contents(self) -> np.ndarray:
+        def fill(numbers: np.ndarray) -> None:
+            starts = range(0, self.num_items, CHUNK)
+            fill_content_ids(numbers, (self.texts(start, start + CHUNK) for start in starts))
+
+        if self.copy is None:
+            fill(numbers := np.empty(self.num_items, np.int64))
+            return numbers
+        path = self.copy.with_name(f"{self.copy.stem}-{FORMAT}.contents.npy")
+        return mapped_array(path, np.int64, (self.num_items,), fill)
+
+
+@lru_cache(maxsize=2)
+def _opened(path: Path) -> Catalog:
+    """Open a copy once per process; its name is the hash of its content."""
+    return Catalog(pa.ipc.open_file(pa.memory_map(str(path))).read_all(), path)
 
 
 _TEXT_COLUMNS = ("title", "brand", "category", "text")

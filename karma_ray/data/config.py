@@ -23,13 +23,17 @@ class PrepareConfig:
     max_bad_share: Share = 0.2
     """Largest share of quarantined rows; with more, preparation stops."""
     num_partitions: Count = 4
-    """Partitions of the shuffle by user; the result does not depend on it."""
+    """Fewest partitions of users, each one file of the output. A large log has 2, 4, 8, ... times
+    as many. Only the order of the rows depends on it."""
     seed: CountOrZero = 0
     """Seed for choosing unclicked items when a page has more than are kept, and for `hold_out`."""
     hold_out: ShareBelowOne = 0.0
     """Share of the catalogue's categories whose items leave all training clicks, histories and
     negatives; metrics under `held_out/` are those of the test clicks on them. A category is the
     last part of a path `a > b > c`."""
+    max_user_events: Count = 100_000
+    """Most rows of the log that are kept of one user, the newest ones, so that a robot with
+    millions of pages delays nobody; the others are counted as `events_beyond_cap`."""
 
     def check(self) -> None:
         """Raise InputError on sizes and shares out of range."""

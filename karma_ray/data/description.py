@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from karma_ray.artifacts import exists, join, open_filesystem, read_json, table_files
+from karma_ray.data.click_times import click_times, cutoffs_of
 from karma_ray.data.config import PrepareConfig
-from karma_ray.data.preparation import click_times, cutoffs_of
 from karma_ray.data.prepared import read_data_manifest, require_data
 from karma_ray.data.reading import Lost, stream_rows
 from karma_ray.data.splits import Cutoffs, to_microseconds

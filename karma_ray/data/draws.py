@@ -8,7 +8,7 @@ collates the row, and does not depend on other draws.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -30,7 +30,7 @@ def hashed(*parts: Any) -> np.ndarray:
     with np.errstate(over="ignore"):
         for part in parts:
             values = np.asarray(part).astype(np.int64).view(np.uint64)
-            state = _mixed((state + _GOLDEN) ^ values)
+            state = mixed((state + _GOLDEN) ^ values)
     return np.asarray(state).view(np.int64)
 
 
@@ -52,7 +52,7 @@ def normal(keys: np.ndarray, shape: tuple[int, ...], device: torch.device | str)
     return found
 
 
-def text_keys(texts: Sequence[str]) -> np.ndarray:
+def text_keys(texts: Iterable[str]) -> np.ndarray:
     """Return keys [N] int64 of texts, the same on every machine."""
     digests = (hashlib.blake2b(text.encode(), digest_size=8).digest() for text in texts)
     return np.frombuffer(b"".join(digests), "<i8")
@@ -63,7 +63,8 @@ def row_keys(count: int, seed: int) -> np.ndarray:
     return hashed(seed, np.arange(count))
 
 
-def _mixed(state: Any) -> Any:
+def mixed(state: Any) -> Any:
+    """Return SplitMix64's finaliser of uint64 numbers, which scatters them; one to one."""
     state = (state ^ (state >> np.uint64(30))) * _FIRST
     state = (state ^ (state >> np.uint64(27))) * _SECOND
     return state ^ (state >> np.uint64(31))

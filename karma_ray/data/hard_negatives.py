@@ -18,18 +18,19 @@ def page_negatives(pages: pl.DataFrame, scope: str, cap: int | None, seed: int) 
     shown = place.select("place", scope, item="exposed").explode("item").drop_nulls("item")
     liked = pl.concat(
         [place.select(scope, item=name).explode("item") for name in ("clicked", "purchased")]
-    ).unique()
+    )
     negatives = (
         shown.with_row_index("shown")
         .join(liked, on=[scope, "item"], how="anti", nulls_equal=False)
         .sort("shown")
     )
     if cap is not None:
-        negatives = negatives.with_columns(
-            pl.Series("hash", _hash(negatives, place["page_id"], seed))
-        )
+        too_many = pl.len().over("place") > cap
+        chosen = negatives.filter(too_many)  # hashes cost time, and are needed on these pages only
+        chosen = chosen.with_columns(pl.Series("hash", _hash(chosen, place["page_id"], seed)))
         rank = pl.int_range(pl.len()).over("place", order_by=["hash", "shown"])
-        negatives = negatives.filter(rank < cap)
+        chosen = chosen.filter(rank < cap).drop("hash")
+        negatives = pl.concat([negatives.filter(~too_many), chosen]).sort("shown")
     counts = np.bincount(negatives["place"].to_numpy(), minlength=pages.height)
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     values = negatives["item"].to_arrow().cast(pa.string())
@@ -40,7 +41,8 @@ def _hash(negatives: pl.DataFrame, page_ids: pl.Series, seed: int) -> np.ndarray
     """Return a 64-bit hash [n] of (page, item, seed) that does not depend on library versions."""
     items = negatives["item"].to_arrow().cast(pa.string()).dictionary_encode()
     item = _crc(items.dictionary.to_pylist())[items.indices.to_numpy(zero_copy_only=False)]
-    page = _crc(page_ids.to_list())[negatives["place"].to_numpy()]
+    places, of_negative = np.unique(negatives["place"].to_numpy(), return_inverse=True)
+    page = _crc(page_ids.gather(places).to_list())[of_negative]
     salt = np.uint64((seed * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF)
     with np.errstate(over="ignore"):
         return _mix(item ^ _mix(page + salt))

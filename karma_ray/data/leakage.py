@@ -52,9 +52,9 @@ def _check_sequences(sequences: pa.Table, cutoffs: Cutoffs) -> pl.DataFrame:
     )
     late = steps.filter(pl.col("time") >= cutoffs.valid_start)
     _none(late, f"sequences: a step is not before valid_start {cutoffs.iso()['valid_start']}")
-    older = steps.filter(pl.col("time") < pl.col("time").shift(1).over("row"))
+    older = steps.filter(_falls("time"))
     _none(older, "sequences: a step is older than the one before it")
-    return steps.select("user_id", page_id="page_ids").unique()
+    return steps.select("user_id", page_id="page_ids")
 
 
 def _check_history(frame: pl.DataFrame, split: str) -> None:
@@ -72,12 +72,18 @@ def _check_history(frame: pl.DataFrame, split: str) -> None:
         f"{split} examples: the history holds a click that is not before the example",
     )
     _none(
-        past.filter(pl.col("then") < pl.col("then").shift(1).over("row")),
+        past.filter(_falls("then")),
         f"{split} examples: the history is not in the order of time",
     )
     clicked = pl.col("page_positive_ids").list.set_union(pl.concat_list("positive_item_id"))
     both = pl.col("hard_negative_ids").list.set_intersection(clicked).list.len() > 0
     _none(frame.filter(both), f"{split} examples: a hard negative was clicked on the page")
+
+
+def _falls(time: str) -> pl.Expr:
+    """Whether a time is before that of the step above it in the same row."""
+    same = pl.col("row") == pl.col("row").shift(1)
+    return same & (pl.col(time) < pl.col(time).shift(1))
 
 
 def _none(rows: pl.DataFrame, problem: str) -> None:

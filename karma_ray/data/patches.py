@@ -16,7 +16,7 @@ import numpy as np
 import scipy.linalg
 from safetensors.numpy import save
 
-from karma_ray.artifacts import open_filesystem
+from karma_ray.artifacts import write_bytes
 from karma_ray.data.visual import grid_of
 from karma_ray.errors import InputError
 
@@ -85,11 +85,9 @@ class PatchPca:
 
     def save(self, uri: str) -> None:
         """Write mean and projection as safetensors."""
-        fs, path = open_filesystem(uri)
         tensors = {"mean": self.mean, "projection": np.ascontiguousarray(self.projection)}
-        with fs.open(path, "wb") as sink:
-            # Only one entry: safetensors orders several at random, and folders are hashed.
-            sink.write(save(tensors, {"grid": str(self.grid)}))
+        # Only one entry: safetensors orders several at random, and folders are hashed.
+        write_bytes(save(tensors, {"grid": str(self.grid)}), uri)
 
 
 def side_of(target: str) -> int:

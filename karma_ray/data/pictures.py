@@ -22,19 +22,12 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from PIL import Image, UnidentifiedImageError
 
-from karma_ray.artifacts import (
-    exists,
-    join,
-    open_filesystem,
-    read_json,
-    table_files,
-    write_json,
-    write_table,
-)
+from karma_ray.artifacts import join, open_filesystem, table_files
 from karma_ray.data.catalog import usable_items
 from karma_ray.data.fragments import Fragment, list_fragments, read_fragment
 from karma_ray.data.schema import ITEMS, check_columns
 from karma_ray.data.visual import Moments, feature_rows
+from karma_ray.data.work_folder import WorkFolder
 from karma_ray.errors import InputError
 
 READ_ROWS = 256
@@ -189,6 +182,11 @@ class Part:
     squares: list[float]
 
     @property
+    def num_items(self) -> int:
+        """Number of items, with or without a readable picture."""
+        return self.with_image + self.without_image + len(self.broken)
+
+    @property
     def moments(self) -> Moments:
         """The sums over FITTED items."""
         return Moments(self.fitted, np.array(self.total), np.array(self.squares))
@@ -199,15 +197,10 @@ def part_name(fragment: Fragment) -> str:
     return f"part-{fragment.order:012d}"
 
 
-def standing_part(fragment: Fragment, work: str) -> Part | None:
-    """Return the finished part of an earlier attempt, or None; its JSON file is written last."""
-    facts = join(work, f"{part_name(fragment)}.json")
-    return Part(**read_json(facts)) if exists(facts) else None
-
-
 def encode_fragment(
-    fragment: Fragment, items_uri: str, kinds: np.ndarray, encoder: ImageEncoder, work: str
-) -> Part:
+    fragment: Fragment, items_uri: str, kinds: np.ndarray, encoder: ImageEncoder,
+    work: WorkFolder,
+) -> Part:  # fmt: skip
     """Encode the images of one row group and write its part to `work`.
 
     `kinds` [fragment rows] come from `source_rows`. Statistics cover FITTED items.
@@ -228,13 +221,12 @@ def encode_fragment(
         tables.append(feature_rows([item_id for _, item_id, _ in kept], values))
         shape = list(values.shape[1:])
         sums += Moments.of(values[kinds[[row for row, _, _ in kept]] == FITTED])
-    if tables:
-        write_table(pa.concat_tables(tables), work, part_name(fragment))
     part = Part(
         fragment.order, sum(map(len, tables)), without, broken, shape,
         sums.count, sums.total.tolist(), sums.squares.tolist(),
     )  # fmt: skip
-    write_json(asdict(part), join(work, f"{part_name(fragment)}.json"))
+    table = pa.concat_tables(tables) if tables else None
+    work.write(part_name(fragment), table, asdict(part))
     return part
 
 

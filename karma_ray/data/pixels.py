@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from karma_ray.artifacts import join
 from karma_ray.data.catalog import Catalog
-from karma_ray.data.fragments import list_fragments
+from karma_ray.data.fragments import items_folder, list_fragments
 from karma_ray.data.memory_map import mapped_array
 from karma_ray.data.pictures import UNUSED, BrokenImage, decode, read_images, source_rows
 
@@ -66,7 +65,7 @@ def _shape(catalog: Catalog, side: int) -> tuple[int, int]:
 
 
 def _fill(values: np.ndarray, catalog: Catalog, data_uri: str, side: int) -> None:
-    items = join(data_uri, "items")
+    items = items_folder(data_uri)
     kinds = source_rows(items, None)
     for fragment in list_fragments(items)[0]:
         for rows in read_images(fragment, items):

@@ -16,17 +16,16 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from karma_ray.artifacts import SCHEMA_VERSION
+from karma_ray.data.click_times import click_times, cutoffs_of
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.held_out import held_out_categories, held_out_rows
 from karma_ray.data.leakage import check_no_leak
 from karma_ray.data.schema import ITEMS, check_columns
 from karma_ray.data.sessions import build_examples, build_pages, build_sequences
-from karma_ray.data.splits import Cutoffs, choose_cutoffs
+from karma_ray.data.splits import Cutoffs
+from karma_ray.data.user_rows import newest
 from karma_ray.data.validation import check_events, check_items, check_share, count_reasons
 from karma_ray.errors import InputError
-
-CLICK_TIMES = pa.schema([pa.field("time", pa.int64()), pa.field("clicks", pa.int64())])
-"""Clicks per microsecond, from which the cutoffs are chosen."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def catalogue_ids(items: pa.Table) -> pa.Array:
     """Return the ids of validated items; raises InputError when there are none."""
     if items.num_rows == 0:
         raise InputError("items", 0, "rows: the catalogue is empty")
-    return pa.array(items.column("item_id").to_pylist(), pa.string())
+    return pa.concat_arrays([pa.array([], pa.string()), *items.column("item_id").chunks])
 
 
 def held_out_ids(items: pa.Table, config: PrepareConfig) -> tuple[pa.Array | None, dict[str, int]]:
@@ -98,29 +97,6 @@ def held_out_ids(items: pa.Table, config: PrepareConfig) -> tuple[pa.Array | Non
     return ids, {"held_out_categories": len(chosen), "held_out_items": len(ids)}
 
 
-def click_times(clean: pa.Table) -> pa.Table:
-    """Return the number of clicks per distinct time of clean events (CLICK_TIMES)."""
-    times = clean.column("timestamp").cast(pa.int64())
-    clicks = pc.list_value_length(clean.column("clicked_item_ids")).cast(pa.int64())
-    grouped = pa.table({"time": times, "clicks": clicks}).group_by("time")
-    total = grouped.aggregate([("clicks", "sum")])
-    return pa.table([total["time"], total["clicks_sum"]], schema=CLICK_TIMES)
-
-
-def cutoffs_of(
-    times: Iterable[pa.Table], config: PrepareConfig, manifest: Mapping[str, Any] | None
-) -> Cutoffs:
-    """Choose the cutoffs for all clicks, from every fragment's `click_times`."""
-    whole = pa.concat_tables([CLICK_TIMES.empty_table(), *times])
-    return choose_cutoffs(
-        whole["time"].to_numpy(),
-        whole["clicks"].to_numpy(),
-        config.valid_share,
-        config.test_share,
-        manifest,
-    )
-
-
 def build_partition(
     clean: pa.Table, cutoffs: Cutoffs, config: PrepareConfig, held_out: pa.Array | None = None
 ) -> Partition:
@@ -128,7 +104,8 @@ def build_partition(
 
     The items `held_out` (ids) are in examples alone.
     """
-    pages = build_pages(clean)
+    rows = newest(clean, config.max_user_events)
+    pages = build_pages(rows)
     sequences = build_sequences(pages, cutoffs, config, held_out)
     examples = {
         "valid": build_examples(pages, cutoffs.valid_start, cutoffs.test_start, config),
@@ -140,7 +117,7 @@ def build_partition(
     counts = {
         "users": pages["user_id"].n_unique(),
         "pages": pages.height,
-        "repeated_pages": clean.num_rows - pages.height,
+        "repeated_pages": rows.num_rows - pages.height,
         "pages_with_query": int((pages["query"].fill_null("") != "").sum()),
         "pages_with_negatives": int((unclicked.list.len() > 0).sum()),
         "clicks": int(pages["clicked"].list.len().sum()),
@@ -149,7 +126,13 @@ def build_partition(
         "valid_examples": examples["valid"].num_rows,
         "test_examples": examples["test"].num_rows,
     }
-    return Partition(sequences, examples, counts)
+    return Partition(sequences, examples, {**counts, **beyond_cap(clean, rows)})
+
+
+def beyond_cap(clean: pa.Table, kept: pa.Table) -> dict[str, int]:
+    """Return the count of rows beyond `prepare.max_user_events`, if there are any."""
+    lost = clean.num_rows - kept.num_rows
+    return {"events_beyond_cap": lost} if lost else {}
 
 
 def make_facts(

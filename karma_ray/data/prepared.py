@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from array import array
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -22,11 +23,14 @@ from karma_ray.artifacts import (
 )
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.config import PrepareConfig
+from karma_ray.data.fragments import row_blocks
 from karma_ray.data.held_out import held_out_categories, held_out_rows
 from karma_ray.data.schema import EXAMPLES, QUERY_MATCHES, SEQUENCES, check_columns
 from karma_ray.errors import InputError
 
 SPLITS = ("valid", "test")
+CACHED_ROWS = 2**24
+"""Rows that are kept of the queries asked last, 128 MiB."""
 PREPARE_VERSION = 3
 """Raised when the code of `prepare` changes its output, so that data are prepared again."""
 
@@ -53,9 +57,27 @@ class PreparedData:
         return str(self.facts.get("data") or self.uri)
 
     def sequences(self) -> pa.Table:
-        """Read the training windows (SEQUENCES)."""
+        """Read all training windows (SEQUENCES) into memory; see `windows`."""
         table = read_table(join(self.uri, "sequences"))
         return check_columns(table, SEQUENCES, "sequences").select(SEQUENCES.names)
+
+    def windows(self, *columns: str) -> Iterator[pa.Table]:
+        """Yield the training windows in order, some thousand at a time; default: all columns."""
+        names = list(columns) or SEQUENCES.names
+        schema = pa.schema([SEQUENCES.field(name) for name in names])
+        for rows in row_blocks(join(self.uri, "sequences"), names):
+            yield check_columns(rows, schema, "sequences").select(names)
+
+    def first_windows(self, count: int) -> pa.Table:
+        """Return the first `count` training windows; raises InputError when there is none."""
+        parts: list[pa.Table] = []
+        for part in self.windows():
+            parts.append(part)
+            if sum(table.num_rows for table in parts) >= count:
+                break
+        if not parts:
+            raise InputError("training data", join(self.uri, "sequences"), "holds no rows")
+        return pa.concat_tables(parts).slice(0, count)
 
     def examples(self, split: str) -> pa.Table:
         """Read the examples (EXAMPLES) of `valid` or `test`, one per click."""
@@ -113,10 +135,11 @@ def read_data_manifest(uri: str) -> dict[str, Any]:
 def differences(facts: Mapping[str, Any], config: PrepareConfig) -> dict[str, tuple[Any, Any]]:
     """Return the fields in which `facts` and `config` differ: name -> (there, wanted).
 
-    `num_partitions` is ignored, as it does not change any row. Data that were prepared before
-    `hold_out` existed hold nothing out.
+    `num_partitions` is ignored, as it does not change any row. Data that were prepared before a
+    field existed are as with its default.
     """
-    made_with = {"hold_out": 0.0, **(facts.get("prepare") or {})}
+    newer = {name: getattr(PrepareConfig, name) for name in ("hold_out", "max_user_events")}
+    made_with = {**newer, **(facts.get("prepare") or {})}
     wanted = {name: value for name, value in asdict(config).items() if name != "num_partitions"}
     return {
         name: (made_with.get(name), value)
@@ -151,8 +174,8 @@ class QueryMatches:
         self._catalog = catalog
         self._all = np.arange(catalog.num_items, dtype=np.int64)
         self._cache: dict[str, np.ndarray] = {}
+        self._room = CACHED_ROWS
         self._truth: dict[str, list[str]] = {}
-        self._postings: dict[str, np.ndarray] | None = None
         if truth is not None:
             rows = truth.select(QUERY_MATCHES.names).drop_null().to_pylist()
             for query, item_ids in (row.values() for row in rows):
@@ -163,7 +186,11 @@ class QueryMatches:
         if not query or not query.strip():
             return self._all
         if query not in self._cache:
-            self._cache[query] = self._find(query)
+            found = self._find(query)
+            self._room -= len(found)
+            if self._room < 0:  # begin again rather than keep a list for every query of a log
+                self._cache, self._room = {}, CACHED_ROWS - len(found)
+            self._cache[query] = found
         return self._cache[query]
 
     def _find(self, query: str) -> np.ndarray:
@@ -175,19 +202,39 @@ class QueryMatches:
         return found if found.size else self._all
 
     def _lexical(self, query: str) -> np.ndarray:
-        if self._postings is None:
-            self._postings = _postings(self._catalog.texts())
-        none = np.empty(0, dtype=np.int64)
-        lists = sorted((self._postings.get(term, none) for term in terms(query)), key=len)
-        found = lists[0] if lists else none
+        postings = self._catalog.derived(Postings.of)
+        lists = sorted((postings.rows(term) for term in terms(query)), key=len)
+        found = lists[0] if lists else np.empty(0, dtype=np.int64)
         for rows in lists[1:]:
             found = np.intersect1d(found, rows, assume_unique=True)
         return found
 
 
-def _postings(texts: list[str]) -> dict[str, np.ndarray]:
-    rows: dict[str, list[int]] = {}
-    for row, text in enumerate(texts):
-        for term in terms(text):
-            rows.setdefault(term, []).append(row)
-    return {term: np.array(found, dtype=np.int64) for term, found in rows.items()}
+@dataclass(frozen=True)
+class Postings:
+    """The rows of the items whose text has a term, for every term."""
+
+    numbers: dict[str, int]
+    ends: np.ndarray  # [V + 1]
+    items: np.ndarray  # [n] ascending for each term
+
+    @classmethod
+    def of(cls, catalog: Catalog) -> Postings:
+        """Read all texts of a catalogue."""
+        numbers: dict[str, int] = {}
+        found, sizes = array("i"), array("i")
+        for text in catalog.each_text():
+            there = terms(text)
+            found.extend(numbers.setdefault(term, len(numbers)) for term in there)
+            sizes.append(len(there))
+        term, counts = np.array(found), np.array(sizes)
+        owner = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+        ends = np.zeros(len(numbers) + 1, np.int64)
+        np.cumsum(np.bincount(term, minlength=len(numbers)), out=ends[1:])
+        return cls(numbers, ends, owner[np.argsort(term, kind="stable")])
+
+    def rows(self, term: str) -> np.ndarray:
+        """Return the rows [m] int64 of a term, ascending."""
+        if (number := self.numbers.get(term)) is None:
+            return np.empty(0, dtype=np.int64)
+        return self.items[self.ends[number] : self.ends[number + 1]].astype(np.int64)

@@ -51,11 +51,13 @@ class Lost:
 
 
 def stream_rows(
-    uri: str, columns: Iterable[str] | None = None, batch_rows: int = BATCH_ROWS
-) -> Iterator[tuple[int, pa.Table] | Lost]:
+    uri: str, columns: Iterable[str] | None = None, batch_rows: int = BATCH_ROWS,
+    groups: tuple[int, int] | None = None,
+) -> Iterator[tuple[int, pa.Table] | Lost]:  # fmt: skip
     """Yield the number of the first row and the rows of each batch, and what is lost.
 
-    `columns` that the file does not have are left out. Text that is not UTF-8 is damage.
+    `columns` that the file does not have are left out; `groups` are the first row group and one
+    past the last (default: all). Text that is not UTF-8 is damage.
     """
     fs, path = open_filesystem(uri)
     with fs.open(path, "rb") as source:
@@ -71,6 +73,9 @@ def stream_rows(
         row = 0
         for group, size in enumerate(sizes):
             stop = row + file.metadata.row_group(group).num_rows
+            if groups is not None and not groups[0] <= group < groups[1]:
+                row = stop
+                continue
             try:
                 for batch in file.iter_batches(batch_rows, row_groups=[group], columns=wanted):
                     batch.validate(full=True)
@@ -80,27 +85,6 @@ def stream_rows(
                 require_damage(error)
                 yield Lost(uri, row, stop - row, size / max(1, sum(sizes)), said(error))
             row = stop
-
-
-def read_rows(uri: str, columns: Iterable[str] | None = None) -> tuple[pa.Table | None, pa.Table]:
-    """Return the rows of a file that can be read, and the QUARANTINE of what cannot.
-
-    The rows are None if nothing of the file can be read, not even its columns.
-    """
-    tables: list[pa.Table] = []
-    lost: list[Lost] = []
-    for part in stream_rows(uri, columns):
-        if isinstance(part, Lost):
-            lost.append(part)
-        else:
-            tables.append(part[1])
-    if not tables and not any(one.row is None for one in lost):
-        fs, path = open_filesystem(uri)
-        with fs.open(path, "rb") as source:
-            schema = pq.ParquetFile(source).schema_arrow
-        names = schema.names if columns is None else [c for c in columns if c in schema.names]
-        tables.append(schema.empty_table().select(names))
-    return (pa.concat_tables(tables) if tables else None), quarantine_of(lost)
 
 
 def quarantine_of(lost: Iterable[Lost]) -> pa.Table:

@@ -43,11 +43,10 @@ def build_pages(events: pa.Table) -> pl.DataFrame:
     frame = frame.with_columns(pl.col(name).list.unique(maintain_order=True) for name in _LISTS)
     at_once = ["user_id", "time"]
     frame = frame.sort([*at_once, "query", "session_id"], nulls_last=False)
-    frame = frame.with_columns(
-        pl.format("{}-{}-{}", "user_id", "time", pl.int_range(pl.len()).over(at_once)).alias(
-            "page_id"
-        )
-    )
+    new = frame["user_id"].rle_id().to_numpy(), frame["time"].to_numpy()
+    moment = _start_of_run(np.any([np.diff(each, prepend=each[:1] - 1) != 0 for each in new], 0))
+    ordinal = pl.lit(pl.Series(np.arange(len(moment)) - moment))
+    frame = frame.with_columns(pl.format("{}-{}-{}", "user_id", "time", ordinal).alias("page_id"))
     frame = frame.sort([*at_once, "order"]).with_row_index("page")
     first = pl.col("page").min().over("user_id", "session_id")
     session = pl.when(pl.col("session_id").is_null()).then(pl.col("page")).otherwise(first)

@@ -13,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from karma_ray.data.catalog import Catalog
+
 
 class ItemRows(Protocol):
     """The used part of a catalogue; in serving, an embedding table takes its place."""
@@ -154,7 +156,10 @@ def places(counts: np.ndarray) -> np.ndarray:
 def catalog_rows(catalog: ItemRows, ids: pa.Array) -> np.ndarray:
     """Return the catalogue rows [N] int64 of ids, -1 for unknown ones; looks up distinct ids."""
     coded = ids.dictionary_encode()
-    found = np.append(catalog.rows(coded.dictionary.to_pylist()), -1)
+    # A catalogue reads Arrow; an embedding table holds a dictionary of Python strings.
+    known = isinstance(catalog, Catalog)
+    found = catalog.rows(coded.dictionary if known else coded.dictionary.to_pylist())
+    found = np.append(found, -1)
     rows: np.ndarray = found[pc.fill_null(coded.indices, len(found) - 1).to_numpy()]
     return rows
 

@@ -70,7 +70,11 @@ def catalog_tokens(
         catalog.copy.with_name(name), np.int32, (catalog.num_items, 1 + max_tokens),
         lambda table: _fill(table, catalog, tokenizer, max_tokens),
     )  # fmt: skip
-    lengths = table[:, 0].astype(np.int64)
+    # In a file of their own: to gather them from the table would read all of it, in each process.
+    lengths = mapped_array(
+        catalog.copy.with_name(name.replace(".tokens.", ".lengths.")), np.int64, table.shape[:1],
+        lambda lengths: np.copyto(lengths, table[:, 0]),
+    )  # fmt: skip
     return table[:, 1 : 1 + int(lengths.max())], lengths
 
 

@@ -55,6 +55,8 @@ class Checked:
     table: pa.Table
     quarantine: pa.Table
     counts: dict[str, int]
+    unknown_ids: pa.Array
+    """Distinct ids in the events' lists that are no items."""
 
 
 def parse_times(column: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
@@ -122,7 +124,8 @@ def check_events(
         "exposures_not_in_catalogue": int(lists["exposed_item_ids"].num_unknown[~lost].sum()),
     }
     kept = pa.table(clean, schema=CLEAN_EVENTS).filter(pa.array(keep))
-    return Checked(kept, _quarantine(table, faults, source, first_row), counts)
+    unknown = pc.unique(pa.concat_arrays([entry.unknown for entry in lists.values()]))
+    return Checked(kept, _quarantine(table, faults, source, first_row), counts, unknown)
 
 
 def check_items(table: pa.Table, source: str = "items", first_row: int = 0) -> Checked:
@@ -135,7 +138,8 @@ def check_items(table: pa.Table, source: str = "items", first_row: int = 0) -> C
     ]
     kept = table.filter(pa.array(usable))
     counts = {"item_rows": table.num_rows}
-    return Checked(kept, _quarantine(table, faults, source, first_row), counts)
+    none = pa.array([], pa.string())
+    return Checked(kept, _quarantine(table, faults, source, first_row), counts, none)
 
 
 def check_share(reasons: Mapping[str, int], rows: int, max_share: float, source: str) -> None:
@@ -154,6 +158,11 @@ def count_reasons(quarantine: pa.Table) -> dict[str, int]:
     return dict(Counter(quarantine.column("reason").to_pylist()).most_common())
 
 
+def records_of(rows: pa.Table) -> list[str]:
+    """Return rows as JSON text, as the quarantine keeps them."""
+    return [json.dumps(record, default=_as_text, ensure_ascii=False) for record in rows.to_pylist()]
+
+
 def blank(column: pa.ChunkedArray, words: Sequence[str] = ("",)) -> np.ndarray:
     """Return the mask [rows] of nulls and of strings equal to `words`, ignoring outer spaces."""
     missing = pa.array([None, *words], pa.string())
@@ -170,6 +179,7 @@ class _CleanList:
     num_given: np.ndarray
     num_unknown: np.ndarray
     num_kept: np.ndarray
+    unknown: pa.Array
 
 
 def _clean_list(column: pa.ChunkedArray, item_ids: pa.Array) -> _CleanList:
@@ -184,7 +194,8 @@ def _clean_list(column: pa.ChunkedArray, item_ids: pa.Array) -> _CleanList:
     values = pa.ListArray.from_arrays(pa.array(offsets), entries.filter(pa.array(known)))
     num_unknown = np.bincount(row[~known & ~null], minlength=len(lists))
     num_null = np.bincount(row[null], minlength=len(lists))
-    return _CleanList(values, num_null > 0, lengths - num_null, num_unknown, num_kept)
+    unknown = entries.filter(pa.array(~known & ~null))
+    return _CleanList(values, num_null > 0, lengths - num_null, num_unknown, num_kept, unknown)
 
 
 def _quarantine(
@@ -194,9 +205,8 @@ def _quarantine(
     for number, (_, mask) in reversed(list(enumerate(faults))):
         reason[mask] = number
     bad = np.flatnonzero(reason >= 0)
-    records = table.take(pa.array(bad)).to_pylist()
     columns = {
-        "record": [json.dumps(record, default=_as_text, ensure_ascii=False) for record in records],
+        "record": records_of(table.take(pa.array(bad))),
         "source_file": [source] * len(bad),
         "row": bad + first_row,
         "reason": [faults[number][0] for number in reason[bad]],

@@ -180,7 +180,7 @@ def _fill(values: np.ndarray, uri: str, facts: dict[str, Any], catalog: Catalog)
     mean, std = (np.array(facts[name], np.float32) for name in ("mean", "std"))
     values[:] = np.nan
     for batch in _batches(uri):
-        rows = catalog.rows(batch.column("item_id").to_pylist())
+        rows = catalog.rows(batch.column("item_id"))
         if (rows < 0).any():
             raise _other_catalogue(uri)
         found = batch.column("feature").flatten().to_numpy(zero_copy_only=False)

@@ -28,7 +28,8 @@ class EvaluationConfig:
     high, and not equally so for all rankers (Krichene & Rendle 2020); use them only to compare
     with published sampled figures."""
     block_size: Count = 256
-    """Examples scored at once; memory is proportional to block_size x catalogue."""
+    """Examples scored at once, fewer if they had more than 2^27 scores (more than half a million
+    items, by default)."""
     max_examples: CountOrZero = 0
     """Largest number of examples to evaluate (a seeded sample); 0: all."""
     paraphrases: str = ""

@@ -1,6 +1,7 @@
 """Measurement of a ranker: one pass over the examples in blocks, values per example, and means.
 
-Memory is proportional to block x catalogue, never to users x items. The scores of a block are
+Memory is proportional to block x catalogue, never to users x items, and a block is the smaller the
+larger the catalogue (MAX_SCORES). The scores of a block are
 dropped after ranks, term overlap and the scores of its pages have been computed. Workers that
 measure together take whole blocks, so each computes what a single one would, to the last bit.
 Legend: n examples, b of them in a block, I items, G judged requests.
@@ -35,6 +36,8 @@ logger = logging.getLogger(__name__)
 
 CUTOFFS = (10, 50, 200, 1000)
 JS_DEPTH = 50
+MAX_SCORES = 2**27
+"""Scores in memory at once (half a gigabyte in float32), and a few arrays of their size beside."""
 _PROGRESS_SECONDS = 10.0
 
 
@@ -85,6 +88,24 @@ class Workers:
 ALONE = Workers()
 
 
+def _rows_at_once(block_size: int, num_items: int) -> int:
+    """Return how many examples are scored at once: fewer where the catalogue is very large."""
+    return max(1, min(block_size, MAX_SCORES // num_items))
+
+
+def _title_terms(catalog: Catalog) -> TermMatrix:
+    return TermMatrix.from_titles(catalog.each("title"))
+
+
+def _tie_order(catalog: Catalog) -> NDArray[np.int64]:  # -> [I]
+    """Return each item's place among ties, by a hash of its id: adjacent ids are often similar."""
+    hashes = (zlib.crc32(item_id.encode()) for item_id in catalog.each("item_id"))
+    order = np.argsort(np.fromiter(hashes, np.uint32, catalog.num_items), kind="stable")
+    places = np.empty(len(order), np.int64)
+    places[order] = np.arange(len(order))
+    return places
+
+
 def block_scores(ranker: Ranker, block: pa.Table) -> ScoreBlock:
     """Return the scores of a block; those of a ranker on a GPU stay there."""
     if isinstance(ranker, DeviceRanker):
@@ -105,14 +126,12 @@ class Measurement:
     ) -> None:
         self.examples, self.config, self.query_matches = examples, config, query_matches
         self.num_items = catalog.num_items
-        self.targets = catalog.rows(examples.column("positive_item_id").to_pylist())  # [n]
+        self.targets = catalog.rows(examples.column("positive_item_id").combine_chunks())  # [n]
         self.queries = examples.column("query").to_pylist()
         self.requests = request_numbers(examples)  # [n]
         self.pairs = impressions(examples, self.requests, catalog)
-        self.terms = TermMatrix.from_titles(catalog.titles)
-        # Ties in a top list are ordered by a hash of the id, as adjacent ids are often similar.
-        hashes = [zlib.crc32(item_id.encode()) for item_id in catalog.item_ids]
-        self.priority = np.argsort(np.argsort(hashes, kind="stable"))  # [I]
+        self.terms = catalog.derived(_title_terms)
+        self.priority = catalog.derived(_tie_order)  # [I]
         size = config.corpus_size()
         self.left_out = self.priority >= size if 0 < size < self.num_items else None  # [I]
         num = examples.num_rows
@@ -123,7 +142,7 @@ class Measurement:
 
     def run(self, ranker: Ranker, workers: Workers = ALONE) -> None:
         """Score every block, or this worker's share, and keep what the metrics need of all."""
-        num, size = self.examples.num_rows, self.config.block_size
+        num, size = self.examples.num_rows, _rows_at_once(self.config.block_size, self.num_items)
         started = reported = time.monotonic()
         for number, counts in workers.share(-(-num // size)):
             start = number * size

@@ -153,7 +153,7 @@ def word_sample(collator: Collator, examples: pa.Table, seed: int) -> WordSample
     drawn = np.random.default_rng(seed).permutation(examples.num_rows)[:MOST_PROBED]
     table = examples.take(pa.array(np.sort(drawn)))
     tokens, lengths = collator.catalog_tokens()
-    rows = collator.catalog.rows(table.column("positive_item_id").to_pylist())
+    rows = collator.catalog.rows(table.column("positive_item_id").combine_chunks())
     words = np.zeros((len(rows), int(tokens.max()) + 1), dtype=bool)
     for number, row in enumerate(rows):
         words[number, tokens[row, : lengths[row]]] = True

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import re
+from array import array
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -47,14 +48,15 @@ class TermMatrix:
     def from_titles(cls, titles: Iterable[str]) -> TermMatrix:
         """Build the term sets of the catalogue's titles, in catalogue order."""
         vocabulary: dict[str, int] = {}
-        columns: list[int] = []
-        ends = [0]
+        columns, ends = array("q"), array("q", [0])
         for title in titles:
-            columns += [vocabulary.setdefault(term, len(vocabulary)) for term in set(terms(title))]
+            columns.extend(
+                vocabulary.setdefault(term, len(vocabulary)) for term in set(terms(title))
+            )
             ends.append(len(columns))
         shape = (len(ends) - 1, max(len(vocabulary), 1))
         ones = np.ones(len(columns), dtype=np.int32)
-        matrix = sp.csr_matrix((ones, np.asarray(columns, np.int64), np.asarray(ends)), shape=shape)
+        matrix = sp.csr_matrix((ones, np.array(columns), np.array(ends)), shape=shape)
         return cls(matrix, np.asarray(np.diff(ends), dtype=np.int64))
 
     def jaccard(

@@ -152,12 +152,24 @@ def continue_body(
     """Run new soft tokens [B, N, D] behind P earlier slots of each row.
 
     `positions` [B, N]; `past` [L, 2, B, K, P, d] are the keys and values of the earlier slots in
-    each layer; `visible` [B, N, P + N]. Returns the last hidden states [B, N, D], and the keys and
-    values [L, 2, B, K, N, d] of the new slots.
+    each layer, in the type that the layers compute in; `visible` [B, N, P + N]. Returns the last
+    hidden states [B, N, D], float32, and the keys and values [L, 2, B, K, N, d] of the new slots.
     """
     plan = packing.Continuation(past, visible)
-    states = _states(body, embeddings, positions, plan, ())
-    return states, torch.stack(plan.new)
+    states = _states(body, embeddings.to(past.dtype), positions, plan, ())
+    return states.float(), torch.stack(plan.new)
+
+
+def compute_in(body: nn.Module, dtype: torch.dtype) -> None:
+    """Hold and compute the layers of a body in a type; its rows for tokens stay as they are."""
+    parts = cast(Any, body)
+    parts.layers.to(dtype)
+    parts.norm.to(dtype)
+
+
+def computes_in(body: nn.Module) -> torch.dtype:
+    """Return the type in which the layers of a body compute."""
+    return next(iter(cast(Any, body).layers.parameters())).dtype  # type: ignore[no-any-return]
 
 
 def key_value_shape(body: nn.Module) -> tuple[int, int, int]:

@@ -25,7 +25,12 @@ from torch import Tensor
 
 from karma_ray.data.batch import upload
 from karma_ray.model.adapters import rms_normalize
-from karma_ray.model.backbone import continue_body, key_value_shape, token_embeddings
+from karma_ray.model.backbone import (
+    computes_in,
+    continue_body,
+    key_value_shape,
+    token_embeddings,
+)
 from karma_ray.model.interest import InterestModel
 
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
@@ -119,7 +124,7 @@ class IncrementalReader:
             body, prompt = self._decoder.body, self._decoder.prompt
             layers, heads, width = key_value_shape(body)
             rows = token_embeddings(body)[prompt][None]
-            past = rows.new_zeros(layers, 2, 1, heads, 0, width)
+            past = rows.new_zeros(layers, 2, 1, heads, 0, width, dtype=computes_in(body))
             visible = torch.ones(1, len(prompt), len(prompt), device=rows.device).tril().bool()
             positions = torch.arange(len(prompt), device=rows.device)[None]
             states, memory = continue_body(body, rows, positions, past, visible)

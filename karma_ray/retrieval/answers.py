@@ -24,7 +24,7 @@ class Recall:
 
 @dataclass(frozen=True)
 class Scores:
-    """One score per requested item, None for unknown items."""
+    """One score per requested item, None for unknown ones and those that left the catalogue."""
 
     scores: list[float | None]
     ignored_item_ids: list[str] = field(default_factory=list)

@@ -16,17 +16,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-import pyarrow as pa
 import torch
 
 from karma_ray.artifacts import RunFolder, join, read_json, read_manifest, remove, write_json
 from karma_ray.data.catalog import Catalog
-from karma_ray.data.prompts import encode_texts
-from karma_ray.model.device import this_device
-from karma_ray.retrieval.encode import ItemTable, encode_catalog, load_embeddings, save_embeddings
+from karma_ray.retrieval.embedding import made_with
+from karma_ray.retrieval.encode import ItemTable, load_embeddings, save_embeddings
 from karma_ray.retrieval.exact import ExactSearch
-from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.index import ItemIndex, check_parent
+from karma_ray.retrieval.part_encoder import CatalogEncoder, Contents
 from karma_ray.retrieval.parts import delta_of, serve_from, served, to_update
 
 if TYPE_CHECKING:
@@ -132,21 +130,21 @@ def live_items(table: ItemTable, index: ItemIndex) -> ItemTable:
     """Return a table in the order of an index without the items that are never found."""
     if not isinstance(index.engine, UpdatedSearch):
         return table
-    return _some(table, np.setdiff1d(np.arange(table.num_items), index.engine.hidden))
-
-
-def _some(table: ItemTable, rows: Rows) -> ItemTable:
-    return ItemTable(
-        [table.item_ids[row] for row in rows], [table.titles[row] for row in rows],
-        table.embeddings[rows], table.parents,
-        None if table.categories is None else [table.categories[row] for row in rows],
-    )  # fmt: skip
+    return table.take(np.setdiff1d(np.arange(table.num_items), index.engine.hidden))
 
 
 def num_live(index: ItemIndex) -> int:
     """Return how many items can be found."""
     hidden = index.engine.hidden if isinstance(index.engine, UpdatedSearch) else ()
     return index.num_items - len(hidden)
+
+
+def hidden_ids(index: ItemIndex) -> frozenset[str]:
+    """Return the ids of items that are never found; one that was added again is found."""
+    if not isinstance(index.engine, UpdatedSearch):
+        return frozenset()
+    gone = {index.item_ids[row] for row in index.engine.hidden}
+    return frozenset(gone.difference(index.item_ids[index.engine.num_main :]))
 
 
 @dataclass(frozen=True)
@@ -161,17 +159,21 @@ class Changes:
     """Whether anything changed since the last delta."""
 
 
-def update_run(run: str, data: str, precision: str = "float32") -> Changes:
+def update_run(run: str, data: str, precision: str | None = None) -> Changes:
     """Let a run serve the catalogue of `data` as it is now, by a delta; returns what changed.
 
-    Only items that neither the index nor the last delta holds are encoded, in this process.
+    Only items that neither the index nor the last delta holds are encoded, in this process, and
+    with the precision of the index unless another is given.
     """
     folder = served(run)
     main = load_embeddings(folder.item_embeddings)
+    made = read_manifest(folder.item_embeddings).get("made", made_with("float32"))
+    precision = precision or made["precision"]
     before, was_hidden = _earlier(folder, main)
     catalog = Catalog.load(data)
-    now = _described(catalog, main)
-    known, wanted, kept = _labels(main), _labels(now), _labels(before)
+    now = _described(catalog, main, Contents.of(folder.bundle, catalog, data))
+    read = main.contents is not None
+    known, wanted, kept = (_labels(table, read) for table in (main, now, before))
     added = [i for i, label in wanted.items() if known.get(i) != label]
     hidden = [i for i, label in known.items() if wanted.get(i) != label]
     missing = [i for i in added if kept.get(i) != wanted[i]]
@@ -182,25 +184,28 @@ def update_run(run: str, data: str, precision: str = "float32") -> Changes:
     rows = before.rows(added)
     vectors[rows >= 0] = before.embeddings[rows[rows >= 0]]
     if missing:
-        encoded = _encode(folder.bundle, catalog, data, missing, precision)
-        vectors[np.isin(added, missing)] = encoded
-    _write(to_update(run), dataclasses.replace(_some(now, now.rows(added)), embeddings=vectors),
-           hidden)  # fmt: skip
+        encoder = CatalogEncoder(folder.bundle, data, precision)
+        vectors[np.isin(added, missing)] = encoder.encode(catalog.rows(missing)).vectors
+    found = dataclasses.replace(now.take(now.rows(added)), embeddings=vectors)
+    _write(to_update(run), found, hidden, precision)
     return changes
 
 
-def _labels(table: ItemTable) -> dict[str, tuple[str, str | None]]:
-    """Return what is shown of each item: its title and category."""
+def _labels(table: ItemTable, read: bool) -> dict[str, tuple[str, str | None, bytes]]:
+    """Return what tells of each item that it changed: title, category, and with `read` the hash of
+    what is encoded."""
     categories = table.categories or [None] * table.num_items
-    labels = zip(table.titles, categories, strict=True)
+    hashes = table.contents.tolist() if read and table.contents is not None else None
+    labels = zip(table.titles, categories, hashes or [b""] * table.num_items, strict=True)
     return dict(zip(table.item_ids, labels, strict=True))
 
 
-def _described(catalog: Catalog, main: ItemTable) -> ItemTable:
+def _described(catalog: Catalog, main: ItemTable, contents: Contents) -> ItemTable:
     """Return the items of a catalogue without embeddings, described as those of the index are."""
     categories = None if main.categories is None else catalog.categories
     none = np.zeros((catalog.num_items, 0), np.float32)
-    return ItemTable(catalog.item_ids, catalog.titles, none, {}, categories)
+    hashes = contents.hashes(catalog)
+    return ItemTable(catalog.item_ids, catalog.titles, none, {}, categories, hashes)
 
 
 def _earlier(folder: RunFolder, main: ItemTable) -> tuple[ItemTable, list[str]]:
@@ -211,18 +216,7 @@ def _earlier(folder: RunFolder, main: ItemTable) -> tuple[ItemTable, list[str]]:
     return load_embeddings(delta), list(read_json(join(delta, HIDDEN)))
 
 
-def _encode(bundle: str, catalog: Catalog, data: str, ids: list[str], precision: str) -> Vectors:
-    loaded = load_bundle(bundle)
-    loaded.interest.to(this_device())
-    loaded.interest.attach_catalog(catalog, data)
-    rows = catalog.rows(ids)
-    part = Catalog(catalog.table.take(pa.array(rows)))
-    length = loaded.collate_config.max_item_tokens
-    tokens, lengths = encode_texts(loaded.tokenizer, part.texts(), length)
-    return encode_catalog(loaded.interest, tokens, lengths, precision=precision, rows=rows)
-
-
-def _write(folder: RunFolder, added: ItemTable, hidden: list[str]) -> None:
+def _write(folder: RunFolder, added: ItemTable, hidden: list[str], precision: str) -> None:
     delta = delta_of(folder)
     assert delta is not None
     remove(delta)
@@ -232,5 +226,6 @@ def _write(folder: RunFolder, added: ItemTable, hidden: list[str]) -> None:
         "index": read_manifest(folder.index)["content_hash"],
     }
     write_json(hidden, join(delta, HIDDEN))
-    save_embeddings(dataclasses.replace(added, parents=parents), delta)
+    made = made_with(precision)
+    save_embeddings(dataclasses.replace(added, parents=parents), delta, made=made)
     serve_from(folder)

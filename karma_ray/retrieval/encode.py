@@ -20,12 +20,17 @@ from tqdm import tqdm
 
 from karma_ray.artifacts import read_manifest, read_table, write_manifest, write_table
 from karma_ray.data.batch import upload
-from karma_ray.data.memory_map import mapped_array
 from karma_ray.errors import SkewError
-from karma_ray.node_cache import known_hash
-from karma_ray.node_disk import node_folder
 from karma_ray.retrieval.finite import check_finite
 from karma_ray.retrieval.index import check_parent
+from karma_ray.retrieval.known_vectors import (
+    COLUMN,
+    Hashes,
+    hash_column,
+    hashes_of,
+    mapped_vectors,
+    vectors_of,
+)
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -37,6 +42,8 @@ CPU_BATCH = 256
 """Items that a CPU encodes at once."""
 GPU_SLOTS = 32_768
 """Slots of a padded batch that a GPU encodes at once."""
+PADDING = 0.04
+"""Largest share of padding in a batch of more than a few items."""
 WAITING = 2**26
 """Numbers that wait on a GPU, a quarter of a gigabyte, before they are moved."""
 
@@ -50,6 +57,7 @@ def encode_catalog(
     rows: NDArray[np.int64] | None = None,  # [I]
     encode: Callable[..., torch.Tensor] | None = None,
     progress: bool = False,
+    slots: int | None = None,
 ) -> NDArray[np.float32]:  # [I, D]
     """Encode every item, in the given order, on the model's device. Its mode is restored.
 
@@ -70,7 +78,7 @@ def encode_catalog(
     parts: list[torch.Tensor] = []  # not waited for, so that a GPU is not idle between batches
     bar = tqdm(total=len(order), unit="text", disable=None if progress else True, leave=False)
     with bar, torch.inference_mode(), autocast(device, precision):
-        for some in item_batches(order, lengths, device, batch_size):
+        for some in item_batches(order, lengths, device, batch_size, slots):
             width = max(1, int(lengths[some].max()))
             batch = upload(torch.from_numpy(tokens[some, :width].astype(np.int64)), device)
             sizes = upload(torch.from_numpy(lengths[some].astype(np.int64)), device)
@@ -89,19 +97,27 @@ def encode_catalog(
 
 
 def item_batches(
-    order: NDArray[np.int64], lengths: NDArray[Any], device: torch.device, size: int | None
-) -> Iterator[NDArray[np.int64]]:
+    order: NDArray[np.int64], lengths: NDArray[Any], device: torch.device, size: int | None,
+    slots: int | None = None,
+) -> Iterator[NDArray[np.int64]]:  # fmt: skip
     """Yield the items of each batch; `order` is by rising lengths.
 
-    Without `size` these are CPU_BATCH items on a CPU, and as many as GPU_SLOTS holds elsewhere.
+    A batch has `size` items, or as many as fit into `slots` when they are padded; if more than
+    PADDING of it would be padding, it is smaller, down to an eighth. Without either these are
+    CPU_BATCH items on a CPU, and GPU_SLOTS slots, however padded, elsewhere.
     """
+    most = 1.0 if slots is None else PADDING
+    if size is None and slots is None:
+        size, slots = (CPU_BATCH, None) if device.type == "cpu" else (None, GPU_SLOTS)
     start = 0
     while start < len(order):
-        count = size or CPU_BATCH
-        if size is None and device.type != "cpu":
-            some = np.maximum(lengths[order[start : start + GPU_SLOTS]].astype(np.int64), 1)
-            slots = some * np.arange(1, len(some) + 1)  # of a batch that ends with this item
-            count = max(1, int(np.searchsorted(slots, GPU_SLOTS, side="right")))
+        count = size or 1
+        if slots is not None:
+            some = np.maximum(lengths[order[start : start + slots]].astype(np.int64), 1)
+            padded = some * np.arange(1, len(some) + 1)  # of a batch that ends with this item
+            dense = (padded - some.cumsum() <= most * padded) | (padded <= slots // 8)
+            fitting = np.flatnonzero(dense & (padded <= slots))
+            count = int(fitting[-1]) + 1 if len(fitting) else 1
         yield order[start : start + count]
         start += count
 
@@ -121,6 +137,8 @@ class ItemTable:
     parents: Mapping[str, str]
     categories: list[str | None] | None = None
     """The category of every item, if the catalogue has categories."""
+    contents: Hashes | None = None
+    """Hashes [I] of what was encoded, if they are known."""
 
     @cached_property
     def _row_of(self) -> dict[str, int]:
@@ -159,17 +177,24 @@ class ItemTable:
             )
         if np.array_equal(rows, np.arange(self.num_items)):
             return self
+        return self.take(rows)
+
+    def take(self, rows: NDArray[np.int64]) -> ItemTable:
+        """Return some rows of the table."""
         return ItemTable(
-            list(item_ids),
-            [self.titles[r] for r in rows],
+            [self.item_ids[row] for row in rows],
+            [self.titles[row] for row in rows],
             self.embeddings[rows],
             self.parents,
-            None if self.categories is None else [self.categories[r] for r in rows],
+            None if self.categories is None else [self.categories[row] for row in rows],
+            None if self.contents is None else self.contents[rows],
         )
 
     def to_arrow(self) -> pa.Table:
         """Return the columns of the table on disk."""
-        return embedding_rows(self.item_ids, self.titles, self.embeddings, self.categories)
+        return embedding_rows(
+            self.item_ids, self.titles, self.embeddings, self.categories, self.contents
+        )
 
 
 def embedding_rows(
@@ -177,12 +202,13 @@ def embedding_rows(
     titles: Sequence[str],
     embeddings: NDArray[np.float32],
     categories: Sequence[str | None] | None = None,
+    contents: Hashes | None = None,
 ) -> pa.Table:
     """Return one `item_embeddings` row per item.
 
     Titles, and categories if the catalogue has any, make it possible to build and serve an index
-    without it. Raises
-    KarmaRayError on embeddings that are not finite, as no search would find those items.
+    without it. Raises KarmaRayError on embeddings that are not finite, as no search would find
+    those items.
     """
     check_finite(item_ids, embeddings)
     values = pa.array(np.ascontiguousarray(embeddings).reshape(-1), pa.float32())
@@ -193,20 +219,24 @@ def embedding_rows(
     }
     if categories is not None:
         columns["category"] = pa.array(list(categories), pa.string())
+    if contents is not None:
+        columns[COLUMN] = hash_column(contents)
     return pa.table(columns)
 
 
-def save_embeddings(table: ItemTable, folder: str) -> dict[str, Any]:
-    """Write `table` as one Parquet file with its manifest; returns the manifest."""
+def save_embeddings(table: ItemTable, folder: str, **facts: Any) -> dict[str, Any]:
+    """Write `table` as one Parquet file with its manifest and `facts`; returns the manifest."""
     write_table(table.to_arrow(), folder)
-    return write_embedding_manifest(folder, table.parents, *table.embeddings.shape)
+    return write_embedding_manifest(folder, table.parents, *table.embeddings.shape, **facts)
 
 
 def write_embedding_manifest(
-    folder: str, parents: Mapping[str, str], num_items: int, width: int
+    folder: str, parents: Mapping[str, str], num_items: int, width: int, **facts: Any
 ) -> dict[str, Any]:
     """Write the manifest last, as it marks the folder complete."""
-    return write_manifest(folder, MANIFEST_KIND, parents=parents, num_items=num_items, width=width)
+    return write_manifest(
+        folder, MANIFEST_KIND, parents=parents, num_items=num_items, width=width, **facts
+    )
 
 
 def load_embeddings(
@@ -221,29 +251,14 @@ def load_embeddings(
     parents = facts["parents"]
     if bundle_hash is not None:
         check_parent(parents, "bundle", bundle_hash, folder)
-    table = read_table(folder, without=["embedding"] if mapped else [])
+    table = read_table(folder, without=["embedding", COLUMN] if mapped else [])
     if mapped:
-        embeddings = _mapped(folder, (table.num_rows, facts["width"]))
+        embeddings = mapped_vectors(folder)
     else:
-        embeddings = _embeddings_of(table)
+        embeddings = vectors_of(table.column("embedding").combine_chunks())
     item_ids = table.column("item_id").to_pylist()
     check_finite(item_ids, embeddings, folder)
     titles = table.column("title").to_pylist()
     has_categories = "category" in table.column_names
     categories = table.column("category").to_pylist() if has_categories else None
-    return ItemTable(item_ids, titles, embeddings, parents, categories)
-
-
-def _embeddings_of(table: pa.Table) -> NDArray[np.float32]:  # [I, D]
-    column = table.column("embedding").combine_chunks()
-    # A copy, since Arrow's memory is read-only and torch needs writable memory.
-    values = np.array(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
-    return values.reshape(-1, column.type.list_size)
-
-
-def _mapped(folder: str, shape: tuple[int, int]) -> NDArray[np.float32]:  # [I, D]
-    def fill(values: np.ndarray) -> None:
-        values[:] = _embeddings_of(read_table(folder, columns=["embedding"]))
-
-    path = node_folder() / "embeddings" / f"{known_hash(folder)}.npy"
-    return mapped_array(path, np.float32, shape, fill, writable=True)
+    return ItemTable(item_ids, titles, embeddings, parents, categories, hashes_of(table))

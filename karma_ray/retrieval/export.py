@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from karma_ray import __version__
 from karma_ray.artifacts import (
+    join,
     open_filesystem,
     read_json,
     read_manifest,
@@ -126,6 +127,12 @@ def load_bundle(uri: str, *, encodes_items: bool = True) -> Bundle:
         content_hash=manifest["content_hash"],
         manifest=manifest,
     )
+
+
+def item_encoder_config(uri: str) -> ItemEncoderConfig | None:
+    """Return the configuration of a bundle's item encoder; None for a model over item ids."""
+    model = read_json(join(uri, "config.json"))["model"]
+    return None if "sizes" in model else ItemEncoderConfig(**model["item_encoder"])
 
 
 def _quantised(interest: InterestModel | IdRecommender) -> dict[str, Any]:

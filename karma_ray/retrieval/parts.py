@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from karma_ray.artifacts import RunFolder, exists, open_filesystem, read_json, remove, write_json
+from karma_ray.data.work_folder import WorkFolder
 
 CURRENT = "current.json"
 PARTS = ("item_embeddings", "index", "delta")
@@ -34,6 +35,20 @@ def delta_of(folder: RunFolder) -> str | None:
 def to_embed(run: str) -> RunFolder:
     """Return the run folder with a place for new embeddings."""
     return _with_new(served(run), "item_embeddings")
+
+
+def embedded(run: str) -> list[str]:
+    """Return the folders of a run's newest complete embeddings, and of the delta that serves."""
+    found = (_NAMED.fullmatch(name) for name in _listed(run))
+    names = [
+        (int(name["number"] or 1), name[0])
+        for name in found
+        if name and name["part"] == "item_embeddings"
+    ]
+    paths = [RunFolder(run).path(name) for _, name in sorted(names, reverse=True)]
+    newest = [path for path in paths if exists(f"{path}/manifest.json")][:1]
+    delta = delta_of(served(run))
+    return [*newest, *([delta] if delta else [])]
 
 
 def offer(folder: RunFolder) -> None:
@@ -69,10 +84,11 @@ def serve_from(folder: RunFolder) -> None:
 
 
 def start_over(run: str) -> None:
-    """Remove the parts of an earlier bundle, before others are made."""
+    """Remove the parts of an earlier bundle, finished or not, before others are made."""
     remove(RunFolder(run).path(CURRENT))
     for name in _listed(run):
         remove(RunFolder(run).path(name))
+        remove(WorkFolder(RunFolder(run).path(name)).root)
 
 
 def _state(run: str) -> dict[str, Any]:

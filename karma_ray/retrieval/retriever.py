@@ -23,7 +23,7 @@ from karma_ray.data.collate import Collator
 from karma_ray.errors import InputError
 from karma_ray.model.device import this_device
 from karma_ray.retrieval.answers import Recall, RecalledItem, Scores
-from karma_ray.retrieval.delta import live_items, with_delta
+from karma_ray.retrieval.delta import hidden_ids, live_items, with_delta
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.filters import Filter, filtered_search
@@ -56,6 +56,7 @@ class Retriever:
         device = next(interest.parameters()).device
         self.collator, self.table, self.index = collator, table, index.on(device)
         self.model_version, self.index_version = model_version, index.content_hash
+        self._hidden = hidden_ids(self.index)
         self.embeddings = torch.from_numpy(table.embeddings).to(device)  # [I, D]
 
     @classmethod
@@ -200,7 +201,7 @@ class Retriever:
     def score_items(
         self, query: str | None, history: Sequence[HistoryItem], item_ids: Sequence[str]
     ) -> Scores:
-        """Score given items (pre-ranking), in their order; None for unknown items."""
+        """Score given items (pre-ranking), in their order; None for what recall never finds."""
         request = Request(query, history)
         return self.scores_of(self._search_vectors([request])[0], request, item_ids)
 
@@ -208,7 +209,7 @@ class Retriever:
         self, vectors: NDArray[np.float32], request: Request, item_ids: Sequence[str]
     ) -> Scores:
         """Score given items for the search vectors [K, D] of a request."""
-        rows = self.table.rows(item_ids)
+        rows = self.candidate_rows(item_ids)
         known = np.flatnonzero(rows >= 0)
         scores: list[float | None] = [None] * len(item_ids)
         with torch.inference_mode():
@@ -217,6 +218,13 @@ class Retriever:
         for position, value in zip(known, values, strict=True):
             scores[position] = float(value.max())
         return Scores(scores, self._unknown(request))
+
+    def candidate_rows(self, item_ids: Sequence[str]) -> NDArray[np.int64]:  # [n]
+        """Return rows of the table; -1 for unknown items, and for those that left the catalogue."""
+        rows = self.table.rows(item_ids)
+        if self._hidden:
+            rows[[i in self._hidden for i in item_ids]] = -1
+        return rows
 
     def keys(self, examples: pa.Table) -> NDArray[np.int64]:  # [B]
         """Return keys for the random draws of requests, hashes of what the model reads."""

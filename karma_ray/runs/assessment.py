@@ -22,7 +22,12 @@ from karma_ray.artifacts import (
     write_json,
 )
 from karma_ray.baselines.llm import TextVectors
-from karma_ray.baselines.popularity import PopularityRanker, training_clicks, warm_mask
+from karma_ray.baselines.popularity import (
+    CLICK_COLUMNS,
+    PopularityRanker,
+    training_clicks,
+    warm_mask,
+)
 from karma_ray.baselines.ranker import Ranker
 from karma_ray.config import Config
 from karma_ray.data.draws import row_keys
@@ -42,11 +47,11 @@ from karma_ray.runs.joint import CURVE_EXAMPLES
 from karma_ray.runs.stages import STAGE_VERSION, Stage
 from karma_ray.runs.text_vectors import LlmTexts
 from karma_ray.runs.training import on_its_devices
-from karma_ray.training.order import Source
 
 LOG = logging.getLogger(__name__)
 NUM_CASES = 12
 NUM_CHECKED = 1000
+NUM_WINDOWS = 32
 HEADLINE = ("HR@10", "HR@50", "NDCG@10", "MRR", "gAUC", "JS@50", "num_test")
 
 
@@ -56,7 +61,7 @@ class Evaluator:
     def __init__(self, config: Config, source: PreparedData) -> None:
         self.config, self.source = config, source
         self.catalog = source.catalog()
-        self.warm = warm_mask(source.sequences(), self.catalog)
+        self.warm = warm_mask(source.windows("item_ids"), self.catalog)
         self.matches = source.query_matches(self.catalog)
         self.held_out = source.held_out(self.catalog)
         named = config.evaluation.paraphrases
@@ -95,7 +100,7 @@ class Evaluator:
         self, examples: pa.Table, test: EvaluationResult, again: EvaluationResult | None
     ) -> Outcomes:
         targets = examples.column("positive_item_id").take(pa.array(test.details.rows))
-        rows = self.catalog.rows(targets.to_pylist())
+        rows = self.catalog.rows(targets.combine_chunks())
         known, at = rows >= 0, np.maximum(rows, 0)
         cold = ~(known & self.warm[at])
         held_out = None if self.held_out is None else known & self.held_out[at]
@@ -154,7 +159,7 @@ def validation_metrics(config: Config, source: PreparedData) -> dict[str, float]
     if examples.num_rows == 0:
         raise InputError("--data", source.uri, "has no validation examples")
     measured = replace(config, evaluation=replace(config.evaluation, max_examples=CURVE_EXAMPLES))
-    clicks = training_clicks(source.sequences(), source.catalog())
+    clicks = training_clicks(source.windows(*CLICK_COLUMNS), source.catalog())
     return Evaluator(measured, source)(PopularityRanker(clicks), examples)
 
 
@@ -239,8 +244,7 @@ def run_checks(
     sample = sampled(examples, NUM_CHECKED, evaluator.config.seed)
     strangers = with_other_histories(sample, evaluator.config.seed)
     own, other = evaluator(retriever, sample), evaluator(retriever, strangers)
-    source = Source.scan(join(evaluator.source.uri, "sequences"))
-    rows = evaluator.source.sequences().slice(0, min(32, source.num_rows))
+    rows = evaluator.source.first_windows(NUM_WINDOWS)
     batch = stage.collator().training(rows, row_keys(rows.num_rows, evaluator.config.seed))
     batch = batch.to(retriever.device)
     return {

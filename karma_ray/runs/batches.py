@@ -2,8 +2,8 @@
 
 The windows are those of `training/order.py`. The caller chooses who reads them: this process
 (`local_blocks`), or remote tasks that deliver the same rows in the same order. A resumed run
-starts the list of windows at its next batch, so it reads no rows only to skip them. Memory holds
-a few windows, whatever the size of the table.
+starts with the window of its next batch, so it reads no rows only to skip them. Memory holds a few
+windows, whatever the size of the table.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def stream_batches(
     resumed stream therefore equals an uninterrupted one, for any number of workers. A thread
     collates `prefetch` batches ahead (0: no thread).
     """
-    windows = tuple(order.windows(start_step, steps))
+    windows = order.windows(start_step, steps)
     blocks = read_blocks(order, windows)
     batches = _collated(order, windows, blocks, make_collator())
     return in_background(batches, prefetch) if prefetch else batches

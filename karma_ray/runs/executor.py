@@ -7,12 +7,12 @@ cluster/executor.py; by default everything happens in this process, without Ray.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from karma_ray.runs.frozen_outputs import EncodeRemotely
 from karma_ray.runs.node_hours import Count, this_machine
-from karma_ray.runs.preparation import LocalShuffle, Shuffle
+from karma_ray.runs.preparation import RunTasks, run_here
 from karma_ray.runs.training import Distribute
 
 Embed = Callable[[str, str, str], Any]
@@ -26,7 +26,7 @@ Measure = Callable[[Callable[[], dict[str, Any]]], dict[str, Any]]
 class Executor:
     """The functions that do the heavy parts of a run."""
 
-    prepare: Shuffle = field(default_factory=LocalShuffle)
+    prepare: RunTasks = run_here
     """Checks the events and builds the partitions of users."""
     train: Distribute | None = None
     """Trains with `training.num_workers` workers; None trains in this process."""

@@ -19,34 +19,33 @@ from typing import Any, ClassVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from tqdm import tqdm
 
 from karma_ray.artifacts import (
     absolute,
     exists,
     join,
     locked,
-    move,
     open_filesystem,
-    read_json,
     read_manifest,
     read_table,
-    remove,
     value_hash,
-    write_json,
+    write_bytes,
 )
 from karma_ray.data.fragments import Fragment, list_fragments
 from karma_ray.data.patches import SAMPLE_IMAGES, PatchPca, side_of
 from karma_ray.data.pictures import (
+    UNUSED,
     ImageEncoder,
     Part,
     encode_fragment,
+    part_name,
     sample_images,
     source_rows,
-    standing_part,
 )
 from karma_ray.data.prepared import require_data
+from karma_ray.data.progress import told
 from karma_ray.data.visual import KIND, features_uri, grid_of, write_visual_manifest
+from karma_ray.data.work_folder import WorkFolder
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.vision_encoder import load_vision_encoder
 from karma_ray.model.device import this_device
@@ -61,7 +60,9 @@ VERSION = 1
 QUARANTINE_FILE = "quarantine.jsonl"
 
 
-EncodeParts = Callable[["Fitted | Loaded", list[Fragment], str, np.ndarray, str], Iterator[Part]]
+EncodeParts = Callable[
+    ["Fitted | Loaded", list[Fragment], str, np.ndarray, WorkFolder], Iterator[Part]
+]
 """(encoder factory, row groups, items/, kind of each row, work folder) -> the finished parts."""
 
 
@@ -114,18 +115,18 @@ def make_features(
                 return manifest
             if manifest["kind"] != KIND:
                 raise InputError("--out", target, f"holds {manifest['kind']} and is not replaced")
-        work = f"{target}-work"
-        _open_work(work, key)
-        make, facts = _encoder(config, items, kinds, work)
+        work = WorkFolder(target)
+        work.open(key)
+        make, facts = _encoder(config, items, kinds, work.table)
         parts = _encode_all(make, items, kinds, work, encode or encode_here)
         facts |= {"fitted_on": "all items" if trained is None else "training items", "key": key}
-        manifest = _finish(work, parts, items_hash, {**asdict(config), **facts})
-        _replace(target, work)
+        manifest = _finish(work.table, parts, items_hash, {**asdict(config), **facts})
+        work.complete()
     return manifest
 
 
 def _encoder(
-    config: FeaturesConfig, items: str, kinds: np.ndarray, work: str
+    config: FeaturesConfig, items: str, kinds: np.ndarray, table: str
 ) -> tuple[Fitted | Loaded, dict[str, Any]]:
     """Return a factory of the encoder, called in the process that encodes, and facts about it."""
     if config.encoder != PATCH_PCA:
@@ -134,7 +135,7 @@ def _encoder(
     LOG.info("features: fitting %s on up to %d images", PATCH_PCA, SAMPLE_IMAGES)
     sample = sample_images(items, kinds, side_of(config.target), SAMPLE_IMAGES, config.seed)
     pca = PatchPca.fit(sample, config.target, config.width or DEFAULT_WIDTH, config.seed)
-    pca.save(join(work, "patch_pca.safetensors"))
+    pca.save(join(table, "patch_pca.safetensors"))
     return Fitted(pca), {
         "explained_variance": round(pca.explained, 6),
         "fitted_images": len(sample),
@@ -168,36 +169,36 @@ class Loaded:
 
 
 def _encode_all(
-    make: Fitted | Loaded, items: str, kinds: np.ndarray, work: str, encode: EncodeParts
+    make: Fitted | Loaded, items: str, kinds: np.ndarray, work: WorkFolder, encode: EncodeParts
 ) -> list[Part]:
     """Return the parts of all row groups, in the order of items/."""
     fragments = [fragment for fragment in list_fragments(items)[0] if fragment.num_rows]
-    found = [standing_part(fragment, work) for fragment in fragments]
-    parts = [part for part in found if part is not None]
-    missing = [fragment for fragment, part in zip(fragments, found, strict=True) if part is None]
+    found = work.finished()
+    missing = [fragment for fragment in fragments if part_name(fragment) not in found]
+    parts = [Part(**facts) for facts in found.values()]
     if parts:
         LOG.info("features: %d of %d parts already exist", len(parts), len(fragments))
     if missing:
-        with tqdm(
-            total=sum(len(rows_of(f, kinds)) for f in missing), unit="item", disable=None
-        ) as bar:
-            for part in encode(make, missing, items, kinds, work):
-                parts.append(part)
-                bar.update(part.with_image + part.without_image + len(part.broken))
+        total = sum(int((rows_of(fragment, kinds) != UNUSED).sum()) for fragment in missing)
+        made = encode(make, missing, items, kinds, work)
+        parts += told(made, lambda part: part.num_items, total, "features")
     return sorted(parts, key=lambda part: part.order)
 
 
 def encode_here(
-    make: Fitted | Loaded, fragments: list[Fragment], items: str, kinds: np.ndarray, work: str
-) -> Iterator[Part]:
+    make: Fitted | Loaded, fragments: list[Fragment], items: str, kinds: np.ndarray,
+    work: WorkFolder,
+) -> Iterator[Part]:  # fmt: skip
     """Encode one row group after another in this process."""
     encoder = make()
     for fragment in fragments:
         yield encode_fragment(fragment, items, rows_of(fragment, kinds), encoder, work)
 
 
-def _finish(work: str, parts: list[Part], items_hash: str, facts: dict[str, Any]) -> dict[str, Any]:
-    """Remove the temporary files of the work folder and write the manifest."""
+def _finish(
+    table: str, parts: list[Part], items_hash: str, facts: dict[str, Any]
+) -> dict[str, Any]:
+    """Write the quarantined images and the manifest."""
     encoded = [part for part in parts if part.shape]
     broken = [record for part in parts for record in part.broken]
     counts = {
@@ -208,15 +209,12 @@ def _finish(work: str, parts: list[Part], items_hash: str, facts: dict[str, Any]
     if not encoded:
         first = f", for example {broken[0]['reason']}" if broken else ""
         raise InputError("items", counts, f"hold no readable image{first}")
-    fs, path = open_filesystem(work)
-    for name in fs.glob(f"{path}/*.json"):
-        fs.rm(name)
     if broken:
-        with fs.open(f"{path}/{QUARANTINE_FILE}", "w") as sink:
-            sink.writelines(json.dumps(record) + "\n" for record in broken)
+        lines = "".join(f"{json.dumps(record)}\n" for record in broken)
+        write_bytes(lines.encode(), join(table, QUARANTINE_FILE))
     facts |= {"num_items": sum(counts.values()), **counts}
     moments = reduce(add, (part.moments for part in encoded))
-    return write_visual_manifest(work, items_hash, encoded[0].shape, moments, **facts)
+    return write_visual_manifest(table, items_hash, encoded[0].shape, moments, **facts)
 
 
 def rows_of(fragment: Fragment, kinds: np.ndarray) -> np.ndarray:
@@ -239,16 +237,3 @@ def _identity(encoder: str) -> Any:
     fs, root = open_filesystem(encoder)
     found = fs.find(root, detail=True)
     return [(name[len(root) :], found[name]["size"]) for name in sorted(found)]
-
-
-def _open_work(work: str, key: str) -> None:
-    """Keep the parts of an interrupted attempt if it computed the same features."""
-    marker = join(work, "key.json")
-    if exists(work) and not (exists(marker) and read_json(marker) == key):
-        remove(work)
-    write_json(key, marker)
-
-
-def _replace(target: str, work: str) -> None:
-    remove(target)
-    move(work, target)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from karma_ray.artifacts import join
-from karma_ray.baselines.popularity import click_shares, warm_mask
+from karma_ray.baselines.popularity import CLICK_COLUMNS, click_shares, warm_mask
 from karma_ray.baselines.sequential import IdModel
 from karma_ray.data.collate import Collator
 from karma_ray.data.prepared import PreparedData
@@ -178,7 +178,7 @@ class Validation:
             examples,
             catalog,
             config=replace(config.evaluation, max_examples=CURVE_EXAMPLES),
-            train_item_ids=warm_mask(self.source.sequences(), catalog),
+            train_item_ids=warm_mask(self.source.windows("item_ids"), catalog),
             query_matches=self.source.query_matches(catalog),
             held_out=self.source.held_out(catalog),
             seed=config.seed,
@@ -193,7 +193,7 @@ def _shares(stage: Stage, source: PreparedData) -> NDArray[np.float32] | None:  
     """Return the popularity of each item's content, if the objective corrects for it (logQ)."""
     if not stage.config.objective.logq:
         return None
-    return click_shares(source.sequences(), stage.catalog())
+    return click_shares(source.windows(*CLICK_COLUMNS), stage.catalog())
 
 
 def _with_shares(

@@ -163,7 +163,7 @@ def _probe_set(opened: list[OpenedRun], source: PreparedData, num_items: int) ->
     Raises InputError when another run tokenises the items differently.
     """
     catalog = source.catalog()
-    warm = warm_mask(source.sequences(), catalog)
+    warm = warm_mask(source.windows("item_ids"), catalog)
     first = finished_stage(opened[0].run, source.items_uri).collator()
     items = item_sample(first, catalog, warm, num_items, SAMPLE_SEED)
     for run in opened[1:]:

@@ -1,32 +1,28 @@
-"""Preparation of events into sequences and examples: two passes and one shuffle by user.
+"""Preparation of events into sequences and examples, in two passes over parts and partitions.
 
-    fragments --map--> clean events (+ quarantine, counts, click times, written beside)
-              --split by hash(user) into num_partitions--> whole partitions
-              --vectorised code--> sequences/, examples/split=.../ (one file per partition)
+    parts of events/  --check-->  clean rows by user, rejected rows, clicks per time (work folder)
+                      --cutoffs, from the clicks of all parts-->
+    partitions of users --build--> sequences/, examples/split=.../ (one file per partition)
 
-A `Shuffle` does the mapping and splitting: this process by default, or Ray Data for tables that
-are too large for it (cluster/sharding.py). Both write the same files. Each file is named after
-its fragment or partition, so a task that runs twice replaces its own file.
+No process holds more than one part or one partition. What a task has finished is kept in the work
+folder until the job has ended, so a killed job goes on where it was (data/prepare_work.py). Tasks
+run in this process by default, or on Ray (cluster/sharding.py); both write the same bytes.
 
 What prepares is imported where it is used, so that data that are prepared need no polars.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from datetime import date
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
+from tqdm import tqdm
 
-from karma_ray.artifacts import absolute, exists, join, locked, read_table, remove, write_table
+from karma_ray.artifacts import absolute, exists, join, locked
 from karma_ray.data.config import PrepareConfig
-from karma_ray.data.fragments import Fragment, read_fragment
 from karma_ray.data.prepared import (
     PreparedData,
     differences,
@@ -34,25 +30,32 @@ from karma_ray.data.prepared import (
     read_data_manifest,
     require_data,
 )
-from karma_ray.data.splits import Cutoffs
-from karma_ray.errors import InputError, LeakError
+from karma_ray.errors import InputError, LeakError, TooManyBadRows
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+    from karma_ray.data.event_parts import EventPart, Sizes
+    from karma_ray.data.forgotten import Forgotten
+    from karma_ray.data.passes import PartCheck, PartitionBuild
+    from karma_ray.data.prepare_work import PrepareWork
+    from karma_ray.data.splits import Cutoffs
 
 LOG = logging.getLogger(__name__)
 
+Task = Callable[[Any], None]
+"""Does one part of the work, and leaves its result in the work folder."""
 
-class Shuffle(Protocol):
-    """The two steps of preparation that read every row."""
-
-    def check(self, fragments: Sequence[Fragment], check: FragmentCheck, partitions: int) -> Any:
-        """Return the clean rows of all fragments, in any form that `build` accepts."""
-
-    def build(self, clean: Any, build: PartitionBuild, partitions: int) -> list[dict[str, Any]]:
-        """Return the reports of `build` for every partition of users that has rows."""
+RunTasks = Callable[[Task, Sequence[Any], bool], Iterable[None]]
+"""(task, inputs, whether the log is small) -> None for each input when its task is done."""
 
 
-def ensure_prepared(
-    data_uri: str, config: PrepareConfig, shuffle: Shuffle | None = None
-) -> PreparedData:
+def run_here(task: Task, inputs: Sequence[Any], small: bool = True) -> Iterable[None]:
+    """Run one task after another in this process."""
+    return map(task, inputs)
+
+
+def ensure_prepared(data_uri: str, config: PrepareConfig, run: RunTasks = run_here) -> PreparedData:
     """Return the prepared data at `data_uri`, preparing them first if needed.
 
     They are reused if they were prepared with `config` from the same files. Data that came
@@ -65,7 +68,7 @@ def ensure_prepared(
     config.check()
     with locked(join(absolute(data_uri), "prepare")):
         if _standing(data_uri, config) is None:  # another process may have prepared them meanwhile
-            _prepare_into(data_uri, config, data_uri, shuffle or LocalShuffle())
+            _prepare_into(data_uri, config, data_uri, run)
     return PreparedData.load(data_uri)
 
 
@@ -91,155 +94,155 @@ def _standing(data_uri: str, config: PrepareConfig) -> PreparedData | None:
 
 
 def prepare(
-    data_uri: str, config: PrepareConfig, out: str | None = None, shuffle: Shuffle | None = None
-) -> dict[str, Any]:
+    data_uri: str, config: PrepareConfig, out: str | None = None, run: RunTasks = run_here,
+    sizes: Sizes | None = None, since: str | None = None, forget: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
     """Write sequences/, examples/, quarantine/ and prepared.json to `out` (default: `data_uri`).
 
+    With `since` (YYYY-MM-DD) the files of earlier days must be as they were when they were last
+    prepared. The rows of the users `forget` are left out, now and whenever `out` is prepared again.
     Returns the content of prepared.json. Raises InputError, TooManyBadRows (the quarantine is
     kept for inspection) and LeakError.
     """
     config.check()
     require_data(data_uri)
-    with locked(join(absolute(out or data_uri), "prepare")):
-        return _prepare_into(data_uri, config, out or data_uri, shuffle or LocalShuffle())
+    _check_day(since)
+    target = out or data_uri
+    with locked(join(absolute(target), "prepare")):
+        return _prepare_into(data_uri, config, target, run, sizes, since, forget)
 
 
 def _prepare_into(
-    data_uri: str, config: PrepareConfig, out: str, shuffle: Shuffle
-) -> dict[str, Any]:
+    data_uri: str, config: PrepareConfig, out: str, run: RunTasks,
+    sizes: Sizes | None = None, since: str | None = None, forget: Sequence[str] = (),
+) -> dict[str, Any]:  # fmt: skip
+    from karma_ray.data.event_parts import Sizes
+    from karma_ray.data.forgotten import Forgotten
+    from karma_ray.data.prepare_work import PrepareWork
     from karma_ray.data.staging import WORK
 
     source, target = absolute(data_uri), absolute(out)
-    remove(join(target, WORK))
+    work = PrepareWork(join(target, WORK))
+    forgotten = Forgotten.of(target, forget)
+    job = _Preparation(source, target, work, config, run, sizes or Sizes(), forgotten)
     try:
-        return _prepare(source, target, config, shuffle)
-    finally:
-        remove(join(target, WORK))
-
-
-def partition_of(user_ids: pa.ChunkedArray, num_partitions: int) -> pa.ChunkedArray:
-    """Return the partition [rows] int32 of each user, by a hash equal in every process."""
-    coded = pc.dictionary_encode(pa.concat_arrays([pa.array([], pa.string()), *user_ids.chunks]))
-    users = coded.dictionary.to_pylist()
-    of_user = pa.array([zlib.crc32(user.encode()) % num_partitions for user in users], pa.int32())
-    return pa.chunked_array([of_user.take(coded.indices)])
-
-
-def _prepare(source: str, target: str, config: PrepareConfig, shuffle: Shuffle) -> dict[str, Any]:
-    from karma_ray.data.preparation import (
-        add_up,
-        catalogue_ids,
-        cutoffs_of,
-        held_out_ids,
-        make_facts,
-    )
-    from karma_ray.data.staging import (
-        WORK,
-        count_quarantined,
-        event_fragments,
-        publish,
-        read_catalogue,
-    )
-
-    manifest = read_data_manifest(source)
-    fragments = event_fragments(source)
-    num_rows = sum(fragment.num_rows for fragment in fragments)
-    items, item_counts = read_catalogue(source, target, config.max_bad_share)
-    item_ids = catalogue_ids(items)
-    held_out, of_held_out = held_out_ids(items, config)
-    work = join(target, WORK)
-    LOG.info("prepare: checking %d event rows against %d items", num_rows, len(item_ids))
-    check = FragmentCheck(join(source, "events"), work, item_ids, config.num_partitions)
-    clean = shuffle.check(fragments, check, config.num_partitions)
-    quarantined = count_quarantined(target, num_rows, config.max_bad_share)
-    cutoffs = cutoffs_of([read_table(join(work, "click_times"))], config, manifest)
-    LOG.info("prepare: splitting by user into %d partitions", config.num_partitions)
-    build = PartitionBuild(work, cutoffs, config, held_out)
-    reports = shuffle.build(clean, build, config.num_partitions)
-    rows = [*read_table(join(work, "counts")).to_pylist(), *reports]
-    for leak in filter(None, (row["leak"] for row in rows)):
-        raise LeakError(leak)
-    counts = add_up([item_counts, of_held_out, *(json.loads(row["counts"]) for row in rows)])
-    facts = make_facts(config, cutoffs, counts, quarantined, manifest)
-    facts["input"] = fingerprint(source)
-    if target != source:
-        facts["data"] = source
-    publish(target, facts)
+        facts = job.prepare(since)
+    except (InputError, TooManyBadRows, LeakError):
+        work.close()  # with this input there is nothing to go on with
+        raise
+    work.close()
     return facts
 
 
-@dataclass(frozen=True)
-class FragmentCheck:
-    """Cleans one fragment of events, and writes its quarantine, click times and counts."""
-
-    folder: str
-    work: str
-    item_ids: pa.Array
-    num_partitions: int
-
-    def __call__(self, fragment: Fragment) -> pa.Table:
-        """Return the clean rows; the column `partition` has the partition of the user."""
-        from karma_ray.data.preparation import click_times
-        from karma_ray.data.validation import check_events
-
-        table = read_fragment(self.folder, fragment.path, fragment.row_group)
-        checked = check_events(
-            table, self.item_ids, fragment.path, fragment.first_row, fragment.order
-        )
-        part = f"part-{fragment.order:012d}"
-        write_table(checked.quarantine, join(self.work, "quarantine"), f"events-{part}")
-        write_table(click_times(checked.table), join(self.work, "click_times"), part)
-        write_table(_report(checked.counts), join(self.work, "counts"), part)
-        partition = partition_of(checked.table["user_id"], self.num_partitions)
-        return checked.table.append_column("partition", partition)
+def _check_day(since: str | None) -> None:
+    try:
+        fine = since is None or date.fromisoformat(since).isoformat() == since
+    except ValueError:
+        fine = False
+    if not fine:
+        raise InputError("--since", since, "is not a day as in 2024-05-01")
 
 
 @dataclass(frozen=True)
-class PartitionBuild:
-    """Turns the clean events of one partition of users into its files."""
+class _Preparation:
+    """What one preparation reads, writes and is configured by."""
 
-    work: str
-    cutoffs: Cutoffs
+    source: str
+    target: str
+    work: PrepareWork
     config: PrepareConfig
-    held_out: pa.Array | None = None
-    """Ids of items that are in no training window."""
+    run: RunTasks
+    sizes: Sizes
+    forgotten: Forgotten
 
-    def __call__(self, group: pa.Table) -> pa.Table:
-        """Return one row with the partition's counts, as JSON.
+    def prepare(self, since: str | None) -> dict[str, Any]:
+        """Check the parts, choose the cutoffs, build the partitions and publish the tables."""
+        from karma_ray.data.event_parts import list_parts
+        from karma_ray.data.passes import PartCheck, PartitionBuild
+        from karma_ray.data.preparation import add_up, catalogue_ids, held_out_ids, make_facts
+        from karma_ray.data.staging import Staging, add_reasons, read_catalogue
+        from karma_ray.data.user_rows import num_partitions
 
-        A leak is returned instead of raised: Ray Data passes on the text of a task's exception
-        but not its type. Nothing is published while there is a leak.
-        """
-        from karma_ray.data.preparation import build_partition
+        config, work = self.config, self.work
+        manifest, events = read_data_manifest(self.source), join(self.source, "events")
+        work.open([config.num_partitions, config.max_user_events])
+        parts = list_parts(events, self.sizes, work.known_parts(), since)
+        work.write_parts(parts)
+        items = read_catalogue(self.source, with_categories=config.hold_out > 0)
+        staging = Staging(self.target, work, events, items.quarantine)
+        staging.check_items(items.counts["item_rows"], config.max_bad_share)
+        item_ids = catalogue_ids(items.table)
+        work.match_catalogue(item_ids)
+        num_rows, cells = sum(part.num_rows for part in parts), sum(part.cells for part in parts)
+        small = cells <= self.sizes.here_cells
+        LOG.info("prepare: checking %d event rows against %d items", num_rows, len(item_ids))
+        check = PartCheck(events, work, item_ids, config, self.forgotten)
+        checked = self._check(check, parts, small)
+        staging.check_events(parts, checked, config.max_bad_share)
+        cutoffs = _cutoffs(work, parts, checked, config, manifest)
+        partitions = num_partitions(config.num_partitions, cells, self.sizes.partition_cells)
+        LOG.info("prepare: splitting by user into %d partitions", partitions)
+        held_out, of_held_out = held_out_ids(items.table, config)
+        key = self.forgotten.key
+        build = PartitionBuild(work, parts, partitions, cutoffs, config, held_out, key)
+        reports = self._build(build, small)
+        left_out = self.forgotten.counts(facts["forgotten"] for facts in checked)
+        done = [facts["counts"] for facts in [*checked, *reports]]
+        counts = add_up([items.counts, of_held_out, *done, left_out])
+        quarantined = add_reasons(checked, items.quarantine)
+        facts = make_facts(config, cutoffs, counts, quarantined, manifest)
+        facts["input"] = fingerprint(self.source)
+        if self.target != self.source:
+            facts["data"] = self.source
+        staging.publish(parts, facts)
+        return facts
 
-        part = f"part-{group['partition'][0].as_py():05d}"
-        try:
-            events = group.drop_columns(["partition"])
-            built = build_partition(events, self.cutoffs, self.config, self.held_out)
-        except LeakError as leak:
-            return _report({}, str(leak))
-        write_table(built.sequences, join(self.work, "sequences"), part)
-        for split, table in built.examples.items():
-            write_table(table, join(self.work, "examples", f"split={split}"), part)
-        return _report(built.counts)
+    def _check(
+        self, check: PartCheck, parts: Sequence[EventPart], small: bool
+    ) -> list[dict[str, Any]]:
+        """Check the parts that are not finished; returns the facts of all."""
+        key = self.forgotten.key
+        missing = [
+            part for part, facts in zip(parts, self.work.facts(parts), strict=True)
+            if facts is None or facts["forgotten_key"] != key
+        ]  # fmt: skip
+        if len(missing) < len(parts):
+            LOG.info("prepare: %d of %d parts are checked", len(parts) - len(missing), len(parts))
+        self._do(check, missing, small, "parts of the log")
+        found = [facts for facts in self.work.facts(parts) if facts is not None]
+        assert len(found) == len(parts)
+        return found
 
-
-class LocalShuffle:
-    """Processes everything in this process and its memory."""
-
-    def check(self, fragments: Sequence[Fragment], check: FragmentCheck, partitions: int) -> Any:
-        """Check one fragment after another."""
-        return pa.concat_tables([check(fragment) for fragment in fragments])
-
-    def build(self, clean: Any, build: PartitionBuild, partitions: int) -> list[dict[str, Any]]:
-        """Build one partition after another."""
-        of_row = clean["partition"].to_numpy()
-        reports = []
-        for partition in np.unique(of_row):
-            group = clean.take(np.flatnonzero(of_row == partition))
-            reports += build(group).to_pylist()
+    def _build(self, build: PartitionBuild, small: bool) -> list[dict[str, Any]]:
+        """Build the partitions that are not finished; returns the reports of all."""
+        self.work.open_build(build.key())
+        done = self.work.reports()
+        missing = [partition for partition in range(build.num_partitions) if partition not in done]
+        self._do(build, missing, small, "partitions of users")
+        reports = [report for _, report in sorted(self.work.reports().items())]
+        for leak in filter(None, (report["leak"] for report in reports)):
+            raise LeakError(leak)
+        assert len(reports) == build.num_partitions
         return reports
 
+    def _do(self, task: Task, inputs: Sequence[Any], small: bool, what: str) -> None:
+        hide = True if small else None  # None hides it where no terminal is
+        with tqdm(total=len(inputs), desc=what, disable=hide) as bar:
+            for _ in self.run(task, inputs, small):
+                bar.update()
 
-def _report(counts: dict[str, int], leak: str | None = None) -> pa.Table:
-    return pa.table({"counts": [json.dumps(counts)], "leak": pa.array([leak], pa.string())})
+
+def _cutoffs(
+    work: PrepareWork, parts: Sequence[EventPart], checked: Sequence[dict[str, Any]],
+    config: PrepareConfig, manifest: dict[str, Any],
+) -> Cutoffs:  # fmt: skip
+    from karma_ray.data.click_times import DAY, cutoffs_by_day
+
+    def times(first: int, end: int) -> pa.Table:
+        there = [
+            part for part, facts in zip(parts, checked, strict=True)
+            if any(first <= day * DAY < end for day, _, _ in facts["days"])
+        ]  # fmt: skip
+        return work.times(there, first, end)
+
+    return cutoffs_by_day((facts["days"] for facts in checked), times, config, manifest)

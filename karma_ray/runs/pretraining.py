@@ -53,7 +53,7 @@ def _pretrain(config: Config, source: PreparedData, folder: str) -> None:
     log = RunLog(f"{folder}-log", "pretrain")
     with complete_folder(folder) as draft:
         pretrain(
-            source.catalog().texts(), draft, tiny=config.model.tiny, config=config.pretrain,
+            source.catalog(), draft, tiny=config.model.tiny, config=config.pretrain,
             max_tokens=config.collate.max_item_tokens, seed=config.seed, report=log.add,
             progress=True,
         )  # fmt: skip

@@ -20,7 +20,7 @@ from karma_ray.artifacts import (
     write_table,
 )
 from karma_ray.config import Config, flattened, to_dict
-from karma_ray.data.catalog import Catalog
+from karma_ray.data.catalog import CHUNK, Catalog
 from karma_ray.data.draws import hashed
 from karma_ray.data.steps import flattened as flat_list
 from karma_ray.data.steps import list_sizes
@@ -139,7 +139,7 @@ class TokenCollate:
         tokens[real] = flat_list(rows.column("token_ids")).to_numpy()
         images, found = None, None
         if self.catalog is not None:
-            places = self.catalog.rows(rows.column("item_id").to_pylist())
+            places = self.catalog.rows(rows.column("item_id").combine_chunks())
             found = torch.from_numpy(places)
         if self.visual is not None:
             values, mask = self.visual.gather(places)
@@ -190,9 +190,15 @@ class Plateau:
 
 def token_table(catalog: Catalog, tokens: np.ndarray, lengths: np.ndarray) -> pa.Table:
     """Return the `item_tokens` table."""
-    lists = [row[:length].tolist() for row, length in zip(tokens, lengths, strict=True)]
-    ids = pa.array(lists, pa.list_(pa.int32()))
-    return pa.table({"item_id": pa.array(catalog.item_ids), "token_ids": ids})
+    parts = []
+    for start in range(0, len(lengths), CHUNK):  # Arrow counts the numbers of a chunk in 32 bits
+        some = lengths[start : start + CHUNK]
+        real = np.arange(tokens.shape[1]) < some[:, None]
+        ends = np.concatenate([[0], np.cumsum(some)]).astype(np.int32)
+        values = tokens[start : start + CHUNK][real].astype(np.int32)
+        parts.append(pa.ListArray.from_arrays(pa.array(ends), pa.array(values)))
+    ids = pa.chunked_array(parts, pa.list_(pa.int32()))
+    return pa.table({"item_id": catalog.table.column("item_id"), "token_ids": ids})
 
 
 def _warm_up(stage: Stage, folder: str, executor: Executor) -> str:

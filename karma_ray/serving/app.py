@@ -66,10 +66,10 @@ def build_app(
     async def versions() -> Response:
         """Return the content hashes of model and index."""
         live = service.arms
-        kind = live.first.engine.retriever.index.kind
+        first = live.first.engine
         arms = [{"arm": arm.name, "share": arm.share, **arm.engine.version} for arm in live.arms]
-        found = {"karma_ray": __version__, "index_kind": kind, **live.first.engine.version}
-        return JSONResponse({**found, "arms": arms})
+        found = {"index_kind": first.retriever.index.kind, "precision": first.precision}
+        return JSONResponse({"karma_ray": __version__, **found, **first.version, "arms": arms})
 
     @app.get("/metrics", response_class=Response)
     async def metrics() -> Response:

@@ -13,12 +13,13 @@ import numpy as np
 import torch
 
 from karma_ray.errors import KarmaRayError
-from karma_ray.model.incremental import HistoryState, IncrementalReader, Step
+from karma_ray.model.incremental import IncrementalReader, Step
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.filters import Filter
 from karma_ray.retrieval.finite import check_queries
 from karma_ray.retrieval.requests import Request
 from karma_ray.serving.histories import steps_of
+from karma_ray.serving.precision import lower
 from karma_ray.serving.prefix_cache import PrefixCache
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ Call = RecallCall | ScoreCall | FeaturesCall | RememberCall
 
 @dataclass(frozen=True)
 class CandidateFeatures:
-    """Scores and similarities of candidates; None for unknown items."""
+    """Scores and similarities of candidates; None for what recall never finds."""
 
     scores: Scores
     features: list[dict[str, Any] | None] = field(default_factory=list)
@@ -74,9 +75,17 @@ class CandidateFeatures:
 class Engine:
     """A retriever, and the stored histories of its model. For one thread."""
 
-    def __init__(self, retriever: Retriever, cache_bytes: int) -> None:
-        """`cache_bytes` bound the stored keys and values; 0 stores none."""
-        self.retriever = retriever
+    def __init__(
+        self, retriever: Retriever, cache_bytes: int, precision: str = "float32",
+        run: str | None = None,
+    ) -> None:  # fmt: skip
+        """`cache_bytes` bound the stored keys and values; 0 stores none.
+
+        The decoder of `retriever` computes in `precision` from then on. `run` is the folder that it
+        was loaded from.
+        """
+        self.retriever, self.run = retriever, run
+        self.precision = lower(retriever, precision)
         self.limit = retriever.collator.config.max_history
         self.version = {
             "model_version": retriever.model_version,
@@ -92,7 +101,7 @@ class Engine:
 
     def weight(self, call: Call) -> int:
         """Return an upper bound of the slots that a call runs, for the size of a batch."""
-        return 2 * min(len(call.request.history), 2 * self.limit) + 2
+        return 2 * min(len(call.request.history), self.limit) + 2
 
     def answer(self, calls: Sequence[Call]) -> list[Any]:
         """Return the answer to each call of a batch: Recall, Scores, CandidateFeatures or None.
@@ -101,13 +110,13 @@ class Engine:
         """
         with torch.inference_mode():
             interests, steps = self._interests([call.request for call in calls])
-            keys = self._keys(calls)
-            vectors = self.retriever.interest.search_vectors(interests, keys).float().cpu().numpy()
+            vectors = self._vectors(interests, calls)
         answers: list[Any] = [None] * len(calls)
         recalls = []
-        for place, call in enumerate(calls):
+        for place, found in vectors.items():
+            call = calls[place]
             try:
-                check_queries(vectors[place][None])
+                check_queries(found[None])
                 self._check(call)
             except KarmaRayError as error:
                 answers[place] = error
@@ -115,18 +124,17 @@ class Engine:
             if isinstance(call, RecallCall):
                 recalls.append(place)
             elif isinstance(call, FeaturesCall):
-                answers[place] = self._features(call, vectors[place], steps[place])
+                answers[place] = self._features(call, found, steps[place])
             elif isinstance(call, ScoreCall):
-                answers[place] = self.retriever.scores_of(
-                    vectors[place], call.request, call.item_ids
-                )
+                answers[place] = self.retriever.scores_of(found, call.request, call.item_ids)
         if recalls:
-            found = self.retriever.best_of(
-                vectors[recalls], [calls[place].request for place in recalls],
+            best = self.retriever.best_of(
+                np.stack([vectors[place] for place in recalls]),
+                [calls[place].request for place in recalls],
                 [calls[place].k for place in recalls],  # type: ignore[union-attr]
                 [calls[place].filter for place in recalls],  # type: ignore[union-attr]
             )  # fmt: skip
-            for place, answer in zip(recalls, found, strict=True):
+            for place, answer in zip(recalls, best, strict=True):
                 answers[place] = answer
         return answers
 
@@ -141,37 +149,39 @@ class Engine:
         steps = [steps_of(request.history, table, self.limit) for request in requests]
         if self._reader is None or self.cache is None:
             return self.retriever.interests_of(requests), steps
-        states = [self.cache.longest(history) for history in steps]
+        found = [self.cache.longest(history) for history in steps]
+        states, keys = [state for state, _ in found], [keys for _, keys in found]
         missing = [
             history[len(state.steps) :] for history, state in zip(steps, states, strict=True)
         ]
         interests = torch.empty(len(requests), self.retriever.width, device=self.retriever.device)
         for some in _alike([len(new) for new in missing]):
-            found, grown = self._reader.read(
+            interests[some], grown = self._reader.read(
                 [states[n] for n in some], [missing[n] for n in some],
                 [requests[n].query or "" for n in some],
             )  # fmt: skip
-            interests[some] = found
-            self._store(grown, [missing[n] for n in some])
+            for n, state in zip(some, grown, strict=True):
+                if missing[n]:
+                    self.cache.put(state, keys[n])
         return interests, steps
 
-    def _store(self, states: Sequence[HistoryState], new: Sequence[Sequence[Step]]) -> None:
-        assert self.cache is not None
-        for state, steps in zip(states, new, strict=True):
-            if steps:
-                self.cache.put(state)
-
-    def _keys(self, calls: Sequence[Call]) -> np.ndarray | None:
-        if not self.retriever.interest.is_random:
-            return None
-        return self.retriever.keys_of([call.request for call in calls])
+    def _vectors(self, interests: Tensor, calls: Sequence[Call]) -> dict[int, np.ndarray]:
+        """Return the search vectors [K, D] of the calls that need them, by their place."""
+        places = [n for n, call in enumerate(calls) if not isinstance(call, RememberCall)]
+        if not places:
+            return {}
+        keys = None
+        if self.retriever.interest.is_random:
+            keys = self.retriever.keys_of([calls[place].request for place in places])
+        found = self.retriever.interest.search_vectors(interests[places], keys)
+        return dict(zip(places, found.float().cpu().numpy(), strict=True))
 
     def _features(
         self, call: FeaturesCall, vectors: np.ndarray, steps: Sequence[Step]
     ) -> CandidateFeatures:
         """`vectors` [K, D]."""
         scores = self.retriever.scores_of(vectors, call.request, call.item_ids)
-        rows = self.retriever.table.rows(call.item_ids)
+        rows = self.retriever.candidate_rows(call.item_ids)
         known = np.flatnonzero(rows >= 0)
         table = self.retriever.table.embeddings
         cosines = _unit(table[rows[known]]) @ _unit(table[[step.row for step in steps]]).T

@@ -30,13 +30,13 @@ MAX_RETRY_S = 60.0
 """Longest wait before something that could not be loaded is tried again."""
 
 
-def load_engine(arm: LiveRun, cache_bytes: int) -> Engine:
+def load_engine(arm: LiveRun, cache_bytes: int, precision: str = "float32") -> Engine:
     """Load what an arm names, and answer a request with it, so that the first user need not wait.
 
     Raises SkewError if the run holds another model than was published, or KarmaRayError.
     """
     folder = usable_folder(arm)
-    engine = Engine(Retriever.load(folder), cache_bytes)
+    engine = Engine(Retriever.load(folder), cache_bytes, precision, folder.root)
     if engine.version != arm.version:
         if engine.version["model_version"] != arm.model_version:
             raise SkewError(

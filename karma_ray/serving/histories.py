@@ -38,12 +38,14 @@ def steps_of(history: Sequence[HistoryItem], table: ItemTable, limit: int) -> li
 
 
 def window_start(count: int, limit: int) -> int:
-    """Return the first step that is read of `count`, for a model trained on `limit`.
+    """Return the first step that is read of `count`, for a model trained on at most `limit`.
 
-    A window that slid with every click would never find its stored keys and values. So it grows
-    from `limit` steps to one less than twice as many, and then begins anew with the last `limit`.
-    It depends on the count alone, so all replicas agree.
+    A window that slid with every click would never find its stored keys and values. So beyond
+    `limit` steps it begins anew with about half as many, and grows to `limit` again: longer windows
+    than the model was trained on cost recall (docs/log.md, L50), these do not. It depends on the
+    count alone, so all replicas agree.
     """
     if limit == 0:
         return count
-    return max(0, count // limit - 1) * limit
+    half = (limit + 1) // 2
+    return -(-max(0, count - limit) // half) * half

@@ -8,8 +8,11 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import uvicorn
+from fastapi import FastAPI
 
 from karma_ray.errors import InputError
 from karma_ray.serving.app import build_app
@@ -19,6 +22,7 @@ from karma_ray.serving.page.routes import SearchPage, shows_users
 from karma_ray.serving.process import check_port, held_port
 from karma_ray.serving.request_log import LogSettings
 from karma_ray.serving.service import Service
+from karma_ray.serving.slow_clients import TimedProtocol
 
 SWITCH_INTERVAL_S = 0.0005
 """How long one thread may keep the other from running; Python's 5 ms would be most of a request."""
@@ -55,31 +59,57 @@ def settle() -> None:
     gc.freeze()
 
 
+@dataclass(frozen=True)
+class Options:
+    """What can be said of an endpoint beside what it serves and where it listens."""
+
+    compare: str | None = None
+    """A second run that the search page shows beside the first."""
+    precision: str = "auto"
+    """In which the user decoder computes; see `precision.py`."""
+    log: LogSettings | None = None
+    """Where requests are logged."""
+
+
+PLAIN = Options()
+"""Nothing beside."""
+
+
+def load_app(run: str, host: str, options: Options, **loading: Any) -> FastAPI:
+    """Load a finished run, or what a live folder names, and prepare this process for requests.
+
+    `host` is the address that is listened on, which decides what the search page may show;
+    `loading` goes to `Service.load`. Raises InputError, SkewError or KarmaRayError.
+    """
+    token, loading = token_from_environment(), {**loading, "precision": options.precision}
+    if options.compare is not None:
+        check_source(options.compare)  # fails here, not after the first run has been loaded
+    service = Service.load(run, **loading)
+    other = Service.load(options.compare, **loading) if options.compare is not None else None
+    page = SearchPage(show_users=shows_users(host, token), other=other)
+    app = build_app(service, token, page, options.log)
+    settle()
+    return app
+
+
 def serve_here(
     run: str, host: str, port: int, on_ready: Callable[[str], None] | None = None,
-    num_threads: int = 1, log: LogSettings | None = None, compare: str | None = None,
+    options: Options = PLAIN,
 ) -> None:  # fmt: skip
     """Serve a finished run, or a live folder, from this process until SIGINT or SIGTERM.
 
-    The search page can show the run `compare` beside it. Raises InputError, SkewError or
-    KarmaRayError when a run or the port cannot be used.
+    Raises InputError, SkewError or KarmaRayError when a run or the port cannot be used.
     """
     check_port(port)
-    service, token = Service.load(run, num_threads), token_from_environment()
-    page = SearchPage(
-        check_source(run).root, show_users=shows_users(host, token), other_run=compare,
-        other=None if compare is None else Service.load(compare, num_threads),
-    )  # fmt: skip
-    app = build_app(service, token, page, log)
-    settle()
+    # From before the model is loaded: that may take minutes, and would be in vain.
     with held_port(host, port):
-        pass
-    settings = uvicorn.Config(
-        app, host, port, log_level="warning", access_log=False, server_header=False,
-        timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=STOP_S,
-    )  # fmt: skip
-    server = _Announced(settings, lambda: on_ready(f"http://{host}:{port}") if on_ready else None)
-    server.run()
+        settings = uvicorn.Config(
+            load_app(run, host, options), host, port, log_level="warning", access_log=False,
+            server_header=False, timeout_keep_alive=IDLE_S, timeout_graceful_shutdown=STOP_S,
+            http=TimedProtocol,
+        )  # fmt: skip
+        url = f"http://{host}:{port}"
+        _Announced(settings, lambda: on_ready(url) if on_ready else None).run()
 
 
 class _Announced(uvicorn.Server):

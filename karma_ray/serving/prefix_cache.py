@@ -39,8 +39,8 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._states)
 
-    def longest(self, steps: Sequence[Step]) -> HistoryState:
-        """Return the state of the longest stored beginning of `steps`."""
+    def longest(self, steps: Sequence[Step]) -> tuple[HistoryState, Sequence[int]]:
+        """Return the state of the longest stored beginning of `steps`, and the keys of all."""
         keys = _chain(steps)
         for size in range(len(steps), 0, -1):
             state = self._states.get(keys[size - 1])
@@ -50,15 +50,12 @@ class PrefixCache:
                 whole = size == len(steps)
                 self.counts.whole += whole
                 self.counts.part += not whole
-                return state
+                return state, keys
         self.counts.none += bool(steps)
-        return self._empty
+        return self._empty, keys
 
-    def put(self, state: HistoryState) -> None:
-        """Store a state, and drop others if there are too many."""
-        if not state.steps:
-            return
-        keys = _chain(state.steps)
+    def put(self, state: HistoryState, keys: Sequence[int]) -> None:
+        """Store a state of some steps, whose keys `longest` gave; drop others if too many."""
         self._remove(keys[-1])
         self._states[keys[-1]] = state
         self.num_bytes += state.num_bytes

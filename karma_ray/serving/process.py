@@ -37,7 +37,7 @@ def held_port(host: str, port: int) -> Iterator[None]:
 
     Serve opens its port as shareable, so a second endpoint would start silently and both would
     answer in turn. Binding the port exclusively first fails if any program listens on it. A name
-    that belongs to the port, and is freed when this process ends, shows that an endpoint is still
+    that belongs to the port, and is freed with the block, shows that an endpoint is still
     starting. Raises InputError.
     """
     try:

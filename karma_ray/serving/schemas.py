@@ -99,7 +99,7 @@ class RecallResponse(Version):
 
 
 class ScoreResponse(Version):
-    """One score per requested item, in order; null for an unknown item."""
+    """One score per requested item, in order; null for one that the catalogue does not hold."""
 
     scores: list[float | None]
     ignored_item_ids: list[str]
@@ -119,7 +119,7 @@ class Features(TypedDict):
 
 
 class FeaturesResponse(Version):
-    """Features of each candidate, in order; null for an unknown item."""
+    """Features of each candidate, in order; null for one that the catalogue does not hold."""
 
     features: list[Features | None]
     ignored_item_ids: list[str]
@@ -153,4 +153,6 @@ class Versions(Version):
 
     karma_ray: str
     index_kind: str
+    precision: str
+    """In which the user decoder computes: float32 or bfloat16."""
     arms: list[ArmVersion]

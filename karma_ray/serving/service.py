@@ -15,6 +15,7 @@ import torch
 
 from karma_ray.retrieval.delta import num_live
 from karma_ray.retrieval.filters import Filter
+from karma_ray.retrieval.parts import served
 from karma_ray.retrieval.requests import HistoryItem, Request
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving import engine as calls
@@ -63,7 +64,7 @@ class Service:
     ) -> None:
         """`users` are stored in this process unless told otherwise."""
         self.arms = live if isinstance(live, Arms) else _alone(Engine(live, cache_bytes))
-        self.users = users or LocalUsers(max(1, self.engine.limit))
+        self.users = users or LocalUsers()
         self.measures = Measures(lambda: self._batcher.num_waiting, lambda: self.engine.cache)
         self.salt = secrets.token_hex(16)
         self._follower: Follower | None = None
@@ -73,16 +74,19 @@ class Service:
 
     @classmethod
     def load(
-        cls, source: str, num_threads: int = 1, *, cache_bytes: int = CACHE_BYTES, **options: Any
-    ) -> Service:
+        cls, source: str, num_threads: int = 1, *, cache_bytes: int = CACHE_BYTES,
+        precision: str = "auto", **options: Any,
+    ) -> Service:  # fmt: skip
         """Load a finished run, or what a live folder names, which is followed from then on.
 
-        Computes with `num_threads`. Raises as `Retriever.load` does.
+        Computes with `num_threads`, in `precision`. Raises as `Retriever.load` does.
         """
         torch.set_num_threads(num_threads)
         if not is_live_folder(source):
-            return cls(Retriever.load(source), cache_bytes=cache_bytes, **options)
-        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes))
+            folder = served(source)
+            engine = Engine(Retriever.load(folder), cache_bytes, precision, folder.root)
+            return cls(_alone(engine), cache_bytes=cache_bytes, **options)
+        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes, precision))
         service = cls(follower.arms, cache_bytes=cache_bytes, **options)
         service.salt, service._follower = follower.live.salt, follower
         follower.start(service.swap, service.measures)
@@ -150,11 +154,11 @@ class Service:
         if arm.engine.retriever.table.row(body.item_id) < 0:
             history = await self.users.history(body.user_id)
             return {"num_clicks": len(history), "known": False}
-        count = await self.users.append(body.user_id, body.click())
-        history = await self.users.history(body.user_id)
+        keep = max(1, arm.engine.limit)
+        history = await self.users.append(body.user_id, body.click(), keep)
         with suppress(Overloaded):  # the click is stored; a 503 would have it sent twice
             await self._submit(calls.RememberCall(Request(None, history)), body, facts)
-        return {"num_clicks": count, "known": True}
+        return {"num_clicks": len(history), "known": True}
 
     def close(self) -> None:
         """Answer what waits, then end the threads."""

@@ -219,7 +219,9 @@ def describe(result: Search) -> str:
         value = trial.value(result.metric)
         drawn = [shown(trial.values.get(name)) for name in names]
         told = "–" if value is None else f"{value:.2f}"
-        rows.append([trial.name, *drawn, told, str(trial.step), trial.error or trial.ended])
+        # A trial that failed once and then ran to its end keeps its error, which no longer counts.
+        end = trial.error if trial.ended == "failed" and trial.error else trial.ended
+        rows.append([trial.name, *drawn, told, str(trial.step), end])
     saved = f"stopping weak trials early saved {100 * result.saved_share():.0f} % of the steps"
     lines = [*_aligned(rows), "", saved, f"best  {result.flags()}"]
     if (found := result.measured) is not None:

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from karma_ray.artifacts import write_manifest
 from karma_ray.data.batch import host_of, upload
-from karma_ray.data.prompts import encode_texts
+from karma_ray.data.catalog import Catalog
+from karma_ray.data.tokens import catalog_tokens
 from karma_ray.model.backbone import build_tiny, run_body, save_body, token_embeddings
 from karma_ray.model.backbones.tokenizer import save_tokenizer, train_tokenizer
 from karma_ray.model.config import TinyBackboneConfig
@@ -58,7 +59,7 @@ class PretrainStep:
 
 
 def pretrain(
-    texts: list[str],
+    catalog: Catalog,
     folder: str,
     *,
     tiny: TinyBackboneConfig,
@@ -68,13 +69,14 @@ def pretrain(
     report: Callable[[Record], object],
     progress: bool = False,
 ) -> None:
-    """Train a tokenizer and a body on `texts`, and write them to the local `folder`.
+    """Train a tokenizer and a body on the items' texts, and write them to the local `folder`.
 
-    The folder appears only when it is complete. `report` receives the loss in nats per token.
+    The texts are tokenised into the node's file, which later stages map. The folder appears only
+    when it is complete. `report` receives the loss in nats per token.
     """
-    tokenizer = train_tokenizer(iter(texts), tiny.vocab_size)
+    tokenizer = train_tokenizer(catalog.each_text(), tiny.vocab_size)
     body = build_tiny(tiny, len(tokenizer), seed)
-    tokens, lengths = encode_texts(tokenizer, texts, max_tokens)
+    tokens, lengths = catalog_tokens(catalog, tokenizer, max_tokens)
     last: Record = {}
 
     def keep(record: Record) -> None:

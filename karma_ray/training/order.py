@@ -17,14 +17,16 @@ epoch is permuted again. A table smaller than a batch is one batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import overload
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from karma_ray.artifacts import data_files, open_filesystem
+from karma_ray.data.fragments import OpenFiles
 from karma_ray.errors import InputError
 
 WINDOW_ROWS = 16_384
@@ -123,22 +125,21 @@ class Source:
         tables: list[pa.Table] = []
         places: list[np.ndarray] = []
         before = 0
-        for part in window.parts:
-            chosen = part.chosen(window.skipped, window.num_batches)
-            rows = pa.concat_tables([self._piece(piece) for piece in part.pieces])
-            # Copied for each lane, so that the row groups behind the slices can be freed.
-            tables.append(rows.take(pa.array(chosen.ravel())))
-            places.append(before + np.arange(chosen.size).reshape(chosen.shape))
-            before += chosen.size
+        with OpenFiles(self.uri) as files:
+            for part in window.parts:
+                chosen = part.chosen(window.skipped, window.num_batches)
+                rows = pa.concat_tables([self._piece(piece, files) for piece in part.pieces])
+                # Copied for each lane, so that the row groups behind the slices can be freed.
+                tables.append(rows.take(pa.array(chosen.ravel())))
+                places.append(before + np.arange(chosen.size).reshape(chosen.shape))
+                before += chosen.size
         if len(tables) == 1:
             return tables[0]
         return pa.concat_tables(tables).take(pa.array(np.concatenate(places, axis=1).ravel()))
 
-    def _piece(self, piece: Piece) -> pa.Table:
+    def _piece(self, piece: Piece, files: OpenFiles) -> pa.Table:
         group = self.groups[piece.group]
-        fs, _ = open_filesystem(self.uri)
-        with fs.open(group.file, "rb") as source:
-            table = pq.ParquetFile(source).read_row_group(group.index)
+        table = files[group.file].read_row_group(group.index)
         return table.slice(piece.start, piece.stop - piece.start)
 
 
@@ -179,6 +180,15 @@ class Order:
         return self.source.num_rows // self.size
 
     @property
+    def batches_per_window(self) -> int:
+        """Number of batches of every window but the last of an epoch, which may have fewer."""
+        return max(1, self.window_rows // self.size)
+
+    @property
+    def windows_per_epoch(self) -> int:
+        return -(-self.batches_per_epoch // self.batches_per_window)
+
+    @property
     def positions(self) -> tuple[int, int]:
         """This worker's range of positions in every batch."""
         return _share(self.size, self.rank, self.num_workers)
@@ -187,20 +197,16 @@ class Order:
         """Return (epoch, batches consumed in it) before `step`."""
         return divmod(step, self.batches_per_epoch)
 
-    def windows(self, start_step: int, steps: int) -> Iterator[Window]:
-        """Yield the windows of batches `start_step` to `steps`, across epochs."""
-        per_window = max(1, self.window_rows // self.size)
-        rows: _Permuted | None = None
-        while start_step < steps:
-            epoch, batch = self.position(start_step)
-            if rows is None or rows.epoch != epoch:
-                rows = _Permuted(self.source.groups, self.seed, epoch)
-            first = batch // per_window * per_window
-            stop = min(first + per_window, self.batches_per_epoch)
-            count = min(stop - batch, steps - start_step)
-            parts = tuple(self._parts(rows, first, stop))
-            yield Window(epoch, batch, count, batch - first, self.positions, parts)
-            start_step += count
+    def windows(self, start_step: int, steps: int) -> Windows:
+        """Return the windows of batches `start_step` to `steps`, across epochs."""
+        return Windows(self, start_step, steps)
+
+    def window(self, epoch: int, batch: int, num_batches: int, rows: _Permuted) -> Window:
+        """Return the window with `batch` of `epoch`, of which `num_batches` are used from there."""
+        first = batch // self.batches_per_window * self.batches_per_window
+        stop = min(first + self.batches_per_window, self.batches_per_epoch)
+        parts = tuple(self._parts(rows, first, stop))
+        return Window(epoch, batch, num_batches, batch - first, self.positions, parts)
 
     def _parts(self, rows: _Permuted, first: int, stop: int) -> Iterator[Part]:
         """Yield this worker's parts of the window of batches `first` to `stop`, by lane."""
@@ -218,6 +224,44 @@ class Order:
                 bounds = offset + first * width, offset + stop * width
             key = self.seed, rows.epoch, lane, first
             yield Part(tuple(rows.pieces(*bounds)), key, width, own)
+
+
+class Windows(Sequence[Window]):
+    """The windows of some steps; each is computed when it is asked for, and none is held."""
+
+    def __init__(self, order: Order, start_step: int, steps: int) -> None:
+        self._order, self._start, self._steps = order, start_step, steps
+        self._first = self._number(start_step)
+        self._rows: _Permuted | None = None
+
+    def __len__(self) -> int:
+        if self._steps <= self._start:
+            return 0
+        return self._number(self._steps - 1) - self._first + 1
+
+    @overload
+    def __getitem__(self, at: int) -> Window: ...
+    @overload
+    def __getitem__(self, at: slice) -> tuple[Window, ...]: ...
+    def __getitem__(self, at: int | slice) -> Window | tuple[Window, ...]:
+        if isinstance(at, slice):
+            return tuple(self[number] for number in range(*at.indices(len(self))))
+        if not 0 <= at < len(self):
+            raise IndexError(at)
+        order = self._order
+        epoch, place = divmod(self._first + at, order.windows_per_epoch)
+        first = epoch * order.batches_per_epoch + place * order.batches_per_window
+        begin = max(first, self._start)
+        stop = min(first + order.batches_per_window, (epoch + 1) * order.batches_per_epoch)
+        if self._rows is None or self._rows.epoch != epoch:
+            self._rows = _Permuted(order.source.groups, order.seed, epoch)
+        count = min(stop, self._steps) - begin
+        return order.window(epoch, begin - epoch * order.batches_per_epoch, count, self._rows)
+
+    def _number(self, step: int) -> int:
+        """Return the number of the window with `step`, counted from the first epoch."""
+        epoch, batch = self._order.position(step)
+        return epoch * self._order.windows_per_epoch + batch // self._order.batches_per_window
 
 
 def _share(size: int, number: int, count: int) -> tuple[int, int]:

@@ -83,13 +83,13 @@ def main(folder: str, run: str, data: str) -> None:
     )  # fmt: skip
     job = small._job(Path(folder, "run"), small.write_rows(Path(folder)), num_workers=2, steps=4)
     run_training(replace(job, step=partial(noting_step, folder)), progress=False)
-    embed_items(join(run, "bundle"), data, join(folder, "embedded"), batch_size=1)
+    embed_items(join(run, "bundle"), data, join(folder, "embedded"), part_items=16)
     while ray.available_resources().get("GPU", 0.0) < 2:  # the encoders are still ending
         time.sleep(0.2)
     assert share_of_gpus_up(3) == 0.5 and trial_resources(4) == (1, 0.5)
     assert len(measure_on_a_gpu(given_gpus)["gpus"]) == 1 and not given_gpus()["gpus"]
     with using_gpus(False):  # as a run with training.use_gpu=false
-        embed_items(join(run, "bundle"), data, join(folder, "embedded_on_cpus"), batch_size=1)
+        embed_items(join(run, "bundle"), data, join(folder, "embedded_on_cpus"), part_items=16)
         assert not measure_on_a_gpu(given_gpus)["gpus"]
     report_growth(3)
     assert supply().reach(GPU) == Reach(2, 3)

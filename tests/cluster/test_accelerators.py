@@ -15,6 +15,7 @@ from tests import tiny_run
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_gpus_are_given_to_workers_which_compute_on_cpus_if_cuda_is_absent(tmp_path: Path) -> None:
     tiny_run.write_data(tmp_path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,7 +15,7 @@ from fastapi.testclient import TestClient
 from karma_ray.cluster.serving import Replicas, serve_run
 from karma_ray.errors import InputError, SkewError
 from karma_ray.serving.app import build_app
-from karma_ray.serving.host import curl_example
+from karma_ray.serving.host import Options, curl_example, serve_here
 from karma_ray.serving.process import free_port
 from karma_ray.serving.service import Service
 from tests import tiny_run
@@ -50,12 +51,22 @@ def test_what_cannot_be_served_is_said_before_anything_starts(run: str, tmp_path
             Replicas.parse(text)
     assert (Replicas.parse("3"), Replicas.parse("1-4")) == (Replicas(3, 3), Replicas(1, 4))
     with pytest.raises(InputError, match="does not exist"):
-        serve_run(str(tmp_path / "nothing"))
+        serve_run(str(tmp_path / "nothing"), port=free_port())
     mixed, other = tiny_run.write_run(tmp_path / "a"), tiny_run.write_run(tmp_path / "b", seed=3)
     Path(mixed, "index").rename(tmp_path / "away")
     Path(other, "index").rename(Path(mixed, "index"))
     with pytest.raises(SkewError, match="index was made from bundle"):
-        serve_run(mixed)
+        serve_run(mixed, port=free_port())
+
+
+@pytest.mark.parametrize("serve", [serve_here, serve_run])
+def test_a_port_that_somebody_holds_is_said_before_the_run_is_looked_at(serve, tmp_path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(InputError, match=f"--port: {port} is used by another program"):
+            serve(str(tmp_path / "nothing"), "127.0.0.1", port)
 
 
 @pytest.mark.ray
@@ -67,7 +78,10 @@ def test_ray_serve_answers_as_the_app_does_and_sheds_load(
     monkeypatch.chdir(Path(run).parent)
     ready: list[str] = []
     try:
-        url = serve_run("run", port=free_port(), max_queued_requests=1, on_ready=ready.append)
+        url = serve_run(
+            "run", port=free_port(), max_queued_requests=1, on_ready=ready.append,
+            options=Options(compare="run"),
+        )  # fmt: skip
         assert ready == [url]
         served = httpx.post(f"{url}/v1/recall", json=BODY, timeout=30)
         assert served.status_code == 200
@@ -79,6 +93,8 @@ def test_ray_serve_answers_as_the_app_does_and_sheds_load(
         assert refused.status_code == 422 and refused.json()["detail"][0]["loc"] == ["body", "k"]
         assert httpx.get(f"{url}/v1/healthz", timeout=30).json()["num_items"] == 40
         assert httpx.get(f"{url}/docs", timeout=30).status_code == 200
+        beside = httpx.post(f"{url}/page/other", json=BODY, timeout=30)
+        assert beside.json()["items"] == served.json()["items"]
 
         def ask(_: int) -> httpx.Response:
             return httpx.post(f"{url}/v1/recall", json={**BODY, "k": 40}, timeout=60)
@@ -88,5 +104,27 @@ def test_ray_serve_answers_as_the_app_does_and_sheds_load(
         assert {a.status_code for a in answers} == {200, 503}
         assert all(a.headers["retry-after"] == "1" for a in answers if a.status_code == 503)
         assert ask(0).status_code == 200
+    finally:
+        serve.shutdown()
+
+
+@pytest.mark.ray
+def test_all_replicas_know_a_click_that_one_of_them_was_told(ray_cluster, run: str, client) -> None:
+    from ray import serve
+
+    clicks = [{"item_id": f"i{n}", "query": "lamp"} for n in (3, 21, 8, 9, 30, 31, 12, 2)]
+    sent = client.post("/v1/recall", json={"query": "mug", "history": clicks}).json()["items"]
+    try:
+        url = serve_run(run, port=free_port(), replicas=Replicas(2, 2))
+        told = [
+            httpx.post(f"{url}/v1/events", json={"user_id": "ann", **click}, timeout=60).json()
+            for click in clicks
+        ]
+        # Calls go to either replica at random.
+        assert [answer["num_clicks"] for answer in told] == list(range(1, 9))
+        for _ in range(8):
+            body = {"query": "mug", "user_id": "ann"}
+            found = httpx.post(f"{url}/v1/recall", json=body, timeout=60).json()["items"]
+            assert [item["item_id"] for item in found] == [item["item_id"] for item in sent]
     finally:
         serve.shutdown()

@@ -21,6 +21,7 @@ from karma_ray.serving.process import free_port
 from tests import tiny_run
 
 ROOT = Path(__file__).resolve().parents[2]
+REPLICA = "ServeReplica:karma_ray:retriever"
 PATIENCE_S = 150.0
 """How long a client goes on asking for one answer: a lost replica loads its model again."""
 
@@ -171,19 +172,42 @@ def test_killed_processes_cost_no_answer_and_a_signal_drains(endpoint, expected)
 @pytest.mark.fault
 def test_replicas_are_added_under_load_and_removed_after_it(endpoint, expected) -> None:
     url, process = endpoint("--replicas", "1-2")
-    assert len(processes(process.pid, "ServeReplica:")) == 1
+    assert len(processes(process.pid, REPLICA)) == 1
     crowds = [Crowd(url, expected) for _ in range(10)]  # forty clients
     for crowd in crowds:
         crowd.__enter__()
     until = time.monotonic() + 120
-    while len(processes(process.pid, "ServeReplica:")) < 2 and time.monotonic() < until:
+    while len(processes(process.pid, REPLICA)) < 2 and time.monotonic() < until:
         time.sleep(0.5)
-    grown = len(processes(process.pid, "ServeReplica:"))
+    grown = len(processes(process.pid, REPLICA))
     for crowd in crowds:
         crowd.__exit__()
     assert grown == 2
     until = time.monotonic() + 240
-    while len(processes(process.pid, "ServeReplica:")) > 1 and time.monotonic() < until:
+    while len(processes(process.pid, REPLICA)) > 1 and time.monotonic() < until:
         time.sleep(1)
-    assert len(processes(process.pid, "ServeReplica:")) == 1
+    assert len(processes(process.pid, REPLICA)) == 1
     assert sum(crowd.wrong for crowd in crowds) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.fault
+def test_a_lost_store_of_clicks_begins_empty_and_costs_others_nothing(endpoint, expected) -> None:
+    url, process = endpoint("--replicas", "2")
+    click = {"user_id": "ann", "item_id": "i3"}
+    with httpx.Client(base_url=url, timeout=60) as client:
+        told = [client.post("/v1/events", json=click).json()["num_clicks"] for _ in range(3)]
+        assert told == [1, 2, 3]
+        with Crowd(url, expected) as crowd:  # they send their history
+            crowd.wait_for(20)
+            (store,) = processes(process.pid, "ServeReplica:karma_ray:clicks")
+            os.kill(store, signal.SIGKILL)
+            until, answer = time.monotonic() + PATIENCE_S, None
+            while time.monotonic() < until:
+                answer = client.post("/v1/events", json=click)
+                if answer.status_code == 200:
+                    break
+                assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+            assert answer is not None and answer.json()["num_clicks"] == 1
+            crowd.wait_for(20)
+        assert crowd.wrong == crowd.given_up == crowd.retried == 0

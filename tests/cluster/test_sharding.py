@@ -1,26 +1,36 @@
-"""Preparing on Ray gives what preparing in memory gives, for any number of partitions."""
+"""Preparing on Ray gives what preparing in memory gives, also when a worker is killed."""
 
 from __future__ import annotations
 
+import os
+import signal
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from karma_ray.artifacts import read_json, read_table, write_json, write_table
-from karma_ray.cluster.sharding import ensure_prepared, prepare
+from karma_ray.cluster.sharding import ensure_prepared, prepare, run_on_ray
 from karma_ray.data.config import PrepareConfig
+from karma_ray.data.event_parts import Sizes, list_parts
+from karma_ray.data.passes import PartCheck, PartitionBuild
 from karma_ray.data.preparation import Prepared, prepare_tables
+from karma_ray.data.prepare_work import PrepareWork
 from karma_ray.data.prepared import PreparedData
 from karma_ray.data.schema import ITEMS
 from karma_ray.data.splits import Cutoffs, to_microseconds
-from karma_ray.data.validation import check_events
 from karma_ray.errors import InputError, TooManyBadRows
-from karma_ray.runs.preparation import PartitionBuild, partition_of
+from karma_ray.runs import preparation
+from karma_ray.runs.preparation import Task
 from tests.data.logs import at, event, events_table, items_table, random_events
 
 CONFIG = PrepareConfig(max_history=6, num_hard_negatives=3)
+ON_RAY = Sizes(part_cells=1500, here_cells=0)
+"""Three parts of `shop`, none of which is prepared in this process."""
 
 
 def shop(folder: Path) -> tuple[str, Prepared]:
@@ -41,6 +51,12 @@ def hour(hours: float) -> int:
     return to_microseconds(at(hours), "hour")
 
 
+def files_of(folder: Path) -> dict[str, bytes]:
+    """The content of all tables in a folder."""
+    found = sorted(folder.rglob("*.parquet"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in found}
+
+
 def rows_of(table: pa.Table) -> list[str]:
     return sorted(str(row) for row in table.to_pylist())
 
@@ -50,7 +66,7 @@ def test_partitions_do_not_change_a_row(tmp_path: Path, ray_cluster: None) -> No
     uri, whole = shop(tmp_path / "data")
     for partitions, out in ((1, None), (3, str(tmp_path / "elsewhere"))):
         config = PrepareConfig(max_history=6, num_hard_negatives=3, num_partitions=partitions)
-        facts = prepare(uri, config, out, progress=False)
+        facts = preparation.prepare(uri, config, out, run_on_ray, ON_RAY)
         data = PreparedData.load(out or uri)
         assert data.facts == facts
         assert rows_of(data.sequences()) == rows_of(whole.sequences)
@@ -75,16 +91,44 @@ def test_partitions_hold_the_same_categories_out(tmp_path: Path, ray_cluster: No
     write_table(items, f"{uri}/items")
     config = PrepareConfig(max_history=6, num_hard_negatives=3, num_partitions=3, hold_out=0.3)
     whole = prepare_tables(events, items, config)
-    facts = prepare(uri, config, progress=False)
+    facts = preparation.prepare(uri, config, None, run_on_ray, ON_RAY)
     assert rows_of(PreparedData.load(uri).sequences()) == rows_of(whole.sequences)
     assert facts["counts"] == whole.facts["counts"]
     assert facts["counts"]["held_out_categories"] == 2
 
 
+@dataclass(frozen=True)
+class KilledOnce:
+    """Kills the process of the first task that it does, in the middle of it."""
+
+    task: Task
+    marker: str
+
+    def __call__(self, part: Any) -> None:
+        self.task(part)
+        if not os.path.exists(self.marker):
+            Path(self.marker).touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
 @pytest.mark.ray
-def test_data_are_prepared_anew_only_when_something_changed(
+def test_a_killed_worker_loses_nothing_and_does_nothing_twice(
     tmp_path: Path, ray_cluster: None
 ) -> None:
+    uri, _ = shop(tmp_path / "data")
+    killed: list[str] = []
+
+    def run(task: Task, inputs: Sequence[Any], small: bool) -> Iterable[None]:
+        killed.append(str(tmp_path / f"killed-{len(killed)}"))
+        return run_on_ray(KilledOnce(task, killed[-1]), inputs, small)
+
+    facts = preparation.prepare(uri, CONFIG, str(tmp_path / "out"), run, ON_RAY)
+    assert len(killed) == 2 and all(map(os.path.exists, killed))  # one in each pass
+    assert facts == prepare(uri, CONFIG, str(tmp_path / "here"))
+    assert files_of(tmp_path / "out") == files_of(tmp_path / "here")
+
+
+def test_data_are_prepared_anew_only_when_something_changed(tmp_path: Path) -> None:
     uri, _ = shop(tmp_path / "data")
     written = tmp_path / "data" / "prepared.json"
     ensure_prepared(uri, CONFIG)
@@ -102,32 +146,31 @@ def test_data_are_prepared_anew_only_when_something_changed(
     assert ensure_prepared(uri, PrepareConfig(max_history=5, num_hard_negatives=3)) == data
 
 
-@pytest.mark.ray
-def test_too_many_bad_events_stop_and_leave_the_old_tables(
-    tmp_path: Path, ray_cluster: None
-) -> None:
+def test_too_many_bad_events_stop_and_leave_the_old_tables(tmp_path: Path) -> None:
     uri, _ = shop(tmp_path / "data")
-    prepare(uri, CONFIG, progress=False)
+    prepare(uri, CONFIG)
     before = read_json(f"{uri}/prepared.json")
     bad = events_table([event(None, 1, ["i1"])] * 400)
     pq.write_table(bad, tmp_path / "data" / "events" / "c.parquet")
     with pytest.raises(TooManyBadRows, match=r"events: 402 of .*empty user_id: 401.*quarantine"):
-        prepare(uri, CONFIG, progress=False)
+        prepare(uri, CONFIG)
     assert read_json(f"{uri}/prepared.json") == before
     assert read_table(f"{uri}/quarantine").num_rows == 403
 
 
 def test_a_leak_found_in_a_task_reaches_the_caller(tmp_path: Path) -> None:
-    clean = check_events(random_events(seed=1), items_table(60)["item_id"].combine_chunks()).table
-    group = clean.append_column("partition", pa.array([0] * clean.num_rows, pa.int32()))
+    uri, _ = shop(tmp_path / "data")
+    (part, *_) = parts = list_parts(f"{uri}/events", Sizes())
+    work = PrepareWork(str(tmp_path / "work"))
+    PartCheck(f"{uri}/events", work, items_table(60)["item_id"].combine_chunks(), CONFIG)(part)
     crossed = Cutoffs(valid_start=hour(150), test_start=hour(50))
-    (row,) = PartitionBuild(str(tmp_path), crossed, CONFIG)(group).to_pylist()
-    assert "a page is trained on and evaluated" in row["leak"]
-    assert not (tmp_path / "sequences").exists()
+    PartitionBuild(work, parts[:1], 4, crossed, CONFIG)(1)
+    assert "a page is trained on and evaluated" in work.reports()[1]["leak"]
+    assert not (tmp_path / "work" / "build" / "sequences").exists()
     right = Cutoffs(valid_start=hour(150), test_start=hour(175))
-    (row,) = PartitionBuild(str(tmp_path), right, CONFIG)(group).to_pylist()
-    assert row["leak"] is None
-    assert (tmp_path / "sequences").exists()
+    PartitionBuild(work, parts[:1], 4, right, CONFIG)(1)
+    assert work.reports()[1]["leak"] is None
+    assert (tmp_path / "work" / "build" / "sequences").exists()
 
 
 def test_wrong_input_stops_before_ray_starts(tmp_path: Path) -> None:
@@ -154,10 +197,3 @@ def test_pre_split_data_are_taken_as_they_are(tmp_path: Path) -> None:
     write_json({"prepare": {"max_history": 7}}, f"{uri}/prepared.json")
     with pytest.raises(InputError, match=r"prepare\.max_history 7 -> 6"):
         ensure_prepared(uri, CONFIG)
-
-
-def test_a_user_is_in_one_partition_in_every_process() -> None:
-    users = pa.chunked_array([["u1", "u2"], ["u1", "Zoë"]])
-    # Pinned: files of a re-run must hold the same users, whatever process or version wrote them.
-    assert partition_of(users, 3).to_pylist() == [2, 0, 2, 2]
-    assert set(partition_of(users, 1).to_pylist()) == {0}

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pytest
 
 from karma_ray.artifacts import join, write_table
+from karma_ray.data import catalog
 from karma_ray.data.catalog import Catalog, usable_items
 from karma_ray.data.schema import ITEMS
 from karma_ray.errors import InputError
@@ -107,6 +108,25 @@ def test_content_ids_are_equal_for_equal_text_but_for_case_and_spaces() -> None:
     (copy,) = tiny.catalog().rows(["copy"])
     assert content[copy] == content[0]
     assert len(set(content.tolist())) == tiny.catalog().num_items - 1
+
+
+def test_content_ids_number_the_texts_by_first_appearance(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(catalog, "CHUNK", 7)
+    seen: dict[str, int] = {}
+    texts = [" ".join(text.lower().split()) for text in tiny.catalog().texts()]
+    expected = [seen.setdefault(text, len(seen)) for text in texts]
+    assert tiny.catalog().content_ids.tolist() == expected
+
+
+def test_the_processes_of_a_node_share_the_content_ids(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, cache = _write(tmp_path / "d", tiny.catalog().table), str(tmp_path / "cache")
+    first = Catalog.load(data, cache).content_ids
+    monkeypatch.setattr(catalog, "fill_content_ids", None)
+    again = Catalog.load(data, cache).content_ids
+    np.testing.assert_array_equal(again, first)
+    assert not again.flags.writeable and not again.flags.owndata
 
 
 def test_files_of_different_id_types_are_one_catalogue_and_folders_name_columns(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -22,11 +21,12 @@ from karma_ray.data.pictures import (
     Part,
     decode,
     encode_fragment,
+    part_name,
     sample_images,
     source_rows,
-    standing_part,
 )
 from karma_ray.data.schema import ITEMS
+from karma_ray.data.work_folder import WorkFolder
 from karma_ray.errors import InputError
 
 
@@ -112,14 +112,15 @@ def test_parts_hold_the_features_and_the_quarantine_the_rest(
     items: str, tmp_path: Path, read_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pictures, "READ_ROWS", read_rows)
-    work, kinds = str(tmp_path / "work"), source_rows(items, pa.array(["blue", "green"]))
+    work, kinds = WorkFolder(str(tmp_path / "out")), source_rows(items, pa.array(["blue", "green"]))
     parts = []
     for fragment in list_fragments(items)[0]:
-        assert standing_part(fragment, work) is None
+        assert work.finished_part(part_name(fragment)) is None
         mine = kinds[fragment.order : fragment.order + fragment.num_rows]
         parts.append(encode_fragment(fragment, items, mine, MeanColour(), work))
-        assert standing_part(fragment, work) == parts[-1] == Part(**asdict(parts[-1]))
-    table = read_table(work)
+        found = Part(**work.finished_part(part_name(fragment)))
+        assert found == parts[-1] == Part(**work.finished()[part_name(fragment)])
+    table = read_table(work.table)
     assert table.column("item_id").to_pylist() == ["red", "blue", "green"]
     found = np.array(table.column("feature").to_pylist())
     np.testing.assert_allclose(found, 250 * np.eye(3)[[0, 2, 1]], atol=3)

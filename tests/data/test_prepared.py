@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from karma_ray.artifacts import write_json, write_table
+from karma_ray.baselines.popularity import CLICK_COLUMNS, training_clicks, warm_mask
+from karma_ray.data import fragments, prepared
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.preparation import prepare_tables
@@ -59,6 +62,16 @@ def test_the_truth_table_comes_before_the_words() -> None:
     assert matches.rows("red") is matches.rows("red")
 
 
+def test_what_is_kept_of_queries_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prepared, "CACHED_ROWS", 3)
+    matches = QueryMatches(catalog())
+    for _ in range(2):
+        assert [matches.rows(query).tolist() for query in ("red", "dress red", "acme")] == [
+            [0, 1], [0], [0, 1, 2],
+        ]  # fmt: skip
+        assert sum(map(len, matches._cache.values())) <= 3
+
+
 def test_terms_are_lower_case_words_and_digits() -> None:
     assert terms("T-Shirt, size_XL 42/44 Été") == {"t", "shirt", "size", "xl", "42", "44", "été"}
 
@@ -104,11 +117,31 @@ def test_what_was_written_is_read_back(tmp_path: Path) -> None:
     uri = write_data(tmp_path, PrepareConfig())
     data = PreparedData.load(uri)
     assert data.sequences().schema == SEQUENCES
+    assert pa.concat_tables(data.windows()).equals(data.sequences().combine_chunks())
+    assert data.first_windows(5).equals(data.sequences().slice(0, 5))
     assert data.examples("valid").schema == data.examples("test").schema == EXAMPLES
     assert data.examples("test").num_rows == data.facts["counts"]["test_examples"]
     assert data.query_matches(data.catalog()).rows("thing 7").tolist() == [7]
     with pytest.raises(InputError, match=r"split: 'train'.*valid, test"):
         data.examples("train")
+
+
+def test_windows_are_streamed_in_order_and_counted_as_the_whole_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = PreparedData.load(write_data(tmp_path / "one", PrepareConfig())).sequences()
+    for number, start in enumerate(range(0, whole.num_rows, 11)):
+        write_table(whole.slice(start, 11), f"{tmp_path}/one/sequences", f"part-{number:03d}")
+    (tmp_path / "one" / "sequences" / "part-00000.parquet").unlink()
+    monkeypatch.setattr(fragments, "BLOCK_ROWS", 4)
+    data = PreparedData.load(str(tmp_path / "one"))
+    items = data.catalog()
+    blocks = list(data.windows(*CLICK_COLUMNS))
+    assert {tuple(block.column_names) for block in blocks} == {CLICK_COLUMNS}
+    assert max(block.num_rows for block in blocks) == 4
+    assert data.first_windows(14).equals(whole.slice(0, 14))
+    for count in (training_clicks, warm_mask):
+        np.testing.assert_array_equal(count(blocks, items), count(whole, items))
 
 
 def test_what_was_shown_and_clicked_alike_is_no_page_with_negatives() -> None:

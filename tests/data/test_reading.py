@@ -9,18 +9,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from karma_ray.data.fragments import list_fragments, read_or_lose
+from karma_ray.data.fragments import list_fragments, read_fragment
 from karma_ray.data.reading import (
     NO_FILE,
     NO_GROUP,
     Lost,
     check_lost,
     quarantine_of,
-    read_rows,
     require_damage,
     stream_rows,
 )
 from karma_ray.errors import InputError, TooManyBadRows
+from tests.data.damage import spoil
 
 ROWS = pa.table({"n": list(range(3_000)), "text": [f"row {n}" for n in range(3_000)]})
 
@@ -31,54 +31,48 @@ def write(folder: Path, name: str = "a.parquet", table: pa.Table = ROWS) -> Path
     return folder / name
 
 
-def spoil(file: Path, group: int) -> None:
-    """Overwrite the pages of one row group."""
-    content = bytearray(file.read_bytes())
-    column = pq.read_metadata(file).row_group(group).column(1)
-    start = column.dictionary_page_offset or column.data_page_offset
-    noise = np.random.default_rng(0).bytes(column.total_compressed_size)
-    content[start : start + len(noise)] = noise
-    file.write_bytes(bytes(content))
+def read(file: Path, columns: list[str] | None = None) -> tuple[pa.Table | None, pa.Table]:
+    """The rows of a file that can be read, if any, and the quarantine of the others."""
+    found = list(stream_rows(str(file), columns))
+    tables = [part[1] for part in found if not isinstance(part, Lost)]
+    rows = pa.concat_tables(tables) if tables else None
+    return rows, quarantine_of(part for part in found if isinstance(part, Lost))
 
 
 def test_a_sound_file_is_read_whole(tmp_path: Path) -> None:
-    table, quarantine = read_rows(str(write(tmp_path)))
+    table, quarantine = read(write(tmp_path))
     assert table is not None and table.equals(ROWS) and quarantine.num_rows == 0
     starts = [part[0] for part in stream_rows(str(tmp_path / "a.parquet"), batch_rows=700)
               if not isinstance(part, Lost)]  # fmt: skip
     assert starts == [0, 700, 1000, 1700, 2000, 2700]
-    table, _ = read_rows(str(tmp_path / "a.parquet"), ["n", "not there"])
+    table, _ = read(tmp_path / "a.parquet", ["n", "not there"])
     assert table is not None and table.column_names == ["n"]
-    empty = write(tmp_path, "empty.parquet", ROWS.slice(0, 0))
-    table, _ = read_rows(str(empty))
-    assert table is not None and table.num_rows == 0 and table.column_names == ["n", "text"]
+    middle = [part[0] for part in stream_rows(str(tmp_path / "a.parquet"), groups=(1, 2))
+              if not isinstance(part, Lost)]  # fmt: skip
+    assert middle == [1000]
 
 
 def test_a_damaged_row_group_costs_its_rows_alone(tmp_path: Path) -> None:
     file = write(tmp_path)
     spoil(file, 1)
-    table, quarantine = read_rows(str(file))
+    table, quarantine = read(file)
     assert table is not None
     assert table["n"].to_pylist() == [*range(1_000), *range(2_000, 3_000)]
     (row,) = quarantine.to_pylist()
     assert (row["source_file"], row["row"], row["reason"]) == (str(file), 1_000, NO_GROUP)
     assert '"rows": 1000' in row["record"]
     fragments, _ = list_fragments(str(tmp_path))
-    read = [read_or_lose(str(tmp_path), fragment) for fragment in fragments]
-    assert [isinstance(part, Lost) for part in read] == [False, True, False]
+    with pytest.raises(InputError, match=r"a\.parquet.* is damaged in row group 1"):
+        read_fragment(str(tmp_path), fragments[1].path, fragments[1].row_group)
 
 
 def test_a_file_that_was_cut_is_lost_whole(tmp_path: Path) -> None:
     file = write(tmp_path)
     write(tmp_path, "b.parquet")
     file.write_bytes(file.read_bytes()[:-9])
-    table, quarantine = read_rows(str(file))
+    table, quarantine = read(file)
     assert table is None
     assert [(r["row"], r["reason"]) for r in quarantine.to_pylist()] == [(None, NO_FILE)]
-    lost: list[Lost] = []
-    fragments, schemas = list_fragments(str(tmp_path), lost)
-    assert {fragment.path for fragment in fragments} == {str(tmp_path / "b.parquet")}
-    assert len(schemas) == 1 and [one.file for one in lost] == [str(file)]
     with pytest.raises(InputError, match="is not Parquet"):
         list_fragments(str(tmp_path))
 
@@ -88,9 +82,9 @@ def test_text_that_is_not_utf8_is_damage(tmp_path: Path) -> None:
         pa.string(), 1, [None, pa.py_buffer(np.array([0, 2], np.int32)), pa.py_buffer(b"\xff\xfe")]
     )
     file = write(tmp_path, "a.parquet", pa.table({"text": content}))
-    table, quarantine = read_rows(str(file))
+    table, quarantine = read(file)
     assert quarantine["reason"].to_pylist() == [NO_GROUP]
-    assert table is not None and table.num_rows == 0
+    assert table is None
 
 
 def test_too_large_a_share_of_the_bytes_is_refused() -> None:
@@ -109,4 +103,4 @@ def test_an_error_of_the_store_is_no_damage(tmp_path: Path) -> None:
         with pytest.raises(OSError):
             require_damage(error)
     with pytest.raises(FileNotFoundError):
-        read_rows(str(tmp_path / "gone.parquet"))
+        read(tmp_path / "gone.parquet")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 from threading import Thread
 from typing import Any
@@ -35,7 +36,7 @@ def _assert_tokens(catalog: Catalog, words: Any, max_tokens: int) -> None:
 
 def _files(catalog: Catalog) -> list[Path]:
     assert catalog.copy is not None
-    return sorted(catalog.copy.parent.glob("*.npy"))
+    return sorted(catalog.copy.parent.glob("*.tokens.npy"))
 
 
 @pytest.mark.parametrize("chunk", [7, 1000])
@@ -56,7 +57,8 @@ def test_the_second_process_does_not_tokenize(
     again, same = catalog_tokens(catalog, tiny.tokenizer(), 10)
     np.testing.assert_array_equal(again, first)
     np.testing.assert_array_equal(same, lengths)
-    assert not again.flags.writeable and not again.flags.owndata
+    for mapped in (again, same):
+        assert not mapped.flags.writeable and not mapped.flags.owndata
 
 
 def test_processes_that_start_together_tokenize_once(
@@ -77,6 +79,27 @@ def test_processes_that_start_together_tokenize_once(
     for thread in threads:
         thread.join()
     assert len(calls) == 1 == len(_files(catalog))
+
+
+def _stages(data: str, cache: str, log: str) -> None:
+    """What a worker opens, stage after stage, noting what it tokenises."""
+
+    def noted(words: Any, texts: list[str], *rest: Any) -> Any:
+        with open(log, "a") as sink:
+            sink.write(f"{len(texts)}\n")
+        return encode_texts(words, texts, *rest)
+
+    tokens.encode_texts = noted
+    for _ in range(3):
+        catalog_tokens(Catalog.load(data, cache), tiny.tokenizer(), 10)
+
+
+def test_the_workers_of_a_node_tokenize_once_over_all_stages(tmp_path: Path) -> None:
+    write_table(tiny.catalog().table, join(str(tmp_path / "data"), "items"))
+    names = [str(tmp_path / name) for name in ("data", "cache", "log")]
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        pool.starmap(_stages, [names] * 2, chunksize=1)
+    assert (tmp_path / "log").read_text().split() == [str(tiny.catalog().num_items)]
 
 
 def test_other_words_lengths_or_items_make_other_files(catalog: Catalog, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from karma_ray.retrieval.kinds import Flat, InvertedLists
 from karma_ray.retrieval.parts import delta_of, served
 from karma_ray.retrieval.requests import HistoryItem, Request, request_table
 from karma_ray.retrieval.retriever import Retriever, build_index
+from karma_ray.serving.engine import Engine, FeaturesCall
 from tests import tiny_run
 
 HISTORY = [HistoryItem("i3", "shirt"), HistoryItem("i21", None)]
@@ -64,6 +65,22 @@ def test_a_delta_gives_what_one_index_of_all_items_gives(run: str) -> None:
     assert [item.title for item in best] == [catalog.titles[row] for row in rows[0]]
     few = found.recall("red mug", HISTORY, 5).items
     assert [i.item_id for i in few] == ids[:5]
+
+
+def test_items_that_left_are_no_candidates_and_those_that_came_or_changed_are(run: str) -> None:
+    update_run(run, changed(run))
+    found = Retriever.load(run)
+    asked = ["i5", "n0", "i21", "i7", "nobody", "i0"]
+    recalled = {i.item_id: i.score for i in found.recall("red mug", HISTORY, 40).items}
+    expected = [recalled.get(item) for item in asked]
+    assert [score is None for score in expected] == [True, False, True, False, True, False]
+    answer = found.score_items("red mug", HISTORY, asked)
+    assert answer.ignored_item_ids == []  # the history may name an item that left
+    for ours, theirs in zip(answer.scores, expected, strict=True):
+        assert ours == (None if theirs is None else pytest.approx(theirs, abs=1e-4))
+    calls = [FeaturesCall(Request("red mug", HISTORY), asked)]
+    features = Engine(found, cache_bytes=0).answer(calls)[0].features
+    assert [one is None for one in features] == [score is None for score in expected]
 
 
 def test_what_evaluation_measures_has_the_delta_too(run: str) -> None:

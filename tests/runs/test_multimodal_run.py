@@ -10,7 +10,6 @@ import pytest
 
 from karma_ray import recipes
 from karma_ray.artifacts import join, read_json, read_table, write_table
-from karma_ray.cluster.embedding import CatalogEncoder
 from karma_ray.config import override
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import catalog_pixels
@@ -21,6 +20,7 @@ from karma_ray.errors import InputError
 from karma_ray.model.backbone import build_tiny, save_body
 from karma_ray.retrieval.encode import encode_catalog
 from karma_ray.retrieval.export import load_bundle, save_bundle
+from karma_ray.retrieval.part_encoder import CatalogEncoder
 from karma_ray.runs.stages import is_tiny, with_checkpoints
 from tests import multimodal, tiny
 from tests.cluster.test_features import picture
@@ -40,9 +40,7 @@ def test_the_embedding_actor_sees_what_the_process_sees(tmp_path: Path) -> None:
     model.item_encoder.attach_catalog(catalog, data)
     tokens, lengths = encode_texts(words, catalog.texts(), tiny.PLAIN.max_item_tokens)
     expected = encode_catalog(model, tokens, lengths)
-    encoder = CatalogEncoder(bundle, data, batch_size=4, precision="float32")
-    part = encoder.encode(np.array([7, 0, 31]))
-    found = np.array(part.column("embedding").to_pylist())
+    found = CatalogEncoder(bundle, data, "float32").encode(np.array([7, 0, 31])).vectors
     np.testing.assert_allclose(found, expected[[7, 0, 31]], atol=1e-5)
     model.item_encoder.pictures = multimodal.pictures()
     other = encode_catalog(model, tokens, lengths)[[7, 0, 31]]
@@ -90,7 +88,7 @@ def test_a_run_sees_from_training_to_serving(ray_cluster: None, shop: str, tmp_p
     assert 0 <= metrics["HR@50"] <= 100
     assert read_json(f"{run}/bundle/item_encoder/config.json")["model_type"] == "qwen3_vl"
     trained = load_embeddings(f"{run}/item_embeddings")
-    embed_items(f"{run}/bundle", shop, f"{run}/item_embeddings", batch_size=64)
+    embed_items(f"{run}/bundle", shop, f"{run}/item_embeddings")
     index_run(run)
     again = load_embeddings(f"{run}/item_embeddings").in_order(trained.item_ids)
     np.testing.assert_allclose(again.embeddings, trained.embeddings, atol=1e-5)

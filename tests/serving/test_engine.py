@@ -11,6 +11,7 @@ import pytest
 from karma_ray.retrieval.filters import Filter
 from karma_ray.retrieval.requests import HistoryItem, Request, request_table
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.serving import prefix_cache
 from karma_ray.serving.engine import (
     CandidateFeatures,
     Engine,
@@ -106,9 +107,12 @@ def test_calls_of_all_kinds_share_a_batch(retriever: Retriever) -> None:
     assert last is not None and last["max"] == pytest.approx(1, abs=1e-5) and last["tiers"][9] > 0.6
 
 
-def test_a_window_grows_to_twice_its_length_and_begins_anew() -> None:
-    lengths = [count - window_start(count, 5) for count in range(18)]
-    assert lengths == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 5, 6, 7, 8, 9, 5, 6, 7]
+def test_a_window_is_never_longer_than_in_training_and_begins_anew_with_half() -> None:
+    lengths = [count - window_start(count, 5) for count in range(13)]
+    assert lengths == [0, 1, 2, 3, 4, 5, 3, 4, 5, 3, 4, 5, 3]
+    assert [count - window_start(count, 1) for count in range(4)] == [0, 1, 1, 1]
+    for limit in (4, 50):  # where a store of clicks drops the older half, the window begins too
+        assert window_start(2 * limit - 1, limit) == limit
     assert window_start(7, 0) == 7
 
 
@@ -119,9 +123,38 @@ def test_a_growing_history_runs_its_new_click_only(retriever: Retriever) -> None
         engine.answer([RecallCall(Request("mug", clicks[:size]), 3)])
     assert engine.cache is not None
     counts = engine.cache.counts
-    assert (counts.none, counts.part, counts.whole) == (1, 8, 0)
+    assert (counts.none, counts.part, counts.whole) == (3, 6, 0)  # anew at 6 and 9 clicks of 5
     engine.answer([RecallCall(Request("lamp", clicks), 3)])
     assert counts.whole == 1
+
+
+def test_a_history_is_hashed_once_however_it_is_answered(retriever: Retriever, monkeypatch) -> None:
+    hashed: list[int] = []
+    chain = prefix_cache._chain
+    monkeypatch.setattr(
+        prefix_cache, "_chain", lambda steps: hashed.append(len(steps)) or chain(steps)
+    )
+    engine = Engine(retriever, 2**20)
+    clicks = [HistoryItem(f"i{n}", "lamp") for n in range(5)]
+    for size in (3, 3, 5, 0):
+        engine.answer([RecallCall(Request("mug", clicks[:size]), 3)])
+    assert hashed == [3, 3, 5, 0]
+    assert engine.cache is not None and engine.cache.counts.part == 1 and len(engine.cache) == 2
+
+
+def test_only_what_is_searched_for_gets_search_vectors(retriever: Retriever, monkeypatch) -> None:
+    counts: list[int] = []
+    search = retriever.interest.search_vectors
+    monkeypatch.setattr(
+        retriever.interest, "search_vectors",
+        lambda interests, keys: counts.append(len(interests)) or search(interests, keys),
+    )  # fmt: skip
+    engine = Engine(retriever, 2**20)
+    click = Request(None, [HistoryItem("i3")])
+    assert engine.answer([RememberCall(click)]) == [None]
+    mixed = engine.answer([RememberCall(click), RecallCall(click, 3), RememberCall(click)])
+    assert counts == [1] and len(mixed[1].items) == 3 and mixed[0] is mixed[2] is None
+    assert engine.cache is not None and engine.cache.counts.whole == 3
 
 
 def test_a_request_whose_vectors_are_not_finite_fails_alone(tmp_path) -> None:

@@ -21,9 +21,11 @@ from jobs.serve import main
 from karma_ray.errors import InputError
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving.app import build_app
+from karma_ray.serving.engine import Engine
 from karma_ray.serving.page.routes import MAX_WAITING, SearchPage, shows_users
+from karma_ray.serving.process import free_port
 from karma_ray.serving.service import Service
-from tests import shop_window
+from tests import shop_window, tiny_run
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +48,7 @@ def opened(
 
 @pytest.fixture(scope="module")
 def client(retriever: Retriever, run: str) -> Iterator[TestClient]:
-    other = Service(retriever)
-    page = SearchPage(run, show_users=True, other=other, other_run=run)
+    page = SearchPage(run, show_users=True, other=Service.load(run))
     with opened(retriever, page) as found:
         yield found
 
@@ -144,9 +145,27 @@ def test_people_are_shown_to_this_machine_or_to_callers_with_a_token(retriever, 
         assert client.post("/page/user", json={"user_id": "u1"}).json() == {"found": False}
 
 
-def test_a_second_run_is_shown_by_this_process_alone(run: str) -> None:
-    with pytest.raises(InputError, match=r"--compare: .* needs --without-ray"):
-        main([run, "--compare", run])
+def test_a_second_run_that_cannot_be_shown_is_said_before_anything_starts(run: str) -> None:
+    for host in ([], ["--without-ray"]):
+        with pytest.raises(InputError, match=r"nowhere.* does not exist"):
+            main([run, "--compare", f"{run}/nowhere", "--port", str(free_port()), *host])
+
+
+def test_after_a_publication_the_page_is_that_of_the_run_that_answers(run, tmp_path) -> None:
+    tiny_run.write_run(tmp_path, seed=5)
+    (tmp_path / "run").rename(tmp_path / "newer")
+    other = str(tmp_path / "newer")
+    service, page = Service.load(run), SearchPage(show_users=True)
+    with TestClient(build_app(service, None, page)) as client:
+        before = client.get("/page/about").json()
+        assert before["run"]["title"] == "run" and before["users"]
+        service.swap(Engine(Retriever.load(other), 0, run=other))
+        after, answer = client.get("/page/about").json(), client.post("/v1/recall", json={}).json()
+        assert after["run"] == {"title": "newer", "folder": ""} and not after["users"]
+        for name in ("model_version", "index_version"):
+            assert after[name] == answer[name] != before[name]
+        assert client.get("/page/users").json() == {"users": []}
+        assert client.post("/page/user", json={"user_id": "u1"}).json() == {"found": False}
 
 
 def test_without_its_data_the_page_says_so_and_still_searches(retriever, run, tmp_path) -> None:

@@ -12,9 +12,10 @@ import uvicorn
 
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving.app import build_app
+from karma_ray.serving.engine import Engine
 from karma_ray.serving.page.routes import SearchPage
 from karma_ray.serving.service import Service
-from tests import shop_window
+from tests import shop_window, tiny_run
 from tests.browser import Browser, Tab, find
 
 pytestmark = pytest.mark.slow
@@ -59,9 +60,8 @@ def browser() -> Iterator[Browser]:
 
 @contextmanager
 def served(run: str, token: str | None = None) -> Iterator[tuple[str, Service]]:
-    retriever = Retriever.load(run)
-    service, other = Service(retriever), Service(retriever)
-    page = SearchPage(run, show_users=True, other=other, other_run=run)
+    service = Service.load(run)
+    page = SearchPage(show_users=True, other=Service.load(run))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         app = build_app(service, token, page)
@@ -188,6 +188,23 @@ def test_the_token_is_asked_for_and_kept_in_the_tab(browser: Browser, run: str) 
         tab.go(url)
         tab.wait(READY)
         assert tab.ask("document.getElementById('token-form').hidden")
+
+
+def test_a_publication_changes_an_open_page_with_the_next_answer(browser, run, tmp_path) -> None:
+    other = tiny_run.write_run(tmp_path, seed=5)
+    about = "document.getElementById('about').innerText"
+    with served(run) as (url, service):
+        tab = opened(browser, url, 360)
+        tab.wait("document.querySelectorAll('#user option').length === 3")
+        engine = Engine(Retriever.load(other), 0, run=other)
+        assert engine.version["model_version"][:8] not in tab.ask(about)
+        service.swap(engine)
+        tab.type("mug")
+        tab.wait(f"{READY} && {about}.includes({engine.version['model_version'][:8]!r})")
+        tab.wait("document.getElementById('user-field').hidden")
+        assert tab.ask("document.getElementById('query').value") == "mug"
+        assert tab.ask("document.documentElement.scrollWidth <= innerWidth")
+        assert tab.complaints() == []
 
 
 def test_what_goes_wrong_is_said_in_words(browser: Browser, run: str) -> None:

@@ -16,6 +16,7 @@ import pytest
 from karma_ray.errors import InputError
 from karma_ray.serving.process import held_port
 from tests import tiny_run
+from tests.serving.test_slow_clients import said_to_half_a_head
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -89,6 +90,7 @@ def test_a_signal_to_the_group_ends_an_endpoint_and_a_second_one_never_starts(
     assert endpoints[1].returncode == 2
     assert f"--port: {port} is used by another program" in said and "local Ray" not in said
     assert httpx.get(f"http://127.0.0.1:{port}/v1/healthz", timeout=30).status_code == 200
+    assert said_to_half_a_head(f"http://127.0.0.1:{port}").startswith(b"HTTP/1.1 408")
     os.killpg(endpoints[0].pid, number)
     # Ray alone would take a minute, and abort
     _, said = endpoints[0].communicate(timeout=30)

@@ -62,16 +62,48 @@ def test_a_click_that_was_stored_is_never_answered_with_503(service: Service) ->
     assert asyncio.run(click()) == [1, 2]
 
 
+def test_replicas_that_share_a_store_know_each_others_clicks(service: Service) -> None:
+    async def clicks_and_answers() -> tuple[list[int], list[list[str]]]:
+        store = LocalUsers()
+        replicas = [Service(service.engine.retriever, store) for _ in range(2)]
+        counts, answers = [], []
+        for replica, item in zip((*replicas, *replicas), ("i3", "i21", "i8", "i9"), strict=True):
+            told = await replica.event(schemas.EventRequest(user_id="ann", item_id=item))
+            counts.append(told["num_clicks"])
+        for replica in replicas:
+            found = await replica.recall(schemas.RecallRequest(user_id="ann", query="mug"))
+            answers.append([item["item_id"] for item in found["items"]])
+            replica.close()
+        return counts, answers
+
+    counts, answers = asyncio.run(clicks_and_answers())
+    assert counts == [1, 2, 3, 4] and answers[0] == answers[1]
+
+
 def test_a_store_forgets_the_oldest_clicks_and_the_users_not_heard_of() -> None:
     async def fill() -> None:
-        store = LocalUsers(max_clicks=3, max_users=2)
-        counts = [await store.append("a", HistoryItem(f"i{n}")) for n in range(8)]
+        store = LocalUsers(max_users=2)
+        counts = [len(await store.append("a", HistoryItem(f"i{n}"), 3)) for n in range(8)]
         assert counts == [1, 2, 3, 4, 5, 3, 4, 5]
         assert [click.item_id for click in await store.history("a")] == [
             f"i{n}" for n in range(3, 8)
         ]
         for user in ("b", "a", "c"):
-            await store.append(user, HistoryItem("i1"))
+            await store.append(user, HistoryItem("i1"), 3)
         assert await store.history("b") == [] and len(await store.history("a")) == 3
+
+    asyncio.run(fill())
+
+
+def test_a_store_stays_within_its_bytes_however_long_queries_are() -> None:
+    async def fill() -> None:
+        store = LocalUsers(max_bytes=100_000)
+        for n in range(200):
+            await store.append(f"u{n % 50}", HistoryItem("i1", "x" * 4000), 10)
+            assert store.num_bytes <= 100_000
+        assert await store.history("u49") and not await store.history("u0")
+        for _ in range(30):  # one user alone is kept, and bounded by the number of clicks
+            await store.append("u49", HistoryItem("i1", "x" * 30_000), 10)
+        assert 10 <= len(await store.history("u49")) < 20
 
     asyncio.run(fill())

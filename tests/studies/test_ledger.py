@@ -7,7 +7,7 @@ import pytest
 
 from karma_ray.config import Config, override
 from karma_ray.errors import InputError, KarmaRayError
-from karma_ray.studies.ledger import Ledger, Search, Trial, best_of, facts_of
+from karma_ray.studies.ledger import Ledger, Search, Trial, best_of, describe, facts_of
 
 METRIC = "valid/HR@50"
 
@@ -34,6 +34,13 @@ def test_a_search_without_a_single_number_says_what_it_found_instead() -> None:
         best_of([trial("a", float("nan")), trial("b", None)], METRIC)
     with pytest.raises(KarmaRayError, match=r"every trial failed.*out of memory"):
         best_of([trial("a", None, ended="failed", error="out of memory")], METRIC)
+
+
+def test_the_table_tells_an_error_only_of_a_trial_that_ended_by_it() -> None:
+    once = trial("a", 3.0, failures=1, error="the worker died")
+    never = trial("b", None, ended="failed", failures=3, error="no memory")
+    told = describe(Search(METRIC, Config(), (once, never), once, {})).splitlines()
+    assert told[1].endswith("ran to its end") and told[2].endswith("no memory")
 
 
 def test_trials_are_read_as_they_were_written(tmp_path: Path) -> None:

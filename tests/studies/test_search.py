@@ -73,6 +73,7 @@ def test_every_trained_row_gets_every_candidate_and_names_differ(data: Data) -> 
     assert all(t.assignments == trials[0].assignments and not t.extra for t in trials)
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_search_ends_with_the_best_candidate_for_every_seed(
     ray_cluster: None, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any

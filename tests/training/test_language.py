@@ -17,7 +17,7 @@ from tests import tiny
 def _pretrained(folder: Path, steps: int) -> list[dict[str, float]]:
     records: list[dict[str, float]] = []
     pretrain(
-        tiny.catalog().texts(),
+        tiny.catalog(),
         str(folder),
         tiny=tiny.BODY,
         config=PretrainConfig(steps=steps, batch_size=16),

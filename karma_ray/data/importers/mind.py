@@ -13,11 +13,11 @@ import polars as pl
 import pyarrow as pa
 
 from karma_ray.artifacts import data_files, exists, open_filesystem
+from karma_ray.data.click_times import click_times, cutoffs_of
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.identifiers import known_text
 from karma_ray.data.importers.output import DataFolder
 from karma_ray.data.importers.text_blocks import NOT_UTF8, stream_blocks
-from karma_ray.data.preparation import click_times, cutoffs_of
 from karma_ray.errors import InputError
 
 _NEWS = (

@@ -59,17 +59,26 @@ class SearchPage:
     """What the page shows beside recall, and the thread that computes it."""
 
     def __init__(
-        self, run: str | None = None, *, show_users: bool = False, other: Service | None = None,
-        other_run: str | None = None,
-    ) -> None:  # fmt: skip
-        """`run` is the folder of the run that is served, `other` one to compare it with."""
-        self.run, self.other = run, other
-        self.data = RunData(run)
-        self.other_name = RunData(other_run).name if other is not None else None
-        self.show_users = show_users
+        self, run: str | None = None, *, show_users: bool = False, other: Service | None = None
+    ) -> None:
+        """Show what belongs to `run`; by default to the run that answers, also after a publication.
+
+        `other` answers beside it, to compare the two.
+        """
+        self.other, self.show_users = other, show_users
+        self._run = run
+        self._data = RunData(run)
         self._thoughts: Thoughts | None = None
+        self._thoughts_of: tuple[str, ...] = ()
         self._thread = ThreadPoolExecutor(1, "page")
         self._num_waiting = 0
+
+    def data(self, service: Service) -> RunData:
+        """Return what there is beside the run that answers now."""
+        run = self._run or service.engine.run
+        if run != self._data.run:
+            self._data = RunData(run)
+        return self._data
 
     async def compute(self, work: Callable[[], Answer]) -> Answer:
         """Return what `work` returns in the page's thread; raises Overloaded if many wait."""
@@ -81,27 +90,31 @@ class SearchPage:
         finally:
             self._num_waiting -= 1
 
-    def about(self, num_items: int) -> dict[str, Any]:
+    def about(self, service: Service) -> dict[str, Any]:
         """Return what the page can show, and why not the rest."""
-        source = self.data.source
-        users = source is not None and self.show_users and bool(self.data.users)
+        data = self.data(service)
+        users = data.source is not None and self.show_users and bool(data.users)
         no_users = None if users else NO_USERS
-        if source is None:
+        if data.source is None:
             no_users = NO_DATA
         elif self.show_users and not users:
             no_users = "The test split holds nobody with a history."
+        other = None if self.other is None else RunData(self.other.engine.run).name
         return {
-            "run": self.data.name, "num_items": num_items, "users": users, "no_users": no_users,
-            "no_floors": self.data.no_floors, "pictures": self.data.thumbnails is not None,
-            "other": self.other_name, "speaks": speaks(self.run),
+            "run": data.name, "num_items": service.num_items, "users": users, "no_users": no_users,
+            "no_floors": data.no_floors, "pictures": data.thumbnails is not None,
+            "other": other, "speaks": speaks(data.run), **service.engine.version,
         }  # fmt: skip
 
     def thought(self, asked: Asked, service: Service) -> str | None:
         """Return h_t as text if the run can say it; the decoder is loaded at the first question."""
-        if self.run is None or not speaks(self.run):
+        engine, run = service.engine, self.data(service).run
+        if run is None or not speaks(run):
             return None
-        if self._thoughts is None:
-            self._thoughts = Thoughts(self.run, service.engine.retriever.table)
+        wanted = (run, *engine.version.values())
+        if self._thoughts is None or self._thoughts_of != wanted:
+            self._thoughts = Thoughts(run, engine.retriever.table)
+            self._thoughts_of = wanted
         return self._thoughts.of(asked)
 
     def close(self) -> None:
@@ -126,21 +139,23 @@ def add_page(app: FastAPI, service: Service, page: SearchPage) -> None:
 
     @app.get("/page/about", include_in_schema=False)
     async def about() -> Response:
-        return await _answered(page.compute(lambda: page.about(service.num_items)))
+        return await _answered(page.compute(lambda: page.about(service)))
 
     @app.get("/page/users", include_in_schema=False)
     async def users() -> Response:
-        return await _answered(page.compute(lambda: _users(page)))
+        return await _answered(page.compute(lambda: _users(page, service)))
 
     async def user(body: UserRequest) -> Any:
         return await page.compute(lambda: _user(page, service, body.user_id))
 
     async def pictures(body: PictureRequest) -> Any:
-        return await page.compute(lambda: {"pictures": page.data.pictures(body.item_ids)})
+        return await page.compute(lambda: {"pictures": page.data(service).pictures(body.item_ids)})
 
     async def floors(body: schemas.RecallRequest) -> Any:
         asked = _asked(body)
-        return await page.compute(lambda: page.data.floors(asked, body.k, body.exclude_history))
+        return await page.compute(
+            lambda: page.data(service).floors(asked, body.k, body.exclude_history)
+        )
 
     async def thought(body: schemas.RecallRequest) -> Any:
         asked = _asked(body)
@@ -185,8 +200,8 @@ def _asked(body: schemas.RecallRequest) -> Asked:
     return Asked(body.query, [entry.click() for entry in body.history or []])
 
 
-def _users(page: SearchPage) -> dict[str, Any]:
-    found = page.data.users if page.show_users else {}
+def _users(page: SearchPage, service: Service) -> dict[str, Any]:
+    found = page.data(service).users if page.show_users else {}
     return {
         "users": [
             {"user_id": user, "query": row["query"], "num_clicks": len(row["history_item_ids"])}
@@ -197,7 +212,7 @@ def _users(page: SearchPage) -> dict[str, Any]:
 
 def _user(page: SearchPage, service: Service, user_id: str) -> dict[str, Any]:
     """Return a test example: what the model may read, and the item that was clicked next."""
-    row = page.data.users.get(user_id) if page.show_users else None
+    row = page.data(service).users.get(user_id) if page.show_users else None
     if row is None:
         return {"found": False}
     table = service.engine.retriever.table

@@ -40,16 +40,16 @@ class RunData:
 
     def __init__(self, run: str | None) -> None:
         """`run` is its folder; None, or one whose data are gone, shows none of these."""
-        self._run = run
+        self.run = run
 
     @cached_property
     def name(self) -> dict[str, str]:
         """The run's recipe and the name of its folder."""
-        if self._run is None:
+        if self.run is None:
             return {"title": "This run", "folder": ""}
-        folder = self._run.rstrip("/").rsplit("/", 1)[-1]
+        folder = self.run.rstrip("/").rsplit("/", 1)[-1]
         try:
-            recipe = str(read_manifest(self._run).get("recipe") or "")
+            recipe = str(read_manifest(self.run).get("recipe") or "")
         except (OSError, ValueError, KarmaRayError):
             recipe = ""
         return {"title": recipe or folder, "folder": folder if recipe else ""}
@@ -57,10 +57,10 @@ class RunData:
     @cached_property
     def source(self) -> PreparedData | None:
         """The prepared data, if they can be read."""
-        if self._run is None:
+        if self.run is None:
             return None
         try:
-            facts = read_json(RunFolder(self._run).path("manifest.json"))
+            facts = read_json(RunFolder(self.run).path("manifest.json"))
             return PreparedData.load(str(facts["data"]))
         except (OSError, ValueError, KeyError, KarmaRayError) as error:
             LOG.info("the page shows no people and no floors: %s", error)
