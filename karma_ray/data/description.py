@@ -23,7 +23,7 @@ from karma_ray.data.reading import Lost, stream_rows
 from karma_ray.data.splits import Cutoffs, to_microseconds
 from karma_ray.data.spreads import concentration, coverage, spread, weighted
 from karma_ray.data.tally import Tally
-from karma_ray.data.validation import event_columns
+from karma_ray.data.validation import event_columns, parse_times
 from karma_ray.errors import InputError
 
 PAIR_EVENTS = 5_000_000
@@ -45,7 +45,7 @@ def describe(data_uri: str, prepared_uri: str | None = None) -> dict[str, Any]:
     facts = _prepared(prepared_uri or data_uri)
     files = _files(join(data_uri, "events"))
     num_rows = sum(_num_rows(file) for file in files)
-    cutoffs = _cutoffs(files, manifest, facts)
+    cutoffs = _cutoffs(files, manifest, facts, exact=num_rows <= PAIR_EVENTS)
     counts = _Counts(cutoffs, every=max(1, -(-num_rows // PAIR_EVENTS)))
     for rows in _batches(files, counts.lost):
         counts.add(rows)
@@ -102,22 +102,32 @@ def _batches(
                     lost.append(part)
                 continue
             table = part[1] if columns else event_columns(part[1], file)
+            if columns and "timestamp" in columns:
+                times = parse_times(table.column("timestamp"), file)
+                place = table.column_names.index("timestamp")
+                table = table.set_column(place, "timestamp", times)
             rows = pl.from_arrow(table)
             assert isinstance(rows, pl.DataFrame)
             yield rows
 
 
-def _cutoffs(files: list[str], manifest: dict[str, Any], facts: dict[str, Any]) -> Cutoffs | None:
-    """Return the cutoffs of the preparation, or those that a default one would take."""
+def _cutoffs(
+    files: list[str], manifest: dict[str, Any], facts: dict[str, Any], *, exact: bool
+) -> Cutoffs | None:
+    """Return the cutoffs of the preparation, or those that a default one would take.
+
+    Unless they are to be `exact`, times count in whole seconds, of which a log has fewer.
+    """
     if facts.get("valid_start"):
         return Cutoffs(
             *(to_microseconds(facts[name], name) for name in ("valid_start", "test_start"))
         )
     times = Tally("time", pl.Int64, ("clicks",))
-    for rows in _batches(files, None):
-        part = pl.from_arrow(click_times(rows.drop_nulls("timestamp").to_arrow()))
+    step = 1 if exact else 1_000_000
+    for rows in _batches(files, None, ["timestamp", "clicked_item_ids"]):
+        part = pl.from_arrow(click_times(rows.drop_nulls().to_arrow()))
         assert isinstance(part, pl.DataFrame)
-        times.add(part)
+        times.add(part.with_columns(pl.col("time") // step * step))
     try:
         return cutoffs_of([times.table().to_arrow()], PrepareConfig(), manifest)
     except InputError:  # a log of one moment, or without a click

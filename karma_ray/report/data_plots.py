@@ -68,6 +68,7 @@ def popularity(numbers: Numbers) -> bytes | None:
     axes.plot([100 * n / size for n, _ in curve], [100 * s for _, s in curve],
               color=LINE_COLOURS[0], linewidth=1.6)  # fmt: skip
     axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_xlabel("most clicked items, % of the catalogue", fontsize=8)
     axes.set_ylabel("% of the clicks", fontsize=8)
     axes.set_ylim(0, 102)

@@ -134,7 +134,7 @@ from karma_ray.data.importers.long import import_long
 output.ROWS_PER_PART = 10_000
 page_spool.BUCKET_BYTES, page_spool._ROWS_PER_RANGE = 1 << 23, 10_000
 log, items, out = sys.argv[1:]
-import_long(log, out, items=items, block_bytes=1 << 20)
+import_long(log, out, items=items, block_bytes=1 << 21)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -142,11 +142,11 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text(ITEMS)
     peaks, sizes = [], []
-    for num_rows in (25_000, 250_000):
+    for num_rows in (8_000, 80_000):
         rows = pl.int_range(num_rows, eager=True)
         log = pl.DataFrame(
             {"user_id": (rows * 7919) % (num_rows // 20), "timestamp": 1_700_000_000 + rows // 3,
-             "query": "a red lamp for the desk of a child, " * 10, "item_id": rows % 9,
+             "query": "a red lamp for the desk of a child, " * 30, "item_id": rows % 9,
              "clicked": rows % 4 == 0}
         )  # fmt: skip
         log.write_csv(tmp_path / "log.csv")
@@ -303,3 +303,43 @@ def test_a_log_without_times_is_in_the_order_of_its_rows(tmp_path: Path) -> None
         ("1", 1, ["1"]), ("1", 2, ["2"]), ("1", 3, ["3"]), ("2", 1, ["4"]), ("2", 2, ["5"]),
     ]  # fmt: skip
     assert any(note.startswith("times are UNKNOWN") for note in manifest["notes"])
+
+
+def test_rows_that_come_late_are_put_where_their_times_say(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text(ITEMS)
+    zones = ["2024-03-31T{:02}:{:02}:00Z", "2024-03-31T{:02}:{:02}:00+00:00"]
+    lines = [
+        f"u{n % 3},{zones[n % 2].format(n // 60, n % 60)},q,{n % 9},{n % 2}" for n in range(120)
+    ]
+    # The same moments, as a clock in Berlin showed them while it was put forward.
+    lines += [
+        f"v{n % 3},2024-03-31T{n // 60 + (1 if n < 60 else 2):02}:{n % 60:02}:00"
+        f"+0{1 if n < 60 else 2}:00,q,{n % 9},{n % 2}"
+        for n in range(120)
+    ]
+    written = []
+    for number, order in enumerate((range(240), np.random.default_rng(0).permutation(240))):
+        header = "user_id,timestamp,query,item_id,clicked\n"
+        (tmp_path / "log.csv").write_text(header + "\n".join(lines[n] for n in order))
+        out = tmp_path / f"out-{number}"
+        import_long(str(tmp_path / "log.csv"), str(out), items=str(tmp_path / "items.csv"))
+        pages = read_table(str(out / "events")).to_pylist()
+        assert [p["timestamp"] for p in pages] == sorted(p["timestamp"] for p in pages)
+        written.append({(p["user_id"], p["timestamp"]): p["exposed_item_ids"] for p in pages})
+    assert written[0] == written[1] and len(written[0]) == 240
+    assert {time for user, time in written[0] if user[0] == "u"} == {
+        time for user, time in written[0] if user[0] == "v"
+    }
+
+
+def test_texts_that_are_no_texts_are_set_aside(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text(ITEMS + f"10,{'x' * 1_000_001}\n")
+    log = f"user_id,timestamp,query,item_id\nu,1,{'y' * 10_001},1\nu,2,lamp,1\n"
+    (tmp_path / "log.csv").write_text(log)
+    manifest = import_long(
+        str(tmp_path / "log.csv"), str(tmp_path / "out"), items=str(tmp_path / "items.csv")
+    )
+    assert manifest["quarantined"] == {
+        "text of more than 1000000 characters": 1, "query of more than 10000 characters": 1,
+    }  # fmt: skip
+    assert manifest["counts"]["events"] == 1 and manifest["counts"]["items"] == 9

@@ -143,7 +143,8 @@ def write_kuaisearch(folder: Path) -> Path:
     ]  # fmt: skip
     for name, content in (("items", items), ("recall", pages)):
         lines = [json.dumps(record, ensure_ascii=False) for record in content]
-        (folder / f"{name}.jsonl").write_text("\n".join([*lines, "{broken"]), encoding="utf-8")
+        content = "\n".join([*lines, '{"item_title": "cut in the midd']).encode()
+        (folder / f"{name}.jsonl").write_bytes(content + b'\n{"title": "\xff"}')
     return folder
 
 
@@ -454,7 +455,7 @@ def test_kuaisearch_keeps_what_has_a_title_and_counts_the_rest(tmp_path: Path) -
     assert any("2 impressions and 2 clicks" in note for note in manifest["notes"])
     assert manifest["quarantined"] == {
         "repeated item id": 1,
-        "not a JSON object": 2,
+        "not a JSON object": 4,
         "null user": 1,
     }
     brands = [item["brand"] for item in rows(out, "items")]

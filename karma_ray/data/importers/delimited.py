@@ -124,9 +124,18 @@ class _Grammar:
 
     def well_formed(self, lines: pl.Series, num_fields: int) -> np.ndarray:
         """Return the mask [lines] of lines that are valid CSV rows by themselves."""
-        bare = lines.str.replace_all(self._quoted, "")
-        counts = bare.str.count_matches(self.separator, literal=True)
-        return (lines.str.contains(self._row) & (counts == num_fields - 1)).to_numpy()
+        found = self._counts(lines, num_fields)
+        quoted = lines.str.contains('"', literal=True).to_numpy()
+        if quoted.any():  # only these need the slower look
+            some = lines.filter(quoted)
+            bare = some.str.replace_all(self._quoted, "")
+            valid = some.str.contains(self._row).to_numpy()
+            found[quoted] = self._counts(bare, num_fields) & valid
+        return found
+
+    def _counts(self, lines: pl.Series, num_fields: int) -> np.ndarray:
+        counts = lines.str.count_matches(self.separator, literal=True)
+        return np.array(counts == num_fields - 1, bool)
 
     def fields(self, line: str) -> list[str]:
         """Split a line into fields; well-formed quotes are removed, others stay."""

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from karma_ray.artifacts import exists, join, open_filesystem
 from karma_ray.data.identifiers import id_text
+from karma_ray.data.reading import DAMAGE, require_damage, said
 from karma_ray.errors import InputError
 
 
@@ -45,7 +46,11 @@ def read_parquet(uri: str, required: Iterable[str], ids: Iterable[str]) -> pl.Da
     fs, path = open_filesystem(uri)
     with fs.open(path, "rb") as source:
         file = _open_parquet(source, uri, names)
-        frame = pl.from_arrow(file.read(columns=names))
+        try:
+            frame = pl.from_arrow(file.read(columns=names))
+        except DAMAGE as error:
+            require_damage(error)
+            raise InputError("file", uri, f"cannot be read ({said(error)})") from None
     assert isinstance(frame, pl.DataFrame)
     return with_ids(frame, ids, uri)
 
@@ -80,12 +85,15 @@ def _open_parquet(source: Any, uri: str, names: list[str]) -> Any:
 
 
 def stream_lines(uri: str) -> Iterator[tuple[int, str]]:
-    """Yield row numbers from 0 and the non-empty lines of a text file, without line ends."""
+    """Yield row numbers from 0 and the non-empty lines of a text file, without line ends.
+
+    Bytes that are not UTF-8 are written as `\\xff`, which no JSON has.
+    """
     fs, path = open_filesystem(uri)
-    # newline="\n": str.splitlines would also split at control characters that JDsearch uses.
-    with fs.open(path, "r", encoding="utf-8", newline="\n") as source:
+    # As bytes: str.splitlines would also split at control characters that JDsearch uses.
+    with fs.open(path, "rb") as source:
         for row, line in enumerate(source):
-            if text := line.rstrip("\r\n"):
+            if text := line.rstrip(b"\r\n").decode(errors="backslashreplace"):
                 yield row, text
 
 
