@@ -28,6 +28,8 @@ import uvloop
 
 from karma_ray import cli
 
+LOST = 0
+"""The status of a request whose connection was closed."""
 READY = 32
 """Connections that the open loop has at its start."""
 
@@ -42,6 +44,8 @@ class Client(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the way to send."""
         self._transport: asyncio.Transport = transport  # type: ignore[assignment]
+        self._place = transport.get_extra_info("peername")
+        self._data = bytearray()
 
     def data_received(self, data: bytes) -> None:
         """Collect an answer; its status ends the wait."""
@@ -50,9 +54,12 @@ class Client(asyncio.Protocol):
         if end < 0 or self._answer is None:
             return
         head = bytes(self._data[:end]).lower()
-        at = head.index(b"content-length:") + 15
-        length = int(head[at:].split(b"\r\n", 1)[0])
-        if len(self._data) >= end + 4 + length:
+        at = head.find(b"content-length:")
+        if at < 0:  # sent in chunks, as Ray Serve does when it refuses a request
+            ended = self._data.endswith(b"0\r\n\r\n")
+        else:
+            ended = len(self._data) >= end + 4 + int(head[at + 15 :].split(b"\r\n", 1)[0])
+        if ended:
             self._data = bytearray()
             self._answer.set_result(int(head[9:12]))
 
@@ -62,10 +69,22 @@ class Client(asyncio.Protocol):
             self._answer.set_exception(error or ConnectionResetError())
 
     async def ask(self, request: bytes) -> int:
-        """Send a request; returns the status of its answer."""
-        self._answer = asyncio.get_running_loop().create_future()
+        """Send a request; returns the status of its answer, or LOST if the connection was closed.
+
+        A closed connection is replaced by the next request.
+        """
+        loop = asyncio.get_running_loop()
+        if self._transport.is_closing():
+            try:
+                await loop.create_connection(lambda: self, *self._place[:2])
+            except OSError:
+                return LOST
+        self._answer = loop.create_future()
         self._transport.write(request)
-        return await self._answer
+        try:
+            return await self._answer
+        except OSError:
+            return LOST
 
 
 def post(body: str, host: str) -> bytes:
@@ -116,9 +135,12 @@ async def opened(
 
     async def one(due: float) -> None:
         async with room:
-            client = free.pop() if free else (await connections(url, 1))[0]
-            status = await client.ask(draw.choice(requests))
-            free.append(client)
+            try:
+                client = free.pop() if free else (await connections(url, 1))[0]
+                status = await client.ask(draw.choice(requests))
+                free.append(client)
+            except OSError:  # no further connection was accepted
+                status = LOST
         done.append((status, time.perf_counter() - due))
 
     begin, tasks = time.perf_counter(), []
