@@ -110,12 +110,12 @@ def anonymous_gib() -> float:
     """Return the memory of this process that is no file's."""
     lines = Path("/proc/self/status").read_text().splitlines()
     (kib,) = (line.split()[1] for line in lines if line.startswith("RssAnon:"))
-    return float(int(kib) / 2**20)
+    return int(kib) / 2**20
 
 
 def _line(first: dict[str, Any], later: list[dict[str, Any]]) -> dict[str, Any]:
     def middle(name: str) -> float:
-        return statistics.median(each[name] for each in later)
+        return float(statistics.median(each[name] for each in later))
 
     return {
         "rounds": len(later),
