@@ -36,6 +36,7 @@ from karma_ray.artifacts import (
     write_json,
 )
 from karma_ray.data.event_parts import READERS, EventPart, by_file, day_of, from_json, to_json
+from karma_ray.data.work_folder import open_work
 
 VERSION = 1
 """Raised when the code checks or writes parts in another way; old ones are then made again."""
@@ -155,14 +156,6 @@ class PrepareWork:
         for name in list(names):
             for kind, ending in _KINDS.items():  # its facts first, so that it is not finished
                 remove(join(self.uri, kind, f"{name}.{ending}"))
-
-
-def open_work(folder: str, key: Any) -> None:
-    """Keep the content of a work folder if it was opened with an equal key; otherwise empty it."""
-    marker = join(folder, "key.json")
-    if exists(folder) and not (exists(marker) and read_json(marker) == key):
-        remove(folder)
-    write_json(key, marker)
 
 
 def write_whole(table: pa.Table, uri: str) -> None:

@@ -44,10 +44,7 @@ class WorkFolder:
 
     def open(self, key: Any) -> None:
         """Keep what an earlier attempt has left if it had the same key, a JSON value."""
-        marker = join(self.root, "key.json")
-        if not (exists(marker) and read_json(marker) == key):
-            remove(self.root)
-            write_json(key, marker)
+        open_work(self.root, key)
 
     def write(self, name: str, table: pa.Table | None, facts: Any) -> None:
         """Write a part and its facts, a JSON value; a part may have no rows."""
@@ -99,3 +96,11 @@ class WorkFolder:
 
     def _facts(self, name: str) -> str:
         return join(self.root, "facts", f"{name}.json")
+
+
+def open_work(folder: str, key: Any) -> None:
+    """Keep the content of a work folder if it was opened with an equal key; otherwise empty it."""
+    marker = join(folder, "key.json")
+    if exists(folder) and not (exists(marker) and read_json(marker) == key):
+        remove(folder)
+    write_json(key, marker)
