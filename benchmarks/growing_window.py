@@ -2,8 +2,9 @@
 
     python benchmarks/growing_window.py RUN DATA [--split valid] [--examples 4000]
 
-A model is trained on at most `collate.max_history` clicks. Evaluation reads the last so many; the
-endpoint lets the window grow to twice that length, so that its stored keys and values stay valid.
+A model is trained on at most `collate.max_history` clicks. Evaluation reads the last so many; at
+the endpoint a longer history's window begins anew with half as many and grows, so that its stored
+keys and values stay valid.
 Asked are the examples whose history is longer than one window, in both ways, through the endpoint's
 own engine and the retriever. JSON lines: HR@K of both, in percent, and the difference in points
 with its 95 % interval over users, for all of them and by the length that the window had.
@@ -81,7 +82,7 @@ def main(argv: list[str] | None = None) -> None:
                 ranks[way].append(ids.index(target) if target in ids else max(KS))
     users = [row["user_id"] for row in rows]
     groups = {"all": np.ones(len(rows), bool)}
-    for low, high in ((1.0, 1.25), (1.25, 1.5), (1.5, 1.75), (1.75, 2.0)):
+    for low, high in ((0.5, 0.625), (0.625, 0.75), (0.75, 0.875), (0.875, 1.01)):
         share = np.array(windows) / limit
         groups[f"{low:g} to {high:g} windows"] = (share >= low) & (share < high)
     for name, chosen in groups.items():

@@ -42,8 +42,8 @@ def window_start(count: int, limit: int) -> int:
 
     A window that slid with every click would never find its stored keys and values. So beyond
     `limit` steps it begins anew with about half as many, and grows to `limit` again: longer windows
-    than the model was trained on cost recall (docs/log.md, L50), these do not. It depends on the
-    count alone, so all replicas agree.
+    than the model was trained on cost more recall (docs/log.md, L50). It depends on the count
+    alone, so all replicas agree.
     """
     if limit == 0:
         return count
