@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 import threading
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -61,6 +62,9 @@ def running_store(patch: pytest.MonkeyPatch) -> Iterator[Store]:
         patch.setenv(name, value)
     s3fs.S3FileSystem.clear_instance_cache()  # clients of another test's server
     store.start()
+    # The server's buckets belong to this process, not to the server: an earlier test left its own.
+    reset = urllib.request.Request(f"http://127.0.0.1:{store.port}/moto-api/reset", method="POST")
+    urllib.request.build_opener(urllib.request.ProxyHandler({})).open(reset).close()
     client = boto3.client("s3")
     client.create_bucket(Bucket=BUCKET)
     try:
