@@ -1,0 +1,1 @@
+"""The three stages of a search system, recall, pre-ranking and ranking, measured together."""

@@ -1,0 +1,1 @@
+"""Click-through rates of candidates: exposures, features, models, and the training step."""
