@@ -3,7 +3,7 @@
 The weight's columns are taken apart (MaRI, arXiv 2602.23105): what reads the request is multiplied
 once per request and repeated afterwards, what reads the candidate stays one contiguous product.
 
-Legend: R requests, N candidates of all requests, d width of a part, h width of the result.
+Legend: R requests, N candidates of all requests, T steps, d width of a part, h width of the result.
 """
 
 from __future__ import annotations
@@ -30,6 +30,29 @@ def spread(values: Tensor, by: Spread) -> Tensor:  # [R, ...] -> [N, ...]
     return values.index_select(0, by)
 
 
+def weighted_rows(weights: Tensor, rows: Tensor, by: Spread) -> Tensor:
+    """Multiply by matrices of requests.  # [N, S, T], [R, T, d] -> [N, S, d]"""
+    if len(rows) == 1:
+        return torch.matmul(weights, rows[0])
+    return torch.bmm(weights, spread(rows, by))
+
+
+def scaled_linear(
+    steps: Tensor, item: Tensor, by: Spread, weight: Tensor, bias: Tensor | None
+) -> Tensor:  # [R, T, d], [N, 1, d], [h, d] -> [N, T, h]
+    """Return `Linear(steps[by] * item)`.
+
+    For a single request its steps scale the weights instead, once for all candidates: the products
+    [N, T, d] are then never in memory.
+    """
+    if len(steps) > 1:
+        return F.linear(spread(steps, by) * item, weight, bias)
+    count = steps.shape[1]
+    scaled = (steps[0].unsqueeze(1) * weight).flatten(0, 1)  # [T h, d]
+    found = F.linear(item.squeeze(1), scaled, None if bias is None else bias.repeat(count))
+    return found.view(-1, count, weight.shape[0])
+
+
 @dataclass(frozen=True)
 class Columns:
     """Where a part stands in the input of the Linear; it may stand there several times."""
@@ -39,43 +62,49 @@ class Columns:
     """(sign, first column): `a - b` beside `a` uses `a` with the weights of both places."""
 
 
-Product = tuple[Columns, ...]
-"""Parts that are multiplied together."""
+@dataclass(frozen=True)
+class Summand:
+    """Parts that are multiplied together."""
+
+    columns: tuple[Columns, ...]
+    is_scaled: bool = False
+    """Whether the part is a product of what the request and what the candidate has."""
 
 
 class SplitLinear(nn.Module):
     """Equals `linear` of its whole input, with the same parameters."""
 
-    def __init__(self, linear: nn.Linear, products: Sequence[Product], starts_full: bool) -> None:
-        """`starts_full`: the first product has the shape of the result."""
+    def __init__(self, linear: nn.Linear, summands: Sequence[Summand], starts_full: bool) -> None:
+        """`starts_full`: the first summand has the shape of the result, in memory of its own."""
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
-        self.products, self.starts_full = tuple(products), starts_full
+        self.summands, self.starts_full = tuple(summands), starts_full
         self._blocks: list[Tensor] = []
         self._made_from: tuple[int, int] | None = None
 
     def forward(self, parts: Sequence[Sequence[Tensor]], by: Sequence[Spread]) -> Tensor:
-        """`parts` of each product [R or N, ..., d], and how its rows are repeated -> [N, ..., h].
+        """`parts` of each summand [R or N, ..., d], and how its rows are repeated -> [N, ..., h].
 
-        The last product, which is the smallest, takes the bias.
+        The last summand, which is the smallest, takes the bias.
         """
         total: Tensor | None = None
-        last = len(self.products) - 1
-        for n, block in enumerate(self._weights()):
-            values = parts[n][0] if len(parts[n]) == 1 else torch.cat(list(parts[n]), -1)
-            found = F.linear(values, block, self.bias if n == last else None)
-            found = spread(found, by[n])
+        last = len(self.summands) - 1
+        for n, block in enumerate(self.blocks()):
+            bias = self.bias if n == last else None
+            if self.summands[n].is_scaled:
+                found = scaled_linear(parts[n][0], parts[n][1], by[n], block, bias)
+            else:
+                values = parts[n][0] if len(parts[n]) == 1 else torch.cat(list(parts[n]), -1)
+                found = spread(F.linear(values, block, bias), by[n])
             if total is None:
                 total = found
-            elif self.starts_full:  # fresh memory of this call, so it may be written to
-                total = total.add_(found)
             else:
-                total = total + found
+                total = total.add_(found) if self.starts_full else total + found
         assert total is not None
         return total
 
-    def _weights(self) -> list[Tensor]:
-        """Return a block of weights [h, d] per product, stored while nobody trains."""
+    def blocks(self) -> list[Tensor]:
+        """Return the weights [h, d] of each summand, stored while nobody trains."""
         if torch.is_grad_enabled():
             return self._made()
         version = 0 if self.weight.is_inference() else self.weight._version
@@ -85,9 +114,7 @@ class SplitLinear(nn.Module):
         return self._blocks
 
     def _made(self) -> list[Tensor]:
-        return [
-            torch.cat([self._of(columns) for columns in product], -1) for product in self.products
-        ]
+        return [torch.cat([self._of(c) for c in one.columns], -1) for one in self.summands]
 
     def _of(self, columns: Columns) -> Tensor:
         total: Tensor | None = None

@@ -211,8 +211,8 @@ def test_the_parts_of_the_candidate_share_one_block_of_weights() -> None:
         torch.testing.assert_close(fast(batch()), model(batch()), rtol=1e-5, atol=1e-6)
         split = next(m for m in fast.modules() if isinstance(m, SplitLinear))
         with torch.no_grad():
-            found[contiguous] = [tuple(block.shape) for block in split._weights()]
-            assert all(block.is_contiguous() for block in split._weights())
+            found[contiguous] = [tuple(block.shape) for block in split.blocks()]
+            assert all(block.is_contiguous() for block in split.blocks())
     assert found[True] == [(4 * D, 2 * D), (4 * D, 2 * D)]
     assert found[False] == [(4 * D, D)] * 4
 
