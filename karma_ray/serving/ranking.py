@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
     from karma_ray.artifacts import RunFolder
     from karma_ray.retrieval.retriever import Retriever
+    from karma_ray.serving import schemas
 
 LOG = logging.getLogger(__name__)
 REQUEST_INPUTS = ("history", "query")
@@ -79,20 +80,10 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class RankedItem:
-    """A candidate with its chance of a click."""
-
-    item_id: str
-    ctr: float
-    score: float
-    title: str
-
-
-@dataclass(frozen=True)
 class Ranked:
     """Candidates by falling click-through rate."""
 
-    items: list[RankedItem]
+    items: list[schemas.RankedItem]
     ignored_item_ids: list[str]
     seconds: dict[str, float]
     """What each stage took, for all requests of the batch together."""
@@ -112,13 +103,15 @@ class ServedRanker:
             ranker, self.reason = _with_request_side(ranker)
         self._ranker = ranker
 
-    def rank(self, asked: Sequence[Candidates]) -> tuple[list[list[RankedItem]], dict[str, float]]:
+    def rank(
+        self, asked: Sequence[Candidates]
+    ) -> tuple[list[list[schemas.RankedItem]], dict[str, float]]:
         """Return the candidates of each request, best first, and the seconds of both stages."""
         begin = time.perf_counter()
         histories = [self._history(one.request) for one in asked]
         features = [self._features(one, rows) for one, rows in zip(asked, histories, strict=True)]
         between = time.perf_counter()
-        answers: list[list[RankedItem]] = [[] for _ in asked]
+        answers: list[list[schemas.RankedItem]] = [[] for _ in asked]
         for some in _groups([len(one.rows) for one in asked]):
             batch = self._batch(
                 [asked[n] for n in some], [histories[n] for n in some], [features[n] for n in some]
@@ -180,14 +173,17 @@ class ServedRanker:
             clicked=torch.zeros(sum(sizes)),
         )
 
-    def _named(self, one: Candidates, ctr: NDArray[np.float32]) -> list[RankedItem]:
+    def _named(self, one: Candidates, ctr: NDArray[np.float32]) -> list[schemas.RankedItem]:
         """Raises KarmaRayError when the model's output is not finite."""
         if not np.isfinite(ctr).all():
             raise KarmaRayError("the ranker's click-through rates are not finite")
         table = self._retriever.table
         order = np.argsort(-ctr, kind="stable")
         return [
-            RankedItem(table.item_ids[row], rate, score, table.titles[row])
+            {
+                "item_id": table.item_ids[row], "ctr": rate, "score": score,
+                "title": table.titles[row],
+            }
             for row, rate, score in zip(
                 one.rows[order].tolist(), ctr[order].tolist(), one.scores[order].tolist(),
                 strict=True,

@@ -152,7 +152,7 @@ class Service:
         for stage, seconds in answer.seconds.items():
             self.measures.rank_seconds.labels(stage).observe(seconds)
         return {
-            "items": [vars(item) for item in answer.items],
+            "items": answer.items,
             "ignored_item_ids": answer.ignored_item_ids,
             "stages_ms": {name: round(1000 * value, 3) for name, value in answer.seconds.items()},
             "ranker_version": ranker.version, **version,
