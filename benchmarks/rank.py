@@ -1,240 +1,247 @@
-"""A ranking model with its request side once per request (MaRI), beside the plain model.
+"""Ranking with a request's side computed once (MaRI), beside the plain model; and CTR training.
 
-    python benchmarks/rank.py [--quick]
+    python benchmarks/rank.py [RUN --ranker RUN2] [--quick]
 
-Three parts, each a JSON line per point:
+RUN2 is a finished run of ctr_simtier with the vectors of RUN; without them both are made of a small
+toy shop, with a few steps each, since latency does not depend on what was learnt. JSON lines:
 
 - `candidates`: 1 to 1,000 candidates of one request, for `din` (as ctr_simtier is served) and for
   `layers` (features side by side, two thirds of them of the user, 512 units);
 - `layout`: `layers` whose features of user and item alternate, in so many pieces: contiguous (what
   is served) and fragmented (each piece is multiplied alone);
-- `share`: `layers` by the share of the features that are of the user, du / (du + di).
+- `share`: `layers` by the share of the features that are of the user, du / (du + di);
+- `endpoint`: `/v1/rank` of the application itself, from the request's bytes to the answer's, for
+  given candidates and (`cascade`) for what recall finds, with MaRI and without; users of 20 clicks
+  come back, so their histories are stored, but for `new`;
+- `training`: shown items a second of DIN over ids at width 16 (benchmarks/ctr_step.py).
 
-Models take turns within a round. Times are the thread's CPU time on one thread, so that other work
-on the machine counts little: medians over the rounds, with the quartiles of the ratio to the plain
-model. `limit_ms` is what a product of large matrices, measured in the same rounds, would need for
-the multiply-adds that remain. The last line has the headline figures.
+What is compared takes turns. Times of models are the thread's CPU time on one thread, so that other
+work on the machine counts little: medians over the rounds, with the quartiles of the ratio to the
+plain model. `limit_ms` is what a product of large matrices, measured in the same rounds, would need
+for the multiply-adds that remain. The endpoint has wall times, and its CPU time beside. The last
+line has the headline figures.
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
+import random
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import torch
-from torch import Tensor, nn
+from fastapi import FastAPI
 
+from benchmarks import ctr_step, mari
 from karma_ray import cli
-from karma_ray.ranking.config import RankingConfig
-from karma_ray.ranking.families import Sizes, build_model
-from karma_ray.ranking.features import num_features
-from karma_ray.ranking.mari import Report, with_request_side
+from karma_ray.errors import InputError
+from karma_ray.ranking.load import load_ranker
+from karma_ray.retrieval.parts import served
+from karma_ray.retrieval.retriever import Retriever
+from karma_ray.serving.app import build_app
+from karma_ray.serving.engine import Engine
+from karma_ray.serving.host import settle
+from karma_ray.serving.ranking import ServedRanker, check_ranker
+from karma_ray.serving.service import CACHE_BYTES, Service
 
-CANDIDATES = (1, 10, 50, 100, 200, 500, 1000)
-SHARES = (0.1, 0.25, 0.5, 0.75, 0.9)
-PIECES = (2, 8, 32, 64)
-NUM_ITEMS, HISTORY, TERMS = 2000, 20, 8
-WIDTH, UNITS = 768, 512
-PEAK_SIZE = 512
-BURST_S = 0.002
-"""Calls are repeated until a measurement takes about this long."""
+SHOP = {"num_users": 300}
+SMALL = (
+    "pretrain.steps=0", "warmup.steps=2", "training.steps=2", "training.batch_size=8",
+    "training.validate_every=2", "evaluation.max_examples=20",
+)  # fmt: skip
+HISTORY, USERS = 20, 20
+QUERIES = ("", "red", "blue vase", "large chair")
 Line = dict[str, Any]
-Inputs = tuple[Tensor, ...]
 
 
-class Layers(nn.Module):
-    """Layers over features of user and item, which alternate in `pieces`."""
-
-    def __init__(self, user: int, pieces: int) -> None:
-        super().__init__()
-        self.user, self.pieces = user, pieces
-        self.layers = nn.Sequential(
-            nn.Linear(WIDTH, UNITS), nn.ReLU(), nn.Linear(UNITS, 64), nn.ReLU(), nn.Linear(64, 1)
+def made(folder: str) -> tuple[str, str]:
+    """Make RUN and RUN2 in a folder, in processes of their own."""
+    data, first, second = f"{folder}/data", f"{folder}/run", f"{folder}/ranker"
+    Path(folder, "shop.json").write_text(json.dumps(SHOP))
+    settings = [word for setting in SMALL for word in ("--set", setting)]
+    train = ["-m", "karma_ray.runs", "--data", data]
+    for words in (
+        ["jobs/import_data.py", "toy_shop", f"{folder}/shop.json", data],
+        [*train, "--recipe", "action_only", "--out", first, *settings],
+        [*train, "--recipe", "ctr_simtier", "--vectors", first, "--out", second],
+    ):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        subprocess.run(
+            [sys.executable, *words], cwd=ROOT, env=environment, check=True, capture_output=True
         )
-
-    def forward(self, user: Tensor, request: Tensor, item: Tensor) -> Tensor:
-        """Return logits.  # [R, du], [N], [N, di] -> [N]"""
-        mine, number = user.index_select(0, request), self.pieces // 2
-        mixed = []
-        for n in range(number):
-            mixed.append(mine[:, n * self.user // number : (n + 1) * self.user // number])
-            width = WIDTH - self.user
-            mixed.append(item[:, n * width // number : (n + 1) * width // number])
-        return self.layers(torch.cat(mixed, 1)).squeeze(1)
+    return first, second
 
 
-@dataclass(frozen=True)
-class Case:
-    """A model beside what MaRI makes of it."""
+class Caller:
+    """Calls an application as its host does, without sockets."""
 
-    models: dict[str, nn.Module]
-    report: Report
-    inputs: Callable[[int, int], Inputs]
-    """(requests, candidates) -> arguments of `forward`."""
+    def __init__(self, app: FastAPI) -> None:
+        self._app = app
 
-    @classmethod
-    def of(
-        cls, model: nn.Module, inputs: Callable[[int, int], Inputs], request_inputs: Sequence[str]
-    ) -> Case:
-        """Apply MaRI in both layouts."""
-        found: dict[str, nn.Module] = {"plain": model}
-        reports = []
-        for name, contiguous in (("mari", True), ("fragmented", False)):
-            found[name], report = with_request_side(
-                model, inputs(3, 12), request_inputs=request_inputs, contiguous=contiguous
-            )
-            reports.append(report)
-        return cls(found, reports[0], inputs)
+    async def ask(self, body: bytes) -> dict[str, Any]:
+        """Return the answer of `/v1/rank`."""
+        scope = {
+            "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": "POST",
+            "scheme": "http", "path": "/v1/rank", "raw_path": b"/v1/rank", "root_path": "",
+            "query_string": b"", "client": ("127.0.0.1", 1), "server": ("127.0.0.1", 80),
+            "headers": [
+                (b"host", b"here"), (b"content-length", str(len(body)).encode()),
+                (b"content-type", b"application/json"),
+            ],
+        }  # fmt: skip
+        parts: list[bytes] = []
+        statuses: list[int] = []
 
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
 
-def din() -> Case:
-    """Return the model of ctr_simtier with initial weights."""
-    features = num_features(interest=False)
+        async def send(message: dict[str, Any]) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+            else:
+                parts.append(message.get("body", b""))
 
-    def inputs(requests: int, candidates: int) -> Inputs:
-        draw = torch.Generator().manual_seed(0)
-        return (
-            torch.randint(0, NUM_ITEMS, (requests, HISTORY), generator=draw),
-            torch.randint(1, 1000, (requests, TERMS), generator=draw),
-            torch.arange(candidates) * requests // candidates,
-            torch.randint(0, NUM_ITEMS, (candidates,), generator=draw),
-            torch.rand(candidates, features, generator=draw),
-        )
-
-    model = build_model(RankingConfig(family="simtier"), Sizes(NUM_ITEMS, [20, 20])).eval()
-    return Case.of(model, inputs, ("history", "query"))
+        await self._app(scope, receive, send)  # type: ignore[arg-type]
+        answer: dict[str, Any] = json.loads(b"".join(parts))
+        if statuses != [200]:
+            raise SystemExit(f"/v1/rank answered {statuses}: {answer}")
+        return answer
 
 
-def layers(share: float = 2 / 3, pieces: int = 2) -> Case:
-    """Return layers over features of which `share` are of the user."""
-    user = round(share * WIDTH)
+class Endpoint:
+    """An endpoint with MaRI and one without, of the same runs."""
 
-    def inputs(requests: int, candidates: int) -> Inputs:
-        draw = torch.Generator().manual_seed(0)
-        return (
-            torch.randn(requests, user, generator=draw),
-            torch.arange(candidates) * requests // candidates,
-            torch.randn(candidates, WIDTH - user, generator=draw),
-        )
+    def __init__(self, run: str, ranker: str) -> None:
+        check_ranker(ranker, served(run))
+        retriever = Retriever.load(run)
+        self._ids = retriever.table.item_ids
+        self.callers: dict[str, Caller] = {}
+        for name in ("mari", "plain"):
+            rates = ServedRanker(load_ranker(ranker), retriever, mari=name == "mari")
+            service = Service(retriever)
+            service.swap(Engine(retriever, CACHE_BYTES, ranker=rates))
+            self.callers[name] = Caller(build_app(service))
+        self._draw = random.Random(0)
+        self._users = [self._clicks() for _ in range(USERS)]
+        settle()
 
-    torch.manual_seed(0)
-    return Case.of(Layers(user, pieces).eval(), inputs, ("user",))
+    def _clicks(self) -> list[dict[str, str]]:
+        return [{"item_id": self._draw.choice(self._ids)} for _ in range(HISTORY)]
+
+    def body(self, candidates: int, kind: str) -> bytes:
+        """Draw a request."""
+        history = self._clicks() if kind == "new" else self._draw.choice(self._users)
+        asked: dict[str, Any] = {"query": self._draw.choice(QUERIES), "history": history}
+        if kind == "cascade":
+            asked["k"] = candidates
+        else:
+            asked["item_ids"] = self._draw.sample(self._ids, candidates)
+        return json.dumps(asked).encode()
+
+    async def measure(self, candidates: int, kind: str, rounds: int) -> Line:
+        """Let both answer the same requests in turn."""
+        wall: dict[str, list[float]] = {name: [] for name in self.callers}
+        cpu: dict[str, list[float]] = {name: [] for name in self.callers}
+        stages: dict[str, list[float]] = {}
+        order = list(self.callers.items())
+        for number in range(-USERS, rounds):
+            body = self.body(candidates, kind)
+            for name, caller in order:
+                begin = time.perf_counter(), time.process_time()
+                answer = await caller.ask(body)
+                end = time.perf_counter(), time.process_time()
+                if number >= 0:
+                    wall[name].append(1000 * (end[0] - begin[0]))
+                    cpu[name].append(1000 * (end[1] - begin[1]))
+                    for stage, value in answer["stages_ms"].items() if name == "mari" else ():
+                        stages.setdefault(stage, []).append(value)
+            order.append(order.pop(0))
+        line: Line = {"part": "endpoint", "kind": kind, "candidates": candidates}
+        for name in self.callers:
+            low, middle, high = statistics.quantiles(wall[name], n=4)
+            line[f"{name}_p50_ms"] = round(middle, 2)
+            line[f"{name}_quartiles_ms"] = [round(low, 2), round(high, 2)]
+            line[f"{name}_cpu_ms"] = round(statistics.median(cpu[name]), 2)
+        ratios = [a / b for a, b in zip(cpu["plain"], cpu["mari"], strict=True)]
+        line["mari_speedup"] = round(statistics.median(ratios), 3)
+        line["stages_ms"] = {n: round(statistics.median(v), 2) for n, v in stages.items()}
+        print(json.dumps(line), flush=True)
+        return line
 
 
-class Peak:
-    """What a product of large matrices reaches."""
+def endpoint_lines(run: str, ranker: str, rounds: int, quick: bool) -> list[Line]:
+    """Measure the part `endpoint`."""
+    endpoint = Endpoint(run, ranker)
+    points = [("stored", 500), ("cascade", 500), ("new", 500)]
+    if not quick:
+        points += [("stored", candidates) for candidates in (1, 50, 100, 200, 1000)]
 
-    def __init__(self) -> None:
-        self._factors = torch.randn(2, PEAK_SIZE, PEAK_SIZE)
-        self.rates: list[float] = []
-        """Multiply-adds a millisecond."""
+    async def all_points() -> list[Line]:
+        return [await endpoint.measure(count, kind, rounds) for kind, count in points]
 
-    def measure(self) -> None:
-        """Multiply once."""
-        begin = time.thread_time()
-        self._factors[0] @ self._factors[1]
-        self.rates.append(PEAK_SIZE**3 / (time.thread_time() - begin) / 1000)
-
-    @property
-    def rate(self) -> float:
-        """The median."""
-        return statistics.median(self.rates)
+    return asyncio.run(all_points())
 
 
-def seconds(call: Callable[[], object], times: int) -> float:
-    """Return the CPU seconds of one of so many calls."""
-    begin = time.thread_time()
-    for _ in range(times):
-        call()
-    return (time.thread_time() - begin) / times
-
-
-def measured(case: Case, candidates: int, rounds: int, peak: Peak) -> Line:
-    """Let the models take turns; returns medians in ms."""
-    inputs = case.inputs(1, candidates)
-    calls = {name: lambda model=model: model(*inputs) for name, model in case.models.items()}
-    first = {name: seconds(call, 3) for name, call in calls.items()}
-    times = max(1, int(BURST_S / max(first.values())))
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls.items())
-    for _ in range(rounds):
-        peak.measure()
-        for name, call in order:
-            found[name].append(1000 * seconds(call, times))
-        order.append(order.pop(0))  # each model leaves the caches to another one
-    line: Line = {"candidates": candidates}
-    for name, values in found.items():
-        line[f"{name}_ms"] = round(statistics.median(values), 4)
-    for name in ("mari", "fragmented"):
-        ratios = [a / b for a, b in zip(found["plain"], found[name], strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        line[f"{name}_speedup"] = round(middle, 3)
-        line[f"{name}_quartiles"] = [round(low, 3), round(high, 3)]
-    work = case.report.before.of(1, candidates), case.report.after.of(1, candidates)
-    line |= {"multiply_adds": work[0], "mari_multiply_adds": work[1]}
-    line["fewer"] = round(work[0] / work[1], 3)
+def training_line(rounds: int) -> Line:
+    """Measure the part `training`."""
+    found, rows = ctr_step.measured(10_000, 16, HISTORY, 256, os.cpu_count() or 1, rounds)
+    line: Line = {"part": "training", "rows": rows}
+    for name, (wall, cpu) in found.items():
+        line |= {f"{name}_ms": round(1000 * wall, 2), f"{name}_cpu_ms": round(1000 * cpu, 2)}
+    line["rows_per_s"] = round(rows / found["step"][0])
+    print(json.dumps(line), flush=True)
     return line
 
 
-def with_limits(lines: list[Line], peak: Peak) -> None:
-    """Add what the multiply-adds alone would take, and print."""
-    for line in lines:
-        line["limit_ms"] = round(line["mari_multiply_adds"] / peak.rate, 4)
-        print(json.dumps(line), flush=True)
-
-
-def models_alone(rounds: int, quick: bool) -> list[Line]:
-    """Measure all three parts."""
-    lines: list[Line] = []
-    peak = Peak()
-
-    def add(part: str, case: Case, candidates: int, **facts: Any) -> None:
-        lines.append({"part": part, **facts, **measured(case, candidates, rounds, peak)})
-
-    with torch.no_grad():
-        for name, case in (("din", din()), ("layers", layers())):
-            for candidates in (1, 100, 500) if quick else CANDIDATES:
-                add("candidates", case, candidates, model=name)
-        for pieces in (2, 32) if quick else PIECES:
-            add("layout", layers(pieces=pieces), 500, model="layers", pieces=pieces)
-        for share in (0.25, 0.75) if quick else SHARES:
-            add("share", layers(share), 500, model="layers", share=share)
-    with_limits(lines, peak)
-    return lines
-
-
-def headline(lines: list[Line]) -> Line:
+def headline(models: list[Line], endpoint: list[Line], training: Line) -> Line:
     """Return the figures by which runs of this benchmark are compared."""
     at = {
         line["model"]: line
-        for line in lines
+        for line in models
         if line["part"] == "candidates" and line["candidates"] == 500
     }
+    asked = {line["kind"]: line for line in endpoint if line["candidates"] == 500}
     return {
         "mari_speedup": at["din"]["mari_speedup"],
         "mari_speedup_layers": at["layers"]["mari_speedup"],
-        "over_limit": round(at["layers"]["mari_ms"] / at["layers"]["limit_ms"], 3),
+        "over_limit_layers": round(at["layers"]["mari_ms"] / at["layers"]["limit_ms"], 3),
+        "p50_ms_500": asked["stored"]["mari_p50_ms"],
+        "p50_ms_500_cascade": asked["cascade"]["mari_p50_ms"],
+        "endpoint_speedup": asked["stored"]["mari_speedup"],
+        "rows_per_s": training["rows_per_s"],
     }
 
 
 def main(argv: list[str] | None = None) -> None:
     """Measure and print."""
     flags = cli.parser(__doc__ or "")
+    flags.add_argument("run", metavar="RUN", nargs="?", help="finished run that recalls")
+    flags.add_argument(
+        "--ranker", metavar="RUN2", help="finished run of ctr_simtier of its vectors"
+    )
     flags.add_argument("--rounds", type=int, default=41, help="turns of every model (41)")
     flags.add_argument("--quick", action="store_true", help="fewer points and rounds")
     given = flags.parse_args(argv)
+    if (given.run is None) != (given.ranker is None):
+        raise InputError("--ranker", given.ranker, "goes with RUN: name both runs, or none")
     torch.set_num_threads(1)
-    lines = models_alone(9 if given.quick else given.rounds, given.quick)
-    print(json.dumps(headline(lines)), flush=True)
+    models = mari.models_alone(9 if given.quick else given.rounds, given.quick)
+    with tempfile.TemporaryDirectory() as folder:
+        run, ranker = (given.run, given.ranker) if given.run else made(folder)
+        endpoint = endpoint_lines(run, ranker, 40 if given.quick else 200, given.quick)
+    training = training_line(10 if given.quick else 30)
+    print(json.dumps(headline(models, endpoint, training)), flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    cli.run(main)
