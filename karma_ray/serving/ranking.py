@@ -21,7 +21,7 @@ import torch
 
 from karma_ray.artifacts import exists, join, read_manifest, read_table
 from karma_ray.errors import InputError, KarmaRayError
-from karma_ray.ranking.batch import CtrBatch
+from karma_ray.ranking.batch import FIELDS, CtrBatch
 from karma_ray.ranking.features import similarity_features
 from karma_ray.ranking.load import KIND, Ranker
 from karma_ray.ranking.mari import with_request_side
@@ -93,7 +93,14 @@ class ServedRanker:
     """A CTR model beside the retriever whose candidates it rates. For one thread."""
 
     def __init__(self, ranker: Ranker, retriever: Retriever, mari: bool = True) -> None:
-        """Without `mari` the model stays as it was trained, to measure what that costs."""
+        """Without `mari` the model stays as it was trained, to measure what that costs.
+
+        Raises InputError on a model that reads more than a request and the catalogue have.
+        """
+        names: tuple[str, ...] = ranker.model.inputs  # type: ignore[assignment]
+        if unknown := [name for name in names if name not in FIELDS]:
+            problem = f"reads {', '.join(unknown)}, which no request has"
+            raise InputError("--ranker", ranker.config.family, problem)
         self._rows = ranker.rows(retriever.table.item_ids)  # [I] of the ranker, -1 for new items
         self._retriever, self._limit = retriever, ranker.config.max_history
         self.version = str(ranker.manifest.get("content_hash", ""))

@@ -239,3 +239,10 @@ def test_a_ranker_of_another_catalogue_is_refused(run: str, tmp_path: Path) -> N
     others = tiny_ranker.write_ranker(tmp_path, run, CONFIGS["din"], str(tmp_path / "few"))
     with pytest.raises(InputError, match=r"knows 12% of the items .* another catalogue"):
         Service.load(run, ranker=others)
+
+
+def test_a_model_that_reads_what_no_request_has_is_refused(endpoint) -> None:
+    ranker = load_ranker(endpoint.run2)
+    ranker.model.inputs = (*ranker.model.inputs, "later")
+    with pytest.raises(InputError, match="reads later, which no request has"):
+        ServedRanker(ranker, Retriever.load(endpoint.run))
