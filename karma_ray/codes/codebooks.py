@@ -8,7 +8,7 @@ Legend: n items, D width, L levels.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -101,7 +101,7 @@ class Codebooks:
             for name, values in level.arrays().items()
         }
         write_bytes(save(arrays), join(folder, TENSORS))
-        facts = {"config": asdict(self.config), "width": self.width, "fitted_on": self.fitted_on}
+        facts = {"config": self.config.plain(), "width": self.width, "fitted_on": self.fitted_on}
         parents = {"bundle": self.bundle}
         manifest = write_manifest(folder, MANIFEST_KIND, parents=parents, **facts)
         return str(manifest["content_hash"])

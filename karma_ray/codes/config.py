@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Annotated, Literal
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -47,6 +47,10 @@ class CodesConfig:
         check_ranges(self, "codes")
         if self.num_codes > MOST_CODES:
             raise InputError("codes.levels", self.levels, "makes more than 2^62 different codes")
+
+    def plain(self) -> dict[str, Any]:
+        """Return the choices as JSON values."""
+        return {**asdict(self), "fsq_levels": list(self.fsq_levels)}
 
     @property
     def last_codes(self) -> int:
