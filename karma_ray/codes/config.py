@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
 from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field
 
 from karma_ray.errors import InputError
-from karma_ray.ranges import Count, CountOrZero, check_ranges
+from karma_ray.ranges import Count, CountOrZero, check_ranges, validated
 
 Kind = Literal["res_kmeans_fsq", "rq_kmeans"]
 KINDS: tuple[Kind, ...] = ("res_kmeans_fsq", "rq_kmeans")
@@ -32,7 +34,7 @@ class CodesConfig:
     """Codewords of each level of k-means but the last."""
     fsq_levels: Annotated[
         tuple[Annotated[int, Field(ge=2, le=256)], ...], Field(min_length=1, max_length=16)
-    ] = (4, 4, 4, 4)
+    ] = (8, 8, 4)
     """Values of each dimension of FSQ. Their product is the number of codes of the last level, of
     both kinds, so that both have the same number of codes altogether."""
     sample: Count = 262_144
@@ -66,3 +68,28 @@ class CodesConfig:
     def num_codes(self) -> int:
         """Number of different codes of an item."""
         return math.prod(self.sizes)
+
+
+def config_of(assignments: Sequence[str], **known: Any) -> CodesConfig:
+    """Return the configuration that `codes.field=value` strings describe, beside `known` fields.
+
+    Raises InputError on an unknown field or a value out of range, with the choices.
+    """
+    names, values = [f"codes.{field.name}" for field in fields(CodesConfig)], dict(known)
+    for assignment in assignments:
+        name, separator, text = assignment.partition("=")
+        if not separator:
+            raise InputError("--set", assignment, "is not of the form codes.field=value")
+        if name.strip() not in names:
+            raise InputError("--set", name.strip(), "is not a known field", choices=names)
+        values[name.strip().removeprefix("codes.")] = _literal(text.strip())
+    config = validated(CodesConfig, values, "codes")
+    config.check()
+    return config
+
+
+def _literal(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

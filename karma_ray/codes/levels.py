@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     Codes = NDArray[np.int32]  # [n]
     Arrays = dict[str, NDArray[np.float32]]
 
-SPREAD = math.sqrt(2 / math.pi)
-"""A normal value of variance 1 times this, in a tanh, is almost evenly spread over -1 to 1: every
-level of FSQ is used about equally often."""
+MIDDLE = math.atanh(0.5)
+"""The tanh of half of all values lies within -1/2 to 1/2 if their median size is scaled to this,
+so the levels of FSQ are used about equally often. A deviation would not do, as few large residuals
+would set it and push all others into the middle levels."""
 
 
 class Level(Protocol):
@@ -81,10 +82,11 @@ class KMeansLevel:
 
 @dataclass(frozen=True)
 class FSQLevel:
-    """FSQ of the r main components of a residual, each scaled to variance 1 and then by SPREAD."""
+    """FSQ of the r main components of a residual, each scaled by its median size."""
 
     levels: tuple[int, ...]
     mean: NDArray[np.float32]  # [D]
+    """The mean, but the median along the components."""
     components: NDArray[np.float32]  # [r, D]
     scales: NDArray[np.float32]  # [r]
     values: NDArray[np.float32]  # [r, max(levels)]
@@ -104,8 +106,11 @@ class FSQLevel:
         largest = np.abs(components).argmax(1)  # a component has no sign of its own
         components = components * np.sign(components[np.arange(len(levels)), largest])[:, None]
         projected = centred @ components.T
-        deviation = projected.std(0)
-        scales = SPREAD / np.where(deviation > 0, deviation, 1.0)
+        centre = np.median(projected, axis=0)
+        mean, projected = mean + centre @ components, projected - centre
+        middle = np.median(np.abs(projected), axis=0)
+        middle = np.where(middle > 0, middle, projected.std(0))  # of many equal vectors
+        scales = MIDDLE / np.where(middle > 0, middle, 1.0)
         values = _means(projected, scales, levels)
         return cls(levels, *(a.astype(np.float32) for a in (mean, components, scales, values)))
 

@@ -9,6 +9,7 @@ import pytest
 
 from karma_ray.codes.codebooks import Codebooks, sample_of
 from karma_ray.codes.config import KINDS, CodesConfig
+from karma_ray.codes.quality import codebook_use
 from karma_ray.errors import InputError
 
 CONFIG = CodesConfig(levels=3, codewords=8, fsq_levels=(4, 5), iterations=10)
@@ -76,6 +77,15 @@ def test_stored_codebooks_give_the_same_codes(kind: str, tmp_path) -> None:
     assert np.array_equal(loaded.encode(drawn(seed=1)), books.encode(drawn(seed=1)))
     codes = books.encode(drawn())
     assert np.array_equal(loaded.decode(codes), books.decode(codes))
+
+
+def test_few_large_residuals_do_not_push_the_others_into_one_code() -> None:
+    vectors = np.random.default_rng(0).normal(size=(2000, 4)).astype(np.float32)
+    vectors[:20] *= 1000
+    books = Codebooks.fit(vectors, CodesConfig(levels=1, fsq_levels=(8, 5)))
+    codes = books.encode(vectors)
+    used, perplexity = codebook_use(codes[:, 0], 40)
+    assert used == 1 and perplexity > 30
 
 
 def test_only_the_last_level_tells_the_kinds_apart() -> None:

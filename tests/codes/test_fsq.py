@@ -39,13 +39,3 @@ def test_an_integer_stands_for_the_levels_of_all_dimensions() -> None:
     assert packed(np.array([[1, 2, 4]]), [8, 5, 5]).tolist() == [177]
     codes = np.arange(8 * 5 * 5)
     assert packed(unpacked(codes, [8, 5, 5]), [8, 5, 5]).tolist() == codes.tolist()
-
-
-def test_normal_values_use_the_levels_about_equally() -> None:
-    from karma_ray.codes.levels import SPREAD
-
-    values = np.random.default_rng(0).normal(size=(20_000, 1)) * SPREAD
-    for count in (4, 5, 8):
-        share = np.bincount(digits(values, [count])[:, 0], minlength=count) / len(values)
-        entropy = -(share * np.log(share)).sum()
-        assert entropy > 0.9 * math.log(count)
