@@ -6,14 +6,16 @@ Vectors are drawn as embeddings lie (benchmarks/index.py). Both kinds of codes a
 ResidualQuantizer of the same shape (three levels of 256 codes; its beam of one item is the greedy
 assignment, its default of five is the slower search) are fitted on the same sample and assign the
 same vectors, each in a process of its own. JSON lines, one for each way; the last line is the
-headline: items a second of `res_kmeans_fsq`, and the time at 10,000,000 items on this machine's
-cores. Peak memory is the process', without the vectors, which are mapped from a file.
+headline: items a second of `res_kmeans_fsq`, and the time at 10,000,000 items, on one core. Times
+are CPU seconds of one thread, so that other work on the machine counts little. Peak memory is what
+the process takes beside its libraries, with the pages that it has mapped of the file of vectors,
+which a system short of memory takes back.
 """
 
 from __future__ import annotations
 
 import json
-import resource
+import os
 import subprocess
 import sys
 import tempfile
@@ -33,6 +35,7 @@ from karma_ray.codes.quality import coded, collisions
 
 WAYS = (*KINDS, "faiss, beam 1", "faiss, beam 5")
 LARGE = 10_000_000
+ALONE = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -56,7 +59,9 @@ def main(argv: list[str] | None = None) -> None:
             np.save(path, drawn(count, arguments.width, 1)[0])
             for way in WAYS:
                 command = [sys.executable, __file__, "--one", way, path, "--sample", str(sample)]
-                said = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+                said = subprocess.run(
+                    command, check=True, capture_output=True, text=True, env=ALONE
+                ).stdout
                 lines.append(json.loads(said.splitlines()[-1]))
                 print(json.dumps(lines[-1]), flush=True)
     print(json.dumps(headline(lines[-len(WAYS) :])))
@@ -80,28 +85,29 @@ def headline(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def measured(way: str, path: str, sample: int) -> dict[str, Any]:
-    """Fit and assign in one way; times are wall-clock on all cores."""
+    """Fit and assign in one way."""
     vectors = np.load(path, mmap_mode="r")
-    before = _anonymous()
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     config = CodesConfig(kind=way if way in KINDS else "rq_kmeans", sample=sample)  # type: ignore[arg-type]
-    started = time.perf_counter()
+    started = time.process_time()
     if way in KINDS:
         books = Codebooks.fit(vectors, config)
-        fitted = time.perf_counter()
+        fitted = time.process_time()
         codes, tally = coded(books, vectors)
         error = tally.square_errors[-1] / tally.variance
     else:
         quantiser = trained(vectors, config, int(way.split()[-1]))
-        fitted = time.perf_counter()
+        fitted = time.process_time()
         codes, error = assigned(quantiser, vectors)
-    seconds = time.perf_counter() - fitted
+    seconds = time.process_time() - fitted
     return {
         "way": way, "items": len(vectors), "width": vectors.shape[1], "sample": sample,
         "fit_seconds": round(fitted - started, 2),
         "items_per_second": round(len(vectors) / seconds),
         "collision_rate": round(collisions(codes, config.sizes)[0], 4),
         "error": round(error, 4),
-        "peak_mib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024 - before),
+        "peak_mib": round(_resident("VmHWM") - before),
     }  # fmt: skip
 
 
@@ -129,9 +135,10 @@ def assigned(quantiser: Any, vectors: np.ndarray) -> tuple[np.ndarray, float]:
     return np.concatenate(codes), rest / variance
 
 
-def _anonymous() -> float:
-    """MiB of this process before any work."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def _resident(field: str) -> float:
+    """Return VmRSS, what is in memory, or VmHWM, the most that was, in MiB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1]) / 1024
 
 
 if __name__ == "__main__":
