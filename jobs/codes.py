@@ -11,17 +11,20 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.artifacts import RunFolder
 from karma_ray.cli import parser, run
 from karma_ray.cluster.codes import code_items
+from karma_ray.codes.alignment import DEPTH
 from karma_ray.codes.comparison import compare, floor_of, table_of
 from karma_ray.codes.config import KINDS, CodesConfig, config_of
 from karma_ray.config import describe_fields
 from karma_ray.data.vectors import mapped_vectors
 from karma_ray.errors import InputError
+from karma_ray.retrieval.aligned import FOLDER, align_run
 from karma_ray.retrieval.parts import served
 from karma_ray.retrieval.retriever import require_part
 
@@ -52,18 +55,28 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument(
         "--seeds", type=int, help="seeds of each kind under --compare, from codes.seed on (1)"
     )
+    flags.add_argument(
+        "--aligned", action="store_true",
+        help="align the embeddings with co-clicks of the training data first, in "
+        "RUN/aligned_embeddings, and make RUN/item_codes-aligned of them",
+    )  # fmt: skip
+    flags.add_argument("--data", help="prepared data for --aligned (default: the run's data)")
     arguments = flags.parse_args(argv)
     check_flags(arguments)
     kind = {"kind": arguments.kind} if arguments.kind else {}
     config = config_of(arguments.assignments, **kind)
     folder = served(arguments.run)
     require_part(arguments.run, folder.item_embeddings, "jobs/embed.py RUN")
+    embeddings, name = folder.item_embeddings, "item_codes"
+    if arguments.aligned:
+        print(said_of(align_run(arguments.run, arguments.data)))
+        embeddings, name = RunFolder(arguments.run).path(FOLDER), "item_codes-aligned"
     if arguments.compare:
-        print(comparison(folder.item_embeddings, config, arguments.seeds or 1))
+        print(comparison(embeddings, config, arguments.seeds or 1))
         return
-    out = arguments.out or RunFolder(arguments.run).path("item_codes")
+    out = arguments.out or RunFolder(arguments.run).path(name)
     started = time.monotonic()
-    facts = code_items(folder.item_embeddings, out, config, arguments.codebooks, arguments.actors)
+    facts = code_items(embeddings, out, config, arguments.codebooks, arguments.actors)
     seconds = time.monotonic() - started
     shown = facts["config"]
     print(
@@ -86,6 +99,11 @@ def check_flags(arguments) -> None:  # type: ignore[no-untyped-def]
         raise InputError("--codebooks", arguments.codebooks, problem)
     if arguments.compare and arguments.out:
         raise InputError("--out", arguments.out, "is not written by --compare")
+    if arguments.data and not arguments.aligned:
+        raise InputError("--data", arguments.data, "is read by --aligned alone")
+    if arguments.aligned and arguments.codebooks:
+        problem = "are of embeddings that are not aligned anew; it goes with no --aligned"
+        raise InputError("--codebooks", arguments.codebooks, problem)
     if arguments.seeds is not None and (arguments.seeds < 1 or not arguments.compare):
         raise InputError("--seeds", arguments.seeds, "is a number from 1 on, for --compare")
 
@@ -97,6 +115,16 @@ def comparison(embeddings: str, config: CodesConfig, num_seeds: int) -> str:
     seeds = "1 seed" if num_seeds == 1 else f"{num_seeds} seeds: mean ± standard deviation"
     head = f"{len(vectors)} items x {vectors.shape[1]}, codes {sizes_of(config.sizes)}, {seeds}"
     return f"{head}\n{table_of(found, config.sizes)}\n{floor_of(vectors)}"
+
+
+def said_of(aligned: dict[str, Any]) -> str:
+    """Return what alignment found, as text."""
+    return (
+        f"aligned on {aligned['trained_on']} pairs ({aligned['related_pairs']} of "
+        f"{aligned['co_click_pairs']} co-clicks are related by their texts); of "
+        f"{aligned['held_out']} others {aligned['pair_recall_after']:.4f} have the other item "
+        f"among {DEPTH} neighbours, before {aligned['pair_recall_before']:.4f}"
+    )
 
 
 def sizes_of(sizes: list[int]) -> str:
