@@ -119,7 +119,7 @@ def align(vectors: NDArray[np.float32], pairs: Pairs, config: AlignmentConfig) -
         first, second = (centred[some[:, side]] @ weight.T for side in (0, 1))
         loss = contrastive(first, second, torch.from_numpy(some), config.temperature).mean()
         optimiser.zero_grad()
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         optimiser.step()
     found = weight.detach().numpy()
     before, after = (pair_recall(v, tested) for v in (vectors, centred.numpy() @ found.T))
