@@ -78,8 +78,13 @@ def main(argv: list[str] | None = None) -> None:
     started = time.monotonic()
     facts = code_items(embeddings, out, config, arguments.codebooks, arguments.actors)
     seconds = time.monotonic() - started
+    print(summary(facts, out, seconds))
+
+
+def summary(facts: dict[str, Any], out: str, seconds: float) -> str:
+    """Return the closing screen."""
     shown = facts["config"]
-    print(
+    return (
         f"{facts['num_items']} items with codes {sizes_of(facts['sizes'])} of kind "
         f"{shown['kind']}, fitted on {facts['fitted_on']} items, in {seconds:.0f} s\n"
         f"  collision rate    {facts['collision_rate']:>10.4f}   share of items whose code another "
