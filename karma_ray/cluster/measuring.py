@@ -61,7 +61,9 @@ def enlist_on_ray(share: Share, most: int, bundle: str) -> list[Iterator[NDArray
 def _ranking(shared: list[ray.ObjectRef], rank: int, count: int) -> Iterator[NDArray[Any]]:
     """Run as a task that yields values as soon as they are there."""
     share: Share = ray.get(shared[0])
-    yield from share(rank, count)
+    # Not `yield from`, which would pass on what Ray sends to generators.
+    for values in share(rank, count):  # noqa: UP028
+        yield values
 
 
 def _call(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
