@@ -40,11 +40,10 @@ class Run:
         self.run = str(folder / "run")
         train_run(self.config, shop, self.run, cache=str(folder / "cache"), is_tested=False)
 
-    def assessed(self, out: Path, enlist: Enlist | None) -> dict[str, Any]:
-        """What an evaluation finds, with the content of its files; it measures all floors."""
-        stage = finished_stage(self.run, self.source.items_uri)
-        cache = str(out / "cache")
-        found = assess(self.config, self.source, self.run, stage, cache, str(out), enlist)
+    def assessed(self, out: Path, enlist: Enlist, cache: Path | None = None) -> dict[str, Any]:
+        """What an evaluation finds, with the content of its files; `cache` may know the floors."""
+        stage, known = finished_stage(self.run, self.source.items_uri), str(cache or out)
+        found = assess(self.config, self.source, self.run, stage, known, str(out), enlist)
         outcomes = [Path(out, "outcomes", name).read_bytes() for name in FILES]
         return {"metrics": found, "outcomes": outcomes, "floors": read_json(f"{out}/floors.json")}
 
@@ -61,7 +60,8 @@ def run(shop: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
 @pytest.fixture(scope="module")
 def alone(run: Run, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What this process finds by itself, as an evaluation that is short asks nobody else."""
-    return run.assessed(tmp_path_factory.mktemp("alone"), nobody)
+    folder = tmp_path_factory.mktemp("alone")
+    return {**run.assessed(folder, nobody), "cache": folder}
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_three_processes_find_what_one_finds(
         assert Path(bundle, "manifest.json").exists()
         return [share(1, 3), share(2, 3)]
 
-    assert run.assessed(tmp_path, enlist) == alone
+    assert {**run.assessed(tmp_path, enlist), "cache": alone["cache"]} == alone
     assert asked[0] > 2 and alone["metrics"]["paraphrased/share_rewritten"] > 0
     assert {"popularity", "tfidf", "oracle"} <= alone["floors"].keys()
 
@@ -99,5 +99,6 @@ def test_a_task_of_ray_ranks_what_is_left_to_it(
         started.append(len(others))
         return others
 
-    assert run.assessed(tmp_path, enlist) == alone
+    found = run.assessed(tmp_path, enlist, alone["cache"])
+    assert {**found, "cache": alone["cache"]} == alone
     assert started == [1]
