@@ -1,4 +1,4 @@
-"""Embedding of the catalogue on Ray Data, by a pool of encoders over ranges of rows.
+"""Embedding of the catalogue on Ray, by a pool of encoders over ranges of rows.
 
 Workers read texts from the node's memory-mapped catalogue and write their parts themselves, so only
 row numbers are sent to them.
@@ -6,18 +6,14 @@ row numbers are sent to them.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import pyarrow as pa
-import ray.data
 import torch
 
-from karma_ray.artifacts import open_filesystem
-from karma_ray.cluster.accelerators import GPU, device_here, encoders
+from karma_ray.cluster.accelerators import GPU, device_here, encoders, memory_for
+from karma_ray.cluster.pool import encoded
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.supply import supply
 from karma_ray.cluster.waiting import telling, topic_of
@@ -26,21 +22,17 @@ from karma_ray.model.device import cpu_computes_bfloat16, may_use_gpus
 from karma_ray.retrieval.embedding import PART_ITEMS, embed_catalog, known_precision
 from karma_ray.retrieval.part_encoder import Embedding, Part, PartEncoder
 
-BASE_MEMORY = 1 << 30
-"""Bytes that an encoder needs beside its weights, roughly: libraries, texts and activations."""
-
 
 class EmbeddingActor:
     """An actor with a bundle's item encoder and the node's catalogue."""
 
     def __init__(self, of: Embedding, topic: str) -> None:
         torch.set_num_threads(1)
-        self.encode = PartEncoder(of, device_here(topic))
+        self.parts = PartEncoder(of, device_here(topic))
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Encode one part, write it, and return its facts as JSON."""
-        (described,) = batch.to_pylist()
-        return pa.table({"facts": [json.dumps(self.encode(Part(**described)))]})
+    def encode(self, part: Part) -> dict[str, Any]:
+        """Encode one part, write it, and return its facts."""
+        return self.parts(part)
 
 
 def embed_items(
@@ -70,21 +62,11 @@ def encode_on_ray(
 ) -> Iterator[dict[str, Any]]:
     """Encode parts with `num_actors` encoders, or as many as there is room for."""
     connect()
-    memory = BASE_MEMORY + 2 * _bytes_of(of.bundle)  # weights, and a copy while they are loaded
     asked = None if num_actors is None else min(num_actors, len(parts))
-    pool = encoders(f"embedding {_num_items(parts)} items", len(parts), asked, memory=memory)
-    # Of items, whose blocks are made here: `range` makes its blocks by tasks that wait for CPUs.
-    described = [asdict(part) for part in parts]
-    encoded = ray.data.from_items(described, override_num_blocks=len(described)).map_batches(
-        EmbeddingActor,
-        fn_constructor_args=(of, topic_of("embedding")),
-        batch_size=1,
-        batch_format="pyarrow",
-        **pool.options,
-    )
+    purpose, memory = f"embedding {_num_items(parts)} items", memory_for(of.bundle)
+    pool = encoders(purpose, len(parts), asked, memory=memory)
     with telling("embedding", pool.need, pool.size):
-        for row in encoded.iter_rows():
-            yield json.loads(row["facts"])
+        yield from encoded(pool, EmbeddingActor, (of, topic_of("embedding")), parts)
 
 
 def _precision() -> str:
@@ -95,9 +77,3 @@ def _precision() -> str:
 
 def _num_items(parts: list[Part]) -> int:
     return sum(part.end - part.first for part in parts)
-
-
-def _bytes_of(folder: str) -> int:
-    """Return the size of a folder's files."""
-    fs, path = open_filesystem(folder)
-    return int(fs.du(path))

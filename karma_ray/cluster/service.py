@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from karma_ray.cluster.serving import MAX_QUEUED, Replicas, application_of
+from karma_ray.cluster.serving import Replicas, application_of
 from karma_ray.serving.host import Options
 from karma_ray.serving.live import check_source
 from karma_ray.serving.precision import Precision
@@ -28,8 +28,9 @@ class ServiceArguments(BaseModel):
     """Copies of decoder and index."""
     max_replicas: int | None = Field(default=None, ge=1)
     """If larger, copies are added up to this number by load, and removed again."""
-    max_queued_requests: int = Field(default=MAX_QUEUED, ge=1)
-    """Requests that may wait for a replica; further ones get the status 503."""
+    max_queued_requests: int | None = Field(default=None, ge=1)
+    """Requests that may wait for a replica; further ones get the status 503. By default a replica
+    takes as many as it answers in twice the time that it takes with sixteen clients."""
     compare: str | None = None
     """URI of a second run that the search page shows beside the first."""
     precision: Precision = "auto"

@@ -158,9 +158,14 @@ class Measurement:
                 done = start + block.num_rows
                 logger.info("evaluated %d of %d examples, %.0f s", done, num, reported - started)
         # Every value is zero but with the worker that scored its block.
-        self.ranks, self.query_ranks = workers.add(self.ranks), workers.add(self.query_ranks)
-        self.js, self.js_excl = workers.add(self.js), workers.add(self.js_excl)
-        self.pair_scores = workers.add(self.pair_scores)
+        self.ranks, self.query_ranks, self.js, self.js_excl, self.pair_scores = map(
+            workers.add, self.values
+        )
+
+    @property
+    def values(self) -> list[NDArray[Any]]:
+        """What workers add up, in this order."""
+        return [self.ranks, self.query_ranks, self.js, self.js_excl, self.pair_scores]
 
     def _take(self, start: int, scores: ScoreBlock) -> None:  # scores [b, I]
         here = slice(start, start + scores.shape[0])

@@ -31,8 +31,6 @@ from karma_ray.serving.users import LocalUsers, UserStore
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAX_WAITING = 64
-"""Requests that may wait for the compute thread; further ones get the status 503."""
 MAX_SLOTS = 2048
 """Slots of the user decoder, at most, that the requests of one batch run together."""
 CACHE_BYTES = 2**29
@@ -60,9 +58,13 @@ class Service:
         users: UserStore | None = None,
         *,
         cache_bytes: int = CACHE_BYTES,
-        max_waiting: int = MAX_WAITING,
+        max_waiting: int | None = None,
     ) -> None:
-        """`users` are stored in this process unless told otherwise."""
+        """`users` are stored in this process unless told otherwise.
+
+        `max_waiting` requests may wait for the compute thread, and further ones get the status 503;
+        by default as many as keep the time of each short (batching.py).
+        """
         self.arms = live if isinstance(live, Arms) else _alone(Engine(live, cache_bytes))
         self.users = users or LocalUsers()
         self.measures = Measures(lambda: self._batcher.num_waiting, lambda: self.engine.cache)
