@@ -45,6 +45,10 @@ def main(argv: list[str] | None = None) -> None:
         help="a second run that the search page shows beside it",
     )  # fmt: skip
     flags.add_argument(
+        "--ranker", metavar="RUN",
+        help="a finished run of a ctr_ recipe, which orders candidates at /v1/rank",
+    )  # fmt: skip
+    flags.add_argument(
         "--log-requests", metavar="PATH|-", help="append a JSON line per request (- is the screen)"
     )
     flags.add_argument(
@@ -65,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
             f"Try:\n{curl_example(url, ids)}", flush=True,
         )  # fmt: skip
 
-    options = Options(arguments.compare, arguments.precision, log)
+    options = Options(arguments.compare, arguments.precision, log, arguments.ranker)
     if arguments.without_ray:
         serve_here(arguments.run, arguments.host, arguments.port, announce, options)
         return

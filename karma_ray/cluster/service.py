@@ -33,6 +33,8 @@ class ServiceArguments(BaseModel):
     takes as many as it answers in twice the time that it takes with sixteen clients."""
     compare: str | None = None
     """URI of a second run that the search page shows beside the first."""
+    ranker: str | None = None
+    """URI of a finished run of a ctr_ recipe, which orders candidates at `/v1/rank`."""
     precision: Precision = "auto"
     """In which the user decoder computes; `auto` is bfloat16 on a GPU and float32 on a CPU."""
 
@@ -44,10 +46,10 @@ def application(given: dict[str, Any]) -> serve.Application:
     the text of one.
     """
     arguments = ServiceArguments.model_validate(given)
-    for source in (arguments.run, arguments.compare):
+    for source, ranker in ((arguments.run, arguments.ranker), (arguments.compare, None)):
         if source is not None:
-            check_source(source)
+            check_source(source, ranker)
     most = max(arguments.num_replicas, arguments.max_replicas or 0)
     replicas = Replicas(arguments.num_replicas, most)
-    options = Options(arguments.compare, arguments.precision)
+    options = Options(arguments.compare, arguments.precision, ranker=arguments.ranker)
     return application_of(arguments.run, replicas, arguments.max_queued_requests, options)

@@ -91,14 +91,13 @@ def serve_run(
     check_port(port)
     # Replicas have another working directory, where a relative path would not be found.
     run = absolute(run)
-    if options.compare is not None:
-        options = replace(options, compare=absolute(options.compare))
+    options = _absolute(options)
     # In an existing cluster the head node opens the port, whichever node asks.
     reserved = nullcontext if joins_a_cluster() else partial(held_port, host, port)
     with reserved():
-        for source in (run, options.compare):  # fails here instead of in a replica
-            if source is not None:
-                load_embeddings(check_source(source).item_embeddings)
+        for source, ranker in ((run, options.ranker), (options.compare, None)):
+            if source is not None:  # fails here instead of in a replica
+                load_embeddings(check_source(source, ranker).item_embeddings)
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
     def start() -> None:
@@ -121,6 +120,14 @@ def serve_run(
         run_until_signal(start, _take_down, STOP_CLUSTER_S if joins_a_cluster() else STOP_LOCAL_S)
     start()
     return url
+
+
+def _absolute(options: Options) -> Options:
+    """Return options whose runs are found from any working directory."""
+    compare, ranker = (
+        None if run is None else absolute(run) for run in (options.compare, options.ranker)
+    )
+    return replace(options, compare=compare, ranker=ranker)
 
 
 def _direct(port: int) -> dict[str, str]:

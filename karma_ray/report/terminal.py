@@ -52,12 +52,10 @@ def _ctr_summary(record: RunRecord) -> str:
     """Return the closing screen of a CTR model."""
     from karma_ray.report.ctr_page import ctr_bars, ctr_sentences, ctr_title
 
-    places = _places(record)[:-1]
-    again = f"next        python jobs/evaluate.py {shlex.quote(record.run)}"
     blocks = [
         _wrapped([ctr_title(record)]), _wrapped(ctr_sentences(record)), ctr_bars(record),
         _wrapped([*record.labels(), *_quarantine(record)]), _wrapped(cost_sentences(record)),
-        [*places, again],
+        _places(record),
     ]  # fmt: skip
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -134,4 +132,7 @@ def _alarms(record: RunRecord) -> list[str]:
 def _next_command(record: RunRecord) -> str:
     if not record.is_trained:
         return "python jobs/train.py --recipe karma_text (and the same --data)"
+    if record.is_ctr:
+        recalls = record.config.get("ranking", {}).get("vectors") or "RUN"
+        return shlex.join(["python", "jobs/serve.py", recalls, "--ranker", record.run])
     return f"python jobs/serve.py {shlex.quote(record.run)}"

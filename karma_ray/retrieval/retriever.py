@@ -215,8 +215,8 @@ class Retriever:
         with torch.inference_mode():
             items = self.interest.index_vectors(self.embeddings[torch.from_numpy(rows[known])])
             values = items.float().cpu().numpy() @ vectors.T
-        for position, value in zip(known, values, strict=True):
-            scores[position] = float(value.max())
+        for position, value in zip(known.tolist(), values.max(1).tolist(), strict=True):
+            scores[position] = value
         return Scores(scores, self._unknown(request))
 
     def candidate_rows(self, item_ids: Sequence[str]) -> NDArray[np.int64]:  # [n]

@@ -31,8 +31,6 @@ from karma_ray.metrics.collapse import spread
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.runs.ctr_assessment import assess_ctr
-
-
 from karma_ray.runs.evaluation_shares import Enlist, enlisted
 from karma_ray.runs.evaluator import Evaluator
 from karma_ray.runs.floor_metrics import FloorFile, floor_metrics
