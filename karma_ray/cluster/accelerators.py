@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import ray
+import ray.data
 import torch
 from ray.experimental.internal_kv import _internal_kv_put
 from ray.train.torch import get_device
@@ -68,9 +70,13 @@ class Pool:
         return {"GPU": self.num_gpus} if self.num_gpus else {"CPU": ENCODER_CPUS}
 
     @property
-    def num_cpus(self) -> float:
-        """CPUs of each encoder; one on a GPU has its CPU anyway."""
-        return 0.0 if self.num_gpus else ENCODER_CPUS
+    def options(self) -> dict[str, Any]:
+        """How `map_batches` runs the pool: beside it there is always room for a writer."""
+        return {
+            "compute": ray.data.ActorPoolStrategy(size=self.size),
+            "num_cpus": 0 if self.num_gpus else ENCODER_CPUS,
+            "num_gpus": self.num_gpus,
+        }
 
 
 def encoders(

@@ -1,4 +1,4 @@
-"""Embedding of the catalogue on Ray, by a pool of encoders over ranges of rows.
+"""Embedding of the catalogue on Ray Data, by a pool of encoders over ranges of rows.
 
 Workers read texts from the node's memory-mapped catalogue and write their parts themselves, so only
 row numbers are sent to them.
@@ -6,14 +6,17 @@ row numbers are sent to them.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
+import pyarrow as pa
+import ray.data
 import torch
 
 from karma_ray.cluster.accelerators import GPU, device_here, encoders, memory_for
-from karma_ray.cluster.pool import encoded
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.supply import supply
 from karma_ray.cluster.waiting import telling, topic_of
@@ -28,11 +31,12 @@ class EmbeddingActor:
 
     def __init__(self, of: Embedding, topic: str) -> None:
         torch.set_num_threads(1)
-        self.parts = PartEncoder(of, device_here(topic))
+        self.encode = PartEncoder(of, device_here(topic))
 
-    def encode(self, part: Part) -> dict[str, Any]:
-        """Encode one part, write it, and return its facts."""
-        return self.parts(part)
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Encode one part, write it, and return its facts as JSON."""
+        (described,) = batch.to_pylist()
+        return pa.table({"facts": [json.dumps(self.encode(Part(**described)))]})
 
 
 def embed_items(
@@ -65,8 +69,18 @@ def encode_on_ray(
     asked = None if num_actors is None else min(num_actors, len(parts))
     purpose, memory = f"embedding {_num_items(parts)} items", memory_for(of.bundle)
     pool = encoders(purpose, len(parts), asked, memory=memory)
+    # Of items, whose blocks are made here: `range` makes its blocks by tasks that wait for CPUs.
+    described = [asdict(part) for part in parts]
+    encoded = ray.data.from_items(described, override_num_blocks=len(described)).map_batches(
+        EmbeddingActor,
+        fn_constructor_args=(of, topic_of("embedding")),
+        batch_size=1,
+        batch_format="pyarrow",
+        **pool.options,
+    )
     with telling("embedding", pool.need, pool.size):
-        yield from encoded(pool, EmbeddingActor, (of, topic_of("embedding")), parts)
+        for row in encoded.iter_rows():
+            yield json.loads(row["facts"])
 
 
 def _precision() -> str:

@@ -1,4 +1,4 @@
-"""The executor of a run on Ray: Ray prepares, embeds and measures, Ray Train trains."""
+"""The executor of a run on Ray: Ray prepares and measures, Ray Data embeds, Ray Train trains."""
 
 from __future__ import annotations
 

@@ -1,18 +1,21 @@
-"""Visual features of item images, computed by a pool of encoders on Ray."""
+"""Visual features of item images, computed by a pool of encoders on Ray Data."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import ray
+import ray.data
 import torch
 
 from karma_ray.cluster.accelerators import device_here, encoders
-from karma_ray.cluster.pool import encoded
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.data.fragments import Fragment
@@ -41,18 +44,22 @@ class FeatureEncoder:
     """An actor with an encoder and the kind of each row of items/."""
 
     def __init__(
-        self, make: Fitted | Loaded, items: str, kinds: list[ray.ObjectRef], work: WorkFolder,
+        self, make: Fitted | Loaded, items: str, kinds: ray.ObjectRef, work: WorkFolder,
         topic: str,
     ) -> None:  # fmt: skip
         torch.set_num_threads(1)
         device_here(topic)  # tells the driver if the GPU is one in name only
         self.encoder, self.items, self.work = make(), items, work
-        self.kinds = ray.get(kinds[0])
+        self.kinds = ray.get(kinds)
 
-    def encode(self, fragment: Fragment) -> Part:
-        """Encode one row group, given by its reference, and return its part."""
-        rows = rows_of(fragment, self.kinds)
-        return encode_fragment(fragment, self.items, rows, self.encoder, self.work)
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Encode one row group, given by its reference, and return its part as JSON."""
+        (described,) = batch.to_pylist()
+        fragment = Fragment(**described)
+        part = encode_fragment(
+            fragment, self.items, rows_of(fragment, self.kinds), self.encoder, self.work
+        )
+        return pa.table({"part": [json.dumps(asdict(part))]})
 
 
 def encode_on_ray(
@@ -69,7 +76,14 @@ def encode_on_ray(
         return
     connect()
     pool = encoders("encoding images", len(fragments), num_actors, on_gpus=make.uses_gpu)
-    # In a list, as a restarted actor may not get an argument that is an object of the store.
-    made_of = (make, items, [ray.put(kinds)], work, topic_of("encoding images"))
+    described = [asdict(fragment) for fragment in fragments]
+    encoded = ray.data.from_items(described, override_num_blocks=len(described)).map_batches(
+        FeatureEncoder,
+        fn_constructor_args=(make, items, ray.put(kinds), work, topic_of("encoding images")),
+        batch_size=1,
+        batch_format="pyarrow",
+        **pool.options,
+    )
     with telling("encoding images", pool.need, pool.size):
-        yield from encoded(pool, FeatureEncoder, made_of, fragments)
+        for row in encoded.iter_rows():
+            yield Part(**json.loads(row["part"]))

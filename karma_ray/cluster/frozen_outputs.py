@@ -1,4 +1,4 @@
-"""The outputs of frozen layers with a pool of encoders on Ray.
+"""The outputs of frozen layers with a pool of encoders on Ray Data.
 
 Workers read the text from their node's catalogue, so only numbers of portions travel there, and
 states travel back to the process that writes the file.
@@ -9,12 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
 import torch
 
 from karma_ray.cluster.accelerators import device_here, encoders
-from karma_ray.cluster.pool import encoded
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.waiting import telling, topic_of
+from karma_ray.model.frozen_states import KINDS
 from karma_ray.runs.frozen_outputs import FrozenOutputs
 
 
@@ -26,9 +29,11 @@ class PortionEncoder:
         # Without a topic this is no worker that Ray has given a device.
         self.portions = outputs.portions(device_here(topic) if topic else None)
 
-    def encode(self, number: int) -> tuple[int, np.ndarray]:
-        """Return the number of a portion and its states."""
-        return number, self.portions.portion(number)
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Numbers of portions -> the states of each, as bytes."""
+        numbers = batch.column("item").to_pylist()
+        states = [self.portions.portion(number).tobytes() for number in numbers]
+        return pa.table({"number": numbers, "states": pa.array(states, pa.binary())})
 
 
 def encode_on_ray(
@@ -37,6 +42,14 @@ def encode_on_ray(
     """Compute portions on all GPUs that the cluster has or may add, or else on its CPUs."""
     connect()
     pool = encoders("computing the outputs of frozen layers", len(missing))
-    made_of = (outputs, topic_of("frozen layers"))
+    encoded = ray.data.from_items(missing, override_num_blocks=max(1, len(missing))).map_batches(
+        PortionEncoder,
+        fn_constructor_args=(outputs, topic_of("frozen layers")),
+        batch_size=1,
+        batch_format="pyarrow",
+        **pool.options,
+    )
     with telling("frozen layers", pool.need, pool.size):
-        yield from encoded(pool, PortionEncoder, made_of, missing)
+        for row in encoded.iter_rows():
+            states = np.frombuffer(row["states"], KINDS[outputs.precision])
+            yield int(row["number"]), states.reshape(-1, width)

@@ -1,4 +1,4 @@
-"""Frozen visual features of item images, computed in this process or by a pool on Ray.
+"""Frozen visual features of item images, computed in this process or by a pool on Ray Data.
 
 Only references to row groups are sent to the encoders. An encoder reads its images itself, writes
 their features to the work folder and returns counts and sums. Parts that an interrupted job has
