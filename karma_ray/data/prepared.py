@@ -202,12 +202,12 @@ class QueryMatches:
         return found if found.size else self._all
 
     def _lexical(self, query: str) -> np.ndarray:
-        postings = self._catalog.derived(Postings.of)
-        lists = sorted((postings.rows(term) for term in terms(query)), key=len)
-        found = lists[0] if lists else np.empty(0, dtype=np.int64)
-        for rows in lists[1:]:
-            found = np.intersect1d(found, rows, assume_unique=True)
-        return found
+        return self._catalog.derived(Postings.of).with_all(terms(query))
+
+    @property
+    def known_queries(self) -> list[str]:
+        """The queries whose items the truth table says."""
+        return list(self._truth)
 
 
 @dataclass(frozen=True)
@@ -238,3 +238,11 @@ class Postings:
         if (number := self.numbers.get(term)) is None:
             return np.empty(0, dtype=np.int64)
         return self.items[self.ends[number] : self.ends[number + 1]].astype(np.int64)
+
+    def with_all(self, wanted: set[str]) -> np.ndarray:
+        """Return the rows [m] int64, ascending, of the items with every term; none for no term."""
+        lists = sorted((self.rows(term) for term in wanted), key=len)
+        found = lists[0] if lists else np.empty(0, dtype=np.int64)
+        for rows in lists[1:]:
+            found = np.intersect1d(found, rows, assume_unique=True)
+        return found
