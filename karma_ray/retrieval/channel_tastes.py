@@ -9,6 +9,7 @@ Legend: I items, A attributes, M matching items, V values of an attribute, T ste
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -48,6 +49,12 @@ class Tastes:
         shape = (len(columns), len(clicks))
         order = np.argsort(-clicks, kind="stable").astype(np.int32)
         return cls(clicks, order, np.array(columns, np.int32).reshape(shape), base)
+
+    @cached_property
+    def mean_log_clicks(self) -> float:
+        """The mean of log(1 + clicks) over items with a click."""
+        clicked = self.clicks[self.clicks > 0]
+        return float(np.log1p(clicked).mean()) if len(clicked) else 0.0
 
     def gains(self, history: Rows) -> list[NDArray[np.float64]]:  # [T] -> [V + 1] each
         """Return what each value of each attribute adds to the affinity; a missing one adds 0."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from karma_ray.errors import SkewError
+from karma_ray.retrieval.blended import with_channels
 from karma_ray.retrieval.requests import Request
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving.arms import Arm, Arms
@@ -30,13 +31,16 @@ MAX_RETRY_S = 60.0
 """Longest wait before something that could not be loaded is tried again."""
 
 
-def load_engine(arm: LiveRun, cache_bytes: int, precision: str = "float32") -> Engine:
+def load_engine(
+    arm: LiveRun, cache_bytes: int, precision: str = "float32", channels: str = "auto"
+) -> Engine:
     """Load what an arm names, and answer a request with it, so that the first user need not wait.
 
     Raises SkewError if the run holds another model than was published, or KarmaRayError.
     """
     folder = usable_folder(arm)
-    engine = Engine(Retriever.load(folder), cache_bytes, precision, folder.root)
+    retriever = with_channels(Retriever.load(folder), folder, channels)
+    engine = Engine(retriever, cache_bytes, precision, folder.root)
     if engine.version != arm.version:
         if engine.version["model_version"] != arm.model_version:
             raise SkewError(

@@ -69,6 +69,8 @@ class Options:
     """In which the user decoder computes; see `precision.py`."""
     log: LogSettings | None = None
     """Where requests are logged."""
+    channels: str = "auto"
+    """Which lists answer: `dense`, `blend`, or `auto`, what validation prefers."""
 
 
 PLAIN = Options()
@@ -82,6 +84,7 @@ def load_app(run: str, host: str, options: Options, **loading: Any) -> FastAPI:
     `loading` goes to `Service.load`. Raises InputError, SkewError or KarmaRayError.
     """
     token, loading = token_from_environment(), {**loading, "precision": options.precision}
+    loading["channels"] = options.channels
     if options.compare is not None:
         check_source(options.compare)  # fails here, not after the first run has been loaded
     service = Service.load(run, **loading)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from karma_ray.retrieval.blended import with_channels
 from karma_ray.retrieval.delta import num_live
 from karma_ray.retrieval.filters import Filter
 from karma_ray.retrieval.parts import served
@@ -75,18 +76,20 @@ class Service:
     @classmethod
     def load(
         cls, source: str, num_threads: int = 1, *, cache_bytes: int = CACHE_BYTES,
-        precision: str = "auto", **options: Any,
+        precision: str = "auto", channels: str = "auto", **options: Any,
     ) -> Service:  # fmt: skip
         """Load a finished run, or what a live folder names, which is followed from then on.
 
-        Computes with `num_threads`, in `precision`. Raises as `Retriever.load` does.
+        Computes with `num_threads`, in `precision`; `channels` says which lists answer, as for
+        `with_channels`. Raises as it and `Retriever.load` do.
         """
         torch.set_num_threads(num_threads)
         if not is_live_folder(source):
             folder = served(source)
-            engine = Engine(Retriever.load(folder), cache_bytes, precision, folder.root)
+            retriever = with_channels(Retriever.load(folder), folder, channels)
+            engine = Engine(retriever, cache_bytes, precision, folder.root)
             return cls(_alone(engine), cache_bytes=cache_bytes, **options)
-        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes, precision))
+        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes, precision, channels))
         service = cls(follower.arms, cache_bytes=cache_bytes, **options)
         service.salt, service._follower = follower.live.salt, follower
         follower.start(service.swap, service.measures)
