@@ -41,6 +41,13 @@ FREE = ("seen",)
 """Features whose weight may be below 0: what was bought once may be wanted again, or never."""
 RECIPROCAL = tuple(f"rank_{name}" for name in LISTS)
 """Of each list: 1 / (60 + rank), 0 outside the list."""
+OF_LIST = {
+    DENSE: (DENSE, f"rank_{DENSE}"),
+    "bm25": ("bm25_query", "bm25_history", "rank_bm25"),
+    "affinity": ("affinity", "rank_affinity"),
+    "popularity": ("clicks", "clicks_or_mean", "rank_popularity"),
+}
+"""The features that each list brings."""
 FEATURES = (*SCORES, *RECIPROCAL)
 RANK_OFFSET = 60.0
 GROUPS = ("warm", "cold")
@@ -59,6 +66,8 @@ class Blend:
     """Whether validation says that the blend should answer unless told otherwise."""
     measured: Mapping[str, Any] = field(default_factory=dict)
     """What validation said."""
+    without: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    """The weights that were fitted without each of the lists, to know what it adds."""
 
     def is_dense(self, group: str) -> bool:
         """Whether the order is that of the model's score, so that nothing need be blended."""

@@ -26,6 +26,8 @@ from karma_ray.retrieval.blend import (
     FEATURES,
     FREE,
     GROUPS,
+    LISTS,
+    OF_LIST,
     RANK_OFFSET,
     RECIPROCAL,
     SCORES,
@@ -62,7 +64,7 @@ _BATCH = 64
 class Gathered:
     """Candidates of requests whose clicks are known."""
 
-    features: NDArray[np.float32]  # [C, F]
+    features: NDArray[np.float64]  # [C, F]
     ends: Numbers  # [B + 1]
     target: Numbers  # [B] place of the clicked item among all candidates, -1 if no list has it
     is_warm: Mask  # [B]
@@ -81,7 +83,7 @@ class Gathered:
             place = int(np.searchsorted(found.rows, target))
             there = place < len(found.rows) and found.rows[place] == target
             places.append(count + place if there else -1)
-            parts.append(found.features.astype(np.float32))
+            parts.append(found.features)
             warm.append(found.group == GROUPS[0])
             count += len(found.rows)
         users = examples.column("user_id").to_pylist()
@@ -90,21 +92,28 @@ class Gathered:
         return cls(np.concatenate(parts), ends, np.array(places, np.int64), np.array(warm, bool),
                    half, users)  # fmt: skip
 
-    def ranks(self, blend: Blend) -> Numbers:  # -> [B]
-        """Return the rank of each click among the candidates; ties count against it."""
+    def ranks(self, blend: Blend, without: str | None = None) -> Numbers:  # -> [B]
+        """Return the rank of each click among the candidates; ties count against it.
+
+        `without` names a list whose finds do not count, unless another list has them too.
+        """
         vectors = np.stack([blend.vector(group) for group in GROUPS])
         scores = np.empty(len(self.features))
         for request in range(len(self.target)):
             here = slice(self.ends[request], self.ends[request + 1])
             scores[here] = self.features[here] @ vectors[0 if self.is_warm[request] else 1]
+        if without is not None:
+            others = [FEATURES.index(f"rank_{name}") for name in LISTS if name != without]
+            scores[~self.features[:, others].any(1)] = -np.inf
         own = scores[np.maximum(self.target, 0)]
         ahead = np.add.reduceat(scores >= np.repeat(own, np.diff(self.ends)), self.ends[:-1])
-        found: Numbers = np.where(self.target >= 0, ahead, ranking.MISS)
+        there = (self.target >= 0) & (own > -np.inf)
+        found: Numbers = np.where(there, ahead, ranking.MISS)
         return found
 
-    def dense_ranks(self) -> Numbers:  # -> [B]
-        """Return the rank of each click in the model's list."""
-        column = self.features[np.maximum(self.target, 0), FEATURES.index(f"rank_{DENSE}")]
+    def ranks_in(self, name: str) -> Numbers:  # -> [B]
+        """Return the rank of each click in one of the lists."""
+        column = self.features[np.maximum(self.target, 0), FEATURES.index(f"rank_{name}")]
         there = (self.target >= 0) & (column > 0)
         ranks = np.rint(1.0 / np.where(there, column, 1.0) - RANK_OFFSET).astype(np.int64)
         found: Numbers = np.where(there, ranks, ranking.MISS)
@@ -141,7 +150,7 @@ def fitted_blend(retriever: Retriever, channels: Channels, valid: pa.Table) -> B
     data = Gathered.of(retriever, channels, valid)
     if np.count_nonzero(data.target >= 0) < FEWEST:
         return UNFITTED
-    dense = data.dense_ranks()
+    dense = data.ranks_in(DENSE)
     held_out = {kind: _held_out_ranks(data, kind) for kind in KINDS}
     rates = {kind: _rate(ranks) for kind, ranks in held_out.items()}
     best = max(KINDS, key=lambda kind: rates[kind])
@@ -154,7 +163,12 @@ def fitted_blend(retriever: Retriever, channels: Channels, valid: pa.Table) -> B
         "gain": gain.difference, "low": gain.low, "high": gain.high,
     }  # fmt: skip
     everyone = np.ones(len(data.target), bool)
-    return Blend(best, _weights(data, best, everyone), gain.low > 0, measured)
+    some = np.arange(len(everyone)) < MAX_REQUESTS // 2
+    without = {
+        name: _weights(data, [f for f in KINDS[best] if f not in OF_LIST[name]], some)
+        for name in LISTS
+    }
+    return Blend(best, _weights(data, KINDS[best], everyone), gain.low > 0, measured, without)
 
 
 def _rate(ranks: Numbers) -> float:
@@ -167,14 +181,13 @@ def _held_out_ranks(data: Gathered, kind: str) -> Numbers:  # -> [B]
     for half in (0, 1):
         if (data.half == half).all():  # a single user has no other half
             return ranks
-        blend = Blend(kind, _weights(data, kind, data.half != half))
+        blend = Blend(kind, _weights(data, KINDS[kind], data.half != half))
         ranks = np.where(data.half == half, data.ranks(blend), ranks)
     return ranks
 
 
-def _weights(data: Gathered, kind: str, some: Mask) -> dict[str, dict[str, float]]:
+def _weights(data: Gathered, names: Sequence[str], some: Mask) -> dict[str, dict[str, float]]:
     """Fit the weights of both groups on some requests; a small group has those of all."""
-    names = KINDS[kind]
     found = some & (data.target >= 0)
     groups = {GROUPS[0]: found & data.is_warm, GROUPS[1]: found & ~data.is_warm}
     shared = None
@@ -201,7 +214,7 @@ def maximum_likelihood(
     starts = np.cumsum(sizes) - sizes
     rows = np.repeat(data.ends[requests] - starts, sizes) + np.arange(sizes.sum())
     columns = np.array([FEATURES.index(name) for name in names])
-    x = data.features[np.ix_(rows, columns)].astype(np.float64)
+    x = data.features[np.ix_(rows, columns)]
     deviation = x.std(0)
     deviation[deviation == 0] = 1.0
     x /= deviation

@@ -43,6 +43,7 @@ from karma_ray.evaluation.paraphrased import ParaphrasedRanker, paraphrased_metr
 from karma_ray.metrics.collapse import spread
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.runs.channel_assessment import channel_metrics
 from karma_ray.runs.joint import CURVE_EXAMPLES
 from karma_ray.runs.stages import STAGE_VERSION, Stage
 from karma_ray.runs.text_vectors import LlmTexts
@@ -140,6 +141,7 @@ def assess(
     if examples.num_rows == 0:
         LOG.warning("there are no validation examples either: nothing was measured")
         return metrics
+    metrics |= channel_metrics(evaluator, retriever, run, folder, cache)
     metrics |= collapse_metrics(retriever, examples, config.seed)
     write_json(run_checks(evaluator, retriever, stage, examples), folder.path("checks.json"))
     cases = collect_cases(
