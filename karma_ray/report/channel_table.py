@@ -84,7 +84,8 @@ def _reason(facts: dict[str, Any]) -> str:
     low, high = (number(facts.get("measured", {}).get(name)) for name in ("low", "high"))
     if low is None or high is None:
         return " (too few validation clicks to fit weights)"
-    return f" (validation HR@{SHOWN} {low:+.1f} to {high:+.1f})"
+    depth = facts["measured"].get("depth", SHOWN)
+    return f" (validation HR@{depth} {low:+.1f} to {high:+.1f})"
 
 
 def _plain(value: object) -> str:

@@ -54,6 +54,7 @@ FEWEST = 100
 """Found clicks below which a group of requests has the weights of all."""
 PENALTY = 1e-3
 METRIC_DEPTH = 50
+"""K of the HR@K that decides; a tenth of the items where these are fewer than 500."""
 KINDS = {"logistic": SCORES, "reciprocal_ranks": RECIPROCAL}
 UNFITTED = Blend(DENSE, {group: {DENSE: 1.0} for group in GROUPS})
 """The model alone."""
@@ -93,7 +94,7 @@ class Gathered:
                    half, users)  # fmt: skip
 
     def ranks(self, blend: Blend, without: str | None = None) -> Numbers:  # -> [B]
-        """Return the rank of each click among the candidates; ties count against it.
+        """Return the place of each click in what is served: by score, then the model's, then row.
 
         `without` names a list whose finds do not count, unless another list has them too.
         """
@@ -105,10 +106,16 @@ class Gathered:
         if without is not None:
             others = [FEATURES.index(f"rank_{name}") for name in LISTS if name != without]
             scores[~self.features[:, others].any(1)] = -np.inf
-        own = scores[np.maximum(self.target, 0)]
-        ahead = np.add.reduceat(scores >= np.repeat(own, np.diff(self.ends)), self.ends[:-1])
-        there = (self.target >= 0) & (own > -np.inf)
-        found: Numbers = np.where(there, ahead, ranking.MISS)
+        keys = scores, self.features[:, FEATURES.index(DENSE)], -np.arange(len(scores))
+        ahead = np.zeros(len(scores), bool)
+        equal = np.ones(len(scores), bool)
+        for key in keys:
+            own = np.repeat(key[np.maximum(self.target, 0)], np.diff(self.ends))
+            ahead |= equal & (key > own)
+            equal &= key == own
+        places = np.add.reduceat(ahead, self.ends[:-1], dtype=np.int64) + 1
+        there = (self.target >= 0) & (scores[np.maximum(self.target, 0)] > -np.inf)
+        found: Numbers = np.where(there, places, ranking.MISS)
         return found
 
     def ranks_in(self, name: str) -> Numbers:  # -> [B]
@@ -152,14 +159,15 @@ def fitted_blend(retriever: Retriever, channels: Channels, valid: pa.Table) -> B
         return UNFITTED
     dense = data.ranks_in(DENSE)
     held_out = {kind: _held_out_ranks(data, kind) for kind in KINDS}
-    rates = {kind: _rate(ranks) for kind, ranks in held_out.items()}
+    depth = min(METRIC_DEPTH, max(1, channels.num_items // 10))
+    rates = {kind: _rate(ranks, depth) for kind, ranks in held_out.items()}
     best = max(KINDS, key=lambda kind: rates[kind])
     gain = paired_bootstrap(
-        100 * ranking.hit(held_out[best], METRIC_DEPTH), 100 * ranking.hit(dense, METRIC_DEPTH),
+        100 * ranking.hit(held_out[best], depth), 100 * ranking.hit(dense, depth),
         data.users, seed=0,
     )  # fmt: skip
     measured: dict[str, Any] = {
-        "requests": len(data.target), f"HR@{METRIC_DEPTH}": {DENSE: _rate(dense), **rates},
+        "requests": len(data.target), "depth": depth, "HR": {DENSE: _rate(dense, depth), **rates},
         "gain": gain.difference, "low": gain.low, "high": gain.high,
     }  # fmt: skip
     everyone = np.ones(len(data.target), bool)
@@ -171,8 +179,8 @@ def fitted_blend(retriever: Retriever, channels: Channels, valid: pa.Table) -> B
     return Blend(best, _weights(data, KINDS[best], everyone), gain.low > 0, measured, without)
 
 
-def _rate(ranks: Numbers) -> float:
-    return 100.0 * float(ranking.hit(ranks, METRIC_DEPTH).mean())
+def _rate(ranks: Numbers, depth: int) -> float:
+    return 100.0 * float(ranking.hit(ranks, depth).mean())
 
 
 def _held_out_ranks(data: Gathered, kind: str) -> Numbers:  # -> [B]
