@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from karma_ray.retrieval.channels import CHANNELS
+from karma_ray.retrieval.channels import CHANNELS, among
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -95,7 +95,11 @@ def group_of(asked: Asked) -> str:
 
 def candidates(lists: Mapping[str, Rows]) -> Rows:  # -> [C]
     """Return the rows of all lists, ascending."""
-    return np.unique(np.concatenate([lists[name] for name in LISTS]))
+    rows = np.sort(np.concatenate([lists[name] for name in LISTS]))
+    first = np.ones(len(rows), bool)
+    np.not_equal(rows[1:], rows[:-1], out=first[1:])
+    found: Rows = rows[first]
+    return found
 
 
 def features(
@@ -118,18 +122,12 @@ def features(
     found[:, 5] = tastes.mean_log_clicks
     found[known, 5] = np.where(clicks > 0, clicks, tastes.mean_log_clicks)
     if asked.matches is not None:
-        found[known, 6] = _isin(some, asked.matches)
+        found[known, 6] = among(some, asked.matches)
     if len(asked.history):
         seen, counts = np.unique(asked.history, return_counts=True)
-        there = np.flatnonzero(_isin(rows, seen))
+        there = np.flatnonzero(among(rows, seen))
         found[there, 7] = np.log1p(counts[np.searchsorted(seen, rows[there])])
     for column, name in enumerate(LISTS, len(SCORES)):
         places = np.searchsorted(rows, lists[name])
         found[places, column] = 1.0 / (RANK_OFFSET + 1.0 + np.arange(len(places)))
-    return found
-
-
-def _isin(rows: Rows, among: Rows) -> NDArray[np.bool_]:  # [C], ascending [M] -> [C]
-    places = np.minimum(np.searchsorted(among, rows), len(among) - 1)
-    found: NDArray[np.bool_] = among[places] == rows
     return found

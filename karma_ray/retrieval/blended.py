@@ -20,6 +20,7 @@ from karma_ray.errors import InputError
 from karma_ray.retrieval.blend import DENSE, GROUPS, Blend, candidates, features, group_of
 from karma_ray.retrieval.channels import DEPTH, KIND, Channels
 from karma_ray.retrieval.delta import UpdatedSearch
+from karma_ray.retrieval.exact import ExactSearch
 from karma_ray.retrieval.filters import Filter, filtered_search
 from karma_ray.retrieval.parts import channels_of, served
 
@@ -113,7 +114,7 @@ class BlendedSearch:
         lists = self.channels.lists(asked, allowed)
         lists[DENSE] = np.array(dense[:DEPTH], np.int64)
         rows = candidates(lists)
-        scores = dense_scores(retriever, vectors, self.order.of_table(rows))
+        scores = dense_scores(retriever, vectors, rows, self.order)
         return Found(group_of(asked), rows, features(self.channels, asked, lists, rows, scores))
 
     def history(self, item_ids: Sequence[str], retriever: Retriever) -> Rows:  # -> [T]
@@ -152,12 +153,17 @@ class BlendedSearch:
 
 
 def dense_scores(
-    retriever: Retriever, vectors: Vectors, rows: Rows
+    retriever: Retriever, vectors: Vectors, rows: Rows, order: Order
 ) -> NDArray[np.float64]:  # [K, D], [C] -> [C]
-    """Return the model's scores of rows of the table."""
-    with torch.inference_mode():
-        items = retriever.embeddings[torch.from_numpy(rows).to(retriever.device)]
-        found = retriever.interest.index_vectors(items).float().cpu().numpy()
+    """Return the model's scores of rows of the index, those of an exact search."""
+    engine = retriever.index.engine
+    if isinstance(engine, ExactSearch):
+        found = engine.vectors.take(rows, 0)
+    else:
+        at = torch.from_numpy(order.of_table(rows)).to(retriever.device)
+        with torch.inference_mode():
+            items = retriever.interest.index_vectors(retriever.embeddings[at])
+            found = items.float().cpu().numpy()
     # In float64 first, so that a score does not depend on how many are computed together.
     scores = found.astype(np.float64) @ vectors.T.astype(np.float64)
     return np.asarray(scores.max(1).astype(np.float32), np.float64)

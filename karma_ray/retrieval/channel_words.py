@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     Rows = NDArray[np.int64]
     Scores = NDArray[np.float32]
 
+FEW_TERMS = 8
+"""Up to so many terms, a matrix takes longer to make than their lists to add."""
+
 
 @dataclass(frozen=True)
 class Words:
@@ -88,10 +91,15 @@ class Words:
         if not len(numbers):
             return np.zeros(self.num_items, np.float32)
         starts, stops = self.ends[numbers], self.ends[numbers + 1]
+        if len(numbers) <= FEW_TERMS:
+            found = np.zeros(self.num_items, np.float32)
+            for start, stop, share in zip(starts, stops, shares, strict=True):
+                found[self.items[start:stop]] += self.impact[start:stop] * share
+            return found
         spans = [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
         ends = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int32)
         items = np.concatenate([self.items[span] for span in spans])
         values = np.concatenate([self.impact[span] for span in spans])
         shape = (self.num_items, len(numbers))
-        found: Scores = sp.csc_matrix((values, items, ends), shape=shape, copy=False) @ shares
-        return found
+        total: Scores = sp.csc_matrix((values, items, ends), shape=shape, copy=False) @ shares
+        return total

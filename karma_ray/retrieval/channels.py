@@ -135,13 +135,14 @@ class Channels:
             if len(first) == k:
                 return first
         values = self.tastes.affinity(asked.gains)
+        k -= 0 if first is None else len(first)
         if allowed is not None:
             values[~allowed] = -np.inf
         if asked.matches is not None:
             values[asked.matches] = -np.inf
         rest = top_rows(values, k)
         rest = rest[values[rest] > -np.inf]
-        return rest if first is None else np.concatenate([first, rest])[:k]
+        return rest if first is None else np.concatenate([first, rest])
 
     def _popular(self, matches: Rows | None, allowed: Mask | None, k: int) -> Rows:
         first = _of(matches, allowed)
@@ -155,7 +156,7 @@ class Channels:
         if matches is None:
             return order[:k].astype(np.int64)
         rest = order[: k + len(matches)]
-        rest = rest[~np.isin(rest, matches)]
+        rest = rest[~among(rest, matches)]
         return np.concatenate([first, rest])[:k].astype(np.int64)
 
     def save(self, folder: str, weights: Mapping[str, Any], **facts: Any) -> None:
@@ -240,6 +241,13 @@ def top_rows(values: NDArray[Any], k: int) -> Rows:  # [n] -> [min(k, n)]
     order = np.argsort(-values[places], kind="stable")[:k]
     found_rows: Rows = places[order]
     return found_rows
+
+
+def among(rows: NDArray[Any], known: Rows) -> Mask:  # [n], ascending [M] -> [n]
+    """Return which rows are in an ascending list that is not empty."""
+    places = np.minimum(np.searchsorted(known, rows), len(known) - 1)
+    found: Mask = known[places] == rows
+    return found
 
 
 def _of(matches: Rows | None, allowed: Mask | None) -> Rows | None:

@@ -68,7 +68,9 @@ def build_app(
         live = service.arms
         first = live.first.engine
         arms = [{"arm": arm.name, "share": arm.share, **arm.engine.version} for arm in live.arms]
-        found = {"index_kind": first.retriever.index.kind, "precision": first.precision}
+        lists = "dense" if first.retriever.blended is None else "blend"
+        found = {"index_kind": first.retriever.index.kind, "channels": lists}
+        found["precision"] = first.precision
         return JSONResponse({"karma_ray": __version__, **found, **first.version, "arms": arms})
 
     @app.get("/metrics", response_class=Response)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from fastapi.testclient import TestClient
 
 from karma_ray.artifacts import RunFolder, join, read_manifest, write_json, write_table
 from karma_ray.data.prepared import PreparedData
@@ -24,7 +25,9 @@ from karma_ray.retrieval.index_build import index_run
 from karma_ray.retrieval.parts import channels_of, served
 from karma_ray.retrieval.requests import HistoryItem, Request
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.serving.app import build_app
 from karma_ray.serving.engine import Engine, RecallCall
+from karma_ray.serving.service import Service
 from tests import tiny_run
 from tests.retrieval import channel_run
 
@@ -232,3 +235,15 @@ def test_skewed_and_missing_channels_are_refused(run, tmp_path) -> None:
         with_channels(Retriever.load(copy), copy, "blend")
     with pytest.raises(InputError, match="--channels"):
         with_channels(Retriever.load(copy), RunFolder(copy), "both")
+
+
+def test_the_endpoint_serves_what_validation_prefers_and_says_so(run) -> None:
+    for mode, lists in (("auto", "blend"), ("dense", "dense")):
+        service = Service.load(run, channels=mode)
+        with TestClient(build_app(service)) as client:
+            assert client.get("/v1/version").json()["channels"] == lists
+            body = {"query": "red mug", "history": [{"item_id": "i3"}], "k": 5}
+            found = client.post("/v1/recall", json=body).json()["items"]
+        retriever = with_channels(Retriever.load(run), run, mode)
+        wanted = retriever.recall("red mug", [HistoryItem("i3")], 5).items
+        assert [item["item_id"] for item in found] == [item.item_id for item in wanted]
