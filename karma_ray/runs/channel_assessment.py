@@ -6,7 +6,7 @@ It measures a sample of the test clicks. Differences have intervals over users.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -28,9 +28,12 @@ if TYPE_CHECKING:
 
     from numpy.typing import NDArray
 
+    from karma_ray.baselines.ranker import Ranker
+    from karma_ray.config import Config
+    from karma_ray.data.catalog import Catalog
+    from karma_ray.data.prepared import PreparedData
     from karma_ray.evaluation.evaluate import EvaluationResult
     from karma_ray.retrieval.retriever import Retriever
-    from karma_ray.runs.assessment import Evaluator
 
     Ranks = NDArray[np.int64]
 
@@ -43,8 +46,20 @@ SAME = {"bm25": "bm25", "affinity": "affinity", "query_filter_popular": "popular
 """Floors that are a channel's list."""
 
 
+class Evaluating(Protocol):
+    """What evaluates every ranker of a run on the same examples: an `Evaluator`."""
+
+    config: Config
+    source: PreparedData
+    catalog: Catalog
+    warm: NDArray[np.bool_]  # [I]
+
+    def detailed(self, ranker: Ranker, examples: pa.Table) -> EvaluationResult:
+        """Return the metrics and the values per example."""
+
+
 def channel_metrics(
-    evaluator: Evaluator, retriever: Retriever, run: str, out: RunFolder, cache: str
+    evaluator: Evaluating, retriever: Retriever, run: str, out: RunFolder, cache: str
 ) -> dict[str, float]:
     """Measure the lists of a run and their blend, and write channels.json into `out`.
 
@@ -82,7 +97,7 @@ def channel_metrics(
 
 
 def _floors(
-    evaluator: Evaluator, examples: pa.Table, cache: str
+    evaluator: Evaluating, examples: pa.Table, cache: str
 ) -> Iterator[tuple[str, EvaluationResult]]:
     """Yield the floors whose list is not a channel's, measured on the same examples."""
     from karma_ray.baselines.floors import build_floor  # scikit-learn takes its time
@@ -129,7 +144,7 @@ def _metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
     return found
 
 
-def _by_target(evaluator: Evaluator, examples: pa.Table, ranks: Ranks) -> dict[str, float]:
+def _by_target(evaluator: Evaluating, examples: pa.Table, ranks: Ranks) -> dict[str, float]:
     """Return the blend's rates on targets with and without a training click."""
     rows = evaluator.catalog.rows(examples.column("positive_item_id").combine_chunks())
     warm = (rows >= 0) & evaluator.warm[np.maximum(rows, 0)]
