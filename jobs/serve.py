@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from karma_ray.artifacts import absolute, join, read_table
 from karma_ray.cli import parser, run
 from karma_ray.errors import InputError
+from karma_ray.retrieval.blended import MODES
 from karma_ray.serving.host import Options, curl_example, serve_here
 from karma_ray.serving.live import check_source
 from karma_ray.serving.precision import PRECISIONS
@@ -39,6 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument(
         "--precision", choices=PRECISIONS, default="auto",
         help="compute type of the decoder (auto: bfloat16 on a GPU, float32 on a CPU)",
+    )  # fmt: skip
+    flags.add_argument(
+        "--channels", choices=MODES, default="auto",
+        help="lists that recall answers with: dense (the model alone), blend (words, tastes and "
+        "popularity too), or auto, whichever validation prefers (auto)",
     )  # fmt: skip
     flags.add_argument(
         "--compare", metavar="RUN",
@@ -69,7 +75,9 @@ def main(argv: list[str] | None = None) -> None:
             f"Try:\n{curl_example(url, ids)}", flush=True,
         )  # fmt: skip
 
-    options = Options(arguments.compare, arguments.precision, log, arguments.ranker)
+    options = Options(
+        arguments.compare, arguments.precision, log, arguments.ranker, arguments.channels
+    )
     if arguments.without_ray:
         serve_here(arguments.run, arguments.host, arguments.port, announce, options)
         return

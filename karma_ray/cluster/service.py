@@ -6,7 +6,7 @@ replaces the endpoint.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -37,6 +37,9 @@ class ServiceArguments(BaseModel):
     """URI of a finished run of a ctr_ recipe, which orders candidates at `/v1/rank`."""
     precision: Precision = "auto"
     """In which the user decoder computes; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    channels: Literal["auto", "blend", "dense"] = "auto"
+    """Which lists answer recall: `dense` is the model alone, `blend` words, tastes and popularity
+    too, `auto` whichever validation prefers."""
 
 
 def application(given: dict[str, Any]) -> serve.Application:
@@ -51,5 +54,8 @@ def application(given: dict[str, Any]) -> serve.Application:
             check_source(source, ranker)
     most = max(arguments.num_replicas, arguments.max_replicas or 0)
     replicas = Replicas(arguments.num_replicas, most)
-    options = Options(arguments.compare, arguments.precision, ranker=arguments.ranker)
+    options = Options(
+        arguments.compare, arguments.precision, ranker=arguments.ranker,
+        channels=arguments.channels,
+    )  # fmt: skip
     return application_of(arguments.run, replicas, arguments.max_queued_requests, options)

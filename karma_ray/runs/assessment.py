@@ -30,6 +30,7 @@ from karma_ray.evaluation.impressions import sampled
 from karma_ray.metrics.collapse import spread
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.runs.channel_assessment import channel_metrics
 from karma_ray.runs.ctr_assessment import assess_ctr
 from karma_ray.runs.evaluation_shares import Enlist, enlisted
 from karma_ray.runs.evaluator import Evaluator
@@ -80,6 +81,7 @@ def assess(
     if examples.num_rows == 0:
         LOG.warning("there are no validation examples either: nothing was measured")
         return metrics
+    metrics |= channel_metrics(evaluator, retriever, run, folder, cache)
     metrics |= collapse_metrics(retriever, examples, config.seed)
     write_json(run_checks(evaluator, retriever, stage, examples), folder.path("checks.json"))
     cases = collect_cases(

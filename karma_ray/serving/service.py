@@ -80,18 +80,21 @@ class Service:
     @classmethod
     def load(
         cls, source: str, num_threads: int = 1, *, cache_bytes: int = CACHE_BYTES,
-        precision: str = "auto", ranker: str | None = None, **options: Any,
+        precision: str = "auto", ranker: str | None = None, channels: str = "auto",
+        **options: Any,
     ) -> Service:  # fmt: skip
         """Load a finished run, or what a live folder names, which is followed from then on.
 
         Computes with `num_threads`, in `precision`. `ranker` is the run of a CTR model, for
-        `/v1/rank`. Raises as `Retriever.load` does, and InputError when both do not fit.
+        `/v1/rank`; `channels` says which lists answer recall (`with_channels`). Raises as
+        `Retriever.load` and `with_channels` do, and InputError when run and ranker do not fit.
         """
         torch.set_num_threads(num_threads)
+        chosen: dict[str, Any] = {"ranker": ranker, "channels": channels}
         if not is_live_folder(source):
-            engine = engine_of(served(source), cache_bytes, precision, ranker)
+            engine = engine_of(served(source), cache_bytes, precision, **chosen)
             return cls(_alone(engine), cache_bytes=cache_bytes, **options)
-        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes, precision, ranker))
+        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes, precision, **chosen))
         service = cls(follower.arms, cache_bytes=cache_bytes, **options)
         service.salt, service._follower = follower.live.salt, follower
         follower.start(service.swap, service.measures)
