@@ -1,0 +1,108 @@
+"""The lines of the report: what each stage measures, and the differences beside the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from karma_ray.funnel.opened import ACTION_ONLY, KARMA, NONE
+from karma_ray.funnel.outcomes import Pairs, UserSums, difference, flat, mean_of
+from karma_ray.funnel.sizes import Sizes
+from karma_ray.report.funnel_table import Delta, FunnelRow
+from karma_ray.studies.comparison import Difference
+
+RANKING, PRERANK, RECALL = "ranking", "prerank", "recall"
+PAPER = {RANKING: 0.25, PRERANK: 1.86, RECALL: 2.51}
+"""Published differences in points: CTR AUC, HR@500 and HR@5000."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One metric of a stage."""
+
+    stage: str
+    name: str
+    """The key inside the stage; empty for the metric of the paper."""
+    label: str
+    metric: str
+    """The metric of a run's sums."""
+    none: str = ""
+    """The metric without KARMA that it is compared with; empty if there is none."""
+
+    def key(self, *parts: str) -> str:
+        """Return `stage/[name/]...`."""
+        return "/".join(part for part in (self.stage, self.name, *parts) if part)
+
+
+@dataclass
+class Arms:
+    """The sums of one stage: of every run, of every action-only run, and of neither."""
+
+    karma: list[UserSums] = field(default_factory=list)
+    action_only: list[UserSums] = field(default_factory=list)
+    none: list[UserSums] = field(default_factory=list)
+    """One for all runs, or one for every seed."""
+
+
+def lines(sizes: Sizes) -> list[Line]:
+    """Return the lines of recall and pre-ranking."""
+    recalled, kept = sizes.recall_metric, sizes.prerank_metric
+    k = sizes.recalled
+    return [
+        Line(RECALL, "", f"{recalled}, list of h_t, exact", "exact"),
+        Line(RECALL, "ann", f"{recalled}, list of h_t, approximate", "ann"),
+        Line(RECALL, "union", f"{recalled}, union with other channels", "union", "union"),
+        Line(RECALL, "category_match", f"category match@{k}, list of h_t", "category_match"),
+        Line(RECALL, "union_category_match", f"category match@{k}, union",
+             "union_category_match", "union_category_match"),
+        Line(PRERANK, "", f"{kept}, clicks that are kept", "kept", "kept"),
+        Line(PRERANK, "all_scene", f"{kept}, all scenes of the query", "all_scene", "all_scene"),
+    ]  # fmt: skip
+
+
+def told(
+    line: Line, arms: Arms, pairs: Sequence[tuple[int, int]]
+) -> tuple[FunnelRow, dict[str, float]]:
+    """Return a line of the page and its metrics under stable keys."""
+    none = arms.none if line.none else []
+    means = {
+        KARMA: mean_of(arms.karma, line.metric),
+        ACTION_ONLY: mean_of(arms.action_only, line.metric),
+        NONE: mean_of(none, line.none),
+    }
+    beside: Pairs = [(arms.karma[one], arms.action_only[other]) for one, other in pairs]
+    without: Pairs = [
+        (one, none[min(at, len(none) - 1)]) for at, one in enumerate(arms.karma) if none
+    ]
+    over_action = difference(beside, line.metric) if beside else None
+    over_none = difference(without, line.metric, line.none) if without else None
+    found = {line.key(*([] if arm == KARMA else [arm])) if line.name else
+             line.key("value", *([] if arm == KARMA else [arm])): value
+             for arm, value in means.items() if value is not None}  # fmt: skip
+    found |= flat(line.key("delta_action_only"), over_action) if over_action else {}
+    found |= flat(line.key("delta_none"), over_none) if over_none else {}
+    paper = PAPER[line.stage] if not line.name else None
+    row = FunnelRow(
+        line.stage, line.label, means[KARMA], means[ACTION_ONLY], means[NONE],
+        _delta(over_action), _delta(over_none), paper,
+    )  # fmt: skip
+    return row, found
+
+
+def with_stable_names(metrics: Mapping[str, float], sizes: Sizes) -> dict[str, float]:
+    """Name the headline metrics, and let recall's `delta_none` be what h_t adds to the union."""
+    names = {RECALL: sizes.recall_metric, PRERANK: sizes.prerank_metric, RANKING: "AUC"}
+    found = {}
+    for key, value in metrics.items():
+        stage, _, rest = key.partition("/")
+        found[f"{stage}/{names[stage]}{rest[5:]}" if rest.startswith("value") else key] = value
+    union = f"{RECALL}/union/delta_none"
+    found |= {f"{RECALL}/delta_none{key[len(union):]}": value
+              for key, value in metrics.items() if key.startswith(union)}  # fmt: skip
+    return found
+
+
+def _delta(found: Difference | None) -> Delta | None:
+    if found is None or found.interval is None:
+        return None
+    return Delta(found.mean, *found.interval, found.seeds)
