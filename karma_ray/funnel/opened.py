@@ -8,8 +8,9 @@ from pathlib import Path
 
 from karma_ray import recipes
 from karma_ray.artifacts import RunFolder, absolute, exists, read_json, read_manifest
+from karma_ray.config import from_dict
 from karma_ray.data.fragments import items_folder
-from karma_ray.data.prepared import PreparedData
+from karma_ray.data.prepared import PreparedData, differences
 from karma_ray.errors import InputError
 from karma_ray.node_cache import known_hash
 from karma_ray.retrieval.parts import delta_of, served
@@ -41,8 +42,8 @@ class OpenedRun:
             path = str(Path(path).resolve())  # show the name of the run that `latest` points to
         if not exists(RunFolder(path).config):
             raise InputError(field, run, "is not a run folder: it has no config.json")
-        config = read_json(RunFolder(path).config)
-        recipe = str(config.get("recipe", ""))
+        config = from_dict(read_json(RunFolder(path).config))
+        recipe = config.recipe
         if recipe in (*recipes.FLOORS, *recipes.CEILINGS):
             message = f"is the floor or ceiling {recipe}, which has no vectors"
             raise InputError(field, run, message)
@@ -54,7 +55,7 @@ class OpenedRun:
         made = [folder.bundle, folder.item_embeddings, folder.index, delta_of(folder)]
         hashes = tuple(str(read_manifest(part)["content_hash"]) for part in made if part)
         name = path.rstrip("/").rsplit("/", 1)[-1]
-        return cls(path, name, arm, recipe, int(config.get("seed", 0)), hashes)
+        return cls(path, name, arm, recipe, config.seed, hashes)
 
 
 def open_runs(runs: Sequence[str], arm: str, source: PreparedData) -> list[OpenedRun]:
@@ -96,4 +97,11 @@ def _check_data(field: str, run: str, folder: RunFolder, source: PreparedData) -
         raise InputError(
             field, run, f"was trained on other data than {source.uri}: its training may have seen "
             "these test clicks, and runs of different data cannot be compared",
+        )  # fmt: skip
+    config = from_dict(read_json(folder.config))
+    changed = {} if source.facts.get("presplit") else differences(source.facts, config.prepare)
+    for name, (there, wanted) in changed.items():
+        raise InputError(
+            field, run, f"was trained with prepare.{name}={wanted!r}, and {source.uri} is prepared "
+            f"with {there!r}: its training may have seen these test clicks",
         )  # fmt: skip

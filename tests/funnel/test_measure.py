@@ -122,6 +122,18 @@ def test_runs_of_other_training_data_are_refused(
         measure_funnel([str(runs / "karma-1")], source.uri, beside=[str(copy)])
 
 
+def test_a_run_of_another_split_is_refused(
+    runs: Path, source: PreparedData, tmp_path: Path
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(runs / "karma-1", copy)
+    config = read_json(str(copy / "config.json"))
+    config["prepare"]["test_share"] = 0.2
+    write_json(config, str(copy / "config.json"))
+    with pytest.raises(InputError, match=r"RUN: .* was trained with prepare\.test_share=0\.2"):
+        measure_funnel([str(copy)], source.uri)
+
+
 def test_pairs_that_cannot_be_made_are_refused(runs: Path, source: PreparedData) -> None:
     names = [str(runs / name) for name in ("karma-1", "karma-2")]
     with pytest.raises(InputError, match="name one for each RUN"):
