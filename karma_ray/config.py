@@ -25,6 +25,7 @@ from karma_ray.evaluation.config import EvaluationConfig
 from karma_ray.model.config import ModelConfig
 from karma_ray.objectives.losses import ObjectiveConfig
 from karma_ray.ranges import CountOrZero, validated
+from karma_ray.ranking.config import RankingConfig
 from karma_ray.training.config import PretrainConfig, TrainingConfig, WarmupConfig
 
 
@@ -54,6 +55,8 @@ class Config:
     """Stage 2: the joint objective on behaviour sequences."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Metrics on the validation and test examples."""
+    ranking: RankingConfig = field(default_factory=RankingConfig)
+    """The CTR model that a run trains in place of KARMA, if its family is given."""
 
 
 SHORT = {

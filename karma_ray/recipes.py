@@ -9,6 +9,7 @@ from typing import Any
 from karma_ray.config import Config
 from karma_ray.errors import InputError
 from karma_ray.model.config import TinyBackboneConfig
+from karma_ray.ranking.config import RankingConfig
 
 
 def _with_objective(name: str, generation: float, reconstruction: float) -> Config:
@@ -183,13 +184,9 @@ def toy() -> Config:
     """
     base = karma_text()
     tiny = TinyBackboneConfig(
-        hidden_size=64,
-        num_layers=2,
-        num_heads=4,
-        num_key_value_heads=2,
-        intermediate_size=192,
+        hidden_size=64, num_layers=2, num_heads=4, num_key_value_heads=2, intermediate_size=192,
         vocab_size=2048,
-    )
+    )  # fmt: skip
     encoder = replace(base.model.item_encoder, lexical=64)
     score = replace(base.model.score, scale=20.0)
     return replace(
@@ -237,6 +234,11 @@ TRAINED: dict[str, Callable[[], Config]] = {
     "hstu": hstu,
     "toy": toy,
 }
+RANKERS = {
+    "ctr_din": "click-through rates by DIN over item ids, attributes and query words",
+    "ctr_simtier": "`ctr_din` with similarities of the item vectors of --vectors",
+}
+"""CTR models, `ctr_` and the family in ranking/families.py, with what each ranks by."""
 MADE_FOR_LLM = {"karma_llm": ("training.learning_rate",)}
 """Recipes that cannot be run without a pretrained LLM -> what they set other than
 `pretrained.PRETRAINED`."""
@@ -261,16 +263,27 @@ LLM_FLOORS = ("llm", "llm_affinity")
 
 def names() -> list[str]:
     """Return the names of all recipes."""
-    return [*TRAINED, *FLOORS, *CEILINGS]
+    return [*TRAINED, *RANKERS, *FLOORS, *CEILINGS]
 
 
 def build(name: str) -> Config:
     """Return the full configuration of a recipe; raises InputError naming the choices."""
     if name in TRAINED:
         return TRAINED[name]()
+    if name in RANKERS:
+        return _ranker(name)
     if name in FLOORS or name in CEILINGS:
         return Config(recipe=name)
     raise InputError("--recipe", name, choices=names())
+
+
+def _ranker(name: str) -> Config:
+    """Return the configuration of a CTR model; a batch has some hundred pages, and no LLM."""
+    base = Config(recipe=name, ranking=RankingConfig(family=name.removeprefix("ctr_")))
+    training = replace(
+        base.training, batch_size=256, learning_rate=5e-3, precision="float32", best_metric="AUC"
+    )
+    return replace(base, training=training)
 
 
 def describe_recipes() -> str:
@@ -278,6 +291,7 @@ def describe_recipes() -> str:
     width = max(map(len, names()))
     lines = []
     for name in names():
-        text = UNTRAINED.get(name) or (TRAINED[name].__doc__ or "").partition("\n")[0].rstrip(".")
+        text = {**UNTRAINED, **RANKERS}.get(name)
+        text = text or (TRAINED[name].__doc__ or "").partition("\n")[0].rstrip(".")
         lines.append(f"  {name:<{width}}  {text}")
     return "\n".join(lines)

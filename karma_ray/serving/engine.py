@@ -18,6 +18,7 @@ from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.filters import Filter
 from karma_ray.retrieval.finite import check_queries
 from karma_ray.retrieval.requests import Request
+from karma_ray.retrieval.similarity import Similarity, unit
 from karma_ray.serving.histories import steps_of
 from karma_ray.serving.precision import lower
 from karma_ray.serving.prefix_cache import PrefixCache
@@ -27,9 +28,6 @@ if TYPE_CHECKING:
 
     from karma_ray.retrieval.answers import Scores
     from karma_ray.retrieval.retriever import Retriever
-
-NUM_TIERS = 10
-"""Ranges of the cosine in the features of a candidate."""
 
 
 @dataclass(frozen=True)
@@ -184,7 +182,7 @@ class Engine:
         rows = self.retriever.candidate_rows(call.item_ids)
         known = np.flatnonzero(rows >= 0)
         table = self.retriever.table.embeddings
-        cosines = _unit(table[rows[known]]) @ _unit(table[[step.row for step in steps]]).T
+        cosines = unit(table[rows[known]]) @ unit(table[[step.row for step in steps]]).T
         features: list[dict[str, Any] | None] = [None] * len(rows)
         for place, values in zip(known, _similarities(cosines), strict=True):
             features[place] = {"score": scores.scores[place], **values}
@@ -193,26 +191,15 @@ class Engine:
 
 def _similarities(cosines: np.ndarray) -> list[dict[str, Any]]:
     """Return the features of each candidate from its cosines [n, T] to the history."""
-    count, steps = cosines.shape
-    if steps == 0:
-        none = {"max": 0.0, "mean": 0.0, "top5_mean": 0.0, "tiers": [0.0] * NUM_TIERS}
-        return [none] * count
-    best = -np.sort(-cosines, axis=1)
-    tier = np.clip(((cosines + 1) / 2 * NUM_TIERS).astype(int), 0, NUM_TIERS - 1)
-    shares = (tier[..., None] == np.arange(NUM_TIERS)).mean(1)
+    found = Similarity.of(cosines)
+    shares = found.counts / max(1, cosines.shape[1])
     return [
         {
-            "max": float(best[n, 0]), "mean": float(best[n].mean()),
-            "top5_mean": float(best[n, :5].mean()), "tiers": shares[n].tolist(),
+            "max": float(found.max[n]), "mean": float(found.mean[n]),
+            "top5_mean": float(found.top5[n]), "tiers": shares[n].tolist(),
         }
-        for n in range(count)
+        for n in range(len(cosines))
     ]  # fmt: skip
-
-
-def _unit(vectors: np.ndarray) -> np.ndarray:
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    found: np.ndarray = vectors / np.maximum(lengths, 1e-12)
-    return found
 
 
 def _alike(sizes: Sequence[int]) -> list[list[int]]:

@@ -164,10 +164,11 @@ def chosen(members: Iterable[Record]) -> tuple[list[Record], dict[str, int]]:
 def _unused(saved: Record) -> tuple[str, ...]:
     """Return prefixes of fields that only affect parts which this run does not build."""
     try:
-        built = from_dict(saved).objective.built
+        config = from_dict(saved)
     except InputError:
         return ()
-    unused: tuple[str, ...] = ()
+    built = config.objective.built
+    unused: tuple[str, ...] = () if config.ranking.family else ("ranking.",)
     if not built.image:
         unused += ("objective.lambda_img", "model.imagery.", "collate.visual_features")
     if not built.text:

@@ -1,0 +1,35 @@
+"""The configuration of a CTR model: its family, its sizes, and the run whose vectors it reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from karma_ray.ranges import Count, CountOrZero, ShareBelowOne
+
+
+@dataclass(frozen=True)
+class RankingConfig:
+    """Click-through rates of the items of a page."""
+
+    family: str = ""
+    """Family of the CTR model (ranking/families.py); empty if the run trains no CTR model."""
+    vectors: str = ""
+    """Finished run whose item vectors give the similarity features; `--vectors` sets it."""
+    interest: bool = False
+    """Whether h_t . e of that run is one more feature."""
+    width: Count = 16
+    """Width of the embeddings of items, attributes and query terms."""
+    hidden: Count = 64
+    """Units of the first layer after the fusion; the second has half as many."""
+    attention_hidden: Count = 16
+    """Units of the layer that weighs each item of the history against the candidate."""
+    dropout: ShareBelowOne = 0.0
+    """Share of the first layer's units that is dropped in training."""
+    max_history: Count = 20
+    """Largest number of clicks before a page that the model reads."""
+    max_query_terms: Count = 8
+    """Largest number of a query's words that the model reads."""
+    query_buckets: Count = 8192
+    """Rows of the table of hashed query words."""
+    epochs: CountOrZero = 1
+    """Passes over the training pages, which give the steps; 0: `training.steps`."""
