@@ -3,9 +3,10 @@
 python jobs/funnel.py RUN --data DATA                                     one run beside none
 python jobs/funnel.py RUN RUN2 RUN3 --data DATA --beside A1 A2 A3         and beside action-only
 
-Several RUNs are the seeds of one recipe. Writes funnel.json, outcomes.parquet (sums per user),
-pictures and report.html. Weights are chosen on validation and measured on test. What is finished
-in OUT is not measured again.
+Several RUNs are the seeds of one recipe. Weights are chosen on validation and measured on test.
+Ranking trains CTR models on exposures, which takes longest; --stages recall,prerank leaves it out.
+Writes funnel.json, outcomes.parquet (sums per user), pictures and report.html. What is finished in
+OUT is not measured again.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from karma_ray.cli import parser, run
+from karma_ray.cli import cache_flag, parser, run
 
 NUM_CLICKS = 20_000
 
@@ -33,13 +34,23 @@ def main(argv: list[str] | None = None) -> None:
         "--clicks", type=int, default=NUM_CLICKS, metavar="N",
         help=f"most clicks of each split, a seeded sample (default {NUM_CLICKS})",
     )  # fmt: skip
+    flags.add_argument(
+        "--stages", default="recall,prerank,ranking", metavar="A,B",
+        help="stages to measure (default: recall,prerank,ranking)",
+    )  # fmt: skip
+    flags.add_argument(
+        "--set", action="append", default=[], metavar="PATH=VALUE", dest="assignments",
+        help="a field of the CTR models' configuration, for example ranking.epochs=2 (repeatable)",
+    )  # fmt: skip
+    cache_flag(flags)
     arguments = flags.parse_args(argv)
     from karma_ray.funnel.measure import measure_funnel
     from karma_ray.report.funnel_page import screen
 
     funnel, page = measure_funnel(
         arguments.runs, arguments.data, beside=arguments.beside, out=arguments.out,
-        num_clicks=arguments.clicks,
+        num_clicks=arguments.clicks, stages=arguments.stages.split(","), cache=arguments.cache,
+        ctr=arguments.assignments,
     )  # fmt: skip
     print(f"{screen(funnel)}\n\nreport  {page}")
 

@@ -45,7 +45,7 @@ class Arms:
 
 
 def lines(sizes: Sizes) -> list[Line]:
-    """Return the lines of recall and pre-ranking."""
+    """Return the lines of all stages."""
     recalled, kept = sizes.recall_metric, sizes.prerank_metric
     k = sizes.recalled
     return [
@@ -57,6 +57,10 @@ def lines(sizes: Sizes) -> list[Line]:
              "union_category_match", "union_category_match"),
         Line(PRERANK, "", f"{kept}, clicks that are kept", "kept", "kept"),
         Line(PRERANK, "all_scene", f"{kept}, all scenes of the query", "all_scene", "all_scene"),
+        Line(RANKING, "", "AUC, similarity features", "AUC", "AUC"),
+        Line(RANKING, "gAUC", "gAUC, similarity features", "gAUC", "gAUC"),
+        Line(RANKING, "interest_AUC", "AUC, also h_t . e", "interest_AUC", "AUC"),
+        Line(RANKING, "interest_gAUC", "gAUC, also h_t . e", "interest_gAUC", "gAUC"),
     ]  # fmt: skip
 
 

@@ -9,12 +9,95 @@ Legend: n shown items.
 
 from __future__ import annotations
 
+import logging
+from dataclasses import dataclass, replace
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
+from karma_ray import recipes
+from karma_ray.artifacts import RunFolder, exists, join, read_json, value_hash
+from karma_ray.config import Config, from_dict, override
+from karma_ray.data.prepared import PreparedData
+from karma_ray.funnel.opened import NONE, OpenedRun
+from karma_ray.funnel.outcomes import UserSums
 from karma_ray.metrics.ranking import group_auc
+from karma_ray.ranking.judged import Judged
+from karma_ray.runs.pipeline import train_run
 
+LOG = logging.getLogger(__name__)
+PLAIN, SIMILAR = "ctr_din", "ctr_simtier"
+HERE = ("training.num_workers=0", "training.checkpoint_every=0")
+"""CTR models of a report are trained by this process, and one that is cut off begins again."""
 Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class RankingRuns:
+    """The CTR models of a report, in OUT/ranking; finished ones are not trained again."""
+
+    source: PreparedData
+    out: str
+    cache: str
+    settings: tuple[str, ...] = ()
+    """Assignments of their configuration, the same for all."""
+
+    def without(self, like: OpenedRun) -> tuple[UserSums, dict[str, Any]]:
+        """Measure DIN without KARMA, with the seed of a run."""
+        judged, facts = self._judged(f"{NONE}-seed{like.seed}", self._config(PLAIN, like))
+        return sums_of(judged), facts
+
+    def beside(self, run: OpenedRun, like: OpenedRun) -> tuple[UserSums, dict[str, Any]]:
+        """Measure DIN with similarities of a run's vectors, without and with h_t . e.
+
+        The seed is that of `like`: models that are compared begin alike and see the same batches.
+        """
+        sums: dict[str, tuple[Floats, Floats]] = {}
+        facts: dict[str, Any] = {}
+        for name, interest in (("", False), ("interest_", True)):
+            config = self._config(SIMILAR, like)
+            ranking = replace(config.ranking, vectors=run.run, interest=interest)
+            stem = f"{run.arm}-{name.replace('_', '-')}seed{like.seed}-{value_hash(run.parts)}"
+            judged, found = self._judged(stem, replace(config, ranking=ranking))
+            each = sums_of(judged, name)
+            sums |= each.sums
+            facts |= {f"{name}{key}": value for key, value in found.items()}
+        return UserSums(each.users, sums), facts
+
+    def _config(self, recipe: str, like: OpenedRun) -> Config:
+        config = override(recipes.build(recipe), [*HERE, *self.settings])
+        # The data stand prepared; another setting would prepare them again.
+        prepare = from_dict(read_json(RunFolder(like.run).config)).prepare
+        return replace(config, seed=like.seed, prepare=prepare)
+
+    def _judged(self, name: str, config: Config) -> tuple[Judged, dict[str, Any]]:
+        run = RunFolder(join(self.out, "ranking", f"{name}-{value_hash(self.settings)}"))
+        if not exists(run.metrics):
+            LOG.info("ranking: %s, seed %d", config.recipe, config.seed)
+            train_run(config, self.source.uri, run.root, cache=self.cache,
+                      resume=exists(run.checkpoints))  # fmt: skip
+        metrics = read_json(run.metrics)
+        facts = {"run": run.root, **{key: metrics.get(key) for key in ("num_test", "ECE")}}
+        return Judged.load(run.path("predictions"), "test"), facts
+
+
+def sums_of(judged: Judged, prefix: str = "") -> UserSums:
+    """Return `AUC` and `gAUC` of predictions as sums per user, under a prefix."""
+    users = [f"{user:09d}" for user in judged.user]
+    scores, clicked = judged.chance, judged.clicked
+    values: dict[str, Floats] = {}
+    weights: dict[str, Floats] = {}
+    if clicked.any() and not clicked.all():
+        values["AUC"], weights["AUC"] = auc_parts(scores, clicked)
+    pages, auc, weight = gauc_parts(scores, clicked, judged.page)
+    if len(pages):
+        numbers, first = np.unique(judged.page, return_index=True)
+        at = first[np.searchsorted(numbers, pages)]
+        values["gAUC"], weights["gAUC"] = np.zeros(len(users)), np.zeros(len(users))
+        values["gAUC"][at], weights["gAUC"][at] = auc, weight
+    named = {prefix + name: value for name, value in values.items()}
+    return UserSums.of(users, named, {prefix + name: part for name, part in weights.items()})
 
 
 def auc_parts(

@@ -6,7 +6,7 @@ import base64
 
 from karma_ray.artifacts import join, write_json
 from karma_ray.report.funnel_table import STAGES, Delta, Funnel
-from karma_ray.report.page import environment, write_bytes
+from karma_ray.report.rendering import environment, write_bytes
 
 ABSENT = "–"
 
@@ -42,17 +42,17 @@ def screen(funnel: Funnel) -> str:
         f"{facts['data']}: {facts['num_test']} test clicks of {facts['num_users']} users, "
         f"{facts['num_items']} items; seeds {', '.join(map(str, facts['seeds']))}",
         "",
-        f"{'percent; differences in points':<42}{'KARMA':>7}{'action':>8}{'none':>7}"
-        f"  {'KARMA - action-only':<23}{'KARMA - none':<23}{'paper':>5}",
+        f"{'percent; differences in points':<38}{'KARMA':>7}{'action':>8}{'none':>7}"
+        f"  {'KARMA - action-only':<25}{'KARMA - none':<25}{'paper':>5}",
     ]
     for stage, title in STAGES.items():
         rows = funnel.of_stage(stage)
         lines += [title] if rows else []
         for row in rows:
             lines.append(
-                f"  {row.label:<40}{cell(row.karma):>7}{cell(row.action_only):>8}"
-                f"{cell(row.none):>7}  {cell(row.over_action_only):<23}"
-                f"{cell(row.over_none):<23}{cell(row.paper, signed=True):>5}"
+                f"  {row.label:<36}{cell(row.karma):>7}{cell(row.action_only):>8}"
+                f"{cell(row.none):>7}  {cell(row.over_action_only):<25}"
+                f"{cell(row.over_none):<25}{cell(row.paper, signed=True):>5}"
             )
     ends = [*funnel.labels, *funnel.notes]
     return "\n".join([*lines, *([""] if ends else []), *ends])

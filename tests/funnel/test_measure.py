@@ -12,8 +12,14 @@ import pytest
 from karma_ray.artifacts import read_json, write_json
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
-from karma_ray.funnel.measure import measure_funnel
+from karma_ray.funnel.measure import _not_exposed, measure_funnel
 from karma_ray.report.funnel_page import screen
+
+TWO = ("recall", "prerank")
+SMALL = (
+    "ranking.width=4", "ranking.hidden=8", "ranking.attention_hidden=4", "ranking.epochs=0",
+    "training.batch_size=8", "training.steps=20", "training.validate_every=0",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +28,7 @@ def report(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("funnel") / "out"
     names = [str(runs / name) for name in ("karma-1", "karma-2")]
     beside = [str(runs / name) for name in ("action-1", "action-2")]
-    measure_funnel(names, beside=beside, out=str(out))
+    measure_funnel(names, beside=beside, out=str(out), stages=TWO)
     return out
 
 
@@ -50,7 +56,8 @@ def test_the_page_and_the_screen_show_every_stage(report: Path, runs: Path) -> N
     page = (report / "report.html").read_text()
     for text in ("Recall", "Pre-ranking", "HR@2%, list of h_t, exact", "karma-1", "+1.86"):
         assert text in page
-    funnel, _ = measure_funnel([str(runs / "karma-1")], out=str(report.parent / "alone"))
+    alone = str(report.parent / "alone")
+    funnel, _ = measure_funnel([str(runs / "karma-1")], out=alone, stages=TWO)
     lines = screen(funnel).splitlines()
     assert len(lines) <= 40 and max(map(len, lines)) <= 120
     assert "Not compared with action-only training: name its runs with --beside." in lines
@@ -73,12 +80,50 @@ def test_what_is_finished_is_not_measured_again(report: Path, runs: Path, tmp_pa
     next(again.glob("finished/prerank-karma-2-*.json")).unlink()  # as if it was cut off there
     names = [str(runs / name) for name in ("karma-1", "karma-2")]
     beside = [str(runs / name) for name in ("action-1", "action-2")]
-    measure_funnel(names, beside=beside, out=str(again))
+    measure_funnel(names, beside=beside, out=str(again), stages=TWO)
     assert read_json(f"{again}/funnel.json") == read_json(str(report / "funnel.json"))
     now = {path: path.stat().st_mtime_ns for path in again.glob("finished/*")}
     assert now.keys() == times.keys() and now[part] == times[part]
     changed = {path.name.split("-", 3)[2] for path in times if now[path] != times[path]}
     assert changed == {"2"}
+
+
+def test_ranking_compares_models_of_the_same_seed(runs: Path, tmp_path: Path) -> None:
+    """The run's seed is that of its CTR models, and of those that it is compared with."""
+
+    def measured() -> dict[str, float]:
+        measure_funnel(
+            [str(runs / "karma-1")], beside=[str(runs / "action-2")], out=str(tmp_path / "out"),
+            cache=str(tmp_path / "cache"), stages=("ranking",), ctr=SMALL,
+        )  # fmt: skip
+        return dict(read_json(str(tmp_path / "out" / "funnel.json")))
+
+    found = measured()
+    trained = {path.name.split("-seed")[0]: path for path in (tmp_path / "out/ranking").iterdir()
+               if not path.is_symlink()}  # fmt: skip
+    assert trained.keys() == {
+        "none", "karma", "karma-interest", "action_only", "action_only-interest"
+    }  # fmt: skip
+    assert {read_json(f"{path}/config.json")["seed"] for path in trained.values()} == {1}
+    for arm, name in {"none": "/none", "karma": "", "action_only": "/action_only"}.items():
+        metrics = read_json(f"{trained[arm]}/metrics.json")
+        for metric in ("AUC", "gAUC"):
+            assert found[f"ranking/{metric}{name}"] == pytest.approx(metrics[metric], abs=1e-4)
+    assert found["ranking/delta_none"] == pytest.approx(
+        found["ranking/AUC"] - found["ranking/AUC/none"], abs=1e-4
+    )
+    shutil.rmtree(tmp_path / "out" / "ranking")  # finished parts need no CTR model any more
+    assert measured() == found and not (tmp_path / "out" / "ranking").exists()
+
+
+def test_data_without_exposures_have_no_ranking_and_say_so(
+    runs: Path, source: PreparedData, tmp_path: Path
+) -> None:
+    unexposed = PreparedData(source.uri, {**source.facts, "negative_source": "none"})
+    assert "does not say what was shown" in str(_not_exposed(unexposed))
+    assert _not_exposed(source) is None
+    with pytest.raises(InputError, match="--stages: 'rank' is not valid; choices: recall"):
+        measure_funnel([str(runs / "karma-1")], source.uri, stages=("rank",))
 
 
 def test_unfinished_and_other_runs_are_refused(
