@@ -18,7 +18,7 @@ from karma_ray.report.funnel_page import screen
 TWO = ("recall", "prerank")
 SMALL = (
     "ranking.width=4", "ranking.hidden=8", "ranking.attention_hidden=4", "ranking.epochs=0",
-    "training.batch_size=8", "training.steps=20", "training.validate_every=0",
+    "training.batch_size=8", "training.steps=4", "training.validate_every=0",
 )  # fmt: skip
 
 
