@@ -281,7 +281,7 @@ def _ranker(name: str) -> Config:
     """Return the configuration of a CTR model; a batch has some hundred pages, and no LLM."""
     base = Config(recipe=name, ranking=RankingConfig(family=name.removeprefix("ctr_")))
     training = replace(
-        base.training, batch_size=256, learning_rate=5e-3, precision="float32", best_metric="AUC"
+        base.training, batch_size=256, learning_rate=2e-2, precision="float32", best_metric="AUC"
     )
     return replace(base, training=training)
 

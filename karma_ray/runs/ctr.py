@@ -25,6 +25,8 @@ from karma_ray.errors import InputError
 from karma_ray.ranking.collate import CtrCollator
 from karma_ray.ranking.exposures import Exposures
 from karma_ray.ranking.families import Sizes, build_model, family_of
+from karma_ray.ranking.features import FeatureMoments
+from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.items import ItemFacts
 from karma_ray.ranking.judged import Judged, Predict
 from karma_ray.ranking.load import KIND, logits_of, save_ranker
@@ -42,6 +44,9 @@ LOG = logging.getLogger(__name__)
 STAGE = "ctr"
 CURVE_PAGES = 2048
 """Validation pages per point of the curve over steps; the final metrics use all of them."""
+
+MOMENT_CANDIDATES = 100_000
+"""Training candidates that mean and deviation of the features are computed from."""
 
 OnValidate = Callable[[int, Mapping[str, float]], None]
 
@@ -97,6 +102,9 @@ class CtrStage:
         model = build_model(self.config.ranking, Sizes.of(facts), self.config.seed)
         items: nn.Module = model.items  # type: ignore[assignment]
         items.know(facts)  # type: ignore[operator]
+        if self.exposures.num_features:
+            moments = FeatureMoments.of(self.exposures.feature_sample(MOMENT_CANDIDATES))
+            model.features.know(moments)  # type: ignore[operator, union-attr]
         return model
 
     def collator(self) -> CtrCollator:
@@ -185,6 +193,8 @@ def train_ctr(
     summary = run_training(job, resume=resume, max_failures=2, distribute=executor.train)
     model = stage.build()
     load_weights(summary["weights"], model)
+    rates = ItemRates.count(exposures, source.catalog().num_items)
+    model.items.forget(np.flatnonzero(~rates.is_warm))  # type: ignore[operator, union-attr]
     catalog = Catalog.load(source.items_uri)
     save_ranker(
         model, config.ranking, Sizes.of(ItemFacts.of(catalog)), exposures.num_features,
