@@ -7,11 +7,11 @@ from dataclasses import asdict
 
 from karma_ray.funnel.fusion import GRID
 from karma_ray.funnel.ground import Ground, Part
-from karma_ray.funnel.lines import PRERANK, RANKING, RECALL, Arms, lines, told, with_stable_names
+from karma_ray.funnel.lines import PRERANK, RANKING, RECALL, Arms, lines, told, with_increment
 from karma_ray.funnel.matching import CHANNELS
 from karma_ray.funnel.opened import NONE, OpenedRun
 from karma_ray.funnel.sizes import KEPT_SHARE, POOL_SHARE, RECALLED_SHARE, Sizes
-from karma_ray.report.funnel_table import Funnel
+from karma_ray.report.funnel_table import Funnel, FunnelRow
 from karma_ray.report.record import read_run
 
 
@@ -20,14 +20,15 @@ def assembled(
     parts: Sequence[Part], pairs: list[tuple[int, int]], notes: list[str],
 ) -> Funnel:  # fmt: skip
     """Compare the runs in every line, and return all that the page shows."""
-    rows, metrics = [], {}
+    rows: list[FunnelRow] = []
+    metrics: dict[str, float] = {}
     for line in lines(ground.sizes):
         if not any(part.stage == line.stage for part in parts):
             continue
         row, found = told(line, _arms(parts, line.stage), pairs)
         rows.append(row)
         metrics.update(found)
-    metrics = with_stable_names(metrics, ground.sizes) | _more(parts, ground.sizes)
+    metrics = with_increment(metrics) | _more(parts, ground.sizes)
     record = read_run(karma[0].run)
     facts = {
         "data": record.data_name,

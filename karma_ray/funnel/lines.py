@@ -22,16 +22,22 @@ class Line:
 
     stage: str
     name: str
-    """The key inside the stage; empty for the metric of the paper."""
+    """Its key inside the stage."""
     label: str
     metric: str
     """The metric of a run's sums."""
     none: str = ""
     """The metric without KARMA that it is compared with; empty if there is none."""
+    is_headline: bool = False
+    """Whether it is the paper's; its differences have no name of their own in their keys."""
 
-    def key(self, *parts: str) -> str:
-        """Return `stage/[name/]...`."""
-        return "/".join(part for part in (self.stage, self.name, *parts) if part)
+    def value_key(self, arm: str) -> str:
+        """Return `stage/name[/arm]`."""
+        return f"{self.stage}/{self.name}" + ("" if arm == KARMA else f"/{arm}")
+
+    def delta_key(self, arm: str) -> str:
+        """Return `stage/[name/]delta_arm`."""
+        return f"{self.stage}/" + ("" if self.is_headline else f"{self.name}/") + f"delta_{arm}"
 
 
 @dataclass
@@ -49,15 +55,15 @@ def lines(sizes: Sizes) -> list[Line]:
     recalled, kept = sizes.recall_metric, sizes.prerank_metric
     k = sizes.recalled
     return [
-        Line(RECALL, "", f"{recalled}, list of h_t, exact", "exact"),
+        Line(RECALL, recalled, f"{recalled}, list of h_t, exact", "exact", is_headline=True),
         Line(RECALL, "ann", f"{recalled}, list of h_t, approximate", "ann"),
         Line(RECALL, "union", f"{recalled}, union with other channels", "union", "union"),
         Line(RECALL, "category_match", f"category match@{k}, list of h_t", "category_match"),
         Line(RECALL, "union_category_match", f"category match@{k}, union",
              "union_category_match", "union_category_match"),
-        Line(PRERANK, "", f"{kept}, clicks that are kept", "kept", "kept"),
+        Line(PRERANK, kept, f"{kept}, clicks that are kept", "kept", "kept", is_headline=True),
         Line(PRERANK, "all_scene", f"{kept}, all scenes of the query", "all_scene", "all_scene"),
-        Line(RANKING, "", "AUC, similarity features", "AUC", "AUC"),
+        Line(RANKING, "AUC", "AUC, similarity features", "AUC", "AUC", is_headline=True),
         Line(RANKING, "gAUC", "gAUC, similarity features", "gAUC", "gAUC"),
         Line(RANKING, "interest_AUC", "AUC, also h_t . e", "interest_AUC", "AUC"),
         Line(RANKING, "interest_gAUC", "gAUC, also h_t . e", "interest_gAUC", "gAUC"),
@@ -80,12 +86,10 @@ def told(
     ]
     over_action = difference(beside, line.metric) if beside else None
     over_none = difference(without, line.metric, line.none) if without else None
-    found = {line.key(*([] if arm == KARMA else [arm])) if line.name else
-             line.key("value", *([] if arm == KARMA else [arm])): value
-             for arm, value in means.items() if value is not None}  # fmt: skip
-    found |= flat(line.key("delta_action_only"), over_action) if over_action else {}
-    found |= flat(line.key("delta_none"), over_none) if over_none else {}
-    paper = PAPER[line.stage] if not line.name else None
+    found = {line.value_key(arm): mean for arm, mean in means.items() if mean is not None}
+    for arm, delta in {ACTION_ONLY: over_action, NONE: over_none}.items():
+        found |= flat(line.delta_key(arm), delta) if delta else {}
+    paper = PAPER[line.stage] if line.is_headline else None
     row = FunnelRow(
         line.stage, line.label, means[KARMA], means[ACTION_ONLY], means[NONE],
         _delta(over_action), _delta(over_none), paper,
@@ -93,17 +97,15 @@ def told(
     return row, found
 
 
-def with_stable_names(metrics: Mapping[str, float], sizes: Sizes) -> dict[str, float]:
-    """Name the headline metrics, and let recall's `delta_none` be what h_t adds to the union."""
-    names = {RECALL: sizes.recall_metric, PRERANK: sizes.prerank_metric, RANKING: "AUC"}
-    found = {}
-    for key, value in metrics.items():
-        stage, _, rest = key.partition("/")
-        found[f"{stage}/{names[stage]}{rest[5:]}" if rest.startswith("value") else key] = value
-    union = f"{RECALL}/union/delta_none"
-    found |= {f"{RECALL}/delta_none{key[len(union):]}": value
-              for key, value in metrics.items() if key.startswith(union)}  # fmt: skip
-    return found
+def with_increment(metrics: Mapping[str, float]) -> dict[str, float]:
+    """Let recall's `delta_none` be what h_t adds to the union of the other channels."""
+    union = f"{RECALL}/union/delta_{NONE}"
+    added = {
+        f"{RECALL}/delta_{NONE}{key.removeprefix(union)}": value
+        for key, value in metrics.items()
+        if key.startswith(union)
+    }
+    return {**metrics, **added}
 
 
 def _delta(found: Difference | None) -> Delta | None:

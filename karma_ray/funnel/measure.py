@@ -62,7 +62,7 @@ def measure_funnel(
         raise InputError("--clicks", num_clicks, f"is below {FEWEST_CLICKS}")
     source = PreparedData.load(absolute(data) if data else _data_of(runs[0]))
     karma = open_runs(runs, KARMA, source)
-    action_only = open_runs(beside, ACTION_ONLY, source)
+    action_only = open_runs(beside, ACTION_ONLY, source, taken=[one.name for one in karma])
     pairs = paired(karma, action_only)
     folder = absolute(out) if out else join(absolute(runs[0]), "funnel")
     ground = Ground(source, folder, num_clicks)
@@ -91,7 +91,7 @@ def _not_exposed(source: PreparedData) -> str | None:
 def _data_of(run: str) -> str:
     try:
         return str(read_manifest(absolute(run), "run")["data"])
-    except (FileNotFoundError, KeyError):
+    except (InputError, KeyError):
         raise InputError("RUN", run, "does not name its data; name them with --data") from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from karma_ray import recipes
@@ -58,10 +58,20 @@ class OpenedRun:
         return cls(path, name, arm, recipe, config.seed, hashes)
 
 
-def open_runs(runs: Sequence[str], arm: str, source: PreparedData) -> list[OpenedRun]:
-    """Open the runs of one arm, each once, in the order of their seeds."""
+def open_runs(
+    runs: Sequence[str], arm: str, source: PreparedData, taken: Sequence[str] = ()
+) -> list[OpenedRun]:
+    """Open the runs of one arm, each once, in the order of their seeds.
+
+    Equal names of folders, also those `taken` by another arm, get a number.
+    """
     opened = {one.run: one for one in (OpenedRun.open(run, arm, source) for run in runs)}
-    return sorted(opened.values(), key=lambda one: one.seed)
+    found, names = [], list(taken)
+    for one in sorted(opened.values(), key=lambda one: one.seed):
+        count = names.count(one.name) + 1
+        names.append(one.name)
+        found.append(one if count == 1 else replace(one, name=f"{one.name} ({count})"))
+    return found
 
 
 def paired(karma: Sequence[OpenedRun], beside: Sequence[OpenedRun]) -> list[tuple[int, int]]:

@@ -36,7 +36,7 @@ def differences(funnel: Funnel) -> bytes | None:
         axes.set_xlabel("points")
         dress(axes, STAGES[stage])
         handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-        axes.legend(handles.values(), handles.keys(), fontsize=8, frameon=False)
+        axes.legend(handles.values(), handles.keys(), loc="lower right", fontsize=8, frameon=False)
     return png(figure)
 
 
@@ -53,7 +53,7 @@ def weights(funnel: Funnel) -> bytes | None:
         axes.plot(at[best], values[best], marker="o", color=colour, ms=5)
     axes.set_xlabel("w")
     axes.set_ylabel("percent")
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(loc="lower right", fontsize=8, frameon=False)
     dress(axes, f"validation {funnel.facts['prerank_metric']}")
     return png(figure)
 

@@ -13,6 +13,7 @@ from karma_ray.artifacts import read_json, write_json
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.funnel.measure import _not_exposed, measure_funnel
+from karma_ray.funnel.opened import open_runs
 from karma_ray.report.funnel_page import screen
 
 TWO = ("recall", "prerank")
@@ -129,6 +130,8 @@ def test_data_without_exposures_have_no_ranking_and_say_so(
 def test_unfinished_and_other_runs_are_refused(
     runs: Path, source: PreparedData, tmp_path: Path
 ) -> None:
+    with pytest.raises(InputError, match=r"RUN: .* does not name its data; name them with --data"):
+        measure_funnel([str(tmp_path / "nowhere")])
     with pytest.raises(InputError, match=r"RUN: .* is not a run folder: it has no config\.json"):
         measure_funnel([str(tmp_path)], source.uri)
     copy = tmp_path / "copy"
@@ -142,6 +145,14 @@ def test_unfinished_and_other_runs_are_refused(
     write_json({**config, "recipe": "popularity"}, str(copy / "config.json"))
     with pytest.raises(InputError, match="is the floor or ceiling popularity"):
         measure_funnel([str(copy)], source.uri)
+
+
+def test_equal_names_are_told_apart(runs: Path, source: PreparedData, tmp_path: Path) -> None:
+    shutil.copytree(runs / "action-1", tmp_path / "karma-1")
+    opened = open_runs([str(tmp_path / "karma-1")], "action_only", source, taken=["karma-1"])
+    assert [one.name for one in opened] == ["karma-1 (2)"]
+    twice = open_runs([str(runs / "karma-1")] * 2, "karma", source)
+    assert [one.name for one in twice] == ["karma-1"]
 
 
 def test_a_run_of_another_catalogue_is_refused(
