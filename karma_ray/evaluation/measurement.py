@@ -97,7 +97,7 @@ def _title_terms(catalog: Catalog) -> TermMatrix:
     return TermMatrix.from_titles(catalog.each("title"))
 
 
-def _tie_order(catalog: Catalog) -> NDArray[np.int64]:  # -> [I]
+def tie_order(catalog: Catalog) -> NDArray[np.int64]:  # -> [I]
     """Return each item's place among ties, by a hash of its id: adjacent ids are often similar."""
     hashes = (zlib.crc32(item_id.encode()) for item_id in catalog.each("item_id"))
     order = np.argsort(np.fromiter(hashes, np.uint32, catalog.num_items), kind="stable")
@@ -131,7 +131,7 @@ class Measurement:
         self.requests = request_numbers(examples)  # [n]
         self.pairs = impressions(examples, self.requests, catalog)
         self.terms = catalog.derived(_title_terms)
-        self.priority = catalog.derived(_tie_order)  # [I]
+        self.priority = catalog.derived(tie_order)  # [I]
         size = config.corpus_size()
         self.left_out = self.priority >= size if 0 < size < self.num_items else None  # [I]
         num = examples.num_rows
