@@ -43,6 +43,8 @@ class PartCheck:
     item_ids: pa.Array
     config: PrepareConfig
     forgotten: Forgotten = field(default_factory=Forgotten)
+    with_unclicked: bool = False
+    """Keep pages without clicks, which only a model of click-through rates learns from."""
 
     def __call__(self, part: EventPart) -> None:
         """Check a part; its facts in the work folder are written last."""
@@ -62,7 +64,7 @@ class PartCheck:
         table, rows = read.table, read.numbers
         if forgotten.any():
             table, rows = table.filter(pa.array(~forgotten)), rows[~forgotten]
-        checked = check_events(table, self.item_ids, source)
+        checked = check_events(table, self.item_ids, source, with_unclicked=self.with_unclicked)
         # Numbered as in the file, which has the forgotten rows too.
         clean = _numbered(checked.table, "order", rows)
         quarantine = _numbered(checked.quarantine, "row", rows)
@@ -116,7 +118,9 @@ class PartitionBuild:
         """
         name, build = f"part-{partition:05d}", self.work.build
         report: dict[str, Any] = {"partition": partition, "counts": {}, "leak": None}
-        rows = self._rows(partition)
+        rows = partition_rows(
+            self.work, self.parts, partition, self.num_partitions, self.config.num_partitions
+        )
         try:
             if rows.num_rows:
                 built = build_partition(rows, self.cutoffs, self.config, self.held_out)
@@ -128,14 +132,17 @@ class PartitionBuild:
             report["leak"] = str(leak)
         write_json(report, join(build, "reports", f"{name}.json"))
 
-    def _rows(self, partition: int) -> pa.Table:
-        slots = slot_range(partition, self.num_partitions, self.config.num_partitions)
-        paths = [self.work.path("rows", part) for part in self.parts]
-        with ThreadPoolExecutor(READERS) as readers:
-            tables = list(readers.map(lambda path: read_rows(path, slots), paths))
-        # Rows are numbered in their files, and start at the part's first row there.
-        begins = zip(starts(self.parts), self.parts, strict=True)
-        return joined(tables, [start - part.first_row for start, part in begins])
+
+def partition_rows(
+    work: PrepareWork, parts: Sequence[EventPart], partition: int, num_partitions: int, fewest: int
+) -> pa.Table:
+    """Return the clean events (CLEAN_EVENTS) of one partition of users, from all checked parts."""
+    slots = slot_range(partition, num_partitions, fewest)
+    with ThreadPoolExecutor(READERS) as readers:
+        tables = list(readers.map(lambda part: read_rows(work.path("rows", part), slots), parts))
+    # Rows are numbered in their files, and start at the part's first row there.
+    begins = zip(starts(parts), parts, strict=True)
+    return joined(tables, [start - part.first_row for start, part in begins])
 
 
 def _numbered(table: pa.Table, name: str, numbers: np.ndarray) -> pa.Table:

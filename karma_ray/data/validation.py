@@ -96,12 +96,14 @@ def event_columns(table: pa.Table, source: str) -> pa.Table:
 
 
 def check_events(
-    table: pa.Table, item_ids: pa.Array, source: str = "events", first_row: int = 0, order: int = 0
-) -> Checked:
+    table: pa.Table, item_ids: pa.Array, source: str = "events", first_row: int = 0, order: int = 0,
+    with_unclicked: bool = False,
+) -> Checked:  # fmt: skip
     """Validate event rows against the catalogue's ids.
 
     `first_row` is the row number in `source` of the table's first row, and `order` its number in
-    the whole input. The resulting table has the columns CLEAN_EVENTS and only pages with clicks.
+    the whole input. The resulting table has the columns CLEAN_EVENTS and, unless `with_unclicked`,
+    only pages with clicks.
     """
     rows = event_columns(table, source)
     lists = {name: _clean_list(rows.column(name), item_ids) for name in _LIST_COLUMNS}
@@ -113,7 +115,7 @@ def check_events(
         (UNKNOWN_CLICK, clicked.num_unknown > 0),
     ]
     lost = faults[0][1] | faults[1][1]
-    keep = ~lost & (clicked.num_kept > 0)
+    keep = ~lost & (with_unclicked | (clicked.num_kept > 0))
     clean = {name: rows.column(name) for name in EVENTS.names}
     clean.update({name: pa.chunked_array([entry.values]) for name, entry in lists.items()})
     clean["order"] = pa.chunked_array([np.arange(order, order + table.num_rows, dtype=np.int64)])
