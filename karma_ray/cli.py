@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from karma_ray import pretrained, recipes
-from karma_ray.artifacts import RunFolder, join, read_json
+from karma_ray.artifacts import RunFolder, absolute, join, read_json
 from karma_ray.config import (
     Config,
     assigned,
@@ -117,6 +117,10 @@ def train(argv: list[str] | None, description: str, load_executor: Callable[[], 
         "--init-from", metavar="RUN", help="train the model (and configuration) of this run further"
     )
     flags.add_argument(
+        "--vectors", metavar="RUN",
+        help="finished run whose item vectors give a CTR model its similarity features",
+    )  # fmt: skip
+    flags.add_argument(
         "--profile", action="store_true", help="write a trace of three steps to RUN/profile"
     )
     cache_flag(flags)
@@ -126,6 +130,8 @@ def train(argv: list[str] | None, description: str, load_executor: Callable[[], 
 
         arguments.config = RunFolder(Parent.open(arguments.init_from).run).config
     config = load_config(arguments, "karma_text" if arguments.data else "toy")
+    if arguments.vectors:
+        config = override(config, [f"ranking.vectors={absolute(arguments.vectors)}"])
     if arguments.profile:
         config = override(config, ["training.profile=true"])
     out = arguments.out or default_out(config.recipe)

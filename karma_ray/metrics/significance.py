@@ -68,12 +68,12 @@ def _resampled_means(
 ) -> NDArray[np.float64]:  # [users], [users] -> [num_resamples]
     means = [
         (counts @ gains) / np.maximum(counts @ mass, 1e-300)
-        for counts in _resamples(seed, len(gains), num_resamples)
+        for counts in resamples(seed, len(gains), num_resamples)
     ]
     return np.concatenate(means)
 
 
-def _resamples(
+def resamples(
     seed: int, num_users: int, num_resamples: int
 ) -> Iterable[NDArray[np.integer]]:  # -> blocks [size, users]
     """Return how often each user is drawn; small results are cached, as studies reuse them."""

@@ -262,3 +262,11 @@ def slices(values: Any, start: np.ndarray, stop: np.ndarray) -> pa.ListArray:
     found = values.take(pa.array(np.repeat(start, sizes) + places(sizes)))
     found = found.combine_chunks() if isinstance(found, pa.ChunkedArray) else found
     return pa.ListArray.from_arrays(pa.array(offsets), found)
+
+
+def requests_of(rows: pa.Table, item_ids: pa.Array) -> pa.Table:
+    """Return pages as requests with item ids, as the retriever and rankers of examples read."""
+    history = rows.column("history_rows").combine_chunks()
+    named = pa.ListArray.from_arrays(history.offsets, item_ids.take(history.values))
+    columns = ["user_id", "timestamp", "query", "page_id", "history_queries", "history_timestamps"]
+    return rows.select(columns).append_column("history_item_ids", pa.chunked_array([named]))

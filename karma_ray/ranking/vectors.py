@@ -19,7 +19,7 @@ from karma_ray.data.fragments import row_blocks
 from karma_ray.data.steps import flattened, list_sizes, places
 from karma_ray.errors import InputError, SkewError
 from karma_ray.ranking.collate import newest_last
-from karma_ray.ranking.exposures import EXPOSURES, slices
+from karma_ray.ranking.exposures import EXPOSURES, requests_of, slices
 from karma_ray.ranking.features import similarity_features
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.parts import served
@@ -135,13 +135,7 @@ def _interest_scores(
     retriever, index = vectors.retriever, vectors.index
     if retriever is None or index is None:
         return None
-    history = rows.column("history_rows").combine_chunks()
-    named = pa.ListArray.from_arrays(
-        history.offsets, pa.array(vectors.item_ids).take(history.values)
-    )
-    asked = rows.select(["query", "history_queries", "history_timestamps"]).append_column(
-        "history_item_ids", pa.chunked_array([named])
-    )
+    asked = requests_of(rows, pa.array(vectors.item_ids))
     scores = np.zeros(len(items), np.float32)
     for start in range(0, asked.num_rows, INTEREST_PAGES):
         part = asked.slice(start, INTEREST_PAGES)

@@ -43,6 +43,7 @@ from karma_ray.evaluation.paraphrased import ParaphrasedRanker, paraphrased_metr
 from karma_ray.metrics.collapse import spread
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.runs.ctr_assessment import assess_ctr
 from karma_ray.runs.joint import CURVE_EXAMPLES
 from karma_ray.runs.stages import STAGE_VERSION, Stage
 from karma_ray.runs.text_vectors import LlmTexts
@@ -120,6 +121,8 @@ def assess(
     Without test examples the checks and cases use validation examples. Returns the content of
     metrics.json.
     """
+    if config.recipe in recipes.RANKERS:
+        return assess_ctr(config, source, run, cache, out)
     folder, evaluator = RunFolder(out or run), Evaluator(config, source)
     LOG.info("evaluating %d test clicks", source.examples("test").num_rows)
     floors = floor_metrics(evaluator, cache)

@@ -48,6 +48,7 @@ from karma_ray.runs.continuation import (
     warn_of_other_split,
 )
 from karma_ray.runs.cost import Cost
+from karma_ray.runs.ctr import check_ranking, train_ctr
 from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.first_stages import start_stage
 from karma_ray.runs.forgetting import PREFIX, forgetting
@@ -105,7 +106,9 @@ def train_run(
     write_json(to_dict(config), folder.config)
     write_json(facts := _data_facts(source), folder.path("data.json"))
     stage = None
-    if config.recipe in recipes.TRAINED:
+    if config.recipe in recipes.RANKERS:
+        train_ctr(config, source, run, cache, executor, resume, on_validate)
+    elif config.recipe in recipes.TRAINED:
         found = noted_stage(folder, config, source.items_uri) if resume else None
         stage = _first_stage(config, source, cache, run, found, parent, executor)
         note_start(folder, stage, init)
@@ -124,6 +127,7 @@ def train_run(
 def _check(config: Config, source: PreparedData, executor: Executor, *, with_warmup: bool) -> None:
     """Raise InputError if sizes do not fit, or no executor can start the workers."""
     check_sizes(config, source, with_warmup=with_warmup)
+    check_ranking(config, source)
     workers = config.training.num_workers
     if executor.train is None and workers > 1:
         message = "cannot be started by this process alone; jobs/train.py starts them on Ray"

@@ -1,0 +1,194 @@
+"""A run that trains a CTR model: exposures -> features -> training -> ranker/.
+
+It is trained as every other stage is (runs/training.py), by this process or by Ray Train's
+workers. The epochs are shuffled: a batch of one hour would teach that hour, and only a shuffled
+order is the same for any number of workers. Time separates training, validation and test.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import pyarrow as pa
+from torch import nn
+
+from karma_ray import recipes
+from karma_ray.artifacts import RunFolder
+from karma_ray.config import Config
+from karma_ray.data.catalog import Catalog
+from karma_ray.data.prepared import PreparedData
+from karma_ray.errors import InputError
+from karma_ray.ranking.collate import CtrCollator
+from karma_ray.ranking.exposures import Exposures
+from karma_ray.ranking.families import Sizes, build_model, family_of
+from karma_ray.ranking.items import ItemFacts
+from karma_ray.ranking.judged import Judged, Predict
+from karma_ray.ranking.load import KIND, logits_of, save_ranker
+from karma_ray.runs.batches import ordered_batches
+from karma_ray.runs.executor import Executor
+from karma_ray.runs.exposures import check_exposed, ensure_exposures, with_vectors
+from karma_ray.runs.preparation import RunTasks, run_here
+from karma_ray.runs.training import run_training
+from karma_ray.runs.worker import TrainJob
+from karma_ray.training.checkpoints.checkpoint import load_weights
+from karma_ray.training.ctr_step import CtrStep
+from karma_ray.training.order import Order, Source
+
+LOG = logging.getLogger(__name__)
+STAGE = "ctr"
+CURVE_PAGES = 2048
+"""Validation pages per point of the curve over steps; the final metrics use all of them."""
+
+OnValidate = Callable[[int, Mapping[str, float]], None]
+
+
+def check_ranking(config: Config, source: PreparedData) -> None:
+    """Raise InputError on settings or data that a CTR model cannot be trained with.
+
+    Other recipes have no settings of one.
+    """
+    ranking, training = config.ranking, config.training
+    if config.recipe not in recipes.RANKERS:
+        if ranking.vectors:
+            message, choices = f"is not used by the recipe {config.recipe}", list(recipes.RANKERS)
+            raise InputError("--vectors", ranking.vectors, message, choices=choices)
+        return
+    family = family_of(ranking)
+    check_exposed(source)
+    if family.uses_vectors and not ranking.vectors:
+        message = f"is needed: the finished run whose item vectors {config.recipe} reads"
+        raise InputError("--vectors", None, message)
+    if ranking.vectors and not family.uses_vectors:
+        message = f"is not used by ranking.family={ranking.family}"
+        raise InputError("--vectors", ranking.vectors, message)
+    if ranking.interest and not ranking.vectors:
+        raise InputError("ranking.interest", True, "needs the run of --vectors, which computes h_t")
+    if training.batch_size < training.num_workers:
+        message = f"gives some of training.num_workers={training.num_workers} nothing to do"
+        raise InputError("training.batch_size", training.batch_size, message)
+
+
+def exposures_of(
+    config: Config, source: PreparedData, cache: str, run: RunTasks = run_here
+) -> Exposures:
+    """Return the exposures that a configuration learns from, with its features."""
+    ranking = config.ranking
+    found = ensure_exposures(source, ranking.max_history, cache, run)
+    if not ranking.vectors:
+        return found
+    return with_vectors(found, ranking.vectors, ranking.interest, source.items_uri, cache, run)
+
+
+@dataclass(frozen=True)
+class CtrStage:
+    """What every worker opens: a configuration and the paths of its inputs."""
+
+    config: Config
+    items_uri: str
+    exposures: Exposures
+
+    def build(self) -> nn.Module:
+        """Build the model with initial weights."""
+        facts = ItemFacts.of(Catalog.load(self.items_uri))
+        model = build_model(self.config.ranking, Sizes.of(facts), self.config.seed)
+        items: nn.Module = model.items  # type: ignore[assignment]
+        items.know(facts)  # type: ignore[operator]
+        return model
+
+    def collator(self) -> CtrCollator:
+        """Return the function that makes batches."""
+        ranking = self.config.ranking
+        return CtrCollator(ranking, self.exposures.num_features, family_of(ranking).columns)
+
+    @property
+    def steps(self) -> int:
+        """Steps of `ranking.epochs`, or `training.steps`."""
+        training, epochs = self.config.training, self.config.ranking.epochs
+        if not epochs:
+            return training.steps
+        pages = Source.scan(self.exposures.split("train"))
+        order = Order(pages, self.config.seed, training.batch_size, 0, 1)
+        return epochs * order.batches_per_epoch
+
+    def job(self, run: str, on_validate: OnValidate | None = None) -> TrainJob:
+        """Return the job that trains the model."""
+        config, training = self.config, self.config.training
+        return TrainJob(
+            run=run, stage=STAGE, build=self.build,
+            step=CtrStep(tuple(family_of(config.ranking).terms(config.ranking))),
+            make_batches=partial(
+                ordered_batches, self.exposures.split("train"), config.seed, training.batch_size,
+                self.collator,
+            ),
+            training=replace(training, steps=self.steps), seed=config.seed,
+            validate=CtrValidation(self, on_validate),
+        )  # fmt: skip
+
+
+@dataclass
+class CtrValidation:
+    """Measures validation pages; every worker measures the same ones."""
+
+    stage: CtrStage
+    on_validate: OnValidate | None = None
+    _collator: CtrCollator | None = field(default=None, repr=False)
+
+    def __call__(self, model: nn.Module, step: int) -> dict[str, float]:
+        """Return the metrics of at most CURVE_PAGES pages."""
+        self._collator = self._collator or self.stage.collator()
+        predict = predictor(model, self._collator)
+        judged = Judged.of(self.stage.exposures, "valid", predict, CURVE_PAGES)
+        metrics = judged.metrics(self.stage.config.evaluation.gauc_weight)
+        if self.on_validate is not None:
+            self.on_validate(step, metrics)
+        return metrics
+
+
+def predictor(model: nn.Module, collator: CtrCollator, row_of: np.ndarray | None = None) -> Predict:
+    """Return a function from rows of exposures to chances of a click, for a model in `eval` mode.
+
+    `row_of` [I + 1] gives the model's row of every row of the exposures' catalogue, if they differ;
+    the last is that of row -1.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+
+    def predict(rows: pa.Table) -> np.ndarray:
+        batch = collator(rows)
+        if row_of is not None:
+            mapped = torch.from_numpy(row_of)
+            batch = replace(batch, history=mapped[batch.history], candidate=mapped[batch.candidate])
+        with torch.inference_mode():
+            chance: np.ndarray = torch.sigmoid(logits_of(model, batch.to(device))).cpu().numpy()
+        return chance
+
+    return predict
+
+
+def train_ctr(
+    config: Config, source: PreparedData, run: str, cache: str, executor: Executor,
+    resume: bool = False, on_validate: OnValidate | None = None,
+) -> None:  # fmt: skip
+    """Train a CTR model on data that `check_ranking` passed, and write the run's ranker/."""
+    exposures = exposures_of(config, source, cache, executor.prepare)
+    if not exposures.num_pages("train"):
+        raise InputError("--data", source.uri, "shows nothing before its validation days")
+    stage = CtrStage(config, source.items_uri, exposures)
+    job = stage.job(run, on_validate)
+    LOG.info("%s: %d steps, %d worker(s)", config.recipe, job.training.steps,
+             max(1, config.training.num_workers))  # fmt: skip
+    summary = run_training(job, resume=resume, max_failures=2, distribute=executor.train)
+    model = stage.build()
+    load_weights(summary["weights"], model)
+    catalog = Catalog.load(source.items_uri)
+    save_ranker(
+        model, config.ranking, Sizes.of(ItemFacts.of(catalog)), exposures.num_features,
+        catalog.table.column("item_id").combine_chunks(), RunFolder(run).path(KIND),
+        exposures.facts["parents"], recipe=config.recipe, seed=config.seed,
+        num_parameters=sum(value.numel() for value in model.parameters()),
+    )  # fmt: skip
