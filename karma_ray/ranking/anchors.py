@@ -65,9 +65,9 @@ class Anchors:
     texts: list[str]
 
     @property
-    def vocabulary(self) -> int:
-        """How many different tokens there are, without 0."""
-        return int(self.tokens.max(initial=0))
+    def sizes(self) -> tuple[int, int]:
+        """How many different tokens there are, without 0, and L."""
+        return int(self.tokens.max(initial=0)), self.tokens.shape[1]
 
     @classmethod
     def of(cls, texts: list[str], tokenizer: Tokenizer, max_tokens: int) -> Anchors:

@@ -111,7 +111,7 @@ class Ocarm(nn.Module):
         self.user = UserEncoder(config.width, with_later=False)
 
     @property
-    def items(self) -> ItemEmbedding:
+    def items(self) -> nn.Module:
         """The embeddings of the items, which `know` the catalogue."""
         return self.din.items
 
@@ -139,7 +139,7 @@ class OcarmTeacher(nn.Module):
         self.user = UserEncoder(config.width, with_later=True)
 
     @property
-    def items(self) -> ItemEmbedding:
+    def items(self) -> nn.Module:
         """The embeddings of the items, which `know` the catalogue."""
         return self.din.items
 
@@ -201,12 +201,15 @@ class Distillation:
         """Return how far the student's vectors turn away from the teacher's."""
         assert isinstance(model, Ocarm)
         student: Tensor = model.vectors(*batch.named(PAST))
+        self.teacher.to(student.device)
         with torch.no_grad():
             target = self.teacher.vectors(*batch.named((*PAST, "request", "candidate", *LATER)))
         return 1.0 - torch.cosine_similarity(student, target, dim=-1)
 
 
-def distilled(weight: float, teacher: OcarmTeacher) -> list[Term]:
-    """Return the terms of a student's objective, and freeze its teacher."""
+def ocarm_terms(config: RankingConfig, teacher: nn.Module | None) -> list[Term]:
+    """Return the terms of a student's objective, and freeze its teacher if it has one."""
+    if not isinstance(teacher, OcarmTeacher):
+        return [CLICKS]
     teacher.requires_grad_(False).eval()
-    return [CLICKS, Term("distillation", weight, Distillation(teacher))]
+    return [CLICKS, Term("distillation", config.distillation, Distillation(teacher))]

@@ -15,11 +15,13 @@ from karma_ray.ranking.ocarm import (
     Ocarm,
     OcarmTeacher,
     Pooling,
-    distilled,
     not_shown,
+    ocarm_terms,
 )
 
-CONFIG = RankingConfig(family="ocarm", width=4, hidden=8, attention_hidden=4, query_buckets=16)
+CONFIG = RankingConfig(
+    family="ocarm", width=4, hidden=8, attention_hidden=4, query_buckets=16, distillation=1.0
+)
 
 
 def student() -> Ocarm:
@@ -114,7 +116,7 @@ def test_a_user_without_later_clicks_has_no_later_vector() -> None:
 
 def test_distillation_trains_the_student_and_leaves_the_teacher() -> None:
     model, taught_by, given = student(), teacher(), batch()
-    _, distillation = distilled(1.0, taught_by)
+    _, distillation = ocarm_terms(CONFIG, taught_by)
     values = distillation.values(model, given, logits(model, given))
     assert values.shape == (3,)
     values.sum().backward()
@@ -124,7 +126,7 @@ def test_distillation_trains_the_student_and_leaves_the_teacher() -> None:
 
 def test_distillation_is_zero_for_a_student_that_has_learned_it() -> None:
     model, taught_by, given = student(), teacher(), batch()
-    _, distillation = distilled(1.0, taught_by)
+    _, distillation = ocarm_terms(CONFIG, taught_by)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     losses = []
     for _ in range(150):
@@ -142,6 +144,17 @@ def test_the_gradient_of_clicks_reaches_all_of_both_models() -> None:
         given = batch()
         log_loss(model, given, logits(model, given)).sum().backward()
         assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_a_page_does_not_depend_on_the_others() -> None:
+    given = batch()
+    alone = CtrBatch(
+        given.history[1:2], given.query[1:2], torch.zeros(4, dtype=torch.long),
+        given.candidate[4:8], given.features[4:8], given.clicked[4:8],
+        {name: values[1:2] for name, values in given.extra.items()},
+    )  # fmt: skip
+    for model in (student(), teacher()):
+        torch.testing.assert_close(logits(model, alone), logits(model, given)[4:8])
 
 
 def test_a_traced_student_gives_the_same_logits() -> None:
