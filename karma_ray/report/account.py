@@ -14,6 +14,7 @@ STAGES = {
     "pretrain": "pretraining",
     "warmup": "warm-up",
     "joint": "joint training",
+    "ctr": "training",
     "embedding": "embedding the catalogue",
     "evaluation": "evaluation",
 }

@@ -6,7 +6,7 @@ import base64
 from typing import Any
 
 from karma_ray.artifacts import join, write_json
-from karma_ray.report.page import environment, write_bytes
+from karma_ray.report.rendering import environment, write_bytes
 
 PAGE = "description.html"
 NUMBERS = "description.json"

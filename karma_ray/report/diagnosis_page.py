@@ -12,7 +12,7 @@ import numpy as np
 from karma_ray.artifacts import join, write_json
 from karma_ray.evaluation.diagnosis import BodyDiagnosis, ModelDiagnosis
 from karma_ray.report.attention_plots import attention_grid, head_grid
-from karma_ray.report.page import environment, write_bytes
+from karma_ray.report.rendering import environment, write_bytes
 
 ROWS: tuple[tuple[str, str, str], ...] = (
     ("item encoder", "", ""),

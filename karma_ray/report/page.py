@@ -7,9 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from karma_ray.artifacts import RunFolder, join, open_filesystem
+from karma_ray.artifacts import RunFolder, join
 from karma_ray.evaluation.alarm import messages
 from karma_ray.report.account import (
     cost_sentences,
@@ -19,19 +17,8 @@ from karma_ray.report.account import (
     size_sentences,
 )
 from karma_ray.report.record import RunRecord, number, read_run
+from karma_ray.report.rendering import data_rows, environment, write_bytes
 from karma_ray.report.standing import format_count, headline, sections
-
-_DATA_FACTS = {
-    "name": "name",
-    "query_source": "queries",
-    "negative_source": "negatives",
-    "counts": "counts",
-    "item_texts": "item texts, tokens",
-    "quarantined": "quarantined rows",
-    "valid_start": "validation starts",
-    "test_start": "test starts",
-    "notes": "notes",
-}
 
 BARS = "comparison"
 """The plot at the top of the page; the others are shown as curves."""
@@ -48,6 +35,10 @@ def render_report(run: str) -> str:
     from karma_ray.report.plots import PLOTS  # here, so that no run waits for matplotlib to start
 
     record = read_run(run)
+    if record.is_ctr:
+        from karma_ray.report.ctr_page import render_ctr
+
+        return render_ctr(record)
     report = RunFolder(record.run).report
     pictures = {name: plot(record) for name, (_, plot) in PLOTS.items()}
     for name, picture in pictures.items():
@@ -69,17 +60,6 @@ def render_report(run: str) -> str:
     return page
 
 
-def environment(escape: bool) -> Environment:
-    """Return the template environment; `escape` for HTML."""
-    templates = Environment(
-        loader=PackageLoader("karma_ray.report", "templates"),
-        autoescape=escape,
-        undefined=StrictUndefined,
-    )
-    templates.filters["score"] = _score
-    return templates
-
-
 def _facts(record: RunRecord) -> dict[str, Any]:
     return {
         "record": record,
@@ -91,7 +71,7 @@ def _facts(record: RunRecord) -> dict[str, Any]:
         "has_ceilings": any(ranker.role == "ceiling" for ranker in record.rankers()),
         "tags": _tags(record),
         "checks": _checks(record),
-        "data": _data(record),
+        "data": data_rows(record),
         "account": [*llm_sentences(record), *size_sentences(record), *cost_sentences(record)],
         "forgetting": forgetting_rows(record),
         "config": json.dumps(record.config, indent=2, ensure_ascii=False),
@@ -126,34 +106,3 @@ def _checks(record: RunRecord) -> list[tuple[str, str]]:
         if change is not None:
             rows.append((name, f"{change:g}" + ("" if change == 0 else " (must be 0)")))
     return rows
-
-
-def _data(record: RunRecord) -> list[tuple[str, str]]:
-    return [
-        (title, _plain(record.data[key]))
-        for key, title in _DATA_FACTS.items()
-        if record.data.get(key) not in (None, [], {}, "")
-    ]
-
-
-def _plain(value: object) -> str:
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key}: {_plain(part)}" for key, part in value.items())
-    if isinstance(value, list):
-        return "; ".join(_plain(part) for part in value)
-    if isinstance(value, int) and not isinstance(value, bool):
-        return f"{value:,}"
-    return str(value)
-
-
-def _score(value: object) -> str:
-    score = number(value)
-    return "" if score is None else f"{score:.2f}"
-
-
-def write_bytes(uri: str, content: bytes) -> None:
-    """Write a file, creating its folders."""
-    fs, path = open_filesystem(uri)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    with fs.open(path, "wb") as sink:
-        sink.write(content)

@@ -17,6 +17,7 @@ STAGES = {
     "pretrain": "Pretraining (catalogue text)",
     "warmup": "Stage 1: warm-up",
     "joint": "Stage 2: joint",
+    "ctr": "Training: log loss of a click",
 }
 ROLE_COLOURS = {"floor": "#9aa5b1", "run": "#1f6feb", "ceiling": "#2da44e"}
 LINE_COLOURS = ("#1f6feb", "#d1582b", "#2da44e", "#8250df", "#9a6700", "#57606a")

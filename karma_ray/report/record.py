@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from karma_ray.artifacts import RunFolder, exists, read_json, read_lines
 from karma_ray.errors import InputError
-from karma_ray.recipes import CEILINGS, FLOORS
+from karma_ray.recipes import CEILINGS, FLOORS, RANKERS
 
 Role = Literal["floor", "run", "ceiling"]
 Metrics = Mapping[str, float]
@@ -57,6 +57,11 @@ class RunRecord:
     def is_trained(self) -> bool:
         """Whether the run trained a model; floors and ceilings are not trained."""
         return self.recipe not in (*FLOORS, *CEILINGS)
+
+    @property
+    def is_ctr(self) -> bool:
+        """Whether the run trained a CTR model, which ranks pages instead of the catalogue."""
+        return self.recipe in RANKERS
 
     def checkpoint(self, part: str) -> str:
         """The checkpoint that `item_encoder` or `user_decoder` began with, and its quantisation."""

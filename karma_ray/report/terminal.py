@@ -29,6 +29,8 @@ def summary(run: str) -> str:
     Raises InputError without a run.
     """
     record = read_run(run)
+    if record.is_ctr:
+        return _ctr_summary(record)
     notes = [*check_sentences(record), *record.labels(), *_quarantine(record), *_alarms(record)]
     blocks = [
         [
@@ -43,6 +45,20 @@ def summary(run: str) -> str:
         _wrapped(_account(record)),
         _places(record),
     ]
+    return "\n\n".join("\n".join(block) for block in blocks if block)
+
+
+def _ctr_summary(record: RunRecord) -> str:
+    """Return the closing screen of a CTR model."""
+    from karma_ray.report.ctr_page import ctr_bars, ctr_sentences, ctr_title
+
+    places = _places(record)[:-1]
+    again = f"next        python jobs/evaluate.py {shlex.quote(record.run)}"
+    blocks = [
+        _wrapped([ctr_title(record)]), _wrapped(ctr_sentences(record)), ctr_bars(record),
+        _wrapped([*record.labels(), *_quarantine(record)]), _wrapped(cost_sentences(record)),
+        [*places, again],
+    ]  # fmt: skip
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
 
