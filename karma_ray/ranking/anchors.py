@@ -5,7 +5,7 @@ the text that e_i was made of. Both are tokens of the run's tokenizer, at most `
 that the two differ in what they say alone. The table is made once for a bundle and a catalogue, in
 parts that a job which was killed finds again, and is refused for any other.
 
-Legend: I items, L anchor tokens.
+Legend: I items, K different anchors, L anchor tokens.
 """
 
 from __future__ import annotations
@@ -61,13 +61,14 @@ ANCHORS = pa.schema([pa.field("item_id", pa.string()), pa.field("text", pa.strin
 class Anchors:
     """Anchors as numbers: token t of the run's tokenizer is the t-th of those that occur."""
 
-    tokens: NDArray[np.int64]  # [I, L] from 1 on; 0 after the last one
+    tokens: NDArray[np.int64]  # [K, L] from 1 on; 0 after the last one
+    place: NDArray[np.int64]  # [I] which of them an item has
     texts: list[str]
 
     @property
-    def sizes(self) -> tuple[int, int]:
-        """How many different tokens there are, without 0, and L."""
-        return int(self.tokens.max(initial=0)), self.tokens.shape[1]
+    def sizes(self) -> tuple[int, int, int]:
+        """K, how many different tokens there are, without 0, and L."""
+        return len(self.tokens), int(self.tokens.max(initial=0)), self.tokens.shape[1]
 
     @classmethod
     def of(cls, texts: list[str], tokenizer: Tokenizer, max_tokens: int) -> Anchors:
@@ -79,7 +80,8 @@ class Anchors:
             padded[row, : len(ids)] = ids
         known = np.unique(padded[padded >= 0])
         tokens = np.where(padded < 0, 0, np.searchsorted(known, padded) + 1)
-        return cls(tokens.astype(np.int64), texts)
+        different, place = np.unique(tokens.astype(np.int64), axis=0, return_inverse=True)
+        return cls(different, place.reshape(-1).astype(np.int64), texts)
 
 
 def ensure_anchors(run: str, data: str, source: str, max_tokens: int, cache: str) -> str:

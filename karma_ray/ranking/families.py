@@ -40,13 +40,13 @@ class Sizes:
     """Codes of every attribute."""
     vector_width: int = 0
     """Width of the items' vectors, if the model holds them."""
-    anchors: tuple[int, int] = (0, 0)
-    """Different tokens of all anchors, and tokens of an item, if the model reads them."""
+    anchors: tuple[int, int, int] = (0, 0, 0)
+    """Different anchors, different tokens of them, and tokens of one, if the model reads them."""
 
     @classmethod
     def of(cls, facts: ItemFacts) -> Sizes:
         width = 0 if facts.vectors is None else facts.vectors.shape[1]
-        anchors = (0, 0) if facts.anchors is None else facts.anchors.sizes
+        anchors = (0, 0, 0) if facts.anchors is None else facts.anchors.sizes
         return cls(facts.num_items, facts.sizes, width, anchors)
 
 

@@ -4,11 +4,11 @@
     g_1, g_2 = sigmoid(W [x; z_1; z_2] + b)
     embedding = x + g_1 z_1 + g_2 z_2;  x is the sum of the embeddings of id and attributes
 
-In training only the different items of a batch are encoded. What an item gets depends on nothing
+In training only the different anchors of a batch are encoded. What an item gets depends on nothing
 else, so a model that serves looks all embeddings up in a bank that was filled once, and has no
 text encoder. Beside it stands the control that adds a projection of the frozen vector e_i.
 
-Legend: U rows, I items, L anchor tokens, D width, E width of e_i.
+Legend: U rows, I items, K different anchors, L anchor tokens, D width, E width of e_i.
 """
 
 from __future__ import annotations
@@ -58,19 +58,24 @@ class AnchoredItems(nn.Module):
     """An item's embedding with what its anchors add; 0 for row -1."""
 
     tokens: Tensor
+    place: Tensor
 
-    def __init__(self, base: ItemEmbedding, num_items: int, vocabulary: int, length: int) -> None:
+    def __init__(
+        self, base: ItemEmbedding, num_items: int, num_anchors: int, vocabulary: int, length: int
+    ) -> None:
         super().__init__()
         self.base, self.width = base, base.width
         self.encoder = AnchorEncoder(vocabulary, length, base.width)
         self.gate = nn.Linear((1 + SUMMARIES) * base.width, SUMMARIES)
-        self.register_buffer("tokens", torch.zeros(num_items + 1, length, dtype=torch.long))
+        self.register_buffer("tokens", torch.zeros(num_anchors + 1, length, dtype=torch.long))
+        self.register_buffer("place", torch.zeros(num_items + 1, dtype=torch.long))
 
     def know(self, facts: ItemFacts) -> None:
         """Take the attributes and the anchors of the items."""
         self.base.know(facts)
         assert facts.anchors is not None
         self.tokens[1:] = torch.from_numpy(facts.anchors.tokens)
+        self.place[1:] = torch.from_numpy(facts.anchors.place + 1)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Embed catalogue rows, each different one once.  # [...] -> [..., D]"""
@@ -84,10 +89,11 @@ class AnchoredItems(nn.Module):
         [U] -> [U, D], [U, 2]
         """
         own: Tensor = self.base(rows)
-        tokens = nn.functional.embedding(rows + 1, self.tokens)
-        anchors = self.encoder(tokens)
+        different, which = torch.unique(self.place[rows + 1], return_inverse=True)
+        tokens = self.tokens[different]
+        anchors = self.encoder(tokens)[which]
         gates = torch.sigmoid(self.gate(torch.cat([own, anchors.flatten(1)], -1)))
-        gates = gates * (tokens > 0).any(1, keepdim=True)
+        gates = gates * (tokens > 0).any(1)[which].unsqueeze(1)
         return own + (gates.unsqueeze(-1) * anchors).sum(1), gates
 
     @torch.no_grad()
@@ -96,7 +102,7 @@ class AnchoredItems(nn.Module):
 
         -> [I + 1, D], [I + 1, 2]
         """
-        rows = torch.arange(-1, len(self.tokens) - 1, device=self.tokens.device)
+        rows = torch.arange(-1, len(self.place) - 1, device=self.place.device)
         parts = [self.embedded(part) for part in torch.split(rows, BANK_ROWS)]
         return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
 
@@ -127,8 +133,10 @@ def with_bank(model: nn.Module) -> nn.Module:
 
 def gate_values(items: AnchoredItems) -> dict[str, float]:
     """Return the mean and the spread over items of both gates, where there are anchors."""
-    gates = items.eval().read_all()[1][(items.tokens > 0).any(1)]
-    found = {}
+    gates = items.eval().read_all()[1][(items.tokens > 0).any(1)[items.place]]
+    if not len(gates):
+        return {}
+    found = {"num_anchors": float(len(items.tokens) - 1)}
     for number, values in enumerate(gates.T, 1):
         found[f"gate/{number}/mean"] = float(values.mean())
         found[f"gate/{number}/std"] = float(values.std(correction=0))

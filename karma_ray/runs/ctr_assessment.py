@@ -25,7 +25,7 @@ from karma_ray.runs.ctr import exposures_of, predictor, teacher_of
 LOG = logging.getLogger(__name__)
 VERSION = 1
 """Raised when floors are measured in another way."""
-GLOBAL, ITEM, ORACLE, TEACHER = "global_ctr", "item_ctr", "oracle", "teacher"
+GLOBAL, ITEM, ORACLE = "global_ctr", "item_ctr", "oracle"
 
 
 def assess_ctr(
@@ -51,8 +51,9 @@ def assess_ctr(
     for split, judged in (("test", test), ("valid", valid)):
         judged.save(folder.path("predictions"), split)
     by_items = test.with_chance(rates.rates[test.row])
-    floors = _floors(config, source, exposures, rates, test, valid, cache)
-    write_json(floors | _teacher(config, source, exposures, cache), folder.path("floors.json"))
+    metrics |= _teacher(config, source, exposures, cache)
+    write_json(_floors(config, source, exposures, rates, test, valid, cache),
+               folder.path("floors.json"))  # fmt: skip
     write_json(_versus(test, by_items, config), folder.path("checks.json"))
     curve = Reliability.of(test.chance, test.clicked)
     write_json(
@@ -104,7 +105,7 @@ def _floors(
 
 def _teacher(
     config: Config, source: PreparedData, exposures: Exposures, cache: str
-) -> dict[str, dict[str, float]]:
+) -> dict[str, float]:
     """Return the metrics of the teacher, which reads what comes after the page: a bound."""
     teacher = teacher_of(config, source, cache)
     if teacher is None or not exists(join(teacher[1], KIND, "manifest.json")):
@@ -112,7 +113,7 @@ def _teacher(
     ranker = load_ranker(teacher[1], this_device())
     predict = predictor(ranker.model, ranker.collator)
     test, valid = (Judged.of(exposures, split, predict) for split in ("test", "valid"))
-    return {TEACHER: _both(test, valid, config)}
+    return {f"teacher/{name}": value for name, value in _both(test, valid, config).items()}
 
 
 def _both(test: Judged, valid: Judged, config: Config, is_chance: bool = True) -> dict[str, float]:

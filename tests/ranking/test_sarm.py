@@ -12,7 +12,10 @@ from torch import nn
 
 from karma_ray.artifacts import join, read_table, remove, write_table
 from karma_ray.data.catalog import Catalog
+from karma_ray.data.prompts import SpecialIds, Tokenizer
 from karma_ray.errors import InputError, SkewError
+from karma_ray.model.backbone import token_embeddings
+from karma_ray.model.interest import InterestModel
 from karma_ray.ranking import anchors
 from karma_ray.ranking.anchors import Anchors, ensure_anchors, load_anchors
 from karma_ray.ranking.batch import CtrBatch
@@ -38,13 +41,19 @@ def facts() -> ItemFacts:
     return ItemFacts(
         attributes=draw.integers(1, 5, (NUM_ITEMS, 2)),
         vectors=draw.normal(size=(NUM_ITEMS, 6)).astype(np.float32),
-        anchors=Anchors(tokens, [""] * NUM_ITEMS),
+        anchors=Anchors(*np.unique(tokens, axis=0, return_inverse=True), [""] * NUM_ITEMS),
     )
 
 
 def anchored() -> AnchoredItems:
     torch.manual_seed(0)
-    items = AnchoredItems(ItemEmbedding(NUM_ITEMS, [5, 5], CONFIG.width), NUM_ITEMS, 12, 5)
+    items = AnchoredItems(
+        ItemEmbedding(NUM_ITEMS, [5, 5], CONFIG.width),
+        NUM_ITEMS,
+        len(np.unique(facts().anchors.tokens, axis=0)),
+        12,
+        5,
+    )
     items.know(facts())
     return items
 
@@ -154,14 +163,25 @@ def test_tokens_are_numbered_by_those_that_occur() -> None:
     words = tiny_run.tokenizer()
     found = Anchors.of(["red mug", "", "mug red mug"], words, max_tokens=2)
     first, again = words(["red mug", "mug red"], add_special_tokens=False)["input_ids"]
-    assert found.sizes == (len({*first, *again[:2]}), 2)
-    assert found.tokens[1].tolist() == [0, 0]
-    assert (found.tokens[0] > 0).all()
+    assert found.sizes == (3, len({*first, *again[:2]}), 2)
+    tokens = found.tokens[found.place]
+    assert tokens[1].tolist() == [0, 0] and (tokens[0] > 0).all()
+    assert tokens[2].tolist() == tokens[0][::-1].tolist()
 
 
 @pytest.fixture
 def run(tmp_path: Path) -> str:
-    return tiny_run.write_run(tmp_path)
+    return tiny_run.write_run(tmp_path, interest=talkative(tiny_run.tokenizer()))
+
+
+def talkative(words: Tokenizer) -> InterestModel:
+    """An untrained model that does not end its text at once."""
+    model, special = tiny_run.interest_model(words), SpecialIds.of(words)
+    rows = token_embeddings(model.user_decoder.body)
+    with torch.no_grad():
+        rows[[special.end_of_text, special.text_end]] = 0
+        rows[special.text_start] *= 0.1
+    return model
 
 
 def test_decoded_anchors_are_what_the_model_says_of_each_vector(run: str, tmp_path: Path) -> None:
@@ -170,6 +190,7 @@ def test_decoded_anchors_are_what_the_model_says_of_each_vector(run: str, tmp_pa
     found = load_anchors(folder, run, data)
     table = Retriever.load(run, data).table
     model = anchors.decoder_of(run)
+    assert len(set(found.texts)) > 1
     assert found.texts == model.speak(torch.from_numpy(table.embeddings), max_tokens=6)
     own = load_anchors(ensure_anchors(run, data, "words", 6, cache), run, data)
     assert own.texts == Catalog.load(data).texts()
