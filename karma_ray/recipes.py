@@ -284,7 +284,7 @@ def _ranker(name: str) -> Config:
     family, weight = name.removeprefix("ctr_"), 1.0 if name == "ctr_ocarm" else 0.0
     base = Config(recipe=name, ranking=RankingConfig(family=family, distillation=weight))
     training = replace(
-        base.training, batch_size=256, learning_rate=5e-3, precision="float32", best_metric="AUC"
+        base.training, batch_size=256, learning_rate=2e-2, precision="float32", best_metric="AUC"
     )
     return replace(base, training=training)
 

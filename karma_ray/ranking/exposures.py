@@ -20,6 +20,7 @@ from karma_ray.artifacts import join, read_manifest, write_json, write_table
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.event_parts import EventPart
+from karma_ray.data.fragments import row_blocks
 from karma_ray.data.prepare_work import PrepareWork
 from karma_ray.data.schema import STRINGS, TIME
 from karma_ray.data.splits import Cutoffs
@@ -76,6 +77,16 @@ class Exposures:
     def num_features(self) -> int:
         """F: how many features the column `features` has for each candidate; 0 without it."""
         return int(self.facts.get("num_features", 0))
+
+    def feature_sample(self, most: int) -> np.ndarray:
+        """Return the features [n, F] of at most about `most` training candidates."""
+        parts, count = [np.zeros((0, self.num_features), np.float32)], 0
+        for rows in row_blocks(self.split("train"), ["features"]):
+            values = flattened(rows.column("features")).to_numpy()
+            parts.append(values.reshape(-1, self.num_features))
+            if (count := count + len(parts[-1])) >= most:
+                break
+        return np.concatenate(parts)
 
     def num_pages(self, split: str) -> int:
         """Number of pages of a split."""

@@ -69,6 +69,8 @@ class Family:
     """Whether it reads the features of `ranking.vectors`."""
     reads: Reads | None = None
     """Adds what it reads of the run of `ranking.vectors` instead of features, if it does."""
+    vectors_optional: bool = False
+    """Whether it can do without that run."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Further list columns of row numbers in the exposures, by the name in `CtrBatch.extra` of the
     tensor [R, n] that they become, padded with -1 in front."""
@@ -101,12 +103,18 @@ def _simtier(config: RankingConfig, sizes: Sizes) -> nn.Module:
     return Din(config, _items(config, sizes), TierWeights(config.interest), count)
 
 
+def _vector_items(config: RankingConfig, sizes: Sizes) -> nn.Module:
+    items = _items(config, sizes)
+    return VectorItems(items, sizes.num_items, sizes.vector_width) if sizes.vector_width else items
+
+
 def _vectors(config: RankingConfig, sizes: Sizes) -> nn.Module:
-    items = VectorItems(_items(config, sizes), sizes.num_items, sizes.vector_width)
-    return Din(config, items, nn.Identity(), 0)
+    return Din(config, _vector_items(config, sizes), nn.Identity(), 0)
 
 
 def _with_vectors(facts: ItemFacts, config: RankingConfig, data: str, cache: str) -> ItemFacts:
+    if not config.vectors:
+        return facts
     return replace(facts, vectors=unit(vectors_of(config.vectors, data).embeddings))
 
 
@@ -134,12 +142,13 @@ FAMILIES: dict[str, Family] = {
         notes=lambda model: gate_values(model.items),  # type: ignore[arg-type]
     ),
     "ocarm": Family(
-        lambda config, sizes: Ocarm(config, _items(config, sizes)), columns=LATER,
-        teacher="ocarm_teacher", terms=ocarm_terms,
+        lambda config, sizes: Ocarm(config, _vector_items(config, sizes)),
+        reads=_with_vectors, vectors_optional=True, columns=LATER, teacher="ocarm_teacher",
+        terms=ocarm_terms,
     ),
     "ocarm_teacher": Family(
-        lambda config, sizes: OcarmTeacher(config, _items(config, sizes)), columns=LATER,
-        serves=False,
+        lambda config, sizes: OcarmTeacher(config, _vector_items(config, sizes)),
+        reads=_with_vectors, vectors_optional=True, columns=LATER, serves=False,
     ),
 }  # fmt: skip
 

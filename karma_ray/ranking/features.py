@@ -9,6 +9,7 @@ Legend: N candidates, T history, F features.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +22,22 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 NUM_SUMMARIES = 3
+LEAST = 1e-3
+"""Smallest deviation that a feature is divided by."""
+
+
+@dataclass(frozen=True)
+class FeatureMoments:
+    """Mean and deviation of every feature on training pages, [F] each."""
+
+    mean: list[float]
+    deviation: list[float]
+
+    @classmethod
+    def of(cls, features: NDArray[np.float32]) -> FeatureMoments:  # [n, F]
+        """Compute them for some candidates."""
+        values = features.astype(np.float64)
+        return cls(values.mean(0).tolist(), values.std(0).tolist())
 
 
 def num_features(interest: bool) -> int:
@@ -42,14 +59,27 @@ def similarity_features(
 
 
 class TierWeights(nn.Module):
-    """Multiplies the log-counts of the tiers by learned numbers; other features are unchanged."""
+    """Standardises features, and multiplies the log-counts of the tiers by learned numbers.
+
+    Cosines of a trained encoder may all lie within 0.05, and scores h_t . e around 10.
+    """
 
     def __init__(self, interest: bool) -> None:
         super().__init__()
+        self.mean: Tensor
+        self.deviation: Tensor
         self.others: Tensor
-        self.tiers = nn.Parameter(torch.randn(NUM_TIERS) * 0.1)
+        self.tiers = nn.Parameter(torch.ones(NUM_TIERS))
         self.register_buffer("others", torch.ones(NUM_SUMMARIES + int(interest)))
+        self.register_buffer("mean", torch.zeros(num_features(interest)))
+        self.register_buffer("deviation", torch.ones(num_features(interest)))
+
+    def know(self, moments: FeatureMoments) -> None:
+        """Take mean and deviation of the training pages."""
+        self.mean.copy_(torch.tensor(moments.mean))
+        self.deviation.copy_(torch.tensor(moments.deviation).clamp(min=LEAST))
 
     def forward(self, features: Tensor) -> Tensor:
         """Weigh features.  # [N, F] -> [N, F]"""
-        return features * torch.cat([self.tiers, self.others])
+        weights = torch.cat([self.tiers, self.others])
+        return (features - self.mean) / self.deviation * weights

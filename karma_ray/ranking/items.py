@@ -17,8 +17,9 @@ if TYPE_CHECKING:
     from karma_ray.ranking.anchors import Anchors
 
 ATTRIBUTES = ("category", "brand")
-INITIAL = 0.01
-"""Deviation of new embeddings: an item that was never shown adds next to nothing."""
+INITIAL = 0.1
+"""Deviation of new embeddings. With a tenth of it products of embeddings are so small that an epoch
+may end before the model has learnt any interest."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,11 @@ class ItemEmbedding(nn.Module):
     def know(self, facts: ItemFacts) -> None:
         """Take the attributes of the items."""
         self.attributes[1:] = torch.from_numpy(facts.attributes)
+
+    def forget(self, rows: np.ndarray) -> None:
+        """Leave items with their attributes alone, as ids that were never shown are noise."""
+        with torch.no_grad():
+            self.id.weight[torch.from_numpy(rows) + 1] = 0.0
 
     def forward(self, rows: Tensor) -> Tensor:
         """Embed catalogue rows.  # [...] -> [..., D]"""

@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from karma_ray.ranking.batch import CtrBatch
 from karma_ray.ranking.din import INPUTS, Din
-from karma_ray.ranking.items import ItemEmbedding
 from karma_ray.ranking.objective import CLICKS, Term
 
 if TYPE_CHECKING:
@@ -83,9 +82,12 @@ class UserEncoder(nn.Module):
         if with_later:
             self.later = HierarchicalAttention(width)
         parts = 4 if with_later else 3
+        # Without biases: those of all users are the same, and two vectors that are mostly what all
+        # users have in common have a cosine near 1 before anything is learnt.
         self.fuse = nn.Sequential(
-            nn.Linear(parts * width, 2 * width), nn.ReLU(), nn.Linear(2 * width, width)
-        )
+            nn.Linear(parts * width, 2 * width, bias=False), nn.Tanh(),
+            nn.Linear(2 * width, width, bias=False),
+        )  # fmt: skip
 
     def forward(self, keys: Tensor, seen: Tensor, words: Tensor, *later: Tensor) -> Tensor:
         """Encode users; `later` are the arguments of HierarchicalAttention.
@@ -105,7 +107,7 @@ class Ocarm(nn.Module):
 
     inputs = INPUTS
 
-    def __init__(self, config: RankingConfig, items: ItemEmbedding) -> None:
+    def __init__(self, config: RankingConfig, items: nn.Module) -> None:
         super().__init__()
         self.din = Din(config, items, nn.Identity(), 2 * config.width)
         self.user = UserEncoder(config.width, with_later=False)
@@ -133,7 +135,7 @@ class OcarmTeacher(nn.Module):
 
     inputs = (*INPUTS, *LATER)
 
-    def __init__(self, config: RankingConfig, items: ItemEmbedding) -> None:
+    def __init__(self, config: RankingConfig, items: nn.Module) -> None:
         super().__init__()
         self.din = Din(config, items, nn.Identity(), 2 * config.width)
         self.user = UserEncoder(config.width, with_later=True)

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from karma_ray.ranking.items import INITIAL, ItemEmbedding, new_table
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from karma_ray.ranking.items import ItemFacts
 
 SUMMARIES = 2
@@ -76,6 +78,10 @@ class AnchoredItems(nn.Module):
         assert facts.anchors is not None
         self.tokens[1:] = torch.from_numpy(facts.anchors.tokens)
         self.place[1:] = torch.from_numpy(facts.anchors.place + 1)
+
+    def forget(self, rows: np.ndarray) -> None:
+        """Leave items without an id of their own."""
+        self.base.forget(rows)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Embed catalogue rows, each different one once.  # [...] -> [..., D]"""
@@ -159,6 +165,10 @@ class VectorItems(nn.Module):
         self.base.know(facts)
         assert facts.vectors is not None
         self.vectors[1:] = torch.from_numpy(facts.vectors)
+
+    def forget(self, rows: np.ndarray) -> None:
+        """Leave items without an id of their own."""
+        self.base.forget(rows)
 
     def forward(self, rows: Tensor) -> Tensor:
         """Embed catalogue rows.  # [...] -> [..., D]"""

@@ -36,6 +36,10 @@ def process_began() -> float:
     return time.time() - age
 
 
+LAST_STAGES = ("joint", "ctr")
+"""The stage that trains what a run is for: a model for recall, or a CTR model."""
+
+
 class Cost:
     """What RUN/metrics.jsonl does not time, for RUN/cost.json: moments of the driver, stages."""
 
@@ -58,14 +62,16 @@ class Cost:
         """Write RUN/cost.json: seconds by stage, moments, and the largest peak of any process.
 
         Returns the seconds since this object was made. Moments are those of the driver and of the
-        worker of rank 0 in joint training, in seconds since 1970.
+        worker of rank 0 in its last stage, in seconds since 1970.
         The states of frozen layers count as when they were computed, also if they were kept.
         """
         frozen = stage.frozen.seconds() if stage is not None and stage.frozen else None
         seconds = {} if frozen is None else {"frozen": frozen}
         peaks = peak_gib()
-        summary = join(RunFolder(run).checkpoints, "joint", "final", "summary.json")
-        worker = read_json(summary) if exists(summary) else {}
+        summaries = (
+            join(RunFolder(run).checkpoints, name, "final", "summary.json") for name in LAST_STAGES
+        )
+        worker: dict[str, Any] = next((read_json(path) for path in summaries if exists(path)), {})
         for kind, peak in worker.get("peak_gib", {}).items():
             peaks[kind] = max(peak, peaks.get(kind, 0.0))
         reached = {"driver": self._reached, "worker": worker.get("reached", {})}

@@ -25,6 +25,8 @@ from karma_ray.errors import InputError
 from karma_ray.ranking.collate import CtrCollator
 from karma_ray.ranking.exposures import Exposures
 from karma_ray.ranking.families import Sizes, build_model, facts_of, family_of
+from karma_ray.ranking.features import FeatureMoments
+from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.items import ItemFacts
 from karma_ray.ranking.judged import Judged, Predict
 from karma_ray.ranking.load import KIND, load_ranker, logits_of, save_ranker
@@ -45,6 +47,9 @@ STAGE = "ctr"
 CURVE_PAGES = 2048
 """Validation pages per point of the curve over steps; the final metrics use all of them."""
 
+MOMENT_CANDIDATES = 100_000
+"""Training candidates that mean and deviation of the features are computed from."""
+
 OnValidate = Callable[[int, Mapping[str, float]], None]
 
 
@@ -62,7 +67,7 @@ def check_ranking(config: Config, source: PreparedData) -> None:
     family = family_of(ranking)
     check_exposed(source)
     reads_vectors = family.uses_vectors or family.reads is not None
-    if reads_vectors and not ranking.vectors:
+    if reads_vectors and not ranking.vectors and not family.vectors_optional:
         message = f"is needed: the finished run whose item vectors {config.recipe} reads"
         raise InputError("--vectors", None, message)
     if ranking.vectors and not reads_vectors:
@@ -110,6 +115,9 @@ class CtrStage:
         model = build_model(self.config.ranking, Sizes.of(facts), self.config.seed)
         items: nn.Module = model.items  # type: ignore[assignment]
         items.know(facts)  # type: ignore[operator]
+        if self.exposures.num_features:
+            moments = FeatureMoments.of(self.exposures.feature_sample(MOMENT_CANDIDATES))
+            model.features.know(moments)  # type: ignore[operator, union-attr]
         return model
 
     def collator(self) -> CtrCollator:
@@ -205,6 +213,8 @@ def train_ctr(
     summary = run_training(job, resume=resume, max_failures=2, distribute=executor.train)
     model = stage.build()
     load_weights(summary["weights"], model)
+    rates = ItemRates.count(exposures, source.catalog().num_items)
+    model.items.forget(np.flatnonzero(~rates.is_warm))  # type: ignore[operator, union-attr]
     family, catalog = family_of(config.ranking), Catalog.load(source.items_uri)
     served = family.to_serve(model)
     save_ranker(

@@ -14,6 +14,7 @@ from karma_ray.artifacts import join, read_json, read_lines, read_table, write_j
 from karma_ray.config import Config, override
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
+from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.judged import Judged
 from karma_ray.ranking.load import load_ranker
 from karma_ray.report.page import render_report
@@ -25,7 +26,7 @@ from tests.tiny_run import write_run
 
 SMALL = (
     "training.num_workers=0", "training.batch_size=64", "training.report_every=4",
-    "training.checkpoint_every=5", "training.learning_rate=0.02", "ranking.width=4",
+    "training.checkpoint_every=5", "ranking.width=4",
     "ranking.hidden=16", "ranking.query_buckets=256",
 )  # fmt: skip
 
@@ -143,9 +144,14 @@ def test_wrong_input_is_refused_before_training(
         load_ranker(str(tmp_path))
 
 
-def test_final_weights_are_those_that_serve(run: tuple[str, str, dict[str, Any]]) -> None:
+def test_items_that_were_never_shown_keep_their_attributes_alone(
+    run: tuple[str, str, dict[str, Any]], shop: str
+) -> None:
     ranker = load_ranker(run[0])
-    before = {name: value.clone() for name, value in ranker.model.state_dict().items()}
+    exposures = exposures_of(config("ctr_din"), PreparedData.load(shop), run[1])
+    warm = ItemRates.count(exposures, len(ranker.item_ids)).is_warm
+    served = ranker.model.items.id.weight[1:].detach().clone()
     load_weights(join(run[0], "checkpoints/ctr/final"), ranker.model)
-    for name, value in ranker.model.state_dict().items():
-        assert value.equal(before[name]), name
+    trained = ranker.model.items.id.weight[1:].detach()
+    assert 0 < warm.sum() < len(warm)
+    assert served[warm].equal(trained[warm]) and not served[~warm].any()
