@@ -20,7 +20,7 @@ from karma_ray.ranking.ocarm import (
 )
 
 CONFIG = RankingConfig(
-    family="ocarm", width=4, hidden=8, attention_hidden=4, query_buckets=16, distillation=1.0
+    family="ocarm", width=4, hidden=32, attention_hidden=4, query_buckets=16, distillation=1.0
 )
 
 
