@@ -101,7 +101,8 @@ class CtrStage:
     config: Config
     items_uri: str
     exposures: Exposures
-    cache: str
+    cache: str = ""
+    """Where the tables lie that a family reads of the items, if it reads any."""
     teacher: str = ""
     """Run folder of a trained teacher, if the model has one."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,8 +17,17 @@ from karma_ray.errors import InputError
 from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.judged import Judged
 from karma_ray.ranking.load import load_ranker
-from karma_ray.runs.ctr import CtrStage, check_ranking, exposures_of, predictor, teacher_of
-from karma_ray.runs.pipeline import train_run
+from karma_ray.runs.ctr import (
+    CtrStage,
+    check_ranking,
+    exposures_of,
+    predictor,
+    teacher_of,
+    train_ctr,
+)
+from karma_ray.runs.ctr_assessment import assess_ctr
+from karma_ray.runs.executor import HERE
+from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.training.checkpoints.checkpoint import load_weights
 from tests import tiny_run
 from tests.ranking.test_sarm import talkative
@@ -42,6 +52,14 @@ def vectors(shop: str, tmp_path_factory: pytest.TempPathFactory) -> str:
         return tiny_run.write_run(tmp_path_factory.mktemp("vectors"), interest=model)
 
 
+def measured(wanted: Config, shop: str, out: str, cache: str) -> dict[str, Any]:
+    """A run without its report."""
+    source = ensure_prepared(shop, wanted.prepare)
+    check_ranking(wanted, source)
+    train_ctr(wanted, source, out, cache, HERE)
+    return assess_ctr(wanted, source, out, cache)
+
+
 def pages(wanted: Config, shop: str, cache: str) -> pa.Table:
     exposures = exposures_of(wanted, PreparedData.load(shop), cache)
     return read_table(exposures.split("test")).slice(0, 50)
@@ -51,7 +69,7 @@ def test_a_student_serves_what_it_was_measured_with_and_reads_nothing_later(
     shop: str, cache: str, tmp_path: Path
 ) -> None:
     out, wanted = str(tmp_path / "run"), small("ctr_ocarm")
-    metrics = train_run(wanted, shop, out, cache=cache)
+    metrics = measured(wanted, shop, out, cache)
     assert np.isfinite(metrics["teacher/AUC"]) and np.isfinite(metrics["teacher/valid/AUC"])
     ranker, rows = load_ranker(out), pages(wanted, shop, cache)
     predict = predictor(ranker.model, ranker.collator)
@@ -91,16 +109,12 @@ def unseen(stage: CtrStage) -> np.ndarray:
     return np.flatnonzero(~rates.is_warm)
 
 
-@pytest.mark.parametrize("source", ["decoded", "words"])
 def test_the_bank_of_a_run_gives_the_chances_of_its_text_encoder(
-    shop: str, cache: str, vectors: str, tmp_path: Path, source: str
+    shop: str, cache: str, vectors: str, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "run")
-    wanted = small(
-        "ctr_sarm", f"ranking.vectors={vectors}", f"ranking.anchors={source}",
-        "ranking.anchor_tokens=6",
-    )  # fmt: skip
-    metrics = train_run(wanted, shop, out, cache=cache)
+    wanted = small("ctr_sarm", f"ranking.vectors={vectors}", "ranking.anchor_tokens=6")
+    metrics = measured(wanted, shop, out, cache)
     assert 0 < metrics["gate/1/mean"] < 1 and metrics["gate/2/std"] > 0
     ranker, data = load_ranker(out), PreparedData.load(shop)
     assert not [name for name in ranker.model.state_dict() if "encoder" in name]
@@ -117,7 +131,7 @@ def test_the_control_with_frozen_vectors_is_trained_and_served(
     shop: str, cache: str, vectors: str, tmp_path: Path
 ) -> None:
     wanted = small("ctr_din", f"ranking.vectors={vectors}", "ranking.family=vectors")
-    assert np.isfinite(train_run(wanted, shop, str(tmp_path / "run"), cache=cache)["AUC"])
+    assert np.isfinite(measured(wanted, shop, str(tmp_path / "run"), cache)["AUC"])
     assert load_ranker(str(tmp_path / "run")).model.items.vectors[1:].any()
 
 
