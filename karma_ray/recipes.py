@@ -237,6 +237,8 @@ TRAINED: dict[str, Callable[[], Config]] = {
 RANKERS = {
     "ctr_din": "click-through rates by DIN over item ids, attributes and query words",
     "ctr_simtier": "`ctr_din` with similarities of the item vectors of --vectors",
+    "ctr_sarm": "`ctr_din` with text anchors of items, decoded from their vectors of --vectors",
+    "ctr_ocarm": "`ctr_din` whose user vector learns from a teacher that reads the later clicks",
 }
 """CTR models, `ctr_` and the family in ranking/families.py, with what each ranks by."""
 MADE_FOR_LLM = {"karma_llm": ("training.learning_rate",)}
@@ -279,7 +281,8 @@ def build(name: str) -> Config:
 
 def _ranker(name: str) -> Config:
     """Return the configuration of a CTR model; a batch has some hundred pages, and no LLM."""
-    base = Config(recipe=name, ranking=RankingConfig(family=name.removeprefix("ctr_")))
+    family, weight = name.removeprefix("ctr_"), 1.0 if name == "ctr_ocarm" else 0.0
+    base = Config(recipe=name, ranking=RankingConfig(family=family, distillation=weight))
     training = replace(
         base.training, batch_size=256, learning_rate=2e-2, precision="float32", best_metric="AUC"
     )

@@ -15,6 +15,7 @@ from karma_ray.report.account import (
     size_sentences,
 )
 from karma_ray.report.bars import bars
+from karma_ray.report.channel_table import screen_lines, verdict_of_lists
 from karma_ray.report.record import RunRecord, read_run
 from karma_ray.report.standing import check_sentences, format_count, verdict
 
@@ -24,7 +25,7 @@ NUM_SHOWN = 3
 
 
 def summary(run: str) -> str:
-    """Return the closing screen of a run, at most 40 lines, or 50 where it says which LLM it used.
+    """Return the closing screen of a run, at most 40 lines; an LLM or lists of recall add ten each.
 
     Raises InputError without a run.
     """
@@ -40,6 +41,7 @@ def summary(run: str) -> str:
         ],
         _wrapped(verdict(record)),
         bars(record),
+        [*screen_lines(record), *_wrapped(verdict_of_lists(record))],
         *(_case(name, case) for name, case in _two_cases(record)),
         _wrapped(notes),
         _wrapped(_account(record)),

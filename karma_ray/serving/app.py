@@ -70,9 +70,11 @@ def build_app(
         first = live.first.engine
         arms = [{"arm": arm.name, "share": arm.share, **arm.engine.version} for arm in live.arms]
         found = {
-            "index_kind": first.retriever.index.kind, "precision": first.precision,
+            "index_kind": first.retriever.index.kind,
+            "channels": "dense" if first.retriever.blended is None else "blend",
+            "precision": first.precision,
             "ranker_version": None if first.ranker is None else first.ranker.version,
-        }  # fmt: skip
+        }
         return JSONResponse({"karma_ray": __version__, **found, **first.version, "arms": arms})
 
     @app.get("/metrics", response_class=Response)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from karma_ray.errors import SkewError
 from karma_ray.ranking.load import load_ranker
+from karma_ray.retrieval.blended import with_channels
 from karma_ray.retrieval.requests import Request
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving.arms import Arm, Arms
@@ -34,15 +35,17 @@ MAX_RETRY_S = 60.0
 
 
 def engine_of(
-    folder: RunFolder, cache_bytes: int, precision: str = "float32", ranker: str | None = None
-) -> Engine:
-    """Load a finished run, and the CTR model of the run `ranker` beside it.
+    folder: RunFolder, cache_bytes: int, precision: str = "float32", *,
+    ranker: str | None = None, channels: str = "auto",
+) -> Engine:  # fmt: skip
+    """Load a finished run with the lists that answer recall (`with_channels`).
 
-    Raises InputError when they do not fit, SkewError or KarmaRayError.
+    `ranker` is the run of a CTR model that stands beside it. Raises InputError when they do not
+    fit, SkewError or KarmaRayError.
     """
     if ranker is not None:
         check_ranker(ranker, folder)  # fails before minutes of loading
-    retriever = Retriever.load(folder)
+    retriever = with_channels(Retriever.load(folder), folder, channels)
     rates = None
     if ranker is not None:
         rates = ServedRanker(load_ranker(ranker, retriever.device), retriever)
@@ -50,13 +53,15 @@ def engine_of(
 
 
 def load_engine(
-    arm: LiveRun, cache_bytes: int, precision: str = "float32", ranker: str | None = None
-) -> Engine:
+    arm: LiveRun, cache_bytes: int, precision: str = "float32", *,
+    ranker: str | None = None, channels: str = "auto",
+) -> Engine:  # fmt: skip
     """Load what an arm names, and answer a request with it, so that the first user need not wait.
 
     Raises SkewError if the run holds another model than was published, or KarmaRayError.
     """
-    engine = engine_of(usable_folder(arm), cache_bytes, precision, ranker)
+    folder = usable_folder(arm)
+    engine = engine_of(folder, cache_bytes, precision, ranker=ranker, channels=channels)
     if engine.version != arm.version:
         if engine.version["model_version"] != arm.model_version:
             raise SkewError(

@@ -71,6 +71,8 @@ class Options:
     """Where requests are logged."""
     ranker: str | None = None
     """The run of a CTR model that orders candidates at `/v1/rank`."""
+    channels: str = "auto"
+    """Which lists answer: `dense`, `blend`, or `auto`, what validation prefers."""
 
 
 PLAIN = Options()
@@ -84,6 +86,7 @@ def load_app(run: str, host: str, options: Options, **loading: Any) -> FastAPI:
     `loading` goes to `Service.load`. Raises InputError, SkewError or KarmaRayError.
     """
     token, loading = token_from_environment(), {**loading, "precision": options.precision}
+    loading["channels"] = options.channels
     if options.compare is not None:
         check_source(options.compare)  # fails here, not after the first run has been loaded
     service = Service.load(run, ranker=options.ranker, **loading)

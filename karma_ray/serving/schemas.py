@@ -191,6 +191,8 @@ class Versions(Version):
 
     karma_ray: str
     index_kind: str
+    channels: str
+    """`dense` if recall answers by the model alone, `blend` if by several lists."""
     precision: str
     """In which the user decoder computes: float32 or bfloat16."""
     ranker_version: str | None

@@ -34,8 +34,6 @@ if TYPE_CHECKING:
 
     from karma_ray.retrieval.retriever import Retriever
 
-MAX_WAITING = 64
-"""Requests that may wait for the compute thread; further ones get the status 503."""
 MAX_SLOTS = 2048
 """Slots of the user decoder, at most, that the requests of one batch run together."""
 CACHE_BYTES = 2**29
@@ -63,9 +61,13 @@ class Service:
         users: UserStore | None = None,
         *,
         cache_bytes: int = CACHE_BYTES,
-        max_waiting: int = MAX_WAITING,
+        max_waiting: int | None = None,
     ) -> None:
-        """`users` are stored in this process unless told otherwise."""
+        """`users` are stored in this process unless told otherwise.
+
+        `max_waiting` requests may wait for the compute thread, and further ones get the status 503;
+        by default as many as keep the time of each short (batching.py).
+        """
         self.arms = live if isinstance(live, Arms) else _alone(Engine(live, cache_bytes))
         self.users = users or LocalUsers()
         self.measures = Measures(lambda: self._batcher.num_waiting, lambda: self.engine.cache)
@@ -78,18 +80,21 @@ class Service:
     @classmethod
     def load(
         cls, source: str, num_threads: int = 1, *, cache_bytes: int = CACHE_BYTES,
-        precision: str = "auto", ranker: str | None = None, **options: Any,
+        precision: str = "auto", ranker: str | None = None, channels: str = "auto",
+        **options: Any,
     ) -> Service:  # fmt: skip
         """Load a finished run, or what a live folder names, which is followed from then on.
 
         Computes with `num_threads`, in `precision`. `ranker` is the run of a CTR model, for
-        `/v1/rank`. Raises as `Retriever.load` does, and InputError when both do not fit.
+        `/v1/rank`; `channels` says which lists answer recall (`with_channels`). Raises as
+        `Retriever.load` and `with_channels` do, and InputError when run and ranker do not fit.
         """
         torch.set_num_threads(num_threads)
+        chosen: dict[str, Any] = {"ranker": ranker, "channels": channels}
         if not is_live_folder(source):
-            engine = engine_of(served(source), cache_bytes, precision, ranker)
+            engine = engine_of(served(source), cache_bytes, precision, **chosen)
             return cls(_alone(engine), cache_bytes=cache_bytes, **options)
-        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes, precision, ranker))
+        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes, precision, **chosen))
         service = cls(follower.arms, cache_bytes=cache_bytes, **options)
         service.salt, service._follower = follower.live.salt, follower
         follower.start(service.swap, service.measures)
