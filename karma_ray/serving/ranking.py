@@ -77,6 +77,8 @@ class Candidates:
     """[n] rows of the endpoint's table."""
     scores: NDArray[np.float32]
     """[n] those of recall."""
+    interests: NDArray[np.float32]
+    """[n] h_t . e, which differs where recall blends several lists."""
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,11 @@ class ServedRanker:
         if mari:
             ranker, self.reason = _with_request_side(ranker)
         self._ranker = ranker
+
+    @property
+    def reads_interest(self) -> bool:
+        """Whether h_t . e is one of its features."""
+        return self._ranker.config.interest
 
     def rank(
         self, asked: Sequence[Candidates]
@@ -156,7 +163,7 @@ class ServedRanker:
         table, clicks = self._retriever.table, in_time(one.request.history)
         clicks = [click for click in clicks if table.row(click.item_id) >= 0]
         if len(clicks) <= min(self._limit, self._retriever.collator.config.max_history):
-            return one.scores
+            return one.interests
         ids = [table.item_ids[row] for row in one.rows]
         clicks = clicks[len(clicks) - self._limit :]
         found = self._retriever.score_items(one.request.query, clicks, ids)
