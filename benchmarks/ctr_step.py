@@ -88,7 +88,7 @@ def measured(
     ranking = replace(config.ranking, width=width, max_history=history)
     model = build_model(ranking, Sizes(items, [50, 200]))
     optimizer = build_optimizer(model, learning_rate=config.training.learning_rate)
-    step, collate = CtrStep(tuple(family_of(ranking).terms(ranking))), CtrCollator(ranking)
+    step, collate = CtrStep(tuple(family_of(ranking).terms(ranking, None))), CtrCollator(ranking)
     pages = drawn_pages(num_pages, items, history)
     batch: CtrBatch = collate(pages)
 

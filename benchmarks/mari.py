@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -144,12 +145,13 @@ def measured(case: Case, candidates: int, rounds: int, peak: Peak) -> Line:
     first = {name: seconds(call, 3) for name, call in calls.items()}
     times = max(1, int(BURST_S / max(first.values())))
     found: dict[str, list[float]] = {name: [] for name in calls}
-    order = list(calls.items())
+    order, draw = list(calls.items()), random.Random(0)
     for _ in range(rounds):
         peak.measure()
+        draw.shuffle(order)  # whoever comes first leaves caches and heap to the next
         for name, call in order:
+            call()
             found[name].append(1000 * seconds(call, times))
-        order.append(order.pop(0))  # each model leaves the caches to another one
     line: Line = {"candidates": candidates}
     for name, values in found.items():
         line[f"{name}_ms"] = round(statistics.median(values), 4)

@@ -69,7 +69,7 @@ def made(folder: str) -> tuple[str, str]:
     data, first, second = f"{folder}/data", f"{folder}/run", f"{folder}/ranker"
     Path(folder, "shop.json").write_text(json.dumps(SHOP))
     settings = [word for setting in SMALL for word in ("--set", setting)]
-    train = ["-m", "karma_ray.runs", "--data", data]
+    train = ["-m", "karma_ray.runs", "--data", data, "--cache", f"{folder}/cache"]
     for words in (
         ["jobs/import_data.py", "toy_shop", f"{folder}/shop.json", data],
         [*train, "--recipe", "action_only", "--out", first, *settings],

@@ -145,10 +145,13 @@ class Engine:
             )  # fmt: skip
             for place, answer in zip(recalls, best, strict=True):
                 answers[place] = answer
-        self._rank(calls, answers, begin)
+        self._rank(calls, answers, vectors, begin)
         return answers
 
-    def _rank(self, calls: Sequence[Call], answers: list[Any], begin: float) -> None:
+    def _rank(
+        self, calls: Sequence[Call], answers: list[Any], vectors: dict[int, np.ndarray],
+        begin: float,
+    ) -> None:  # fmt: skip
         """Replace what recall answered to each RankCall by its ranking."""
         places = [
             place for place, call in enumerate(calls)
@@ -161,7 +164,7 @@ class Engine:
         for place in places:
             call, found = calls[place], answers[place]
             assert isinstance(call, RankCall)
-            asked.append(self._candidates(call, found))
+            asked.append(self._candidates(call, found, vectors[place]))
             unknown = [] if call.item_ids is None else [
                 item_id
                 for item_id, score in zip(call.item_ids, found.scores, strict=True)
@@ -179,15 +182,24 @@ class Engine:
         for place, items, unknown in zip(places, ranked, ignored, strict=True):
             answers[place] = Ranked(items, unknown, seconds)
 
-    def _candidates(self, call: RankCall, found: Recall | Scores) -> Candidates:
+    def _candidates(
+        self, call: RankCall, found: Recall | Scores, vectors: np.ndarray
+    ) -> Candidates:  # [K, D]
         """Return what is to be ranked: each known item once."""
+        assert self.ranker is not None
         if call.item_ids is None:
             scores = {item.item_id: item.score for item in found.items}  # type: ignore[union-attr]
         else:
             known = zip(call.item_ids, found.scores, strict=True)  # type: ignore[union-attr]
             scores = {item_id: score for item_id, score in known if score is not None}
         rows = self.retriever.table.rows(list(scores))
-        return Candidates(call.request, rows, np.array(list(scores.values()), np.float32))
+        values = np.array(list(scores.values()), np.float32)
+        interests = values
+        is_blended = call.item_ids is None and self.retriever.blended is not None
+        if is_blended and self.ranker.reads_interest:
+            found = self.retriever.scores_of(vectors, call.request, list(scores))
+            interests = np.array(found.scores, np.float32)
+        return Candidates(call.request, rows, values, interests)
 
     def _check(self, call: Call) -> None:
         """Raise InputError on an unknown category, which would spoil the batch."""

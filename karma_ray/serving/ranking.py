@@ -21,7 +21,7 @@ import torch
 
 from karma_ray.artifacts import exists, join, read_manifest, read_table
 from karma_ray.errors import InputError, KarmaRayError
-from karma_ray.ranking.batch import CtrBatch
+from karma_ray.ranking.batch import FIELDS, CtrBatch
 from karma_ray.ranking.features import similarity_features
 from karma_ray.ranking.load import KIND, Ranker
 from karma_ray.ranking.mari import with_request_side
@@ -77,6 +77,8 @@ class Candidates:
     """[n] rows of the endpoint's table."""
     scores: NDArray[np.float32]
     """[n] those of recall."""
+    interests: NDArray[np.float32]
+    """[n] h_t . e, which differs where recall blends several lists."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,14 @@ class ServedRanker:
     """A CTR model beside the retriever whose candidates it rates. For one thread."""
 
     def __init__(self, ranker: Ranker, retriever: Retriever, mari: bool = True) -> None:
-        """Without `mari` the model stays as it was trained, to measure what that costs."""
+        """Without `mari` the model stays as it was trained, to measure what that costs.
+
+        Raises InputError on a model that reads more than a request and the catalogue have.
+        """
+        names: tuple[str, ...] = ranker.model.inputs  # type: ignore[assignment]
+        if unknown := [name for name in names if name not in FIELDS]:
+            problem = f"reads {', '.join(unknown)}, which no request has"
+            raise InputError("--ranker", ranker.config.family, problem)
         self._rows = ranker.rows(retriever.table.item_ids)  # [I] of the ranker, -1 for new items
         self._retriever, self._limit = retriever, ranker.config.max_history
         self.version = str(ranker.manifest.get("content_hash", ""))
@@ -102,6 +111,11 @@ class ServedRanker:
         if mari:
             ranker, self.reason = _with_request_side(ranker)
         self._ranker = ranker
+
+    @property
+    def reads_interest(self) -> bool:
+        """Whether h_t . e is one of its features."""
+        return self._ranker.config.interest
 
     def rank(
         self, asked: Sequence[Candidates]
@@ -149,7 +163,7 @@ class ServedRanker:
         table, clicks = self._retriever.table, in_time(one.request.history)
         clicks = [click for click in clicks if table.row(click.item_id) >= 0]
         if len(clicks) <= min(self._limit, self._retriever.collator.config.max_history):
-            return one.scores
+            return one.interests
         ids = [table.item_ids[row] for row in one.rows]
         clicks = clicks[len(clicks) - self._limit :]
         found = self._retriever.score_items(one.request.query, clicks, ids)

@@ -20,6 +20,7 @@ from karma_ray.ranking.config import RankingConfig
 from karma_ray.ranking.exposures import EXPOSURES
 from karma_ray.ranking.load import load_ranker
 from karma_ray.ranking.vectors import Vectors, with_features
+from karma_ray.retrieval.filters import filtered_search
 from karma_ray.retrieval.parts import served
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving import schemas
@@ -132,6 +133,27 @@ def test_without_candidates_those_of_recall_are_ranked(endpoint) -> None:
         assert {i["item_id"]: i["ctr"] for i in found} == pytest.approx(expected, abs=1e-5)
 
 
+class Halved:
+    """Recall whose scores are not h_t . e, as those of blended lists are not."""
+
+    def search(self, retriever, vectors, requests, filters, ks) -> list:
+        found = filtered_search(retriever.index, vectors, filters, ks)
+        return [(rows, [score / 2 for score in scores]) for rows, scores in found]
+
+
+def test_scores_of_blended_lists_are_not_taken_for_the_interest(endpoint) -> None:
+    retriever = endpoint.service.engine.retriever
+    body = {"query": "blue lamp", "history": [{"item_id": i} for i in CLICKS[:2]], "k": 7}
+    plain = endpoint.ask(**body)["items"]
+    retriever.blended = Halved()
+    try:
+        found = endpoint.ask(**body)["items"]
+    finally:
+        retriever.blended = None
+    assert [i["ctr"] for i in found] == pytest.approx([i["ctr"] for i in plain], abs=1e-6)
+    assert [i["score"] for i in found] == pytest.approx([i["score"] / 2 for i in plain])
+
+
 def test_unknown_candidates_are_listed_and_repeated_ones_ranked_once(endpoint) -> None:
     found = endpoint.ask(history=[{"item_id": "gone"}], item_ids=["i1", "nobody", "i1"])
     assert [item["item_id"] for item in found["items"]] == ["i1"]
@@ -239,3 +261,10 @@ def test_a_ranker_of_another_catalogue_is_refused(run: str, tmp_path: Path) -> N
     others = tiny_ranker.write_ranker(tmp_path, run, CONFIGS["din"], str(tmp_path / "few"))
     with pytest.raises(InputError, match=r"knows 12% of the items .* another catalogue"):
         Service.load(run, ranker=others)
+
+
+def test_a_model_that_reads_what_no_request_has_is_refused(endpoint) -> None:
+    ranker = load_ranker(endpoint.run2)
+    ranker.model.inputs = (*ranker.model.inputs, "later")
+    with pytest.raises(InputError, match="reads later, which no request has"):
+        ServedRanker(ranker, Retriever.load(endpoint.run))
