@@ -64,7 +64,7 @@ class Asked:
     matches: Rows | None  # [M]; None if all items match
     by_query: NDArray[np.float32]  # [I] BM25 of the query
     by_history: NDArray[np.float32]  # [I] BM25 of the history's items
-    gains: list[NDArray[np.float64]]
+    gains: NDArray[np.float64]
     """What each value of each attribute adds to the affinity."""
 
 
@@ -215,7 +215,7 @@ class Channels:
         postings = Postings(numbers("terms"), array("matches-ends"), array("matches-items"))
         return cls(
             Words(numbers("words"), *(array(f"words-{name}") for name in of_words)),
-            Tastes(clicks, order, codes, base if len(codes) else []),
+            Tastes(clicks, order, codes, base if codes.shape[1] else []),
             Matches(dict(zip(numbers("queries"), rows, strict=False)), postings),
             manifest["parents"],
         )
