@@ -20,23 +20,24 @@ def differences(funnel: Funnel) -> bytes | None:
     figure, panels = new_panels(len(panels_of), width=5.6, height=1.4 + 0.5 * most)
     for axes, (stage, rows) in zip(panels, panels_of.items(), strict=True):
         for place, row in enumerate(rows):
-            found = {"over action-only": row.over_action_only, "over none": row.over_none}
-            for shift, (name, delta) in zip((-0.12, 0.12), found.items(), strict=True):
+            values = {"over action-only": row.over_action_only, "over none": row.over_none}
+            for shift, (name, delta) in zip((-0.12, 0.12), values.items(), strict=True):
                 if isinstance(delta, Delta):
                     error = [[delta.mean - delta.low], [delta.high - delta.mean]]
                     axes.errorbar(
                         delta.mean, place + shift, xerr=error, fmt="o", ms=4, capsize=3,
-                        color=COLOURS[name], label=None if place else name,
+                        color=COLOURS[name], label=name,
                     )  # fmt: skip
             if row.paper is not None:
                 axes.plot(row.paper, place, marker="D", color="#57606a", ms=5, label="paper")
         axes.axvline(0.0, color="#57606a", linewidth=0.8)
         axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
-        axes.invert_yaxis()
+        axes.set_ylim(most - 0.5, -0.5)
         axes.set_xlabel("points")
         dress(axes, STAGES[stage])
-        handles = dict(zip(*axes.get_legend_handles_labels()[::-1], strict=True))
-        axes.legend(handles.values(), handles.keys(), loc="lower right", fontsize=8, frameon=False)
+    found = [axes.get_legend_handles_labels() for axes in panels]
+    named = {name: handle for each in found for handle, name in zip(*each, strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=3, fontsize=8)
     return png(figure)
 
 
