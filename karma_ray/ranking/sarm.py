@@ -30,6 +30,9 @@ if TYPE_CHECKING:
 SUMMARIES = 2
 LAYERS = 2
 HEADS = 2
+TEXT_RATES = {f"items.{name}": 0.1 for name in ("encoder.layers.", "encoder.summary", "gate.")}
+"""Factors on the learning rate. At the rate of ids, which see few examples each, the transformer
+does not learn, and the gates close on it for good."""
 BANK_ROWS = 4096
 """Items that are encoded at once when a bank is filled."""
 
