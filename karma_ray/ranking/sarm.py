@@ -1,8 +1,11 @@
 """SARM (2602.09401): an item's text anchors are read by a small encoder trained in the ranker.
 
-    z_1, z_2 = encoder([summary_1, summary_2, w_1 .. w_L]) of the two summary tokens
+    z_1, z_2 = encoder([summary_1, summary_2, w_1 .. w_L]) - encoder([summary_1, summary_2])
     g_1, g_2 = sigmoid(W [x; z_1; z_2] + b)
     embedding = x + g_1 z_1 + g_2 z_2;  x is the sum of the embeddings of id and attributes
+
+The encoder is read at the two summary tokens. What it says of no text is taken off: it is the same
+for all items and larger than their embeddings, and in it an interest is not learnt in an epoch.
 
 In training only the different anchors of a batch are encoded. What an item gets depends on nothing
 else, so a model that serves looks all embeddings up in a bank that was filled once, and has no
@@ -51,12 +54,12 @@ class AnchorEncoder(nn.Module):
         self.layers = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Encode anchors of which 0 is padding.  # [U, L] -> [U, 2, D]"""
+        """Encode anchors of which 0 is padding; z is 0 without text.  # [U, L] -> [U, 2, D]"""
         text = self.token(tokens) + self.place[: tokens.shape[1]]
         read = torch.cat([self.summary.expand(len(tokens), -1, -1), text], 1)
         hidden = nn.functional.pad(tokens == 0, (SUMMARIES, 0), value=False)
         states: Tensor = self.layers(read, src_key_padding_mask=hidden)
-        return states[:, :SUMMARIES]
+        return states[:, :SUMMARIES] - self.layers(self.summary.unsqueeze(0))
 
 
 class AnchoredItems(nn.Module):
