@@ -59,7 +59,8 @@ class AnchorEncoder(nn.Module):
         read = torch.cat([self.summary.expand(len(tokens), -1, -1), text], 1)
         hidden = nn.functional.pad(tokens == 0, (SUMMARIES, 0), value=False)
         states: Tensor = self.layers(read, src_key_padding_mask=hidden)
-        return states[:, :SUMMARIES] - self.layers(self.summary.unsqueeze(0))
+        without: Tensor = self.layers(self.summary.unsqueeze(0))
+        return states[:, :SUMMARIES] - without
 
 
 class AnchoredItems(nn.Module):
