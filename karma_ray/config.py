@@ -136,10 +136,11 @@ def _assign(value: dict[str, Any], path: str, text: str) -> None:
     node[parts[-1]] = text.strip() if isinstance(before, str) else _literal(text)
 
 
-def describe_fields() -> str:
+def describe_fields(kind: type = Config, prefix: str = "") -> str:
     """Return every field with its default and its docstring, for `--help`."""
-    lines = [f"  {name} sets {' and '.join(fields)}" for name, fields in SHORT.items()]
-    _describe(Config, "", lines)
+    short = SHORT if kind is Config else {}
+    lines = [f"  {name} sets {' and '.join(fields)}" for name, fields in short.items()]
+    _describe(kind, prefix, lines)
     return "\n".join(lines)
 
 

@@ -20,17 +20,11 @@ from tqdm import tqdm
 
 from karma_ray.artifacts import read_manifest, read_table, write_manifest, write_table
 from karma_ray.data.batch import upload
+from karma_ray.data.vectors import mapped_vectors, vectors_of
 from karma_ray.errors import SkewError
 from karma_ray.retrieval.finite import check_finite
 from karma_ray.retrieval.index import check_parent
-from karma_ray.retrieval.known_vectors import (
-    COLUMN,
-    Hashes,
-    hash_column,
-    hashes_of,
-    mapped_vectors,
-    vectors_of,
-)
+from karma_ray.retrieval.known_vectors import COLUMN, Hashes, hash_column, hashes_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

@@ -3,7 +3,7 @@
 After a change of the catalogue only items whose hash is new have to be encoded. Embeddings carry
 the hashes in a column, so whoever knows the bundle and how it computed can use them again.
 
-Legend: I items of the catalogue, n items, D width.
+Legend: n items, D width.
 """
 
 from __future__ import annotations
@@ -14,12 +14,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 
-from karma_ray.artifacts import open_filesystem, read_table, table_files
-from karma_ray.data.memory_map import mapped_array
-from karma_ray.node_cache import known_hash
-from karma_ray.node_disk import node_folder
+from karma_ray.artifacts import read_table
+from karma_ray.data.vectors import dataset, mapped_vectors
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -87,30 +84,4 @@ class KnownVectors:
 
 def has_hashes(folder: str) -> bool:
     """Whether a folder of embeddings has the column of hashes."""
-    return COLUMN in _dataset(folder).schema.names
-
-
-def mapped_vectors(folder: str) -> NDArray[np.float32]:  # [I, D]
-    """Return the vectors of a folder of embeddings from the node's copy, which processes share."""
-    found = _dataset(folder)
-    shape = (found.count_rows(), found.schema.field("embedding").type.list_size)
-
-    def fill(values: np.ndarray) -> None:
-        start = 0
-        for batch in found.to_batches(columns=["embedding"]):
-            values[start : start + len(batch)] = vectors_of(batch.column("embedding"))
-            start += len(batch)
-
-    path = node_folder() / "embeddings" / f"{known_hash(folder)}.npy"
-    return mapped_array(path, np.float32, shape, fill, writable=True)
-
-
-def vectors_of(column: pa.Array) -> NDArray[np.float32]:  # [n, D]
-    """Return the vectors in a column, in memory that torch may write to."""
-    values = np.array(column.flatten().to_numpy(zero_copy_only=False), dtype=np.float32)
-    return values.reshape(-1, column.type.list_size)
-
-
-def _dataset(folder: str) -> ds.Dataset:
-    fs, _ = open_filesystem(folder)
-    return ds.dataset(table_files(folder), filesystem=fs, format="parquet")
+    return COLUMN in dataset(folder).schema.names
