@@ -21,6 +21,7 @@ from karma_ray.ranking.items import ItemEmbedding, ItemFacts
 from karma_ray.ranking.objective import CLICKS, Term
 from karma_ray.ranking.ocarm import LATER, Ocarm, OcarmTeacher, ocarm_terms
 from karma_ray.ranking.sarm import (
+    TEXT_RATES,
     AnchoredItems,
     ItemBank,
     VectorItems,
@@ -80,6 +81,8 @@ class Family:
         CLICKS
     ]
     """The terms of its objective; the second argument is the trained teacher."""
+    rates: Mapping[str, float] = field(default_factory=dict)
+    """Factors on the learning rate, by the beginning of the names of parameters."""
     to_serve: Callable[[nn.Module], nn.Module] = lambda model: model
     """Returns what of a trained model is saved."""
     build_to_serve: Callable[[RankingConfig, Sizes], nn.Module] | None = None
@@ -138,7 +141,8 @@ FAMILIES: dict[str, Family] = {
     "simtier": Family(_simtier, uses_vectors=True),
     "vectors": Family(_vectors, reads=_with_vectors),
     "sarm": Family(
-        _sarm, reads=_with_anchors, to_serve=with_bank, build_to_serve=_sarm_to_serve,
+        _sarm, reads=_with_anchors, rates=TEXT_RATES,
+        to_serve=with_bank, build_to_serve=_sarm_to_serve,
         notes=lambda model: gate_values(model.items),  # type: ignore[arg-type]
     ),
     "ocarm": Family(

@@ -1,8 +1,12 @@
 """SARM (2602.09401): an item's text anchors are read by a small encoder trained in the ranker.
 
-    z_1, z_2 = encoder([summary_1, summary_2, w_1 .. w_L]) of the two summary tokens
+    z_1, z_2 = a (encoder([summary_1, summary_2, w_1 .. w_L]) - encoder([summary_1, summary_2]))
     g_1, g_2 = sigmoid(W [x; z_1; z_2] + b)
     embedding = x + g_1 z_1 + g_2 z_2;  x is the sum of the embeddings of id and attributes
+
+The encoder is read at the two summary tokens. What it says of no text is taken off: it is the same
+for all items and larger than their embeddings, and beside it no interest is learnt in an epoch. For
+the same reason the learned factor a is small at first.
 
 In training only the different anchors of a batch are encoded. What an item gets depends on nothing
 else, so a model that serves looks all embeddings up in a bank that was filled once, and has no
@@ -30,6 +34,9 @@ if TYPE_CHECKING:
 SUMMARIES = 2
 LAYERS = 2
 HEADS = 2
+TEXT_RATES = {f"items.{name}": 0.1 for name in ("encoder.layers.", "encoder.summary", "gate.")}
+"""Factors on the learning rate. At the rate of ids, which see few examples each, the transformer
+does not learn, and the gates close on it for good."""
 BANK_ROWS = 4096
 """Items that are encoded at once when a bank is filled."""
 
@@ -45,15 +52,17 @@ class AnchorEncoder(nn.Module):
         layer = nn.TransformerEncoderLayer(
             width, math.gcd(width, HEADS), 4 * width, dropout=0.0, batch_first=True, norm_first=True
         )
+        self.scale = nn.Parameter(torch.tensor(INITIAL))
         self.layers = nn.TransformerEncoder(layer, LAYERS, enable_nested_tensor=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Encode anchors of which 0 is padding.  # [U, L] -> [U, 2, D]"""
+        """Encode anchors of which 0 is padding; z is 0 without text.  # [U, L] -> [U, 2, D]"""
         text = self.token(tokens) + self.place[: tokens.shape[1]]
         read = torch.cat([self.summary.expand(len(tokens), -1, -1), text], 1)
         hidden = nn.functional.pad(tokens == 0, (SUMMARIES, 0), value=False)
         states: Tensor = self.layers(read, src_key_padding_mask=hidden)
-        return states[:, :SUMMARIES]
+        without: Tensor = self.layers(self.summary.unsqueeze(0))
+        return self.scale * (states[:, :SUMMARIES] - without)
 
 
 class AnchoredItems(nn.Module):

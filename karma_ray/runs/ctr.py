@@ -40,6 +40,7 @@ from karma_ray.runs.worker import TrainJob
 from karma_ray.training.checkpoints.checkpoint import load_weights
 from karma_ray.training.config import EXECUTION
 from karma_ray.training.ctr_step import CtrStep
+from karma_ray.training.optim import RateMultiplier
 from karma_ray.training.order import Order, Source
 
 LOG = logging.getLogger(__name__)
@@ -154,7 +155,21 @@ class CtrStage:
             ),
             training=replace(training, steps=self.steps), seed=config.seed,
             validate=CtrValidation(self, on_validate),
+            multiplier_of=PartRates(family_of(config.ranking).rates),
         )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PartRates:
+    """Returns the learning rate's multiplier of a parameter by the beginning of its name."""
+
+    rates: Mapping[str, float]
+
+    def __call__(self, name: str) -> RateMultiplier:
+        """Return 1 for a name that begins with none of them."""
+        return RateMultiplier(
+            next((rate for part, rate in self.rates.items() if name.startswith(part)), 1.0)
+        )
 
 
 @dataclass

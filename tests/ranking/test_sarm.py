@@ -23,9 +23,10 @@ from karma_ray.ranking.config import RankingConfig
 from karma_ray.ranking.din import Din
 from karma_ray.ranking.items import ItemEmbedding, ItemFacts
 from karma_ray.ranking.objective import log_loss
-from karma_ray.ranking.sarm import AnchoredItems, VectorItems, gate_values, with_bank
+from karma_ray.ranking.sarm import TEXT_RATES, AnchoredItems, VectorItems, gate_values, with_bank
 from karma_ray.retrieval.parts import served
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.runs.ctr import PartRates
 from tests import tiny_run
 
 CONFIG = RankingConfig(family="sarm", width=4, hidden=8, attention_hidden=4, query_buckets=16)
@@ -143,6 +144,13 @@ def test_the_loss_of_clicks_trains_the_text_encoder() -> None:
         model = ranker(items)
         log_loss(model, given, logits(model, given)).sum().backward()
         assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+def test_slower_learning_names_the_transformer_and_the_gates() -> None:
+    rates = PartRates(TEXT_RATES)
+    slow = {n for n, _ in ranker(anchored()).named_parameters() if rates(n).factor < 1}
+    assert all(any(n.startswith(part) for n in slow) for part in TEXT_RATES)
+    assert not [n for n in slow if ".token" in n or ".base." in n or not n.startswith("items.")]
 
 
 def vectors() -> VectorItems:
