@@ -237,6 +237,7 @@ TRAINED: dict[str, Callable[[], Config]] = {
 RANKERS = {
     "ctr_din": "click-through rates by DIN over item ids, attributes and query words",
     "ctr_simtier": "`ctr_din` with similarities of the item vectors of --vectors",
+    "ctr_qarm": "`ctr_din` with semantic ids of --codes, and a long history searched by vector",
 }
 """CTR models, `ctr_` and the family in ranking/families.py, with what each ranks by."""
 MADE_FOR_LLM = {"karma_llm": ("training.learning_rate",)}
@@ -280,6 +281,8 @@ def build(name: str) -> Config:
 def _ranker(name: str) -> Config:
     """Return the configuration of a CTR model; a batch has some hundred pages, and no LLM."""
     base = Config(recipe=name, ranking=RankingConfig(family=name.removeprefix("ctr_")))
+    if name == "ctr_qarm":
+        base = replace(base, ranking=replace(base.ranking, max_history=200))
     training = replace(
         base.training, batch_size=256, learning_rate=2e-2, precision="float32", best_metric="AUC"
     )

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from karma_ray.ranges import Count, CountOrZero, ShareBelowOne
 
+NO_CODES = "none"
+"""The value of `codes` with which no semantic ids are read."""
+
 
 @dataclass(frozen=True)
 class RankingConfig:
@@ -31,5 +34,12 @@ class RankingConfig:
     """Largest number of a query's words that the model reads."""
     query_buckets: Count = 8192
     """Rows of the table of hashed query words."""
+    recent_items: Count = 20
+    """Newest clicks that `ctr_qarm` reads for every candidate; it searches all of `max_history`."""
+    gsu_items: CountOrZero = 20
+    """Clicks whose vectors are nearest to a candidate, which `ctr_qarm` reads for it; 0: none."""
+    codes: str = ""
+    """Folder of the semantic ids that `ctr_qarm` reads (default: `item_codes` of the run of
+    `vectors`), or `none`; `--codes` sets it."""
     epochs: CountOrZero = 1
     """Passes over the training pages, which give the steps; 0: `training.steps`."""

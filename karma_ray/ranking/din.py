@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from karma_ray.ranking.items import ItemEmbedding, QueryEmbedding
+from karma_ray.ranking.items import QueryEmbedding
 
 if TYPE_CHECKING:
     from karma_ray.ranking.config import RankingConfig
@@ -53,9 +53,10 @@ class Din(nn.Module):
     inputs = INPUTS
 
     def __init__(
-        self, config: RankingConfig, items: ItemEmbedding, features: nn.Module, num_features: int
+        self, config: RankingConfig, items: nn.Module, features: nn.Module, num_features: int
     ) -> None:
-        """`features` turns the features of a candidate [N, F] into `num_features` numbers."""
+        """`items` embeds catalogue rows, as ItemEmbedding does; `features` turns the features of
+        a candidate [N, F] into `num_features` numbers."""
         super().__init__()
         width, hidden = config.width, config.hidden
         self.items = items

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from karma_ray.data.catalog import Catalog
 from karma_ray.errors import InputError
 from karma_ray.ranking.config import RankingConfig
 from karma_ray.ranking.din import Din
 from karma_ray.ranking.features import TierWeights, num_features
 from karma_ray.ranking.items import ItemEmbedding, ItemFacts
 from karma_ray.ranking.objective import CLICKS, Term
+from karma_ray.ranking.qarm import qarm, with_codes
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,20 @@ class Sizes:
     num_items: int
     attributes: list[int]
     """Codes of every attribute."""
+    vector_width: int = 0
+    """Width of the items' vectors, if the model holds them."""
+    codes: list[int] = field(default_factory=list)
+    """Semantic ids of every level, if the model reads them."""
 
     @classmethod
     def of(cls, facts: ItemFacts) -> Sizes:
-        return cls(facts.num_items, facts.sizes)
+        width = 0 if facts.vectors is None else facts.vectors.shape[1]
+        codes = [] if facts.codes is None else facts.codes.sizes
+        return cls(facts.num_items, facts.sizes, width, codes)
+
+
+Reads = Callable[[ItemFacts, RankingConfig, str, str], ItemFacts]
+"""(facts, configuration, data, cache) -> the facts with more in them."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +57,10 @@ class Family:
     """Builds the model with initial weights."""
     uses_vectors: bool = False
     """Whether it reads the features of `ranking.vectors`."""
+    reads: Reads | None = None
+    """Adds what it reads of the run of `ranking.vectors` instead of features, if it does."""
+    uses_codes: bool = False
+    """Whether it reads the semantic ids of `ranking.codes`."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Further list columns of row numbers in the exposures, by the name in `CtrBatch.extra` of the
     tensor [R, n] that they become, padded with -1 in front."""
@@ -66,6 +82,7 @@ def _simtier(config: RankingConfig, sizes: Sizes) -> nn.Module:
 FAMILIES: dict[str, Family] = {
     "din": Family(_din),
     "simtier": Family(_simtier, uses_vectors=True),
+    "qarm": Family(qarm, reads=with_codes, uses_codes=True),
 }
 
 
@@ -81,3 +98,9 @@ def build_model(config: RankingConfig, sizes: Sizes, seed: int = 0) -> nn.Module
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return family_of(config).build(config, sizes)
+
+
+def facts_of(config: RankingConfig, data: str, cache: str) -> ItemFacts:
+    """Return what a model knows of the items at `data` before it is trained."""
+    facts, reads = ItemFacts.of(Catalog.load(data)), family_of(config).reads
+    return facts if reads is None else reads(facts, config, data, cache)

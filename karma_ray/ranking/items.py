@@ -5,7 +5,8 @@ Legend: I items, A attributes, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from karma_ray.codes.table import ItemCodes
     from karma_ray.data.catalog import Catalog
 
 ATTRIBUTES = ("category", "brand")
@@ -27,6 +29,12 @@ class ItemFacts:
 
     attributes: np.ndarray
     """[I, A] int64 codes from 1 on; 0 where an item has no such attribute."""
+    vectors: np.ndarray | None = None
+    """[I, E] float32 of length 1, the vectors of `ranking.vectors`, if the family reads them."""
+    codes: ItemCodes | None = None
+    """The semantic ids of the items, in their order, if the family reads them."""
+    parents: Mapping[str, str] = field(default_factory=dict)
+    """Content hashes of what these were read from."""
 
     @classmethod
     def of(cls, catalog: Catalog) -> ItemFacts:
@@ -61,8 +69,8 @@ class ItemEmbedding(nn.Module):
         """`sizes` are the codes of each attribute; `know` gives the items theirs."""
         super().__init__()
         self.width = width
-        self.id = _table(num_items, width)
-        self.of_attribute = nn.ModuleList([_table(size, width) for size in sizes])
+        self.id = new_table(num_items, width)
+        self.of_attribute = nn.ModuleList([new_table(size, width) for size in sizes])
         self.register_buffer("attributes", torch.zeros(num_items + 1, len(sizes), dtype=torch.long))
 
     def know(self, facts: ItemFacts) -> None:
@@ -89,7 +97,7 @@ class QueryEmbedding(nn.Module):
 
     def __init__(self, buckets: int, width: int) -> None:
         super().__init__()
-        self.words = _table(buckets, width)
+        self.words = new_table(buckets, width)
 
     def forward(self, query: Tensor) -> Tensor:
         """Embed queries.  # [R, Q] -> [R, D]"""
@@ -98,7 +106,7 @@ class QueryEmbedding(nn.Module):
         return mean
 
 
-def _table(size: int, width: int) -> nn.Embedding:
+def new_table(size: int, width: int) -> nn.Embedding:
     """Return a table of rows 1 to `size`; row 0, for nothing, is 0 and is not trained."""
     table = nn.Embedding(size + 1, width, padding_idx=0)
     with torch.no_grad():

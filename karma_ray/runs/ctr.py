@@ -24,7 +24,7 @@ from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.ranking.collate import CtrCollator
 from karma_ray.ranking.exposures import Exposures
-from karma_ray.ranking.families import Sizes, build_model, family_of
+from karma_ray.ranking.families import Sizes, build_model, facts_of, family_of
 from karma_ray.ranking.features import FeatureMoments
 from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.items import ItemFacts
@@ -58,18 +58,23 @@ def check_ranking(config: Config, source: PreparedData) -> None:
     """
     ranking, training = config.ranking, config.training
     if config.recipe not in recipes.RANKERS:
-        if ranking.vectors:
-            message, choices = f"is not used by the recipe {config.recipe}", list(recipes.RANKERS)
-            raise InputError("--vectors", ranking.vectors, message, choices=choices)
+        for flag, value in (("--vectors", ranking.vectors), ("--codes", ranking.codes)):
+            if value:
+                problem = f"is not used by the recipe {config.recipe}"
+                raise InputError(flag, value, problem, choices=list(recipes.RANKERS))
         return
     family = family_of(ranking)
     check_exposed(source)
-    if family.uses_vectors and not ranking.vectors:
+    reads_vectors = family.uses_vectors or family.reads is not None
+    if reads_vectors and not ranking.vectors:
         message = f"is needed: the finished run whose item vectors {config.recipe} reads"
         raise InputError("--vectors", None, message)
-    if ranking.vectors and not family.uses_vectors:
+    if ranking.vectors and not reads_vectors:
         message = f"is not used by ranking.family={ranking.family}"
         raise InputError("--vectors", ranking.vectors, message)
+    if ranking.codes and not family.uses_codes:
+        message = f"is not used by ranking.family={ranking.family}"
+        raise InputError("--codes", ranking.codes, message)
     if ranking.interest and not ranking.vectors:
         raise InputError("ranking.interest", True, "needs the run of --vectors, which computes h_t")
     if training.batch_size < training.num_workers:
@@ -83,7 +88,7 @@ def exposures_of(
     """Return the exposures that a configuration learns from, with its features."""
     ranking = config.ranking
     found = ensure_exposures(source, ranking.max_history, cache, run)
-    if not ranking.vectors:
+    if not family_of(ranking).uses_vectors:
         return found
     return with_vectors(found, ranking.vectors, ranking.interest, source.items_uri, cache, run)
 
@@ -95,13 +100,20 @@ class CtrStage:
     config: Config
     items_uri: str
     exposures: Exposures
+    cache: str
+
+    def facts(self) -> ItemFacts:
+        """Return what the model knows of the items before it is trained."""
+        return facts_of(self.config.ranking, self.items_uri, self.cache)
 
     def build(self) -> nn.Module:
         """Build the model with initial weights."""
-        facts = ItemFacts.of(Catalog.load(self.items_uri))
+        facts = self.facts()
         model = build_model(self.config.ranking, Sizes.of(facts), self.config.seed)
         items: nn.Module = model.items  # type: ignore[assignment]
         items.know(facts)  # type: ignore[operator]
+        if hasattr(model, "know"):
+            model.know(facts)  # type: ignore[operator]
         if self.exposures.num_features:
             moments = FeatureMoments.of(self.exposures.feature_sample(MOMENT_CANDIDATES))
             model.features.know(moments)  # type: ignore[operator, union-attr]
@@ -186,7 +198,7 @@ def train_ctr(
     exposures = exposures_of(config, source, cache, executor.prepare)
     if not exposures.num_pages("train"):
         raise InputError("--data", source.uri, "shows nothing before its validation days")
-    stage = CtrStage(config, source.items_uri, exposures)
+    stage = CtrStage(config, source.items_uri, exposures, cache)
     job = stage.job(run, on_validate)
     LOG.info("%s: %d steps, %d worker(s)", config.recipe, job.training.steps,
              max(1, config.training.num_workers))  # fmt: skip
@@ -195,10 +207,10 @@ def train_ctr(
     load_weights(summary["weights"], model)
     rates = ItemRates.count(exposures, source.catalog().num_items)
     model.items.forget(np.flatnonzero(~rates.is_warm))  # type: ignore[operator, union-attr]
-    catalog = Catalog.load(source.items_uri)
+    catalog, facts = Catalog.load(source.items_uri), stage.facts()
     save_ranker(
-        model, config.ranking, Sizes.of(ItemFacts.of(catalog)), exposures.num_features,
+        model, config.ranking, Sizes.of(facts), exposures.num_features,
         catalog.table.column("item_id").combine_chunks(), RunFolder(run).path(KIND),
-        exposures.facts["parents"], recipe=config.recipe, seed=config.seed,
+        {**exposures.facts["parents"], **facts.parents}, recipe=config.recipe, seed=config.seed,
         num_parameters=sum(value.numel() for value in model.parameters()),
     )  # fmt: skip
