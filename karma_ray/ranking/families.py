@@ -18,7 +18,7 @@ from karma_ray.ranking.din import Din
 from karma_ray.ranking.features import TierWeights, num_features
 from karma_ray.ranking.items import ItemEmbedding, ItemFacts
 from karma_ray.ranking.objective import CLICKS, Term
-from karma_ray.ranking.qarm import qarm, with_codes
+from karma_ray.ranking.qarm import CodedItems, Qarm, with_codes
 
 
 @dataclass(frozen=True)
@@ -79,10 +79,16 @@ def _simtier(config: RankingConfig, sizes: Sizes) -> nn.Module:
     return Din(config, items, TierWeights(config.interest), count)
 
 
+def _qarm(config: RankingConfig, sizes: Sizes) -> nn.Module:
+    base = ItemEmbedding(sizes.num_items, sizes.attributes, config.width)
+    items = CodedItems(base, sizes.num_items, sizes.codes)
+    return Qarm(config, items, sizes.vector_width)
+
+
 FAMILIES: dict[str, Family] = {
     "din": Family(_din),
     "simtier": Family(_simtier, uses_vectors=True),
-    "qarm": Family(qarm, reads=with_codes, uses_codes=True),
+    "qarm": Family(_qarm, reads=with_codes, uses_codes=True),
 }
 
 

@@ -36,7 +36,6 @@ from karma_ray.retrieval.similarity import unit
 
 if TYPE_CHECKING:
     from karma_ray.ranking.config import RankingConfig
-    from karma_ray.ranking.families import Sizes
 
 CODES = "item_codes"
 """Folder of a run's codes where `ranking.codes` names none."""
@@ -92,15 +91,13 @@ class Qarm(nn.Module):
     inputs = INPUTS
     vectors: Tensor
 
-    def __init__(self, config: RankingConfig, sizes: Sizes) -> None:
+    def __init__(self, config: RankingConfig, items: CodedItems, vector_width: int) -> None:
         super().__init__()
-        base = ItemEmbedding(sizes.num_items, sizes.attributes, config.width)
-        items = CodedItems(base, sizes.num_items, sizes.codes)
         self.recent, self.found = config.recent_items, config.gsu_items
         self.din = Din(config, items, nn.Identity(), 2 * config.width if self.found else 0)
         if self.found:
             self.nearby = TargetAttention(config.width, config.attention_hidden)
-            self.register_buffer("vectors", torch.zeros(sizes.num_items + 1, sizes.vector_width))
+            self.register_buffer("vectors", torch.zeros(len(items.codes), vector_width))
 
     @property
     def items(self) -> CodedItems:
@@ -159,11 +156,6 @@ def nearest(
     best = cosines.topk(min(count, history.shape[1]), dim=1)
     rows = clicks.gather(1, best.indices).masked_fill(best.values == -torch.inf, -1)
     return nn.functional.pad(rows, (0, count - rows.shape[1]), value=-1)
-
-
-def qarm(config: RankingConfig, sizes: Sizes) -> nn.Module:
-    """Build the model with initial weights."""
-    return Qarm(config, sizes)
 
 
 def with_codes(facts: ItemFacts, config: RankingConfig, data: str, cache: str) -> ItemFacts:

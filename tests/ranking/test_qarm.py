@@ -7,24 +7,26 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
-from karma_ray.artifacts import write_manifest, write_table
-from karma_ray.codes.table import ItemCodes, code_rows
+from karma_ray.artifacts import write_table
+from karma_ray.codes.config import CodesConfig
+from karma_ray.codes.table import ItemCodes, code_catalog, load_codes
 from karma_ray.data.catalog import Catalog
-from karma_ray.data.schema import ITEMS
 from karma_ray.errors import InputError
 from karma_ray.ranking.batch import CtrBatch
 from karma_ray.ranking.config import RankingConfig
-from karma_ray.ranking.families import Sizes, build_model
+from karma_ray.ranking.families import Sizes, build_model, facts_of
 from karma_ray.ranking.items import ItemFacts
 from karma_ray.ranking.objective import log_loss
-from karma_ray.ranking.qarm import Qarm, nearest, with_codes
+from karma_ray.ranking.qarm import Qarm, nearest
+from karma_ray.retrieval.encode import load_embeddings, save_embeddings
 from karma_ray.retrieval.similarity import unit
+from tests.tiny_run import items_table, write_data, write_run
 
 ITEM_COUNT = 12
+SMALL_CODES = CodesConfig(codewords=4, fsq_levels=(2, 2), iterations=5)
 CONFIG = RankingConfig(
     family="qarm", width=4, hidden=8, attention_hidden=4, query_buckets=16, recent_items=2,
     gsu_items=3, max_history=6,
@@ -163,12 +165,61 @@ def test_without_search_only_the_newest_clicks_are_read() -> None:
     model = model_of(replace(CONFIG, gsu_items=0)).eval()
     changed = PAGES.history.clone()
     changed[:, :-2] = 9
-    torch.testing.assert_close(
-        logits(model, replace(PAGES, history=changed)), logits(model, PAGES)
-    )
+    torch.testing.assert_close(logits(model, replace(PAGES, history=changed)), logits(model, PAGES))
 
 
-def write_items(folder: Path, ids: Sequence[str]) -> str:
-    rows = [{"item_id": item, "title": f"thing {item}"} for item in ids]
-    write_table(pa.Table.from_pylist(rows, schema=ITEMS), str(folder / "items"), "part-00000")
-    return str(folder)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """(run with codes of its embeddings, its data)."""
+    root = tmp_path_factory.mktemp("qarm")
+    data, out = write_data(root), write_run(root)
+    code_catalog(f"{out}/item_embeddings", f"{out}/item_codes", SMALL_CODES)
+    return out, data
+
+
+def test_codes_and_vectors_come_in_the_order_of_the_catalogue(run: tuple[str, str]) -> None:
+    out, data = run
+    config = replace(CONFIG, vectors=out)
+    found = facts_of(config, data, "")
+    table, codes = load_embeddings(f"{out}/item_embeddings"), load_codes(f"{out}/item_codes")
+    ids = Catalog.load(data).item_ids
+    assert found.codes is not None and found.codes.item_ids == ids
+    place = [codes.item_ids.index(item) for item in ids]
+    np.testing.assert_array_equal(found.codes.codes, codes.codes[place])
+    np.testing.assert_allclose(found.vectors, unit(table.in_order(ids).embeddings))
+    assert set(found.parents) == {"item_codes", "embeddings", "codebooks"}
+    alone = facts_of(replace(config, codes="none"), data, "")
+    assert alone.codes is None and alone.vectors is not None
+
+
+def test_codes_of_other_embeddings_are_refused(run: tuple[str, str], tmp_path: Path) -> None:
+    out, data = run
+    other = write_run(tmp_path, seed=1)
+    theirs = str(tmp_path / "codes")
+    code_catalog(f"{other}/item_embeddings", theirs, SMALL_CODES)
+    with pytest.raises(InputError, match="codes of other embeddings"):
+        facts_of(replace(CONFIG, vectors=out, codes=theirs), data, "")
+    with pytest.raises(InputError, match="no finished folder of codes"):
+        facts_of(replace(CONFIG, vectors=other), data, "")
+    with pytest.raises(InputError, match="gsu_items"):
+        facts_of(replace(CONFIG, vectors=out, codes="none", gsu_items=0), data, "")
+
+
+def test_codes_of_another_catalogue_are_refused(run: tuple[str, str], tmp_path: Path) -> None:
+    fewer = str(tmp_path / "fewer")
+    write_table(items_table().slice(1), f"{fewer}/items")
+    for gsu_items in (0, 3):
+        with pytest.raises(InputError, match="of another catalogue"):
+            facts_of(replace(CONFIG, vectors=run[0], gsu_items=gsu_items), fewer, "")
+
+
+def test_aligned_codes_are_searched_by_aligned_vectors(run: tuple[str, str]) -> None:
+    out, data = run
+    table = load_embeddings(f"{out}/item_embeddings")
+    turned = np.roll(table.embeddings, 1, axis=0)
+    save_embeddings(replace(table, embeddings=turned), f"{out}/aligned_embeddings")
+    aligned = f"{out}/item_codes-aligned"
+    code_catalog(f"{out}/aligned_embeddings", aligned, SMALL_CODES)
+    found = facts_of(replace(CONFIG, vectors=out, codes=aligned), data, "")
+    expected = replace(table, embeddings=turned).in_order(Catalog.load(data).item_ids)
+    np.testing.assert_allclose(found.vectors, unit(expected.embeddings))
