@@ -5,7 +5,8 @@ python benchmarks/ctr_systems.py DATA --vectors RUN --arms din,qarm_rq,qarm_fsq 
 python benchmarks/ctr_systems.py DATA --vectors RUN --arms din,wide=ctr_din:ranking.width=32
 
 An arm is a name of ARMS, or NAME=RECIPE[:FIELD=VALUE...]. Every arm is trained once for each seed
-in OUT/ARM-SEED; runs that are finished are read, and interrupted ones go on. With several --vectors
+in OUT/ARM-SEED; runs that are finished are read, and interrupted ones go on. Floors and ceilings
+are not measured: `python jobs/evaluate.py OUT/ARM-SEED` does. With several --vectors
 the seeds take turns, so that the table is over seeds of the vectors as well. A difference to the
 first arm is a mean over seeds; its interval draws users, with all their seeds, and is over the
 same shown items. Cold items are those that no training page showed.
@@ -33,10 +34,11 @@ from karma_ray.errors import InputError
 from karma_ray.metrics.clicks import mean_auc_difference
 from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.judged import Judged
+from karma_ray.ranking.load import load_ranker
 from karma_ray.retrieval.aligned import FOLDER as ALIGNED
 from karma_ray.retrieval.aligned import align_run
 from karma_ray.retrieval.parts import served
-from karma_ray.runs.ctr import exposures_of
+from karma_ray.runs.ctr import exposures_of, predictor
 from karma_ray.runs.pipeline import train_run
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import toy_shop
@@ -113,11 +115,17 @@ def config_of_arm(arm: Arm, seed: int, vectors: str, given: argparse.Namespace) 
 
 def trained(config: Config, data: str, out: str, cache: str) -> Judged:
     """Train a run, unless it is finished, and return its test predictions."""
-    if not exists(join(out, "metrics.json")):
-        train_run(config, data, out, cache=cache, resume=exists(join(out, "checkpoints")))
-    elif read_json(join(out, "config.json"))["ranking"] != to_dict(config)["ranking"]:
-        raise InputError("--out", out, "holds a run with other settings; choose another folder")
-    return Judged.load(join(out, "predictions"), "test")
+    if exists(join(out, "predictions", "test.parquet")):
+        if read_json(join(out, "config.json"))["ranking"] != to_dict(config)["ranking"]:
+            raise InputError("--out", out, "holds a run with other settings; choose another folder")
+        return Judged.load(join(out, "predictions"), "test")
+    resume = exists(join(out, "checkpoints"))
+    train_run(config, data, out, cache=cache, resume=resume, is_tested=False)
+    ranker, source = load_ranker(out), ensure_prepared(data, config.prepare)
+    predict = predictor(ranker.model, ranker.collator)
+    judged = Judged.of(exposures_of(config, source, cache), "test", predict)
+    judged.save(join(out, "predictions"), "test")
+    return judged
 
 
 def line(name: str, mine: Sequence[Judged], base: Sequence[Judged], cold: np.ndarray) -> str:
