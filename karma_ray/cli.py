@@ -121,6 +121,10 @@ def train(argv: list[str] | None, description: str, load_executor: Callable[[], 
         help="finished run whose item vectors give a CTR model its similarity features",
     )  # fmt: skip
     flags.add_argument(
+        "--codes", metavar="FOLDER",
+        help="semantic ids for ctr_qarm (default: item_codes/ of the run of --vectors)",
+    )  # fmt: skip
+    flags.add_argument(
         "--profile", action="store_true", help="write a trace of three steps to RUN/profile"
     )
     cache_flag(flags)
@@ -132,6 +136,8 @@ def train(argv: list[str] | None, description: str, load_executor: Callable[[], 
     config = load_config(arguments, "karma_text" if arguments.data else "toy")
     if arguments.vectors:
         config = override(config, [f"ranking.vectors={absolute(arguments.vectors)}"])
+    if arguments.codes:
+        config = override(config, [f"ranking.codes={absolute(arguments.codes)}"])
     if arguments.profile:
         config = override(config, ["training.profile=true"])
     out = arguments.out or default_out(config.recipe)

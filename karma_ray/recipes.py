@@ -9,7 +9,7 @@ from typing import Any
 from karma_ray.config import Config
 from karma_ray.errors import InputError
 from karma_ray.model.config import TinyBackboneConfig
-from karma_ray.ranking.config import RankingConfig
+from karma_ray.ranking.config import CTR
 
 
 def _with_objective(name: str, generation: float, reconstruction: float) -> Config:
@@ -239,6 +239,7 @@ RANKERS = {
     "ctr_simtier": "`ctr_din` with similarities of the item vectors of --vectors",
     "ctr_sarm": "`ctr_din` with text anchors of items, decoded from their vectors of --vectors",
     "ctr_ocarm": "`ctr_din` whose user vector learns from a teacher that reads the later clicks",
+    "ctr_qarm": "`ctr_din` with semantic ids of --codes, and a long history searched by vector",
 }
 """CTR models, `ctr_` and the family in ranking/families.py, with what each ranks by."""
 MADE_FOR_LLM = {"karma_llm": ("training.learning_rate",)}
@@ -281,8 +282,7 @@ def build(name: str) -> Config:
 
 def _ranker(name: str) -> Config:
     """Return the configuration of a CTR model; a batch has some hundred pages, and no LLM."""
-    family, weight = name.removeprefix("ctr_"), 1.0 if name == "ctr_ocarm" else 0.0
-    base = Config(recipe=name, ranking=RankingConfig(family=family, distillation=weight))
+    base = Config(recipe=name, ranking=CTR[name])
     training = replace(
         base.training, batch_size=256, learning_rate=2e-2, precision="float32", best_metric="AUC"
     )

@@ -5,7 +5,7 @@ Legend: n shown items, G distinct scores, B resamples, K bins.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -78,13 +78,30 @@ def auc_difference(
     `user` has numbers from 0 on. Without `right` it is the interval of the AUC itself. The number
     of resamples falls with n, from 2000 to 200.
     """
+    return mean_auc_difference([left], None if right is None else [right], clicked, user, seed,
+                               confidence)  # fmt: skip
+
+
+def mean_auc_difference(
+    left: Sequence[NDArray[np.floating]],
+    right: Sequence[NDArray[np.floating]] | None,
+    clicked: NDArray[np.bool_],
+    user: NDArray[np.int64],
+    seed: int,
+    confidence: float = 0.95,
+) -> BootstrapResult:  # S x [n], S x [n], [n], [n]
+    """Bootstrap the mean over S seeds of the AUCs of `left` minus that of `right`, over users.
+
+    A drawn user comes with what all seeds predicted for it.
+    """
     num_users = int(user.max()) + 1
     count = int(np.clip(_CELLS // max(1, len(user)), _FEWEST, _MOST))
     counted = list(resamples(seed, num_users, count))
-    draws = _aucs(left, clicked, user, counted)
-    whole = auc(left, clicked)
+    draws = np.mean([_aucs(scores, clicked, user, counted) for scores in left], axis=0)
+    whole = float(np.mean([auc(scores, clicked) for scores in left]))
     if right is not None:
-        draws, whole = draws - _aucs(right, clicked, user, counted), whole - auc(right, clicked)
+        draws = draws - np.mean([_aucs(s, clicked, user, counted) for s in right], axis=0)
+        whole -= float(np.mean([auc(scores, clicked) for scores in right]))
     tail = (1.0 - confidence) / 2.0
     low, high = np.quantile(draws, [tail, 1.0 - tail])
     fewer = min(np.count_nonzero(draws <= 0), np.count_nonzero(draws >= 0))

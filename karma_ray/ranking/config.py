@@ -7,6 +7,9 @@ from typing import Literal
 
 from karma_ray.ranges import Count, CountOrZero, ShareBelowOne, Weight
 
+NO_CODES = "none"
+"""The value of `codes` with which no semantic ids are read."""
+
 
 @dataclass(frozen=True)
 class RankingConfig:
@@ -32,6 +35,13 @@ class RankingConfig:
     """Largest number of a query's words that the model reads."""
     query_buckets: Count = 8192
     """Rows of the table of hashed query words."""
+    recent_items: Count = 20
+    """Newest clicks that `ctr_qarm` reads for every candidate; it searches all of `max_history`."""
+    gsu_items: CountOrZero = 20
+    """Clicks whose vectors are nearest to a candidate, which `ctr_qarm` reads for it; 0: none."""
+    codes: str = ""
+    """Folder of the semantic ids that `ctr_qarm` reads (default: `item_codes` of the run of
+    `vectors`), or `none`; `--codes` sets it."""
     epochs: CountOrZero = 1
     """Passes over the training pages, which give the steps; 0: `training.steps`."""
     distillation: Weight = 0.0
@@ -42,3 +52,13 @@ class RankingConfig:
     the item's own words."""
     anchor_tokens: Count = 24
     """Largest number of tokens of an item's anchors."""
+
+
+CTR = {
+    "ctr_din": RankingConfig(family="din"),
+    "ctr_simtier": RankingConfig(family="simtier"),
+    "ctr_sarm": RankingConfig(family="sarm"),
+    "ctr_ocarm": RankingConfig(family="ocarm", distillation=1.0),
+    "ctr_qarm": RankingConfig(family="qarm", max_history=200),
+}
+"""The CTR model of each recipe."""

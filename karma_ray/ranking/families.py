@@ -20,6 +20,7 @@ from karma_ray.ranking.features import TierWeights, num_features
 from karma_ray.ranking.items import ItemEmbedding, ItemFacts
 from karma_ray.ranking.objective import CLICKS, Term
 from karma_ray.ranking.ocarm import LATER, Ocarm, OcarmTeacher, ocarm_terms
+from karma_ray.ranking.qarm import CodedItems, Qarm, with_codes
 from karma_ray.ranking.sarm import (
     TEXT_RATES,
     AnchoredItems,
@@ -43,12 +44,15 @@ class Sizes:
     """Width of the items' vectors, if the model holds them."""
     anchors: tuple[int, int, int] = (0, 0, 0)
     """Different anchors, different tokens of them, and tokens of one, if the model reads them."""
+    codes: list[int] = field(default_factory=list)
+    """Semantic ids of every level, if the model reads them."""
 
     @classmethod
     def of(cls, facts: ItemFacts) -> Sizes:
         width = 0 if facts.vectors is None else facts.vectors.shape[1]
         anchors = (0, 0, 0) if facts.anchors is None else facts.anchors.sizes
-        return cls(facts.num_items, facts.sizes, width, anchors)
+        codes = [] if facts.codes is None else facts.codes.sizes
+        return cls(facts.num_items, facts.sizes, width, anchors, codes)
 
 
 Reads = Callable[[ItemFacts, RankingConfig, str, str], ItemFacts]
@@ -72,6 +76,8 @@ class Family:
     """Adds what it reads of the run of `ranking.vectors` instead of features, if it does."""
     vectors_optional: bool = False
     """Whether it can do without that run."""
+    uses_codes: bool = False
+    """Whether it reads the semantic ids of `ranking.codes`."""
     columns: Mapping[str, str] = field(default_factory=dict)
     """Further list columns of row numbers in the exposures, by the name in `CtrBatch.extra` of the
     tensor [R, n] that they become, padded with -1 in front."""
@@ -136,6 +142,12 @@ def _with_anchors(facts: ItemFacts, config: RankingConfig, data: str, cache: str
     return replace(facts, anchors=load_anchors(folder, config.vectors, data))
 
 
+def _qarm(config: RankingConfig, sizes: Sizes) -> nn.Module:
+    base = ItemEmbedding(sizes.num_items, sizes.attributes, config.width)
+    items = CodedItems(base, sizes.num_items, sizes.codes)
+    return Qarm(config, items, sizes.vector_width)
+
+
 FAMILIES: dict[str, Family] = {
     "din": Family(_din),
     "simtier": Family(_simtier, uses_vectors=True),
@@ -154,6 +166,7 @@ FAMILIES: dict[str, Family] = {
         lambda config, sizes: OcarmTeacher(config, _vector_items(config, sizes)),
         reads=_with_vectors, vectors_optional=True, columns=LATER, serves=False,
     ),
+    "qarm": Family(_qarm, reads=with_codes, uses_codes=True),
 }  # fmt: skip
 
 

@@ -5,7 +5,8 @@ Legend: I items, A attributes, D width.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
+    from karma_ray.codes.table import ItemCodes
     from karma_ray.data.catalog import Catalog
     from karma_ray.ranking.anchors import Anchors
 
@@ -32,6 +34,10 @@ class ItemFacts:
     """[I, E] float32 of length 1, the vectors of `ranking.vectors`, if the family reads them."""
     anchors: Anchors | None = None
     """What text says of the items, if the family reads it."""
+    codes: ItemCodes | None = None
+    """The semantic ids of the items, in their order, if the family reads them."""
+    parents: Mapping[str, str] = field(default_factory=dict)
+    """Content hashes of what these were read from."""
 
     @classmethod
     def of(cls, catalog: Catalog) -> ItemFacts:

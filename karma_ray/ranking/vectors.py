@@ -82,7 +82,12 @@ class Vectors:
 def vectors_of(run: str, items_uri: str) -> ItemTable:
     """Return the item vectors of a run in the order of a catalogue; raises InputError on one that
     the run did not embed."""
-    table = load_embeddings(served(run).item_embeddings)
+    return in_order_of(served(run).item_embeddings, run, items_uri)
+
+
+def in_order_of(embeddings: str, run: str, items_uri: str) -> ItemTable:
+    """Return embeddings of a run as `vectors_of` does."""
+    table = load_embeddings(embeddings)
     try:
         return table.in_order(Catalog.load(items_uri).item_ids)
     except SkewError:

@@ -61,9 +61,10 @@ def check_ranking(config: Config, source: PreparedData) -> None:
     """
     ranking, training = config.ranking, config.training
     if config.recipe not in recipes.RANKERS:
-        if ranking.vectors:
-            message, choices = f"is not used by the recipe {config.recipe}", list(recipes.RANKERS)
-            raise InputError("--vectors", ranking.vectors, message, choices=choices)
+        for flag, value in (("--vectors", ranking.vectors), ("--codes", ranking.codes)):
+            if value:
+                problem = f"is not used by the recipe {config.recipe}"
+                raise InputError(flag, value, problem, choices=list(recipes.RANKERS))
         return
     family = family_of(ranking)
     check_exposed(source)
@@ -74,6 +75,9 @@ def check_ranking(config: Config, source: PreparedData) -> None:
     if ranking.vectors and not reads_vectors:
         message = f"is not used by ranking.family={ranking.family}"
         raise InputError("--vectors", ranking.vectors, message)
+    if ranking.codes and not family.uses_codes:
+        message = f"is not used by ranking.family={ranking.family}"
+        raise InputError("--codes", ranking.codes, message)
     if ranking.interest and not ranking.vectors:
         raise InputError("ranking.interest", True, "needs the run of --vectors, which computes h_t")
     if ranking.distillation and not family.teacher:
@@ -117,6 +121,8 @@ class CtrStage:
         model = build_model(self.config.ranking, Sizes.of(facts), self.config.seed)
         items: nn.Module = model.items  # type: ignore[assignment]
         items.know(facts)  # type: ignore[operator]
+        if hasattr(model, "know"):
+            model.know(facts)  # type: ignore[operator]
         if self.exposures.num_features:
             moments = FeatureMoments.of(self.exposures.feature_sample(MOMENT_CANDIDATES))
             model.features.know(moments)  # type: ignore[operator, union-attr]
@@ -232,11 +238,11 @@ def train_ctr(
     rates = ItemRates.count(exposures, source.catalog().num_items)
     model.items.forget(np.flatnonzero(~rates.is_warm))  # type: ignore[operator, union-attr]
     family, catalog = family_of(config.ranking), Catalog.load(source.items_uri)
-    served = family.to_serve(model)
+    served, facts = family.to_serve(model), stage.facts()
     save_ranker(
-        served, config.ranking, Sizes.of(stage.facts()), exposures.num_features,
+        served, config.ranking, Sizes.of(facts), exposures.num_features,
         catalog.table.column("item_id").combine_chunks(), RunFolder(run).path(KIND),
-        exposures.facts["parents"], recipe=config.recipe, seed=config.seed,
+        {**exposures.facts["parents"], **facts.parents}, recipe=config.recipe, seed=config.seed,
         num_parameters=sum(value.numel() for value in served.parameters()),
         notes=family.notes(model),
     )  # fmt: skip

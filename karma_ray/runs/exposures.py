@@ -41,7 +41,7 @@ from karma_ray.retrieval.retriever import check_run
 from karma_ray.runs.preparation import RunTasks, run_here
 
 LOG = logging.getLogger(__name__)
-VERSION = 1
+VERSION = 2
 """Raised when the code makes other exposures of the same log."""
 SMALL_PAGES = 1 << 18
 """Pages whose features this process computes itself, as starting Ray would take longer."""
