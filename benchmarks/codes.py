@@ -125,13 +125,13 @@ def trained(vectors: np.ndarray, config: CodesConfig, beam: int) -> Any:
 
 def assigned(quantiser: Any, vectors: np.ndarray) -> tuple[np.ndarray, float]:
     """Return codes [n, 3], and the error as a share of the variance."""
-    codes, rest = [], 0.0
+    codes, rest, variance, mean = [], 0.0, 0.0, vectors.mean(0, dtype=np.float64)
     for start in range(0, len(vectors), 16_384):
         block = np.array(vectors[start : start + 16_384])
+        variance += float(np.square(block - mean).sum())
         packed = quantiser.compute_codes(block)
         rest += float(np.square(block - quantiser.decode(packed), dtype=np.float64).sum())
         codes.append(packed.astype(np.int32))
-    variance = float(np.square(vectors - vectors.mean(0), dtype=np.float64).sum())
     return np.concatenate(codes), rest / variance
 
 

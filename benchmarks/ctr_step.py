@@ -69,13 +69,27 @@ def main() -> None:
     flags.add_argument("--threads", type=int, default=2, help="CPU threads")
     flags.add_argument("--repeats", type=int, default=30, help="steps that are timed")
     given = flags.parse_args()
-    torch.set_num_threads(given.threads)
+    found, rows = measured(
+        given.items, given.width, given.history, given.pages, given.threads, given.repeats
+    )
+    for name, (wall, cpu) in found.items():
+        print(
+            f"{name:<10} {1000 * wall:8.2f} ms  {rows / wall:12,.0f} shown items/s"
+            f"   CPU {1000 * cpu:8.2f} ms  {rows / cpu:12,.0f}"
+        )
+
+
+def measured(
+    items: int, width: int, history: int, num_pages: int, threads: int, repeats: int
+) -> tuple[dict[str, tuple[float, float]], int]:
+    """Return the wall and CPU seconds of each part of a step, and how many items it has."""
+    torch.set_num_threads(threads)
     config = recipes.build("ctr_din")
-    ranking = replace(config.ranking, width=given.width, max_history=given.history)
-    model = build_model(ranking, Sizes(given.items, [50, 200]))
+    ranking = replace(config.ranking, width=width, max_history=history)
+    model = build_model(ranking, Sizes(items, [50, 200]))
     optimizer = build_optimizer(model, learning_rate=config.training.learning_rate)
-    step, collate = CtrStep(tuple(family_of(ranking).terms(ranking))), CtrCollator(ranking)
-    pages = drawn_pages(given.pages, given.items, given.history)
+    step, collate = CtrStep(tuple(family_of(ranking).terms(ranking, None))), CtrCollator(ranking)
+    pages = drawn_pages(num_pages, items, history)
     batch: CtrBatch = collate(pages)
 
     def learn() -> None:
@@ -83,18 +97,13 @@ def main() -> None:
         step(model, batch).loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
 
-    rows = batch.num_candidates
     found = {
-        "collate": seconds(lambda: collate(pages), given.repeats),
-        "forward": seconds(lambda: step(model, batch), given.repeats),
-        "step": seconds(learn, given.repeats),
-        "optimiser": seconds(optimizer.step, given.repeats),
+        "collate": seconds(lambda: collate(pages), repeats),
+        "forward": seconds(lambda: step(model, batch), repeats),
+        "step": seconds(learn, repeats),
+        "optimiser": seconds(optimizer.step, repeats),
     }
-    for name, (wall, cpu) in found.items():
-        print(
-            f"{name:<10} {1000 * wall:8.2f} ms  {rows / wall:12,.0f} shown items/s"
-            f"   CPU {1000 * cpu:8.2f} ms  {rows / cpu:12,.0f}"
-        )
+    return found, batch.num_candidates
 
 
 if __name__ == "__main__":

@@ -52,7 +52,7 @@ STAGES = {
     ("runs/joint.py", "Validation.__call__"): "validation",
     ("runs/pipeline.py", "_serve_side"): "embeddings and index",
     ("runs/assessment.py", "assess"): "test of the run",
-    ("runs/assessment.py", "_cached"): "floors",
+    ("runs/floor_metrics.py", "FloorFile.measured"): "floors",
     ("runs/assessment.py", "run_checks"): "checks",
     ("evaluation/cases.py", "collect_cases"): "cases",
     ("runs/forgetting.py", "forgetting"): "forgetting",

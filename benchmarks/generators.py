@@ -27,7 +27,7 @@ from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.model.interest import InterestModel
 from karma_ray.retrieval.retriever import Retriever
-from karma_ray.runs.assessment import Evaluator
+from karma_ray.runs.evaluator import Evaluator
 
 METRICS = ("HR@10", "HR@50", "HR@200", "NDCG@10", "gAUC", "JS@50_excl_gt")
 WAYS = [

@@ -237,6 +237,8 @@ TRAINED: dict[str, Callable[[], Config]] = {
 RANKERS = {
     "ctr_din": "click-through rates by DIN over item ids, attributes and query words",
     "ctr_simtier": "`ctr_din` with similarities of the item vectors of --vectors",
+    "ctr_sarm": "`ctr_din` with text anchors of items, decoded from their vectors of --vectors",
+    "ctr_ocarm": "`ctr_din` whose user vector learns from a teacher that reads the later clicks",
     "ctr_qarm": "`ctr_din` with semantic ids of --codes, and a long history searched by vector",
 }
 """CTR models, `ctr_` and the family in ranking/families.py, with what each ranks by."""
@@ -280,7 +282,8 @@ def build(name: str) -> Config:
 
 def _ranker(name: str) -> Config:
     """Return the configuration of a CTR model; a batch has some hundred pages, and no LLM."""
-    base = Config(recipe=name, ranking=RankingConfig(family=name.removeprefix("ctr_")))
+    family, weight = name.removeprefix("ctr_"), 1.0 if name == "ctr_ocarm" else 0.0
+    base = Config(recipe=name, ranking=RankingConfig(family=family, distillation=weight))
     if name == "ctr_qarm":
         base = replace(base, ranking=replace(base.ranking, max_history=200))
     training = replace(

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from karma_ray.data.prepared import QueryMatches
 
 _MAX_VALUES = 1000
-_PRIOR_STEPS = 5.0
-_POPULARITY_EPSILON = 1e-6
+PRIOR_STEPS = 5.0
+POPULARITY_EPSILON = 1e-6
 
 
 def attribute_columns(table: pa.Table) -> list[str]:
@@ -55,7 +55,7 @@ class AffinityRanker:
 
     def __init__(self, catalog: Catalog, matches: QueryMatches, clicks: NDArray[np.int64]) -> None:
         self._catalog, self._matches = catalog, matches
-        self._popularity = clicks / (clicks.max() + 1.0) * _POPULARITY_EPSILON  # [I]
+        self._popularity = clicks / (clicks.max() + 1.0) * POPULARITY_EPSILON  # [I]
         self._attributes: list[sp.csr_matrix] = []  # one-hot, each [I, V_c]
         self._base: list[NDArray[np.float64]] = []  # each [V_c]
         for name in attribute_columns(catalog.table):
@@ -74,7 +74,7 @@ class AffinityRanker:
         for onehot, base in zip(self._attributes, self._base, strict=True):
             counts = (history @ onehot).toarray()  # [b, V]
             steps = counts.sum(axis=1, keepdims=True)
-            share = (counts + _PRIOR_STEPS * base) / (steps + _PRIOR_STEPS)
+            share = (counts + PRIOR_STEPS * base) / (steps + PRIOR_STEPS)
             total += (onehot @ np.log(share / base).T).T
         return total
 

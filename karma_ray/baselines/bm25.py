@@ -10,10 +10,10 @@ from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.preprocessing import normalize
 
 from karma_ray.baselines.histories import history_counts
+from karma_ray.baselines.impacts import impacts
 from karma_ray.data.catalog import Catalog
 from karma_ray.metrics.semantic import terms
 
-K1, B = 1.2, 0.75
 _BLOCK = 64
 
 
@@ -32,7 +32,7 @@ class Bm25Ranker:
         self._vectorizer = CountVectorizer(analyzer=terms, dtype=np.float32)
         counts = self._vectorizer.fit_transform(catalog.each_text()).tocsr()  # [I, V]
         self._texts = normalize(counts, norm="l1")  # [I, V] items as queries
-        self._by_term = _weights(counts).T.tocsr()  # [V, I] items as documents
+        self._by_term = impacts(counts).T.tocsr()  # [V, I] items as documents
 
     def score(self, examples: pa.Table) -> NDArray[np.float32]:  # -> [b, I]
         """Return BM25 per search term; a request without query and history scores 0."""
@@ -48,15 +48,3 @@ class Bm25Ranker:
         queries = normalize(self._vectorizer.transform(texts), norm="l1")
         history = normalize(history_counts(examples, self._catalog), norm="l1")  # [b, I]
         return (queries + history @ self._texts).tocsr().astype(np.float32)
-
-
-def _weights(counts: sp.csr_matrix) -> sp.csr_matrix:
-    """Convert term counts [I, V] to w(t, d) [I, V] with the same sparsity."""
-    lengths = np.asarray(counts.sum(axis=1)).ravel()
-    found = np.bincount(counts.indices, minlength=counts.shape[1])
-    rarity = np.log1p((len(lengths) - found + 0.5) / (found + 0.5))
-    norm = K1 * (1.0 - B + B * lengths / max(lengths.mean(), 1e-9))  # [I]
-    rows = np.repeat(np.arange(len(lengths)), np.diff(counts.indptr))
-    values = rarity[counts.indices] * counts.data * (K1 + 1.0) / (counts.data + norm[rows])
-    weights = sp.csr_matrix((values, counts.indices, counts.indptr), shape=counts.shape)
-    return weights.astype(np.float32)

@@ -16,6 +16,7 @@ import torch
 from ray.experimental.internal_kv import _internal_kv_put
 from ray.train.torch import get_device
 
+from karma_ray.artifacts import open_filesystem
 from karma_ray.cluster.session import joins_a_cluster
 from karma_ray.cluster.supply import Reach, Supply, supply
 from karma_ray.errors import InputError
@@ -28,6 +29,8 @@ GPU = {"GPU": 1.0}
 CPU = {"CPU": 1.0}
 ENCODER_CPUS = 0.9
 """What an encoder on CPUs holds of a CPU: a pool that fills all machines leaves room to write."""
+BASE_MEMORY = 1 << 30
+"""Bytes that a process needs beside its model, roughly: libraries, texts and activations."""
 NO_CUDA = "a GPU was assigned, but its process finds no CUDA: computing on the CPU"
 
 
@@ -103,6 +106,12 @@ def encoders(
     why = f": {said}" if on_gpus else ""
     LOG.info("%s with %s on CPUs%s", purpose, _count(size, "encoder"), why)
     return Pool(size, 0.0)
+
+
+def memory_for(bundle: str) -> int:
+    """Return the bytes that a process with a bundle's model needs, roughly."""
+    fs, path = open_filesystem(bundle)
+    return BASE_MEMORY + 2 * int(fs.du(path))  # weights, and a copy while they are loaded
 
 
 def gpu_share(gpus: float, workers: int) -> float:

@@ -16,8 +16,7 @@ import pyarrow as pa
 import ray.data
 import torch
 
-from karma_ray.artifacts import open_filesystem
-from karma_ray.cluster.accelerators import GPU, device_here, encoders
+from karma_ray.cluster.accelerators import GPU, device_here, encoders, memory_for
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.supply import supply
 from karma_ray.cluster.waiting import telling, topic_of
@@ -25,9 +24,6 @@ from karma_ray.errors import InputError
 from karma_ray.model.device import cpu_computes_bfloat16, may_use_gpus
 from karma_ray.retrieval.embedding import PART_ITEMS, embed_catalog, known_precision
 from karma_ray.retrieval.part_encoder import Embedding, Part, PartEncoder
-
-BASE_MEMORY = 1 << 30
-"""Bytes that an encoder needs beside its weights, roughly: libraries, texts and activations."""
 
 
 class EmbeddingActor:
@@ -70,9 +66,9 @@ def encode_on_ray(
 ) -> Iterator[dict[str, Any]]:
     """Encode parts with `num_actors` encoders, or as many as there is room for."""
     connect()
-    memory = BASE_MEMORY + 2 * _bytes_of(of.bundle)  # weights, and a copy while they are loaded
     asked = None if num_actors is None else min(num_actors, len(parts))
-    pool = encoders(f"embedding {_num_items(parts)} items", len(parts), asked, memory=memory)
+    purpose, memory = f"embedding {_num_items(parts)} items", memory_for(of.bundle)
+    pool = encoders(purpose, len(parts), asked, memory=memory)
     # Of items, whose blocks are made here: `range` makes its blocks by tasks that wait for CPUs.
     described = [asdict(part) for part in parts]
     encoded = ray.data.from_items(described, override_num_blocks=len(described)).map_batches(
@@ -95,9 +91,3 @@ def _precision() -> str:
 
 def _num_items(parts: list[Part]) -> int:
     return sum(part.end - part.first for part in parts)
-
-
-def _bytes_of(folder: str) -> int:
-    """Return the size of a folder's files."""
-    fs, path = open_filesystem(folder)
-    return int(fs.du(path))

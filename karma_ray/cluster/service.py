@@ -6,12 +6,12 @@ replaces the endpoint.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
-from karma_ray.cluster.serving import MAX_QUEUED, Replicas, application_of
+from karma_ray.cluster.serving import Replicas, application_of
 from karma_ray.serving.host import Options
 from karma_ray.serving.live import check_source
 from karma_ray.serving.precision import Precision
@@ -28,12 +28,18 @@ class ServiceArguments(BaseModel):
     """Copies of decoder and index."""
     max_replicas: int | None = Field(default=None, ge=1)
     """If larger, copies are added up to this number by load, and removed again."""
-    max_queued_requests: int = Field(default=MAX_QUEUED, ge=1)
-    """Requests that may wait for a replica; further ones get the status 503."""
+    max_queued_requests: int | None = Field(default=None, ge=1)
+    """Requests that may wait for a replica; further ones get the status 503. By default a replica
+    takes as many as it answers in twice the time that it takes with sixteen clients."""
     compare: str | None = None
     """URI of a second run that the search page shows beside the first."""
+    ranker: str | None = None
+    """URI of a finished run of a ctr_ recipe, which orders candidates at `/v1/rank`."""
     precision: Precision = "auto"
     """In which the user decoder computes; `auto` is bfloat16 on a GPU and float32 on a CPU."""
+    channels: Literal["auto", "blend", "dense"] = "auto"
+    """Which lists answer recall: `dense` is the model alone, `blend` words, tastes and popularity
+    too, `auto` whichever validation prefers."""
 
 
 def application(given: dict[str, Any]) -> serve.Application:
@@ -43,10 +49,13 @@ def application(given: dict[str, Any]) -> serve.Application:
     the text of one.
     """
     arguments = ServiceArguments.model_validate(given)
-    for source in (arguments.run, arguments.compare):
+    for source, ranker in ((arguments.run, arguments.ranker), (arguments.compare, None)):
         if source is not None:
-            check_source(source)
+            check_source(source, ranker)
     most = max(arguments.num_replicas, arguments.max_replicas or 0)
     replicas = Replicas(arguments.num_replicas, most)
-    options = Options(arguments.compare, arguments.precision)
+    options = Options(
+        arguments.compare, arguments.precision, ranker=arguments.ranker,
+        channels=arguments.channels,
+    )  # fmt: skip
     return application_of(arguments.run, replicas, arguments.max_queued_requests, options)

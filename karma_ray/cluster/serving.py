@@ -36,12 +36,11 @@ from karma_ray.serving.process import (
     raise_on_signals,
     run_until_signal,
 )
-from karma_ray.serving.service import MAX_WAITING
 from karma_ray.serving.slow_clients import CALLBACK
 
 APPLICATION = "karma_ray"
-MAX_QUEUED = MAX_WAITING
-"""Requests that may wait for a replica; further ones get the status 503."""
+MAX_QUEUED = 64
+"""Requests that Serve lets wait for a replica unless told: the application refuses before."""
 TARGET_ONGOING = 16
 """Requests in a replica at once, to which the number of replicas is fitted."""
 GROW_AFTER_S, SHRINK_AFTER_S = 5.0, 60.0
@@ -78,7 +77,7 @@ def serve_run(
     replicas: Replicas = Replicas(),
     *,
     blocking: bool = False,
-    max_queued_requests: int = MAX_QUEUED,
+    max_queued_requests: int | None = None,
     on_ready: Callable[[str], None] | None = None,
     options: Options = PLAIN,
 ) -> str:
@@ -92,14 +91,13 @@ def serve_run(
     check_port(port)
     # Replicas have another working directory, where a relative path would not be found.
     run = absolute(run)
-    if options.compare is not None:
-        options = replace(options, compare=absolute(options.compare))
+    options = _absolute(options)
     # In an existing cluster the head node opens the port, whichever node asks.
     reserved = nullcontext if joins_a_cluster() else partial(held_port, host, port)
     with reserved():
-        for source in (run, options.compare):  # fails here instead of in a replica
-            if source is not None:
-                load_embeddings(check_source(source).item_embeddings)
+        for source, ranker in ((run, options.ranker), (options.compare, None)):
+            if source is not None:  # fails here instead of in a replica
+                load_embeddings(check_source(source, ranker).item_embeddings)
     url = f"http://{'127.0.0.1' if host == '0.0.0.0' else host}:{port}"
 
     def start() -> None:
@@ -122,6 +120,14 @@ def serve_run(
         run_until_signal(start, _take_down, STOP_CLUSTER_S if joins_a_cluster() else STOP_LOCAL_S)
     start()
     return url
+
+
+def _absolute(options: Options) -> Options:
+    """Return options whose runs are found from any working directory."""
+    compare, ranker = (
+        None if run is None else absolute(run) for run in (options.compare, options.ranker)
+    )
+    return replace(options, compare=compare, ranker=ranker)
 
 
 def _direct(port: int) -> dict[str, str]:
@@ -164,13 +170,14 @@ def _take_down() -> None:
 def application_of(
     run: str,
     replicas: Replicas,
-    max_queued_requests: int = MAX_QUEUED,
+    max_queued_requests: int | None = None,
     options: Options = PLAIN,
     host: str = "",
 ) -> serve.Application:
     """Return the Serve application of a finished run, a path or URI that every node can read.
 
-    `host` is the address that is listened on, which decides what the search page may show.
+    `host` is the address that is listened on, which decides what the search page may show. Without
+    `max_queued_requests` as many may wait as keep the time of each short (serving/batching.py).
     """
     needs_token = token_from_environment() is not None
 
@@ -194,8 +201,8 @@ def application_of(
         serve.ingress(build)(),
         name="retriever",
         # The application refuses before this number is reached, and says so in fewer steps.
-        max_ongoing_requests=2 * max_queued_requests,
-        max_queued_requests=max_queued_requests,
+        max_ongoing_requests=2 * (max_queued_requests or MAX_QUEUED),
+        max_queued_requests=max_queued_requests or MAX_QUEUED,
         backpressure_config=BackpressureConfig(status_code=503, retry_after_s=float(RETRY_AFTER_S)),
         ray_actor_options={"num_cpus": 1, "num_gpus": share_of_gpus_up(replicas.most)},
         **scaling,

@@ -202,12 +202,12 @@ class QueryMatches:
         return found if found.size else self._all
 
     def _lexical(self, query: str) -> np.ndarray:
-        postings = self._catalog.derived(Postings.of)
-        lists = sorted((postings.rows(term) for term in terms(query)), key=len)
-        found = lists[0] if lists else np.empty(0, dtype=np.int64)
-        for rows in lists[1:]:
-            found = np.intersect1d(found, rows, assume_unique=True)
-        return found
+        return self._catalog.derived(Postings.of).with_all(terms(query))
+
+    @property
+    def known_queries(self) -> list[str]:
+        """The queries whose items the truth table says."""
+        return list(self._truth)
 
 
 @dataclass(frozen=True)
@@ -235,6 +235,21 @@ class Postings:
 
     def rows(self, term: str) -> np.ndarray:
         """Return the rows [m] int64 of a term, ascending."""
-        if (number := self.numbers.get(term)) is None:
-            return np.empty(0, dtype=np.int64)
-        return self.items[self.ends[number] : self.ends[number + 1]].astype(np.int64)
+        return self._rows(term).astype(np.int64)
+
+    def with_all(self, wanted: set[str]) -> np.ndarray:
+        """Return the rows [m] int64, ascending, of the items with every term; none for no term."""
+        lists = sorted((self._rows(term) for term in wanted), key=len)
+        found = lists[0] if lists else self.items[:0]
+        for rows in lists[1:]:
+            if not len(found):
+                break
+            places = np.minimum(np.searchsorted(rows, found), len(rows) - 1)
+            found = found[rows[places] == found]
+        return found.astype(np.int64)
+
+    def _rows(self, term: str) -> np.ndarray:
+        number = self.numbers.get(term)
+        if number is None:
+            return self.items[:0]
+        return self.items[self.ends[number] : self.ends[number + 1]]

@@ -58,13 +58,26 @@ def evaluate(
     `config.max_examples` a sample drawn from `seed` is evaluated. With `workers` all of them call
     this, rank a share, and get the whole result. Raises KarmaRayError when a score is NaN.
     """
+    measurement, sample = measure(ranker, examples, catalog, config, query_matches, seed, workers)
+    metrics = measurement.metrics(_as_mask(train_item_ids, catalog), held_out)
+    return EvaluationResult(metrics, measurement.details(sample))
+
+
+def measure(
+    ranker: Ranker,
+    examples: pa.Table,
+    catalog: Catalog,
+    config: EvaluationConfig,
+    query_matches: QueryMatches,
+    seed: int = 0,
+    workers: Workers = ALONE,
+) -> tuple[Measurement, NDArray[np.int64]]:
+    """Rank the sample of `evaluate`, or the share of one of `workers`; returns its rows too."""
     sample = _sampled_rows(examples.num_rows, config.max_examples, seed)
     taken = examples.take(pa.array(sample)) if len(sample) < examples.num_rows else examples
-    warm = _as_mask(train_item_ids, catalog)
     measurement = Measurement(taken, catalog, config, query_matches)
     measurement.run(ranker, workers)
-    metrics = measurement.metrics(warm, held_out)
-    return EvaluationResult(metrics, measurement.details(sample))
+    return measurement, sample
 
 
 def _sampled_rows(num: int, limit: int, seed: int) -> NDArray[np.int64]:

@@ -97,7 +97,7 @@ def _title_terms(catalog: Catalog) -> TermMatrix:
     return TermMatrix.from_titles(catalog.each("title"))
 
 
-def _tie_order(catalog: Catalog) -> NDArray[np.int64]:  # -> [I]
+def tie_order(catalog: Catalog) -> NDArray[np.int64]:  # -> [I]
     """Return each item's place among ties, by a hash of its id: adjacent ids are often similar."""
     hashes = (zlib.crc32(item_id.encode()) for item_id in catalog.each("item_id"))
     order = np.argsort(np.fromiter(hashes, np.uint32, catalog.num_items), kind="stable")
@@ -131,7 +131,7 @@ class Measurement:
         self.requests = request_numbers(examples)  # [n]
         self.pairs = impressions(examples, self.requests, catalog)
         self.terms = catalog.derived(_title_terms)
-        self.priority = catalog.derived(_tie_order)  # [I]
+        self.priority = catalog.derived(tie_order)  # [I]
         size = config.corpus_size()
         self.left_out = self.priority >= size if 0 < size < self.num_items else None  # [I]
         num = examples.num_rows
@@ -158,9 +158,14 @@ class Measurement:
                 done = start + block.num_rows
                 logger.info("evaluated %d of %d examples, %.0f s", done, num, reported - started)
         # Every value is zero but with the worker that scored its block.
-        self.ranks, self.query_ranks = workers.add(self.ranks), workers.add(self.query_ranks)
-        self.js, self.js_excl = workers.add(self.js), workers.add(self.js_excl)
-        self.pair_scores = workers.add(self.pair_scores)
+        self.ranks, self.query_ranks, self.js, self.js_excl, self.pair_scores = map(
+            workers.add, self.values
+        )
+
+    @property
+    def values(self) -> list[NDArray[Any]]:
+        """What workers add up, in this order."""
+        return [self.ranks, self.query_ranks, self.js, self.js_excl, self.pair_scores]
 
     def _take(self, start: int, scores: ScoreBlock) -> None:  # scores [b, I]
         here = slice(start, start + scores.shape[0])

@@ -19,6 +19,12 @@ from torch.nn import functional
 
 MAX_SCORES = 16 * 1024 * 1024
 """Cosines kept in memory at once."""
+ALL_PAIRS = 500_000
+"""Items up to which all pairs are compared; of more, those that share a cell."""
+CELL_ITEMS = 2_000
+"""Items for every cell, whose centre is one of them."""
+OVERLAP = 2
+"""Cells of each item, those of the nearest centres: what lies close together has one in common."""
 
 
 def in_batch_mask(pool: Tensor, clicked: Tensor, clicked_mask: Tensor, window: Tensor) -> Tensor:
@@ -85,27 +91,49 @@ def grouped_contents(
     """Return content ids that are equal for near-duplicates too, numbered from 0.
 
     Items belong together if their contents are equal or the cosine of their frozen vectors is
-    above `cosine`, and so do all items that a chain of such pairs connects. All pairs are
-    compared, which costs I^2 D multiplications on `device`.
+    above `cosine`, and so do all items that a chain of such pairs connects. Up to ALL_PAIRS items
+    all pairs are compared, which costs I^2 D multiplications on `device`. Of more items those that
+    share a cell are, which costs about I D (I / CELL_ITEMS + OVERLAP^2 CELL_ITEMS) if the vectors
+    are spread evenly; a pair is missed if neither item has a cell of the other.
     """
     groups: NDArray[np.int64] = np.unique(contents, return_inverse=True)[1]
     held: list[NDArray[np.int64]] = []
-    for found in _parallel_pairs(torch.from_numpy(vectors).to(device), cosine):
+    units = functional.normalize(torch.from_numpy(vectors).to(device))
+    for found in _parallel_pairs(units, cosine):
         held.append(found)
         if sum(part.shape[1] for part in held) > MAX_SCORES:
             groups, held = _joined(groups, held), []
     return _joined(groups, held)
 
 
-def _parallel_pairs(vectors: Tensor, cosine: float) -> Iterator[NDArray[np.int64]]:  # -> [2, E]
-    """Yield the rows (smaller, larger) of vectors with a cosine above `cosine`."""
-    units = functional.normalize(vectors)
+def _parallel_pairs(units: Tensor, cosine: float) -> Iterator[NDArray[np.int64]]:  # -> [2, E]
+    """Yield the rows (smaller, larger) of vectors of length 1 with a cosine above `cosine`."""
+    if len(units) <= ALL_PAIRS:
+        yield from _pairs_of_all(units, cosine)
+        return
+    for rows in _cells(units):
+        for found in _pairs_of_all(units[rows], cosine):
+            yield rows.cpu().numpy()[found]
+
+
+def _pairs_of_all(units: Tensor, cosine: float) -> Iterator[NDArray[np.int64]]:  # -> [2, E]
     size = max(1, MAX_SCORES // max(1, len(units)))
     for begin in range(0, len(units), size):
         near = (units[begin : begin + size] @ units[begin:].T > cosine).triu(1)
         found = near.nonzero().T.cpu().numpy()
         if found.shape[1]:
             yield found + begin
+
+
+def _cells(units: Tensor) -> Iterator[Tensor]:
+    """Yield the rows of each cell, in order; the centres are drawn."""
+    drawn = np.random.default_rng(0).choice(len(units), len(units) // CELL_ITEMS, replace=False)
+    centres = units[torch.from_numpy(drawn).to(units.device)].T
+    parts = torch.split(units, max(1, MAX_SCORES // centres.shape[1]))
+    nearest = torch.cat([(part @ centres).topk(OVERLAP).indices for part in parts])  # [I, OVERLAP]
+    order = nearest.flatten().argsort(stable=True) // OVERLAP
+    sizes = nearest.flatten().bincount(minlength=centres.shape[1])
+    yield from torch.split(order, sizes.tolist())
 
 
 def _joined(

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
-from karma_ray.ranges import Count, CountOrZero, ShareBelowOne
+from karma_ray.ranges import Count, CountOrZero, ShareBelowOne, Weight
 
 NO_CODES = "none"
 """The value of `codes` with which no semantic ids are read."""
@@ -43,3 +44,11 @@ class RankingConfig:
     `vectors`), or `none`; `--codes` sets it."""
     epochs: CountOrZero = 1
     """Passes over the training pages, which give the steps; 0: `training.steps`."""
+    distillation: Weight = 0.0
+    """Weight of 1 - cos(user's vector, that of a teacher which reads the later clicks); with 0 no
+    teacher is trained."""
+    anchors: Literal["decoded", "words"] = "decoded"
+    """Text anchors of `ctr_sarm`: what the run of `--vectors` decodes from an item's vector, or
+    the item's own words."""
+    anchor_tokens: Count = 24
+    """Largest number of tokens of an item's anchors."""

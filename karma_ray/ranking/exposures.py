@@ -46,11 +46,13 @@ EXPOSURES = pa.schema(
         pa.field("candidate_rows", ROWS),
         pa.field("clicked", pa.list_(pa.bool_())),
         pa.field("later_rows", ROWS),
+        pa.field("later_sessions", ROWS),
     ]
 )
 """One row per page, path-partitioned by `split=train|valid|test`, in time order in each file.
 
-`later_rows` are the user's next clicks strictly after the page and within its split. No model
+`later_rows` are the user's next clicks strictly after the page and within its split, and
+`later_sessions` the sessions of these: the number of the user's page that began each. No model
 that serves may read them; a teacher may.
 """
 
@@ -194,6 +196,7 @@ class _Pages:
     user_end: np.ndarray  # [P] one past the last
     moment_start: np.ndarray  # [P] first page of the user at that time
     moment_end: np.ndarray  # [P]
+    session: np.ndarray  # [P] the user's page, from 0 on, that began the session
     clicks: _Lists
     shown: _Lists
     clicked: np.ndarray  # [N] of `shown`
@@ -214,9 +217,11 @@ class _Pages:
         kept = clicked | ~np.isin(key, keys[2])
         page, rows = np.divmod(key[kept], catalog.num_items)
         columns = ["user_id", "timestamp", "query", "page_id"]
+        of_user, of_moment = _runs(new_user), _runs(new_moment)
+        session = pages["session"].to_numpy().astype(np.int64) - of_user[0]
         return cls(
             pages.select(columns).to_arrow().cast(pa.schema([EXPOSURES.field(n) for n in columns])),
-            time, *_runs(new_user), *_runs(new_moment), clicks,
+            time, *of_user, *of_moment, session, clicks,
             _Lists.by_page(page, rows, len(time)), clicked[kept],
         )  # fmt: skip
 
@@ -243,6 +248,7 @@ class _Pages:
             "candidate_rows": slices(_rows(self.shown.values), *shown),
             "clicked": slices(pa.array(self.clicked), *shown),
             "later_rows": slices(_rows(self.clicks.values), after, later),
+            "later_sessions": slices(_rows(self.session[self.clicks.page]), after, later),
         }
         return pa.table(columns, schema=EXPOSURES)
 

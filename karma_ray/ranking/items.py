@@ -16,6 +16,7 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from karma_ray.codes.table import ItemCodes
     from karma_ray.data.catalog import Catalog
+    from karma_ray.ranking.anchors import Anchors
 
 ATTRIBUTES = ("category", "brand")
 INITIAL = 0.1
@@ -35,6 +36,8 @@ class ItemFacts:
     """The semantic ids of the items, in their order, if the family reads them."""
     parents: Mapping[str, str] = field(default_factory=dict)
     """Content hashes of what these were read from."""
+    anchors: Anchors | None = None
+    """What text says of the items, if the family reads it."""
 
     @classmethod
     def of(cls, catalog: Catalog) -> ItemFacts:

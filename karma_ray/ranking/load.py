@@ -40,7 +40,7 @@ from karma_ray.ranking.batch import CtrBatch
 from karma_ray.ranking.collate import CtrCollator
 from karma_ray.ranking.config import RankingConfig
 from karma_ray.ranking.exposures import EXPOSURES
-from karma_ray.ranking.families import Sizes, build_model, family_of
+from karma_ray.ranking.families import Sizes, build_to_serve, family_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -87,10 +87,14 @@ class Ranker:
         features: NDArray[np.float32] | None = None,  # [N, F]
     ) -> CtrBatch:
         """Return one request as a batch; `history` is newest last, unknown items are left out."""
+        if not family_of(self.config).serves:
+            message = "reads what comes after a request, so it cannot answer one"
+            raise InputError("ranking.family", self.config.family, message)
         known = self.rows(history)
         row: dict[str, Any] = dict.fromkeys(EXPOSURES.names)
         row |= {
-            "query": query, "history_rows": known[known >= 0], "later_rows": [],
+            "query": query, "history_rows": known[known >= 0],
+            "later_rows": [], "later_sessions": [],
             "candidate_rows": self.rows(candidates), "clicked": [False] * len(candidates),
         }  # fmt: skip
         table = pa.Table.from_pylist([row], schema=EXPOSURES)
@@ -108,6 +112,12 @@ class Ranker:
             chance = torch.sigmoid(logits_of(self.model, batch.to(device)))
         result: NDArray[np.float32] = chance.cpu().numpy()
         return result
+
+
+def _read(model: nn.Module, columns: Mapping[str, str]) -> dict[str, str]:
+    """Leave out columns that only training reads, so that none reaches a model that serves."""
+    inputs: tuple[str, ...] = model.inputs  # type: ignore[assignment]
+    return {name: column for name, column in columns.items() if name in inputs}
 
 
 def save_ranker(
@@ -135,11 +145,11 @@ def load_ranker(run: str, device: torch.device | str = "cpu") -> Ranker:
         )
     manifest, saved = read_manifest(folder, KIND), read_json(join(folder, "config.json"))
     config = validated(RankingConfig, saved["ranking"], "ranking")
-    model = build_model(config, Sizes(**saved["sizes"]))
+    model = build_to_serve(config, Sizes(**saved["sizes"]))
     from safetensors.torch import load
 
     here = Path(local_copy(folder), "model.safetensors")
     model.load_state_dict(load(here.read_bytes()))
-    collator = CtrCollator(config, saved["num_features"], family_of(config).columns)
+    collator = CtrCollator(config, saved["num_features"], _read(model, family_of(config).columns))
     ids = read_table(join(folder, "item_ids")).column("item_id").combine_chunks()
     return Ranker(model.to(device).eval(), config, collator, ids, manifest)

@@ -16,6 +16,7 @@ from karma_ray.report.account import (
     llm_sentences,
     size_sentences,
 )
+from karma_ray.report.channel_table import DEPTHS, list_rows, verdict_of_lists
 from karma_ray.report.record import RunRecord, number, read_run
 from karma_ray.report.rendering import data_rows, environment, write_bytes
 from karma_ray.report.standing import format_count, headline, sections
@@ -70,6 +71,9 @@ def _facts(record: RunRecord) -> dict[str, Any]:
         "sections": sections(record),
         "has_ceilings": any(ranker.role == "ceiling" for ranker in record.rankers()),
         "tags": _tags(record),
+        "lists": list_rows(record),
+        "list_depths": DEPTHS,
+        "lists_verdict": verdict_of_lists(record),
         "checks": _checks(record),
         "data": data_rows(record),
         "account": [*llm_sentences(record), *size_sentences(record), *cost_sentences(record)],

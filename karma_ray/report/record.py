@@ -42,6 +42,7 @@ class RunRecord:
     data: dict[str, Any]
     bundle: dict[str, Any]
     cost: dict[str, Any]
+    channels: dict[str, Any]
 
     @property
     def recipe(self) -> str:
@@ -133,4 +134,5 @@ def read_run(run: str) -> RunRecord:
         data=part("data.json", default={}),
         bundle=part("bundle", "manifest.json", default={}),
         cost=part("cost.json", default={}),
+        channels=part("channels.json", default={}),
     )

@@ -15,6 +15,7 @@ from karma_ray.report.account import (
     size_sentences,
 )
 from karma_ray.report.bars import bars
+from karma_ray.report.channel_table import screen_lines, verdict_of_lists
 from karma_ray.report.record import RunRecord, read_run
 from karma_ray.report.standing import check_sentences, format_count, verdict
 
@@ -24,7 +25,7 @@ NUM_SHOWN = 3
 
 
 def summary(run: str) -> str:
-    """Return the closing screen of a run, at most 40 lines, or 50 where it says which LLM it used.
+    """Return the closing screen of a run, at most 40 lines; an LLM or lists of recall add ten each.
 
     Raises InputError without a run.
     """
@@ -40,6 +41,7 @@ def summary(run: str) -> str:
         ],
         _wrapped(verdict(record)),
         bars(record),
+        [*screen_lines(record), *_wrapped(verdict_of_lists(record))],
         *(_case(name, case) for name, case in _two_cases(record)),
         _wrapped(notes),
         _wrapped(_account(record)),
@@ -52,12 +54,10 @@ def _ctr_summary(record: RunRecord) -> str:
     """Return the closing screen of a CTR model."""
     from karma_ray.report.ctr_page import ctr_bars, ctr_sentences, ctr_title
 
-    places = _places(record)[:-1]
-    again = f"next        python jobs/evaluate.py {shlex.quote(record.run)}"
     blocks = [
         _wrapped([ctr_title(record)]), _wrapped(ctr_sentences(record)), ctr_bars(record),
         _wrapped([*record.labels(), *_quarantine(record)]), _wrapped(cost_sentences(record)),
-        [*places, again],
+        _places(record),
     ]  # fmt: skip
     return "\n\n".join("\n".join(block) for block in blocks if block)
 
@@ -134,4 +134,7 @@ def _alarms(record: RunRecord) -> list[str]:
 def _next_command(record: RunRecord) -> str:
     if not record.is_trained:
         return "python jobs/train.py --recipe karma_text (and the same --data)"
+    if record.is_ctr:
+        recalls = record.config.get("ranking", {}).get("vectors") or "RUN"
+        return shlex.join(["python", "jobs/serve.py", recalls, "--ranker", record.run])
     return f"python jobs/serve.py {shlex.quote(record.run)}"

@@ -29,7 +29,7 @@ from karma_ray.node_cache import known_hash
 from karma_ray.retrieval.encode import MANIFEST_KIND, write_embedding_manifest
 from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.known_vectors import has_hashes
-from karma_ray.retrieval.part_encoder import Contents, Embedding, Part, encode_here
+from karma_ray.retrieval.part_encoder import Contents, Embedding, Part, PartEncoder, encode_here
 
 LOG = logging.getLogger(__name__)
 VERSION = 1
@@ -81,11 +81,16 @@ def embed_catalog(
         missing = [part for part in parts if part.name not in done]
         facts = list(done.values())
         if missing:
-            made_now = encode(Embedding(bundle, data, precision, work, known), missing)
+            of = Embedding(bundle, data, precision, work, known)
+            if known and all(map(PartEncoder(of).knows, missing)):
+                encode = encode_here  # which loads no model, as nothing has to be encoded
+            made_now = encode(of, missing)
             total = sum(part.end - part.first for part in missing)
             facts += told(made_now, lambda f: f["encoded"] + f["reused"], total, "embedding")
         work.keep(names)
         counts = summary(facts) | {"dropped": _num_gone(sources[0], catalog) if sources else 0}
+        if sources and "accuracy" in (before := read_manifest(sources[0], MANIFEST_KIND)):
+            counts = {"accuracy": before["accuracy"], **counts}  # if it was not measured again
         manifest = write_embedding_manifest(
             work.table, parents, catalog.num_items, made_by["width"], made=made, **counts
         )

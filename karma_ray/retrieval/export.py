@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 from safetensors.torch import load_file, load_model, save_file, save_model
@@ -49,6 +50,7 @@ from karma_ray.model.interest import InterestModel
 from karma_ray.model.item_encoder import ItemEncoder
 from karma_ray.model.lora import merged
 from karma_ray.model.recall import RecallModel
+from karma_ray.model.user_decoder import Prefix, UserDecoder
 from karma_ray.node_cache import local_copy, upload
 from karma_ray.retrieval.finite import check_weights
 
@@ -95,11 +97,12 @@ def save_bundle(
     return write_manifest(uri, "bundle", width=interest.width, **known)
 
 
-def load_bundle(uri: str, *, encodes_items: bool = True) -> Bundle:
+def load_bundle(uri: str, *, encodes_items: bool = True, reads_requests: bool = True) -> Bundle:
     """Load a bundle.
 
     A process that answers requests from stored item embeddings encodes no items: unless the model
-    reads queries through its item encoder, that is most of the weights, and they are not read.
+    reads queries through its item encoder, that is most of the weights, and they are not read. One
+    that encodes items reads no requests, and does without the user decoder.
     Raises InputError when it is missing or not a bundle, and KarmaRayError when its files do not
     fit together or a weight is not finite.
     """
@@ -118,7 +121,7 @@ def load_bundle(uri: str, *, encodes_items: bool = True) -> Bundle:
             message = f"was written by another version of karma_ray: {error}"
             raise InputError("bundle", uri, message) from None
         needed = encodes_items or model.user_decoder.query_mode == "encoder"
-        interest = _load_parts(model, folder, tokenizer, uri, with_items=needed)
+        interest = _load_parts(model, folder, tokenizer, uri, needed, reads_requests)
     check_weights(interest, uri)
     return Bundle(
         interest=interest.eval(),
@@ -154,16 +157,22 @@ def _save_parts(interest: InterestModel, folder: Path) -> dict[str, Any]:
 
 
 def _load_parts(
-    model: ModelConfig, folder: Path, tokenizer: Tokenizer, uri: str, *, with_items: bool
-) -> InterestModel:
+    model: ModelConfig, folder: Path, tokenizer: Tokenizer, uri: str, with_items: bool,
+    with_users: bool,
+) -> InterestModel:  # fmt: skip
     with_vision = model.item_encoder.modality == "multimodal"
     with_items = with_items or with_vision
-    items = str(folder / ITEM_ENCODER)
+    items, users = str(folder / ITEM_ENCODER), str(folder / USER_DECODER)
     item_body = (
         load_body(items, "bundle", with_vision=with_vision) if with_items else skeleton(items)
     )
-    interest = InterestModel(model, item_body, load_body(str(folder / USER_DECODER)), tokenizer)
+    user_body = load_body(users) if with_users else skeleton(users)
+    interest = InterestModel(model, item_body, user_body, tokenizer)
+    if not with_users:
+        interest.user_decoder = cast(UserDecoder, NoUserDecoder(user_body))
     adapters = load_file(str(folder / ADAPTERS))
+    if not with_users:
+        adapters = {n: v for n, v in adapters.items() if not n.startswith(f"{USER_DECODER}.")}
     missing, unexpected = interest.load_state_dict(adapters, strict=False)
     missing = [name for name in missing if not name.startswith(_BODIES)]
     if missing or unexpected:
@@ -181,6 +190,18 @@ class NoItemEncoder(nn.Module):
     def forward(self, *_: Tensor) -> Tensor:
         """Raise KarmaRayError."""
         raise KarmaRayError("this model was loaded without its item encoder, to answer requests")
+
+
+class NoUserDecoder(nn.Module):
+    """Stands for the user decoder of a model that was loaded without it, and knows its width."""
+
+    def __init__(self, body: nn.Module) -> None:
+        super().__init__()
+        self.body = SimpleNamespace(config=body.config)
+
+    def prefix(self, *_: Any) -> Prefix:
+        """Raise KarmaRayError."""
+        raise KarmaRayError("this model was loaded without its user decoder, to encode items")
 
 
 def _adapters(interest: InterestModel) -> dict[str, Tensor]:

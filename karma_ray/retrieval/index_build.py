@@ -10,18 +10,22 @@ import logging
 import numpy as np
 import torch
 
-from karma_ray.artifacts import RunFolder, exists, read_manifest
+from karma_ray.artifacts import RunFolder, exists, join, read_manifest
 from karma_ray.data.collate import Collator
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.model.device import this_device
 from karma_ray.model.recall import RecallModel
+from karma_ray.node_cache import known_hash
+from karma_ray.retrieval.blend import Blend
+from karma_ray.retrieval.blend_fit import fitted_blend
+from karma_ray.retrieval.channels import Channels
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.export import Bundle, load_bundle
 from karma_ray.retrieval.index import ItemIndex
 from karma_ray.retrieval.index_recall import ProbeQueries, item_probes
 from karma_ray.retrieval.kinds import Flat, IndexKind, chosen_kind
-from karma_ray.retrieval.parts import serve_from, to_index
+from karma_ray.retrieval.parts import channels_of, serve_from, to_index
 from karma_ray.retrieval.retriever import Retriever, build_index, require_part, score_vectors
 
 LOG = logging.getLogger(__name__)
@@ -77,8 +81,31 @@ def index_run(
         LOG.warning("%s; this index searches exactly instead", error)
         index = build(Flat(), None)
     saved = index.save(folder.index)
+    try:
+        prepared = PreparedData.load(data or _data_of(run))
+        collator = Collator(table, bundle.tokenizer, bundle.collate_config)
+        add_channels(channels_of(folder), Retriever(interest, collator, table, saved), prepared)
+    except (InputError, OSError) as error:
+        LOG.warning("this index answers without other channels: %s", error)
     serve_from(folder)
     return saved
+
+
+def add_channels(folder: str, retriever: Retriever, data: PreparedData) -> Blend:
+    """Write the channels of a retriever's index, and the weights that validation gives them.
+
+    Raises InputError if the data lack an item of the index.
+    """
+    parents = {
+        **retriever.index.parents, "index": retriever.index.content_hash,
+        "items": known_hash(join(data.items_uri, "items")),
+    }  # fmt: skip
+    channels = Channels.of(data, retriever.index.item_ids, parents)
+    blend = fitted_blend(retriever, channels, data.examples("valid"))
+    channels.save(folder, blend.to_json())
+    who = "the blend of all lists" if blend.is_served else "the model alone"
+    LOG.info("recall answers by %s; validation said %s", who, dict(blend.measured) or "too little")
+    return blend
 
 
 def held_out_interests(bundle: Bundle, table: ItemTable, data: str) -> np.ndarray:  # [B K, D]

@@ -11,12 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 import torch
 
+from karma_ray.artifacts import read_manifest
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import PixelTable, catalog_pixels
 from karma_ray.data.prompts import encode_texts
@@ -97,7 +99,7 @@ class CatalogEncoder:
         self, bundle: str, data: str, precision: str, device: torch.device | None = None
     ) -> None:
         self.bundle, self.catalog, self.precision = (
-            load_bundle(bundle),
+            load_bundle(bundle, reads_requests=False),
             Catalog.load(data),
             precision,
         )
@@ -148,25 +150,44 @@ class PartEncoder:
     """Writes parts of the embeddings of a catalogue."""
 
     def __init__(self, of: Embedding, device: torch.device | None = None) -> None:
-        self.of, self.encoder = of, CatalogEncoder(of.bundle, of.data, of.precision, device)
-        self.catalog = self.encoder.catalog
+        self.of, self.device, self.catalog = of, device, Catalog.load(of.data)
+        self.width = int(read_manifest(of.bundle, "bundle")["width"])
         self.has_categories = self.catalog.categories is not None
         self.contents = Contents.of(of.bundle, self.catalog, of.data)
         self.known = [KnownVectors(folder) for folder in of.known]
+
+    @cached_property
+    def encoder(self) -> CatalogEncoder:
+        """The model, which is loaded when something has to be encoded."""
+        return CatalogEncoder(self.of.bundle, self.of.data, self.of.precision, self.device)
+
+    def knows(self, part: Part) -> bool:
+        """Whether all vectors of a part are known."""
+        hashes = self.contents.hashes(self.items(part), part.first)
+        return not self.reused(hashes)[1].any()
+
+    def items(self, part: Part) -> Catalog:
+        """Return the items of a part."""
+        return Catalog(self.catalog.table.slice(part.first, part.end - part.first))
+
+    def reused(self, hashes: Hashes) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
+        """Return vectors [n, D] of items with these hashes, and the mask [n] of missing ones."""
+        vectors = np.zeros((len(hashes), self.width), np.float32)
+        missing = np.ones(len(hashes), bool)
+        for source in self.known:
+            rows = np.flatnonzero(missing)
+            found, known = source.find(hashes[rows])
+            vectors[rows[found]], missing[rows[found]] = known, False
+        return vectors, missing
 
     def __call__(self, part: Part) -> dict[str, Any]:
         """Write a part and return its facts; one that is finished is not encoded again."""
         done: dict[str, Any] | None = self.of.work.finished_part(part.name)
         if done is not None:
             return done
-        items = Catalog(self.catalog.table.slice(part.first, part.end - part.first))
+        items = self.items(part)
         hashes = self.contents.hashes(items, part.first)
-        vectors = np.zeros((items.num_items, self.encoder.width), np.float32)
-        missing = np.ones(items.num_items, bool)
-        for source in self.known:
-            rows = np.flatnonzero(missing)
-            found, known = source.find(hashes[rows])
-            vectors[rows[found]], missing[rows[found]] = known, False
+        vectors, missing = self.reused(hashes)
         rows = np.flatnonzero(missing)
         _, some, of_which = np.unique(hashes[rows], return_index=True, return_inverse=True)
         facts: dict[str, Any] = {"encoded": len(some), "reused": items.num_items - len(some)}
@@ -174,7 +195,7 @@ class PartEncoder:
             new = self.encoder.encode(rows[some] + part.first)  # of equal items one is enough
             vectors[rows] = new.vectors[of_which]
             facts |= {"tokens": new.tokens, "slots": new.slots}
-        if part.first == 0 and self.of.precision != "float32":
+        if part.first == 0 and len(rows) and self.of.precision != "float32":
             facts["accuracy"] = self.accuracy()
         categories = items.column("category") if self.has_categories else None
         table = embedding_rows(items.item_ids, items.titles, vectors, categories, hashes)

@@ -1,7 +1,7 @@
 """Which folders of a run serve, when its catalogue was embedded or indexed again.
 
-The first embeddings and index of a run are `item_embeddings/` and `index/`. Later ones are written
-beside them (`index-2/`, ...), and `current.json` names those that serve, embeddings and index
+The first embeddings, index and channels of a run are `item_embeddings/`, `index/` and `channels/`.
+Later ones are written beside them (`index-2/`, ...), and `current.json` names those that serve, all
 together: one small file, replaced at once on any disk or store. Who reads or answers from a run
 never meets a part that is being written, nor an index of other embeddings. The parts that served
 before stay until the next change.
@@ -16,7 +16,7 @@ from karma_ray.artifacts import RunFolder, exists, open_filesystem, read_json, r
 from karma_ray.data.work_folder import WorkFolder
 
 CURRENT = "current.json"
-PARTS = ("item_embeddings", "index", "delta")
+PARTS = ("item_embeddings", "index", "channels", "delta")
 _NAMED = re.compile(rf"(?P<part>{'|'.join(PARTS)})(-(?P<number>\d+))?")
 
 
@@ -30,6 +30,11 @@ def served(run: str | RunFolder) -> RunFolder:
 def delta_of(folder: RunFolder) -> str | None:
     """Return the folder of what was added to the index since it was made, if there is one."""
     return folder.path(folder.names["delta"]) if folder.names.get("delta") else None
+
+
+def channels_of(folder: RunFolder) -> str:
+    """Return the folder of the channels that were made with the index, if they were."""
+    return folder.path(folder.names.get("channels", "channels"))
 
 
 def to_embed(run: str) -> RunFolder:
@@ -58,11 +63,13 @@ def offer(folder: RunFolder) -> None:
 
 
 def to_index(run: str) -> RunFolder:
-    """Return the run folder with the newest embeddings and a place for their index."""
+    """Return the run folder with the newest embeddings and places for index and channels."""
     folder, newest = served(run), _state(run).get("next")
     if newest:
         folder = RunFolder(run, {**folder.names, "item_embeddings": newest})
-    return _with_new(folder, "index")
+    folder = _with_new(folder, "index")
+    name = folder.names.get("index", "index").replace("index", "channels")
+    return RunFolder(run, {**folder.names, "channels": name}) if name != "channels" else folder
 
 
 def to_update(run: str) -> RunFolder:

@@ -11,24 +11,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from karma_ray.artifacts import RunFolder, exists, read_manifest
+from karma_ray.artifacts import RunFolder
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.collate import Collator
 from karma_ray.errors import InputError
 from karma_ray.model.device import this_device
 from karma_ray.retrieval.answers import Recall, RecalledItem, Scores
+from karma_ray.retrieval.complete_run import check_run as check_run
+from karma_ray.retrieval.complete_run import require_part as require_part
 from karma_ray.retrieval.delta import hidden_ids, live_items, with_delta
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.filters import Filter, filtered_search
 from karma_ray.retrieval.finite import check_queries
-from karma_ray.retrieval.index import ItemIndex, check_parent
+from karma_ray.retrieval.index import ItemIndex
 from karma_ray.retrieval.kinds import IndexKind
 from karma_ray.retrieval.parts import delta_of, served
 from karma_ray.retrieval.requests import HistoryItem, Request, request_keys, request_table
@@ -38,6 +40,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from karma_ray.model.recall import RecallModel
+
+
+class Search(Protocol):
+    """What else may answer than the index alone, such as several lists that are blended."""
+
+    def search(
+        self, retriever: Retriever, vectors: NDArray[np.float32], requests: Sequence[Request],
+        filters: Sequence[Filter], ks: Sequence[int],
+    ) -> list[tuple[list[int], list[float]]]:  # fmt: skip
+        """Return rows and scores as `filtered_search` does; vectors [B, K, D]."""
 
 
 class Retriever:
@@ -57,6 +69,7 @@ class Retriever:
         self.collator, self.table, self.index = collator, table, index.on(device)
         self.model_version, self.index_version = model_version, index.content_hash
         self._hidden = hidden_ids(self.index)
+        self.blended: Search | None = None  # `with_channels` says what else answers
         self.embeddings = torch.from_numpy(table.embeddings).to(device)  # [I, D]
 
     @classmethod
@@ -175,7 +188,7 @@ class Retriever:
         wanted = list(filters or [Filter()] * len(requests))
         if exclude_history:
             wanted = [one.without_history(r) for one, r in zip(wanted, requests, strict=True)]
-        vectors = self._search_vectors(requests)
+        vectors = self.vectors_of(request_table(requests))
         return self.best_of(vectors, requests, [k] * len(requests), wanted)
 
     def best_of(
@@ -186,7 +199,10 @@ class Retriever:
         filters: Sequence[Filter],
     ) -> list[Recall]:
         """Return what each request of given search vectors recalls, with one pass of the index."""
-        answers = filtered_search(self.index, vectors, filters, ks)
+        if self.blended is None:
+            answers = filtered_search(self.index, vectors, filters, ks)
+        else:
+            answers = self.blended.search(self, vectors, requests, filters, ks)
         return [
             Recall(
                 [
@@ -203,7 +219,7 @@ class Retriever:
     ) -> Scores:
         """Score given items (pre-ranking), in their order; None for what recall never finds."""
         request = Request(query, history)
-        return self.scores_of(self._search_vectors([request])[0], request, item_ids)
+        return self.scores_of(self.vectors_of(request_table([request]))[0], request, item_ids)
 
     def scores_of(
         self, vectors: NDArray[np.float32], request: Request, item_ids: Sequence[str]
@@ -215,8 +231,8 @@ class Retriever:
         with torch.inference_mode():
             items = self.interest.index_vectors(self.embeddings[torch.from_numpy(rows[known])])
             values = items.float().cpu().numpy() @ vectors.T
-        for position, value in zip(known, values, strict=True):
-            scores[position] = float(value.max())
+        for position, value in zip(known.tolist(), values.max(1).tolist(), strict=True):
+            scores[position] = value
         return Scores(scores, self._unknown(request))
 
     def candidate_rows(self, item_ids: Sequence[str]) -> NDArray[np.int64]:  # [n]
@@ -242,9 +258,10 @@ class Retriever:
         with torch.inference_mode():
             return self.interest.index_vectors(self.embeddings)
 
-    def _search_vectors(self, requests: Sequence[Request]) -> NDArray[np.float32]:  # [B, K, D]
+    def vectors_of(self, examples: pa.Table) -> NDArray[np.float32]:  # [B, K, D]
+        """Return what rows of `examples` search with; raises KarmaRayError if not finite."""
         with torch.inference_mode():
-            vectors = self._vectors(request_table(requests))
+            vectors = self._vectors(examples)
         result: NDArray[np.float32] = vectors.float().cpu().numpy()
         check_queries(result)
         return result
@@ -269,32 +286,3 @@ def score_vectors(interest: RecallModel, table: ItemTable) -> NDArray[np.float32
         vectors = interest.index_vectors(torch.from_numpy(table.embeddings).to(device))
     result: NDArray[np.float32] = vectors.float().cpu().numpy()
     return result
-
-
-def check_run(run: str | RunFolder) -> None:
-    """Raise InputError or SkewError if a run cannot be served; reads manifests only."""
-    folder = served(run)
-    run = folder.root
-    require_part(run, folder.bundle, "jobs/train.py --out RUN")
-    require_part(run, folder.item_embeddings, "jobs/embed.py RUN")
-    require_part(run, folder.index, "jobs/index.py RUN")
-    bundle = read_manifest(folder.bundle, "bundle")
-    embeddings = read_manifest(folder.item_embeddings, "item_embeddings")
-    index = read_manifest(folder.index, "index")
-    made = bundle["content_hash"]
-    check_parent(embeddings["parents"], "bundle", made, folder.item_embeddings)
-    check_parent(index["parents"], "bundle", made, folder.index)
-    made = embeddings["content_hash"]
-    check_parent(index["parents"], "item_embeddings", made, folder.index)
-    if (delta := delta_of(folder)) is not None:
-        parents = read_manifest(delta, "item_embeddings")["parents"]
-        check_parent(parents, "index", index["content_hash"], delta)
-
-
-def require_part(run: str, part: str, command: str) -> None:
-    """Raise InputError unless `part` of `run` is complete (its manifest is written last)."""
-    if not exists(run):
-        raise InputError("RUN", run, "does not exist; `python jobs/train.py --out RUN` makes one")
-    if not exists(f"{part}/manifest.json"):
-        name = part.rsplit("/", 1)[-1]
-        raise InputError("RUN", run, f"has no finished {name}/; `python {command}` makes it")

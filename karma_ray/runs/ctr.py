@@ -17,8 +17,8 @@ import pyarrow as pa
 from torch import nn
 
 from karma_ray import recipes
-from karma_ray.artifacts import RunFolder
-from karma_ray.config import Config
+from karma_ray.artifacts import RunFolder, exists, join, locked, value_hash
+from karma_ray.config import Config, flattened, to_dict
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
@@ -29,7 +29,8 @@ from karma_ray.ranking.features import FeatureMoments
 from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.items import ItemFacts
 from karma_ray.ranking.judged import Judged, Predict
-from karma_ray.ranking.load import KIND, logits_of, save_ranker
+from karma_ray.ranking.load import KIND, load_ranker, logits_of, save_ranker
+from karma_ray.ranking.objective import Term
 from karma_ray.runs.batches import ordered_batches
 from karma_ray.runs.executor import Executor
 from karma_ray.runs.exposures import check_exposed, ensure_exposures, with_vectors
@@ -37,6 +38,7 @@ from karma_ray.runs.preparation import RunTasks, run_here
 from karma_ray.runs.training import run_training
 from karma_ray.runs.worker import TrainJob
 from karma_ray.training.checkpoints.checkpoint import load_weights
+from karma_ray.training.config import EXECUTION
 from karma_ray.training.ctr_step import CtrStep
 from karma_ray.training.order import Order, Source
 
@@ -66,7 +68,7 @@ def check_ranking(config: Config, source: PreparedData) -> None:
     family = family_of(ranking)
     check_exposed(source)
     reads_vectors = family.uses_vectors or family.reads is not None
-    if reads_vectors and not ranking.vectors:
+    if reads_vectors and not ranking.vectors and not family.vectors_optional:
         message = f"is needed: the finished run whose item vectors {config.recipe} reads"
         raise InputError("--vectors", None, message)
     if ranking.vectors and not reads_vectors:
@@ -77,6 +79,9 @@ def check_ranking(config: Config, source: PreparedData) -> None:
         raise InputError("--codes", ranking.codes, message)
     if ranking.interest and not ranking.vectors:
         raise InputError("ranking.interest", True, "needs the run of --vectors, which computes h_t")
+    if ranking.distillation and not family.teacher:
+        message = f"is not used by ranking.family={ranking.family}, which has no teacher"
+        raise InputError("ranking.distillation", ranking.distillation, message)
     if training.batch_size < training.num_workers:
         message = f"gives some of training.num_workers={training.num_workers} nothing to do"
         raise InputError("training.batch_size", training.batch_size, message)
@@ -100,7 +105,10 @@ class CtrStage:
     config: Config
     items_uri: str
     exposures: Exposures
-    cache: str
+    cache: str = ""
+    """Where the tables lie that a family reads of the items, if it reads any."""
+    teacher: str = ""
+    """Run folder of a trained teacher, if the model has one."""
 
     def facts(self) -> ItemFacts:
         """Return what the model knows of the items before it is trained."""
@@ -124,6 +132,12 @@ class CtrStage:
         ranking = self.config.ranking
         return CtrCollator(ranking, self.exposures.num_features, family_of(ranking).columns)
 
+    def terms(self) -> tuple[Term, ...]:
+        """Return the terms of the objective."""
+        ranking = self.config.ranking
+        teacher = load_ranker(self.teacher).model if self.teacher else None
+        return tuple(family_of(ranking).terms(ranking, teacher))
+
     @property
     def steps(self) -> int:
         """Steps of `ranking.epochs`, or `training.steps`."""
@@ -139,7 +153,7 @@ class CtrStage:
         config, training = self.config, self.config.training
         return TrainJob(
             run=run, stage=STAGE, build=self.build,
-            step=CtrStep(tuple(family_of(config.ranking).terms(config.ranking))),
+            step=CtrStep(self.terms()),
             make_batches=partial(
                 ordered_batches, self.exposures.split("train"), config.seed, training.batch_size,
                 self.collator,
@@ -198,7 +212,8 @@ def train_ctr(
     exposures = exposures_of(config, source, cache, executor.prepare)
     if not exposures.num_pages("train"):
         raise InputError("--data", source.uri, "shows nothing before its validation days")
-    stage = CtrStage(config, source.items_uri, exposures, cache)
+    teacher = ensure_teacher(config, source, cache, executor)
+    stage = CtrStage(config, source.items_uri, exposures, cache, teacher)
     job = stage.job(run, on_validate)
     LOG.info("%s: %d steps, %d worker(s)", config.recipe, job.training.steps,
              max(1, config.training.num_workers))  # fmt: skip
@@ -207,10 +222,40 @@ def train_ctr(
     load_weights(summary["weights"], model)
     rates = ItemRates.count(exposures, source.catalog().num_items)
     model.items.forget(np.flatnonzero(~rates.is_warm))  # type: ignore[operator, union-attr]
-    catalog, facts = Catalog.load(source.items_uri), stage.facts()
+    family, catalog = family_of(config.ranking), Catalog.load(source.items_uri)
+    served, facts = family.to_serve(model), stage.facts()
     save_ranker(
-        model, config.ranking, Sizes.of(facts), exposures.num_features,
+        served, config.ranking, Sizes.of(facts), exposures.num_features,
         catalog.table.column("item_id").combine_chunks(), RunFolder(run).path(KIND),
         {**exposures.facts["parents"], **facts.parents}, recipe=config.recipe, seed=config.seed,
-        num_parameters=sum(value.numel() for value in model.parameters()),
+        num_parameters=sum(value.numel() for value in served.parameters()),
+        notes=family.notes(model),
     )  # fmt: skip
+
+
+def teacher_of(config: Config, source: PreparedData, cache: str) -> tuple[Config, str] | None:
+    """Return the configuration and the folder of the teacher that a configuration needs.
+
+    The folder is named by all that its weights depend on, so that students share a teacher.
+    """
+    family = family_of(config.ranking)
+    if not family.teacher or not config.ranking.distillation:
+        return None
+    ranking = replace(config.ranking, family=family.teacher, distillation=0.0)
+    taught = replace(config, recipe=f"{config.recipe}_teacher", ranking=ranking)
+    fields = {name: value for name, value in flattened(to_dict(taught)) if name not in EXECUTION}
+    exposures = exposures_of(taught, source, cache)
+    key = {"exposures": exposures.facts["content_hash"], **fields}
+    return taught, join(cache, f"teacher-{value_hash(key)}")
+
+
+def ensure_teacher(config: Config, source: PreparedData, cache: str, executor: Executor) -> str:
+    """Return the run folder of a trained teacher, training it first; empty without one."""
+    found = teacher_of(config, source, cache)
+    if found is None:
+        return ""
+    taught, folder = found
+    with locked(folder):
+        if not exists(join(folder, KIND, "manifest.json")):
+            train_ctr(taught, source, folder, cache, executor, resume=True)
+    return folder

@@ -19,8 +19,8 @@ from karma_ray.model.device import this_device
 from karma_ray.ranking.exposures import Exposures, requests_of
 from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.judged import Judged, Predict
-from karma_ray.ranking.load import Ranker, load_ranker
-from karma_ray.runs.ctr import exposures_of, predictor
+from karma_ray.ranking.load import KIND, Ranker, load_ranker
+from karma_ray.runs.ctr import exposures_of, predictor, teacher_of
 
 LOG = logging.getLogger(__name__)
 VERSION = 1
@@ -41,6 +41,7 @@ def assess_ctr(
     test, valid = (Judged.of(exposures, split, predict) for split in ("test", "valid"))
     rates = ItemRates.count(exposures, catalog.num_items).fitted(valid)
     metrics = test.metrics(weight) | test.intervals(weight, config.seed)
+    metrics |= ranker.manifest["notes"]
     warm = rates.is_warm[test.row] if len(test.row) else np.zeros(0, bool)
     for name, kept in (("warm", warm), ("cold", ~warm)):
         if kept.any():
@@ -50,6 +51,7 @@ def assess_ctr(
     for split, judged in (("test", test), ("valid", valid)):
         judged.save(folder.path("predictions"), split)
     by_items = test.with_chance(rates.rates[test.row])
+    metrics |= _teacher(config, source, exposures, cache)
     write_json(_floors(config, source, exposures, rates, test, valid, cache),
                folder.path("floors.json"))  # fmt: skip
     write_json(_versus(test, by_items, config), folder.path("checks.json"))
@@ -99,6 +101,19 @@ def _floors(
             write_json(_both(ranked[0], ranked[1], config, is_chance=False), path)
         found[ORACLE] = cast(dict[str, float], read_json(path))
     return found
+
+
+def _teacher(
+    config: Config, source: PreparedData, exposures: Exposures, cache: str
+) -> dict[str, float]:
+    """Return the metrics of the teacher, which reads what comes after the page: a bound."""
+    teacher = teacher_of(config, source, cache)
+    if teacher is None or not exists(join(teacher[1], KIND, "manifest.json")):
+        return {}  # trained on other data, so there is no teacher for these pages
+    ranker = load_ranker(teacher[1], this_device())
+    predict = predictor(ranker.model, ranker.collator)
+    test, valid = (Judged.of(exposures, split, predict) for split in ("test", "valid"))
+    return {f"teacher/{name}": value for name, value in _both(test, valid, config).items()}
 
 
 def _both(test: Judged, valid: Judged, config: Config, is_chance: bool = True) -> dict[str, float]:

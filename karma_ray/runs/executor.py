@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from karma_ray.runs.evaluation_shares import Enlist
 from karma_ray.runs.frozen_outputs import EncodeRemotely
 from karma_ray.runs.node_hours import Count, this_machine
 from karma_ray.runs.preparation import RunTasks, run_here
@@ -36,6 +37,8 @@ class Executor:
     """Embeds the catalogue for serving; None uses the model in this process."""
     measure: Measure | None = None
     """Evaluates a trained run; None evaluates in this process."""
+    enlist: Enlist | None = None
+    """Starts processes that share in an evaluation that takes long; None lets one do it all."""
     count_nodes: Count = this_machine
     """Returns how many machines of each kind are up."""
 

@@ -259,9 +259,11 @@ def _tested(
     executor: Executor, cost: Cost,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate the run, where the executor does so, and finish its folder; returns its metrics."""
+    enlist = executor.enlist if config.training.num_workers else None
 
     def measure() -> dict[str, Any]:
-        return assess(config, source, folder.root, stage, cache) | forgetting(stage, cache)
+        found = assess(config, source, folder.root, stage, cache, enlist=enlist)
+        return found | forgetting(stage, cache)
 
     with cost.timed("evaluation"):
         if stage is None or not config.training.num_workers or executor.measure is None:

@@ -22,6 +22,7 @@ from karma_ray.serving import schemas
 from karma_ray.serving.batching import Overloaded
 from karma_ray.serving.guards import RETRY_AFTER_S, Guards
 from karma_ray.serving.page.routes import SearchPage, add_page
+from karma_ray.serving.ranking import NotRanked
 from karma_ray.serving.refusals import name_the_field
 from karma_ray.serving.request_log import LogSettings, NamedRequests, RequestLog, facts_of
 from karma_ray.serving.service import Facts, Service
@@ -68,7 +69,12 @@ def build_app(
         live = service.arms
         first = live.first.engine
         arms = [{"arm": arm.name, "share": arm.share, **arm.engine.version} for arm in live.arms]
-        found = {"index_kind": first.retriever.index.kind, "precision": first.precision}
+        found = {
+            "index_kind": first.retriever.index.kind,
+            "channels": "dense" if first.retriever.blended is None else "blend",
+            "precision": first.precision,
+            "ranker_version": None if first.ranker is None else first.ranker.version,
+        }
         return JSONResponse({"karma_ray": __version__, **found, **first.version, "arms": arms})
 
     @app.get("/metrics", response_class=Response)
@@ -89,6 +95,10 @@ def _add_calls(app: FastAPI, service: Service) -> None:
     add(
         "/v1/score", schemas.ScoreRequest, schemas.ScoreResponse, service.score,
         "Score given candidates (pre-ranking) with the same scores that recall sorts by.",
+    )  # fmt: skip
+    add(
+        "/v1/rank", schemas.RankRequest, schemas.RankResponse, service.rank,
+        "Order candidates, given ones or those of recall, by their chance of a click.",
     )  # fmt: skip
     add(
         "/v1/features", schemas.FeaturesRequest, schemas.FeaturesResponse, service.features,
@@ -132,6 +142,9 @@ class _Calls:
                 place = ["body", error.field]
                 detail = [{"loc": place, "msg": error.problem, "type": "value_error"}]
                 return JSONResponse({"detail": detail}, status)
+            except NotRanked as error:
+                status = 404
+                return JSONResponse({"detail": str(error)}, status)
             except KarmaRayError as error:
                 status = 500
                 return await _say_why(request, error)

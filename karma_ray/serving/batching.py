@@ -2,6 +2,11 @@
 
 Nobody waits for a batch to fill: the thread takes what is there when it becomes free, up to a
 stated weight. Under light load a call is alone, under full load batches form by themselves.
+
+Under overload calls are refused, so that the accepted ones do not wait long. What a call waits for
+is the work in flight, waiting or being computed, divided by what the thread computes in a second.
+It may wait for as long as IN_FLIGHT usual calls take; the thread's speed is in both and cancels, so
+that weights are compared.
 """
 
 from __future__ import annotations
@@ -15,6 +20,14 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from karma_ray.errors import KarmaRayError
+
+ALWAYS_TAKEN = 16
+"""Calls in flight, whatever their weight, up to which a further one is taken."""
+IN_FLIGHT = 32
+"""Calls of the usual weight that may be in flight: twice as many as sixteen clients keep there, so
+that an accepted call takes at most twice the time that it takes among sixteen clients."""
+RECENT = 100
+"""Calls over which the usual weight is averaged."""
 
 Call = TypeVar("Call")
 Answer = TypeVar("Answer")
@@ -40,15 +53,18 @@ class Batcher(Generic[Call, Answer]):
         self,
         work: Callable[[Sequence[Call]], Sequence[Answer | Exception]],
         max_weight: int,
-        max_waiting: int,
+        max_waiting: int | None = None,
         observe: Callable[[int, float], None] | None = None,
     ) -> None:
         """`work` answers every call of a batch, with an exception for one that failed.
 
-        A batch holds one call or calls of at most `max_weight` together. `observe` is told the
-        size of each batch and its seconds.
+        A batch holds one call or calls of at most `max_weight` together. `max_waiting` calls may
+        wait; if it is None, what may be in flight depends on its weight. `observe` is told the size
+        of each batch and its seconds.
         """
         self.max_weight, self.max_waiting = max_weight, max_waiting
+        self._in_flight = self._weight = 0  # calls, and their weights together
+        self._usual, self._seen = 0.0, 0
         self._work, self._observe = work, observe
         self._waiting: deque[_Waiting[Call]] = deque()
         self._changed = threading.Condition()
@@ -64,7 +80,9 @@ class Batcher(Generic[Call, Answer]):
     @property
     def is_full(self) -> bool:
         """Whether a further call would be refused."""
-        return len(self._waiting) >= self.max_waiting
+        if self.max_waiting is not None:
+            return len(self._waiting) >= self.max_waiting
+        return self._in_flight >= ALWAYS_TAKEN and self._weight >= IN_FLIGHT * self._usual
 
     async def submit(self, call: Call, weight: int, within_s: float) -> Answer:
         """Return the answer to a call; raises Overloaded, or what `work` answered.
@@ -76,7 +94,10 @@ class Batcher(Generic[Call, Answer]):
         loop = asyncio.get_running_loop()
         future: asyncio.Future[Answer] = loop.create_future()
         entry = _Waiting(call, weight, time.monotonic() + within_s, loop, future)
+        self._seen = min(self._seen + 1, RECENT)
+        self._usual += (weight - self._usual) / self._seen
         with self._changed:
+            self._in_flight, self._weight = self._in_flight + 1, self._weight + weight
             self._waiting.append(entry)
             self._changed.notify()
         return await future
@@ -99,7 +120,11 @@ class Batcher(Generic[Call, Answer]):
                 answers += self._answered([entry.call for entry in batch])
                 if self._observe is not None:
                     self._observe(len(batch), time.monotonic() - now)
-            _deliver([*late, *batch], answers)
+            done = [*late, *batch]
+            with self._changed:
+                self._in_flight -= len(done)
+                self._weight -= sum(entry.weight for entry in done)
+            _deliver(done, answers)
 
     def _answered(self, calls: Sequence[Call]) -> Sequence[Any]:
         try:

@@ -27,6 +27,7 @@ from karma_ray.serving.conversation import (
     Reply,
     conversation,
     event_call,
+    rank_call,
     recall_call,
     score_call,
 )
@@ -88,6 +89,15 @@ class Client:
         """Return the score of each item, in order; None for an unknown one."""
         call = score_call("/v1/score", query, history, user_id, item_ids)
         return cast("schemas.ScoreResponse", self._ask(call))
+
+    def rank(
+        self, query: str | None = None, history: History | None = None, *,
+        item_ids: Sequence[str] | None = None, k: int | None = None, user_id: str | None = None,
+        exclude_history: bool = False,
+    ) -> schemas.RankResponse:  # fmt: skip
+        """Order `item_ids`, or the k items that recall finds, by their chance of a click."""
+        call = rank_call(query, history, user_id, item_ids, k, exclude_history)
+        return cast("schemas.RankResponse", self._ask(call))
 
     def features(
         self, item_ids: Sequence[str], query: str | None = None, history: History | None = None,
@@ -176,6 +186,15 @@ class AsyncClient:
         """Return the score of each item, in order; None for an unknown one."""
         call = score_call("/v1/score", query, history, user_id, item_ids)
         return cast("schemas.ScoreResponse", await self._ask(call))
+
+    async def rank(
+        self, query: str | None = None, history: History | None = None, *,
+        item_ids: Sequence[str] | None = None, k: int | None = None, user_id: str | None = None,
+        exclude_history: bool = False,
+    ) -> schemas.RankResponse:  # fmt: skip
+        """Order `item_ids`, or the k items that recall finds, by their chance of a click."""
+        call = rank_call(query, history, user_id, item_ids, k, exclude_history)
+        return cast("schemas.RankResponse", await self._ask(call))
 
     async def features(
         self, item_ids: Sequence[str], query: str | None = None, history: History | None = None,

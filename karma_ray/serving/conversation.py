@@ -160,6 +160,19 @@ def score_call(
     return Call("POST", path, _request(query, history, user_id, item_ids=list(ids)))
 
 
+def rank_call(
+    query: str | None, history: History | None, user_id: str | None,
+    item_ids: Sequence[str] | None, k: int | None, exclude_history: bool,
+) -> Call:  # fmt: skip
+    """Ask `/v1/rank`; what is not given is left to the endpoint."""
+    body = _request(query, history, user_id)
+    given = {"item_ids": None if item_ids is None else list(item_ids), "k": k}
+    body |= {name: value for name, value in given.items() if value is not None}
+    if exclude_history:
+        body["exclude_history"] = True
+    return Call("POST", "/v1/rank", body)
+
+
 def event_call(user_id: str, click: Click | str) -> Call:
     """Store a click."""
     click = Click(click) if isinstance(click, str) else click

@@ -5,6 +5,7 @@ Legend: B calls, K vectors of a request, D width.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -22,11 +23,12 @@ from karma_ray.retrieval.similarity import Similarity, unit
 from karma_ray.serving.histories import steps_of
 from karma_ray.serving.precision import lower
 from karma_ray.serving.prefix_cache import PrefixCache
+from karma_ray.serving.ranking import Candidates, RankCall, Ranked, ServedRanker
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from karma_ray.retrieval.answers import Scores
+    from karma_ray.retrieval.answers import Recall, Scores
     from karma_ray.retrieval.retriever import Retriever
 
 
@@ -59,7 +61,9 @@ class RememberCall:
     request: Request
 
 
-Call = RecallCall | ScoreCall | FeaturesCall | RememberCall
+Call = RecallCall | ScoreCall | FeaturesCall | RankCall | RememberCall
+CANDIDATES_PER_SLOT = 4
+"""Candidates that a ranker rates in about the time of a slot of the user decoder."""
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,14 @@ class Engine:
 
     def __init__(
         self, retriever: Retriever, cache_bytes: int, precision: str = "float32",
-        run: str | None = None,
+        run: str | None = None, ranker: ServedRanker | None = None,
     ) -> None:  # fmt: skip
         """`cache_bytes` bound the stored keys and values; 0 stores none.
 
         The decoder of `retriever` computes in `precision` from then on. `run` is the folder that it
-        was loaded from.
+        was loaded from. Without `ranker` it answers no RankCall.
         """
-        self.retriever, self.run = retriever, run
+        self.retriever, self.run, self.ranker = retriever, run, ranker
         self.precision = lower(retriever, precision)
         self.limit = retriever.collator.config.max_history
         self.version = {
@@ -99,13 +103,18 @@ class Engine:
 
     def weight(self, call: Call) -> int:
         """Return an upper bound of the slots that a call runs, for the size of a batch."""
-        return 2 * min(len(call.request.history), self.limit) + 2
+        slots = 2 * min(len(call.request.history), self.limit) + 2
+        if isinstance(call, RankCall):
+            count = call.k if call.item_ids is None else len(call.item_ids)
+            slots += count // CANDIDATES_PER_SLOT
+        return slots
 
     def answer(self, calls: Sequence[Call]) -> list[Any]:
-        """Return the answer to each call of a batch: Recall, Scores, CandidateFeatures or None.
+        """Return the answer to each call: Recall, Scores, CandidateFeatures, Ranked or None.
 
         A call whose vectors are not finite gets a KarmaRayError, the others their answers.
         """
+        begin = time.perf_counter()
         with torch.inference_mode():
             interests, steps = self._interests([call.request for call in calls])
             vectors = self._vectors(interests, calls)
@@ -119,12 +128,14 @@ class Engine:
             except KarmaRayError as error:
                 answers[place] = error
                 continue
-            if isinstance(call, RecallCall):
+            if isinstance(call, RecallCall) or (
+                isinstance(call, RankCall) and call.item_ids is None
+            ):
                 recalls.append(place)
             elif isinstance(call, FeaturesCall):
                 answers[place] = self._features(call, found, steps[place])
-            elif isinstance(call, ScoreCall):
-                answers[place] = self.retriever.scores_of(found, call.request, call.item_ids)
+            elif isinstance(call, ScoreCall | RankCall):
+                answers[place] = self.retriever.scores_of(found, call.request, call.item_ids or ())
         if recalls:
             best = self.retriever.best_of(
                 np.stack([vectors[place] for place in recalls]),
@@ -134,11 +145,65 @@ class Engine:
             )  # fmt: skip
             for place, answer in zip(recalls, best, strict=True):
                 answers[place] = answer
+        self._rank(calls, answers, vectors, begin)
         return answers
+
+    def _rank(
+        self, calls: Sequence[Call], answers: list[Any], vectors: dict[int, np.ndarray],
+        begin: float,
+    ) -> None:  # fmt: skip
+        """Replace what recall answered to each RankCall by its ranking."""
+        places = [
+            place for place, call in enumerate(calls)
+            if isinstance(call, RankCall) and not isinstance(answers[place], Exception)
+        ]  # fmt: skip
+        if not places:
+            return
+        assert self.ranker is not None, "the service asks an engine with a ranker"
+        asked, ignored = [], []
+        for place in places:
+            call, found = calls[place], answers[place]
+            assert isinstance(call, RankCall)
+            asked.append(self._candidates(call, found, vectors[place]))
+            unknown = [] if call.item_ids is None else [
+                item_id
+                for item_id, score in zip(call.item_ids, found.scores, strict=True)
+                if score is None
+            ]  # fmt: skip
+            ignored.append([*dict.fromkeys([*found.ignored_item_ids, *unknown])])
+        recall_s = time.perf_counter() - begin
+        try:
+            ranked, seconds = self.ranker.rank(asked)
+        except KarmaRayError as error:  # what else the batch holds is answered
+            for place in places:
+                answers[place] = error
+            return
+        seconds = {"recall": recall_s, **seconds}
+        for place, items, unknown in zip(places, ranked, ignored, strict=True):
+            answers[place] = Ranked(items, unknown, seconds)
+
+    def _candidates(
+        self, call: RankCall, found: Recall | Scores, vectors: np.ndarray
+    ) -> Candidates:  # [K, D]
+        """Return what is to be ranked: each known item once."""
+        assert self.ranker is not None
+        if call.item_ids is None:
+            scores = {item.item_id: item.score for item in found.items}  # type: ignore[union-attr]
+        else:
+            known = zip(call.item_ids, found.scores, strict=True)  # type: ignore[union-attr]
+            scores = {item_id: score for item_id, score in known if score is not None}
+        rows = self.retriever.table.rows(list(scores))
+        values = np.array(list(scores.values()), np.float32)
+        interests = values
+        is_blended = call.item_ids is None and self.retriever.blended is not None
+        if is_blended and self.ranker.reads_interest:
+            found = self.retriever.scores_of(vectors, call.request, list(scores))
+            interests = np.array(found.scores, np.float32)
+        return Candidates(call.request, rows, values, interests)
 
     def _check(self, call: Call) -> None:
         """Raise InputError on an unknown category, which would spoil the batch."""
-        if isinstance(call, RecallCall) and call.filter.category is not None:
+        if isinstance(call, RecallCall | RankCall) and call.filter.category is not None:
             self.retriever.index.of_category(call.filter.category)
 
     def _interests(self, requests: Sequence[Request]) -> tuple[Tensor, list[list[Step]]]:

@@ -14,13 +14,17 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from karma_ray.errors import SkewError
+from karma_ray.ranking.load import load_ranker
+from karma_ray.retrieval.blended import with_channels
 from karma_ray.retrieval.requests import Request
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving.arms import Arm, Arms
 from karma_ray.serving.engine import Engine, RecallCall
 from karma_ray.serving.live import Live, LiveRun, live_text, parse_live, usable_folder
+from karma_ray.serving.ranking import ServedRanker, check_ranker
 
 if TYPE_CHECKING:
+    from karma_ray.artifacts import RunFolder
     from karma_ray.serving.measures import Measures
 
 LOG = logging.getLogger(__name__)
@@ -30,13 +34,34 @@ MAX_RETRY_S = 60.0
 """Longest wait before something that could not be loaded is tried again."""
 
 
-def load_engine(arm: LiveRun, cache_bytes: int, precision: str = "float32") -> Engine:
+def engine_of(
+    folder: RunFolder, cache_bytes: int, precision: str = "float32", *,
+    ranker: str | None = None, channels: str = "auto",
+) -> Engine:  # fmt: skip
+    """Load a finished run with the lists that answer recall (`with_channels`).
+
+    `ranker` is the run of a CTR model that stands beside it. Raises InputError when they do not
+    fit, SkewError or KarmaRayError.
+    """
+    if ranker is not None:
+        check_ranker(ranker, folder)  # fails before minutes of loading
+    retriever = with_channels(Retriever.load(folder), folder, channels)
+    rates = None
+    if ranker is not None:
+        rates = ServedRanker(load_ranker(ranker, retriever.device), retriever)
+    return Engine(retriever, cache_bytes, precision, folder.root, rates)
+
+
+def load_engine(
+    arm: LiveRun, cache_bytes: int, precision: str = "float32", *,
+    ranker: str | None = None, channels: str = "auto",
+) -> Engine:  # fmt: skip
     """Load what an arm names, and answer a request with it, so that the first user need not wait.
 
     Raises SkewError if the run holds another model than was published, or KarmaRayError.
     """
     folder = usable_folder(arm)
-    engine = Engine(Retriever.load(folder), cache_bytes, precision, folder.root)
+    engine = engine_of(folder, cache_bytes, precision, ranker=ranker, channels=channels)
     if engine.version != arm.version:
         if engine.version["model_version"] != arm.model_version:
             raise SkewError(

@@ -18,9 +18,7 @@ def steps_of(history: Sequence[HistoryItem], table: ItemTable, limit: int) -> li
     The rules are those of `request_table` and `Steps.of`: clicks are sorted if all have a time,
     and neighbours of equal time form a group. Beyond `limit` steps see `window_start`.
     """
-    clicks = list(history)
-    if all(click.timestamp is not None for click in clicks):
-        clicks.sort(key=lambda click: click.timestamp)  # type: ignore[arg-type,return-value]
+    clicks = in_time(history)
     steps: list[Step] = []
     group, last_group, before = 0, -1, None
     for place, click in enumerate(clicks):
@@ -35,6 +33,14 @@ def steps_of(history: Sequence[HistoryItem], table: ItemTable, limit: int) -> li
     if first == 0:
         return steps
     return [steps[first]._replace(joined=False), *steps[first + 1 :]] if limit else []
+
+
+def in_time(history: Sequence[HistoryItem]) -> list[HistoryItem]:
+    """Return clicks oldest first: sorted if all have a time, as they are otherwise."""
+    clicks = list(history)
+    if all(click.timestamp is not None for click in clicks):
+        clicks.sort(key=lambda click: click.timestamp)  # type: ignore[arg-type,return-value]
+    return clicks
 
 
 def window_start(count: int, limit: int) -> int:

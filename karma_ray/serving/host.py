@@ -69,6 +69,10 @@ class Options:
     """In which the user decoder computes; see `precision.py`."""
     log: LogSettings | None = None
     """Where requests are logged."""
+    ranker: str | None = None
+    """The run of a CTR model that orders candidates at `/v1/rank`."""
+    channels: str = "auto"
+    """Which lists answer: `dense`, `blend`, or `auto`, what validation prefers."""
 
 
 PLAIN = Options()
@@ -82,9 +86,10 @@ def load_app(run: str, host: str, options: Options, **loading: Any) -> FastAPI:
     `loading` goes to `Service.load`. Raises InputError, SkewError or KarmaRayError.
     """
     token, loading = token_from_environment(), {**loading, "precision": options.precision}
+    loading["channels"] = options.channels
     if options.compare is not None:
         check_source(options.compare)  # fails here, not after the first run has been loaded
-    service = Service.load(run, **loading)
+    service = Service.load(run, ranker=options.ranker, **loading)
     other = Service.load(options.compare, **loading) if options.compare is not None else None
     page = SearchPage(show_users=shows_users(host, token), other=other)
     app = build_app(service, token, page, options.log)

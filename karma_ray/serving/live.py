@@ -15,6 +15,7 @@ from karma_ray.artifacts import RunFolder, exists, join, open_filesystem, write_
 from karma_ray.errors import InputError
 from karma_ray.retrieval.parts import delta_of, served
 from karma_ray.retrieval.retriever import check_run
+from karma_ray.serving.ranking import check_ranker
 
 FILE = "live.json"
 SCHEMA_VERSION = 1
@@ -113,8 +114,8 @@ def write_live(live: Live, folder: str) -> None:
     write_json(live.to_json(), live_file(folder))
 
 
-def check_source(source: str) -> RunFolder:
-    """Check that a run, or every run that a live folder names, can be served.
+def check_source(source: str, ranker: str | None = None) -> RunFolder:
+    """Check that a run, or every run that a live folder names, can be served beside `ranker`.
 
     Returns the folder of the run, or of the first arm. Raises InputError or SkewError.
     """
@@ -123,6 +124,8 @@ def check_source(source: str) -> RunFolder:
         folders = [usable_folder(arm) for arm in read_live(source).arms]
     for folder in folders:
         check_run(folder)
+        if ranker is not None:
+            check_ranker(ranker, folder)
     return folders[0]
 
 

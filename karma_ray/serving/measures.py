@@ -35,6 +35,10 @@ class Measures:
             "karma_ray_batch_seconds", "Time of the compute thread for a batch",
             buckets=SECONDS, **named,
         )  # fmt: skip
+        self.rank_seconds = Histogram(
+            "karma_ray_rank_seconds", "Time of a stage of /v1/rank for a batch", ["stage"],
+            buckets=SECONDS, **named,
+        )  # fmt: skip
         self.swaps = Counter(
             "karma_ray_swaps", "Publications that were taken over, or failed", ["result"], **named
         )

@@ -66,6 +66,14 @@ class ScoreRequest(_RequestBody):
     item_ids: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_CANDIDATES)]
 
 
+class RankRequest(RecallRequest):
+    """Candidates to order by their chance of a click: `item_ids`, or what recall finds."""
+
+    item_ids: Annotated[list[ItemId], Field(min_length=1, max_length=MAX_CANDIDATES)] | None = None
+    """Given candidates. Without them, recall's answer to the other fields is ranked."""
+    k: Annotated[int, Field(ge=1, le=MAX_K)] = 100
+
+
 class FeaturesRequest(ScoreRequest):
     """Candidates whose similarities to a user's history are wanted, as features of a ranker."""
 
@@ -125,6 +133,36 @@ class FeaturesResponse(Version):
     ignored_item_ids: list[str]
 
 
+class RankedItem(TypedDict):
+    """One candidate."""
+
+    item_id: str
+    ctr: float
+    """The chance of a click if it is shown."""
+    score: float
+    """As in recall."""
+    title: str
+
+
+class Stages(TypedDict):
+    """Milliseconds of each stage, for all requests that were computed together."""
+
+    recall: float
+    """Interest, and search or scores of given candidates."""
+    features: float
+    rank: float
+
+
+class RankResponse(Version):
+    """Candidates by falling chance of a click."""
+
+    items: list[RankedItem]
+    ignored_item_ids: list[str]
+    """Unknown items of the history and of the candidates."""
+    stages_ms: Stages
+    ranker_version: str
+
+
 class EventResponse(TypedDict):
     """What is stored of the user now."""
 
@@ -153,6 +191,10 @@ class Versions(Version):
 
     karma_ray: str
     index_kind: str
+    channels: str
+    """`dense` if recall answers by the model alone, `blend` if by several lists."""
     precision: str
     """In which the user decoder computes: float32 or bfloat16."""
+    ranker_version: str | None
+    """Content hash of the ranker behind `/v1/rank`."""
     arms: list[ArmVersion]

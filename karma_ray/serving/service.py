@@ -13,26 +13,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from karma_ray.errors import InputError
 from karma_ray.retrieval.delta import num_live
 from karma_ray.retrieval.filters import Filter
 from karma_ray.retrieval.parts import served
 from karma_ray.retrieval.requests import HistoryItem, Request
-from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving import engine as calls
 from karma_ray.serving import schemas
 from karma_ray.serving.arms import FIRST, Arm, Arms
 from karma_ray.serving.batching import Batcher, Overloaded
 from karma_ray.serving.engine import Engine
-from karma_ray.serving.following import Follower, load_engine
+from karma_ray.serving.following import Follower, engine_of, load_engine
 from karma_ray.serving.live import is_live_folder
 from karma_ray.serving.measures import Measures
+from karma_ray.serving.ranking import NotRanked, RankCall
 from karma_ray.serving.users import LocalUsers, UserStore
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-MAX_WAITING = 64
-"""Requests that may wait for the compute thread; further ones get the status 503."""
+    from karma_ray.retrieval.retriever import Retriever
+
 MAX_SLOTS = 2048
 """Slots of the user decoder, at most, that the requests of one batch run together."""
 CACHE_BYTES = 2**29
@@ -60,9 +61,13 @@ class Service:
         users: UserStore | None = None,
         *,
         cache_bytes: int = CACHE_BYTES,
-        max_waiting: int = MAX_WAITING,
+        max_waiting: int | None = None,
     ) -> None:
-        """`users` are stored in this process unless told otherwise."""
+        """`users` are stored in this process unless told otherwise.
+
+        `max_waiting` requests may wait for the compute thread, and further ones get the status 503;
+        by default as many as keep the time of each short (batching.py).
+        """
         self.arms = live if isinstance(live, Arms) else _alone(Engine(live, cache_bytes))
         self.users = users or LocalUsers()
         self.measures = Measures(lambda: self._batcher.num_waiting, lambda: self.engine.cache)
@@ -75,18 +80,21 @@ class Service:
     @classmethod
     def load(
         cls, source: str, num_threads: int = 1, *, cache_bytes: int = CACHE_BYTES,
-        precision: str = "auto", **options: Any,
+        precision: str = "auto", ranker: str | None = None, channels: str = "auto",
+        **options: Any,
     ) -> Service:  # fmt: skip
         """Load a finished run, or what a live folder names, which is followed from then on.
 
-        Computes with `num_threads`, in `precision`. Raises as `Retriever.load` does.
+        Computes with `num_threads`, in `precision`. `ranker` is the run of a CTR model, for
+        `/v1/rank`; `channels` says which lists answer recall (`with_channels`). Raises as
+        `Retriever.load` and `with_channels` do, and InputError when run and ranker do not fit.
         """
         torch.set_num_threads(num_threads)
+        chosen: dict[str, Any] = {"ranker": ranker, "channels": channels}
         if not is_live_folder(source):
-            folder = served(source)
-            engine = Engine(Retriever.load(folder), cache_bytes, precision, folder.root)
+            engine = engine_of(served(source), cache_bytes, precision, **chosen)
             return cls(_alone(engine), cache_bytes=cache_bytes, **options)
-        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes, precision))
+        follower = Follower(source, lambda arm: load_engine(arm, cache_bytes, precision, **chosen))
         service = cls(follower.arms, cache_bytes=cache_bytes, **options)
         service.salt, service._follower = follower.live.salt, follower
         follower.start(service.swap, service.measures)
@@ -120,10 +128,7 @@ class Service:
     ) -> dict[str, Any]:
         """Return the k best items of the whole catalogue."""
         request = await self._request(body)
-        wanted = Filter(frozenset(body.exclude), body.category)
-        if body.exclude_history:
-            wanted = wanted.without_history(request)
-        call = calls.RecallCall(request, body.k, wanted)
+        call = calls.RecallCall(request, body.k, _filter(body, request))
         answer, version = await self._submit(call, body, facts)
         items = [
             {"item_id": item.item_id, "score": item.score, "title": item.title}
@@ -136,6 +141,27 @@ class Service:
         request = await self._request(body)
         answer, version = await self._submit(calls.ScoreCall(request, body.item_ids), body, facts)
         return {"scores": answer.scores, "ignored_item_ids": answer.ignored_item_ids, **version}
+
+    async def rank(self, body: schemas.RankRequest, facts: Facts | None = None) -> dict[str, Any]:
+        """Order given items, or the k best ones, by their chance of a click."""
+        if body.item_ids is not None:
+            for name in ("k", "exclude_history", "exclude", "category"):
+                if name in body.model_fields_set:
+                    raise InputError(name, getattr(body, name), "is of recall; item_ids are given")
+        request = await self._request(body)
+        ranker = self._arm_of(body, None).engine.ranker
+        if ranker is None:
+            raise NotRanked
+        call = RankCall(request, body.item_ids, body.k, _filter(body, request))
+        answer, version = await self._submit(call, body, facts)
+        for stage, seconds in answer.seconds.items():
+            self.measures.rank_seconds.labels(stage).observe(seconds)
+        return {
+            "items": answer.items,
+            "ignored_item_ids": answer.ignored_item_ids,
+            "stages_ms": {name: round(1000 * value, 3) for name, value in answer.seconds.items()},
+            "ranker_version": ranker.version, **version,
+        }  # fmt: skip
 
     async def features(
         self, body: schemas.FeaturesRequest, facts: Facts | None = None
@@ -206,6 +232,11 @@ class Service:
                 failed = isinstance(answer, Exception)
                 answers[place] = answer if failed else (answer, len(places))
         return answers
+
+
+def _filter(body: schemas.RecallRequest, request: Request) -> Filter:
+    wanted = Filter(frozenset(body.exclude), body.category)
+    return wanted.without_history(request) if body.exclude_history else wanted
 
 
 def _alone(engine: Engine) -> Arms:

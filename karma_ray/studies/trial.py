@@ -69,8 +69,9 @@ def first_stage_key(config: Config, data: str) -> str:
 
 def first_stage(config: Config, data: str, cache: str, executor: Executor = HERE) -> None:
     """Put pretraining, warm-up and floors into the cache."""
-    from karma_ray.runs.assessment import Evaluator, floor_metrics
+    from karma_ray.runs.evaluator import Evaluator
     from karma_ray.runs.first_stages import start_stage
+    from karma_ray.runs.floor_metrics import floor_metrics
     from karma_ray.runs.preparation import ensure_prepared
 
     source = ensure_prepared(data, config.prepare, executor.prepare)

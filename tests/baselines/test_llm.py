@@ -20,8 +20,9 @@ from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer
-from karma_ray.runs.assessment import Evaluator, floor_metrics
 from karma_ray.runs.continuation import check_sizes
+from karma_ray.runs.evaluator import Evaluator
+from karma_ray.runs.floor_metrics import floor_metrics
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.text_vectors import LlmTexts
 from karma_ray.studies.plan import Data, named_rows, possible_rows

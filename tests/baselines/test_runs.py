@@ -218,7 +218,8 @@ def test_a_term_that_needs_texts_is_refused_before_anything_is_trained(
 
 def test_the_floors_that_an_older_cache_lacks_are_added(shop: str, tmp_path: Path) -> None:
     from karma_ray.artifacts import write_json
-    from karma_ray.runs.assessment import Evaluator, floor_metrics
+    from karma_ray.runs.evaluator import Evaluator
+    from karma_ray.runs.floor_metrics import floor_metrics
     from karma_ray.runs.preparation import ensure_prepared
 
     settings = config("bm25")

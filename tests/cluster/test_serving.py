@@ -14,11 +14,12 @@ from fastapi.testclient import TestClient
 
 from karma_ray.cluster.serving import Replicas, serve_run
 from karma_ray.errors import InputError, SkewError
+from karma_ray.ranking.config import RankingConfig
 from karma_ray.serving.app import build_app
 from karma_ray.serving.host import Options, curl_example, serve_here
 from karma_ray.serving.process import free_port
 from karma_ray.serving.service import Service
-from tests import tiny_run
+from tests import tiny_ranker, tiny_run
 from tests.serving.test_app import BODY
 
 
@@ -52,6 +53,8 @@ def test_what_cannot_be_served_is_said_before_anything_starts(run: str, tmp_path
     assert (Replicas.parse("3"), Replicas.parse("1-4")) == (Replicas(3, 3), Replicas(1, 4))
     with pytest.raises(InputError, match="does not exist"):
         serve_run(str(tmp_path / "nothing"), port=free_port())
+    with pytest.raises(InputError, match=r"--ranker: .* has no finished ranker"):
+        serve_run(run, port=free_port(), options=Options(ranker=run))
     mixed, other = tiny_run.write_run(tmp_path / "a"), tiny_run.write_run(tmp_path / "b", seed=3)
     Path(mixed, "index").rename(tmp_path / "away")
     Path(other, "index").rename(Path(mixed, "index"))
@@ -75,12 +78,16 @@ def test_ray_serve_answers_as_the_app_does_and_sheds_load(
 ) -> None:
     from ray import serve
 
-    monkeypatch.chdir(Path(run).parent)
+    root = Path(run).parent
+    ranker = tiny_ranker.write_ranker(
+        root, run, RankingConfig(family="simtier"), tiny_ranker.write_items(root)
+    )
+    monkeypatch.chdir(root)
     ready: list[str] = []
     try:
         url = serve_run(
             "run", port=free_port(), max_queued_requests=1, on_ready=ready.append,
-            options=Options(compare="run"),
+            options=Options(compare="run", ranker=Path(ranker).name),
         )  # fmt: skip
         assert ready == [url]
         served = httpx.post(f"{url}/v1/recall", json=BODY, timeout=30)
@@ -93,6 +100,12 @@ def test_ray_serve_answers_as_the_app_does_and_sheds_load(
         assert refused.status_code == 422 and refused.json()["detail"][0]["loc"] == ["body", "k"]
         assert httpx.get(f"{url}/v1/healthz", timeout=30).json()["num_items"] == 40
         assert httpx.get(f"{url}/docs", timeout=30).status_code == 200
+        asked = {"query": "red mug", "history": BODY["history"], "k": 5}
+        ranked = httpx.post(f"{url}/v1/rank", json=asked, timeout=30).json()["items"]
+        with TestClient(build_app(Service.load(run, ranker=ranker))) as here:
+            expected = here.post("/v1/rank", json=asked).json()["items"]
+        assert [item["item_id"] for item in ranked] == [item["item_id"] for item in expected]
+        assert [i["ctr"] for i in ranked] == pytest.approx([i["ctr"] for i in expected], abs=1e-5)
         beside = httpx.post(f"{url}/page/other", json=BODY, timeout=30)
         assert beside.json()["items"] == served.json()["items"]
 

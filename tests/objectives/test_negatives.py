@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -127,3 +128,28 @@ def test_without_larger_cosines_contents_stay_as_they_are() -> None:
     contents = np.array([0, 1, 0, 2])
     groups = grouped_contents(contents, np.eye(4, dtype=np.float32), 0.99)
     np.testing.assert_array_equal(groups, contents)
+
+
+def test_of_many_items_those_that_share_a_cell_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from benchmarks.near_duplicates import planted
+
+    vectors, _ = planted(3_000, 16, 20)
+    every = grouped_contents(np.arange(3_000), vectors, 0.99)
+    compared: list[int] = []
+    pairs_of_all = negatives._pairs_of_all
+
+    def noting(units: torch.Tensor, cosine: float) -> Iterator[np.ndarray]:
+        compared.append(len(units) ** 2)
+        return pairs_of_all(units, cosine)
+
+    monkeypatch.setattr(negatives, "_pairs_of_all", noting)
+    monkeypatch.setattr(negatives, "ALL_PAIRS", 2_999)
+    monkeypatch.setattr(negatives, "CELL_ITEMS", 100)
+    found = grouped_contents(np.arange(3_000), vectors, 0.99)
+    assert len(compared) == 30 and sum(compared) < 3_000**2 / 3
+    united = len(np.unique(every)), len(np.unique(found))
+    assert united[0] < 2_750 and united[1] - united[0] < 0.05 * (3_000 - united[0])
+    joined = {(every[row], group) for row, group in enumerate(found)}
+    assert len(joined) == united[1]  # nothing is united that all pairs would not unite

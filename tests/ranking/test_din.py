@@ -16,7 +16,7 @@ from karma_ray.ranking.objective import log_loss
 
 SIZES = Sizes(num_items=30, attributes=[5, 4])
 SMALL = RankingConfig(family="din", width=4, hidden=8, attention_hidden=4, query_buckets=16)
-both = pytest.mark.parametrize("family", sorted(FAMILIES))
+both = pytest.mark.parametrize("family", ["din", "simtier"])
 
 
 def small(family: str) -> RankingConfig:

@@ -85,6 +85,14 @@ def test_later_clicks_end_with_the_split() -> None:
     assert tables["valid"].column("later_rows").to_pylist() == [[]]
 
 
+def test_later_clicks_are_of_the_sessions_that_the_log_names() -> None:
+    log = [page(0, "1", "1"), *(page(day, "234", "34", session_id=f"{day > 2}") for day in (1, 3))]
+    log += [page(2, "5", "5", session_id="False"), page(2, "67", "7", user="v")]
+    (row, *_) = of_user(built(log, max_history=9)["train"])
+    assert row["later_rows"] == [3, 4, 5, 3, 4]
+    assert row["later_sessions"] == [1, 1, 1, 3, 3]
+
+
 def test_pages_that_do_not_say_what_they_showed_are_left_out_but_remembered() -> None:
     log = [page(0, "", "3"), page(1, "12", "2")]
     assert built(log)["train"].to_pylist()[0]["history_rows"] == [3]

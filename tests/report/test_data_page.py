@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from jobs import describe as job
+from jobs import prepare as preparing
 from karma_ray.data.description import describe
 from karma_ray.report.data_page import data_screen, labels, render_data_page
 from tests.data.logs import event
@@ -25,6 +26,20 @@ def test_the_job_prints_a_screen_and_writes_a_page_of_its_own(
     assert page.count("data:image/png;base64,") == 3
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "red big lamp" in page and "No row was set aside" in page
+
+
+def test_preparing_reads_a_small_log_again_to_describe_it_and_of_a_large_one_says_how(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = write_data(tmp_path, shop())
+    preparing.main(["--data", data])
+    assert str(tmp_path / "description.html") in capsys.readouterr().out
+    (tmp_path / "description.html").unlink()
+    monkeypatch.setattr(preparing, "DESCRIBED_ROWS", 1)
+    monkeypatch.delattr(preparing, "describe")
+    preparing.main(["--data", data])
+    assert f"python jobs/describe.py {data}" in capsys.readouterr().out
+    assert not (tmp_path / "description.html").exists()
 
 
 def test_derived_queries_and_proxies_are_labelled(tmp_path: Path) -> None:

@@ -61,6 +61,12 @@ def test_it_ends_with_the_run_folder_and_the_next_command(write_run) -> None:
     assert following.endswith(f"python jobs/serve.py {run}")
 
 
+def test_after_a_ctr_run_it_is_served_beside_the_run_of_its_vectors(write_run) -> None:
+    config = {"recipe": "ctr_simtier", "seed": 0, "ranking": {"vectors": "runs/first"}}
+    run = write_run(**{"config.json": config})
+    assert summary(run).endswith(f"python jobs/serve.py runs/first --ranker {run}")
+
+
 def test_quarantined_rows_are_counted_with_their_reasons(write_run) -> None:
     data = {"name": "shop", "quarantined": {"null user": 3, "unknown item": 12000}}
     text = summary(write_run(**{"data.json": data}))

@@ -25,12 +25,14 @@ from karma_ray.artifacts import (
     read_table,
     write_table,
 )
+from karma_ray.cluster.embedding import embed_items
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.schema import ITEMS
-from karma_ray.errors import InputError
+from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.delta import update_run
 from karma_ray.retrieval.embedding import embed_catalog, known_precision, plan_of
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
+from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.index_build import index_run
 from karma_ray.retrieval.part_encoder import (
     CPU_SLOTS,
@@ -195,6 +197,38 @@ def test_only_what_changed_is_encoded_and_the_result_is_that_of_encoding_all(
     both = [item_id for item_id in new.item_ids if old.row(item_id) >= 0]
     same = new.embeddings[new.rows(both)] == old.embeddings[old.rows(both)]
     assert same.all(1).sum() == 36  # bit for bit
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_where_all_vectors_are_known_no_encoder_starts_and_no_model_is_loaded(
+    run: str, data: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    first, again = str(tmp_path / "first"), str(tmp_path / "again")
+    made = embed_catalog(bundle_of(run), data, first, precision=precision, part_items=7)
+    rows = read_table(join(data, "items")).to_pylist()[::-1][5:]
+    write_table(pa.Table.from_pylist(rows, schema=ITEMS), join(data, "items"))
+
+    def never(*_: Any, **__: Any) -> Any:
+        raise AssertionError("nothing has to be encoded")
+
+    monkeypatch.setattr("karma_ray.retrieval.part_encoder.load_bundle", never)
+    monkeypatch.setattr("karma_ray.cluster.embedding.connect", never)
+    asked = "auto" if precision == "bfloat16" else precision
+    manifest = embed_items(bundle_of(run), data, again, 1, asked, reuse=[first], part_items=8)
+    assert (manifest["encoded"], manifest["reused"], manifest["dropped"]) == (0, 35, 5)
+    assert manifest.get("accuracy") == made.get("accuracy")  # is not measured again
+    old, new = load_embeddings(first), load_embeddings(again)
+    assert np.array_equal(new.embeddings, old.embeddings[old.rows(new.item_ids)])
+
+
+def test_an_encoder_of_items_holds_no_user_decoder(run: str, data: str) -> None:
+    encoder = CatalogEncoder(bundle_of(run), data, "float32")
+    whole = load_bundle(bundle_of(run)).interest
+    names = [name for name, _ in encoder.bundle.interest.named_parameters()]
+    assert names and not [name for name in names if name.startswith("user_decoder")]
+    assert encoder.width == whole.width
+    with pytest.raises(KarmaRayError, match="without its user decoder"):
+        encoder.bundle.interest.user_decoder.prefix()  # type: ignore[union-attr, operator]
 
 
 def test_embeddings_that_were_made_otherwise_are_not_reused(

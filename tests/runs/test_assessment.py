@@ -18,8 +18,8 @@ from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.evaluation.outcomes import FILES, Outcomes
 from karma_ray.model.device import this_device
-from karma_ray.runs.assessment import Evaluator
 from karma_ray.runs.continuation import warn_of_other_split
+from karma_ray.runs.evaluator import Evaluator
 from karma_ray.runs.pipeline import evaluate_run, train_run
 from karma_ray.runs.preparation import ensure_prepared
 
@@ -151,7 +151,7 @@ def test_an_evaluation_on_data_prepared_otherwise_warns(
 def test_floors_are_measured_anew_for_other_words_and_other_clicks(
     data: PreparedData, held_out: PreparedData, tmp_path: Path
 ) -> None:
-    from karma_ray.runs.assessment import floor_metrics
+    from karma_ray.runs.floor_metrics import floor_metrics
 
     first = table(tmp_path / "words.tsv", dict.fromkeys(queries_of(data), "zzz"))
     config = settings("tfidf", f"evaluation.paraphrases={first}", "evaluation.max_examples=5")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from karma_ray.serving.batching import Batcher, Overloaded
+from karma_ray.serving.batching import ALWAYS_TAKEN, IN_FLIGHT, RECENT, Batcher, Overloaded
 
 
 class Work:
@@ -105,3 +105,36 @@ def test_too_many_calls_and_late_ones_are_given_up() -> None:
 
     asyncio.run(ask())
     assert work.batches == [[0], [3]]
+
+
+@pytest.mark.parametrize(
+    ("usual", "weight", "least", "most"),
+    [(7, 7, IN_FLIGHT, IN_FLIGHT), (2, 200, ALWAYS_TAKEN, ALWAYS_TAKEN), (200, 20, 80, 300)],
+    ids=["usual ones", "heavy ones", "light ones"],
+)
+def test_what_may_be_in_flight_depends_on_what_it_weighs(
+    usual: int, weight: int, least: int, most: int
+) -> None:
+    work = Work()
+
+    async def ask() -> int:
+        batcher: Batcher[int, int] = Batcher(work, 10**6)
+        work.gate.set()
+        for _ in range(RECENT):
+            await batcher.submit(1, usual, 60)
+        work.gate.clear()
+        work.entered.clear()
+        first = await behind_a_busy_thread(batcher, work)  # what is computed counts too
+        calls = []
+        while not batcher.is_full:
+            calls.append(asyncio.ensure_future(batcher.submit(1, weight, 60)))
+            await asyncio.sleep(0)
+        with pytest.raises(Overloaded, match="requests wait already"):
+            await batcher.submit(1, weight, 60)
+        work.gate.set()
+        assert await asyncio.gather(first, *calls) == [0, *[2] * len(calls)]
+        assert not batcher.is_full
+        batcher.close()
+        return 1 + len(calls)
+
+    assert least <= asyncio.run(ask()) <= most + 1  # the first of all weighs little

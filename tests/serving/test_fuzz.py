@@ -18,9 +18,10 @@ import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import Case, GenerationMode
 
+from karma_ray.ranking.config import RankingConfig
 from karma_ray.serving.app import build_app
 from karma_ray.serving.service import Service
-from tests import tiny_run
+from tests import tiny_ranker, tiny_run
 
 ODD = (
     b"null", b"-1", b"1e999", b"NaN", b"9" * 400, b'"\\ud800"', b'""', b"[]", b"{}", b"[" * 5000,
@@ -50,7 +51,10 @@ class Endpoint:
 
 @pytest.fixture(scope="module")
 def endpoint(tmp_path_factory) -> Iterator[Endpoint]:
-    service = Service.load(tiny_run.write_run(tmp_path_factory.mktemp("fuzz")))
+    root = tmp_path_factory.mktemp("fuzz")
+    run, config = tiny_run.write_run(root), RankingConfig(family="simtier", interest=True)
+    ranker = tiny_ranker.write_ranker(root, run, config, tiny_ranker.write_items(root))
+    service = Service.load(run, ranker=ranker)
     with asyncio.Runner() as runner:
         yield Endpoint(service, runner)
     service.close()
@@ -68,7 +72,7 @@ def broken(content: bytes) -> list[bytes]:
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
-@pytest.mark.parametrize("path", ["recall", "score", "features", "events"])
+@pytest.mark.parametrize("path", ["recall", "score", "rank", "features", "events"])
 def test_every_drawn_request_is_answered_or_named(endpoint: Endpoint, path: str, mode) -> None:
     operation = endpoint.schema[f"/v1/{path}"]["POST"]
     statuses: dict[int, int] = {}

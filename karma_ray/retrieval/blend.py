@@ -1,0 +1,133 @@
+"""The blend of the model's list and the channels': one linear score of a handful of features.
+
+The candidates of a request are the union of all lists. Every candidate gets every channel's score,
+exactly, whichever list it was found by, and its rank in each list. Weights of scores make a
+logistic model of the click among the candidates; weights of reciprocal ranks alone are reciprocal
+rank fusion (Cormack et al., SIGIR 2009). Requests with and without a history have weights of their
+own. An item without a training click has a feature of its own, which says at most that it is as
+popular as others: where a catalogue was made from a log, such items are there because somebody
+clicked them later, so a model that may prefer them would learn from the future.
+
+Legend: I items, C candidates, F features, T steps of a history.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from karma_ray.retrieval.channels import CHANNELS, among
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from karma_ray.retrieval.channels import Asked, Channels
+
+    Rows = NDArray[np.int64]
+    Values = NDArray[np.float64]
+
+DENSE = "dense"
+LISTS = (DENSE, *CHANNELS)
+SCORES = (
+    DENSE, "bm25_query", "bm25_history", "affinity", "clicks", "clicks_or_mean", "matches", "seen",
+)  # fmt: skip
+"""Of each candidate: the model's score, BM25 of the query and of the history, the affinity's
+log-odds, log(1 + training clicks), the same with the mean of clicked items for one without clicks,
+whether it matches the query, and log(1 + its clicks in the history)."""
+FREE = ("seen",)
+"""Features whose weight may be below 0: what was bought once may be wanted again, or never."""
+RECIPROCAL = tuple(f"rank_{name}" for name in LISTS)
+"""Of each list: 1 / (60 + rank), 0 outside the list."""
+OF_LIST = {
+    DENSE: (DENSE, f"rank_{DENSE}"),
+    "bm25": ("bm25_query", "bm25_history", "rank_bm25"),
+    "affinity": ("affinity", "rank_affinity"),
+    "popularity": ("clicks", "clicks_or_mean", "rank_popularity"),
+}
+"""The features that each list brings."""
+FEATURES = (*SCORES, *RECIPROCAL)
+RANK_OFFSET = 60.0
+GROUPS = ("warm", "cold")
+"""Requests with a history that the catalogue knows, and those without."""
+
+
+@dataclass(frozen=True)
+class Blend:
+    """Weights of the features for requests with and without a history."""
+
+    kind: str
+    """`logistic`, `reciprocal_ranks` or `dense`."""
+    weights: Mapping[str, Mapping[str, float]]
+    """group -> feature -> weight; features that are not named have weight 0."""
+    is_served: bool = False
+    """Whether validation says that the blend should answer unless told otherwise."""
+    measured: Mapping[str, Any] = field(default_factory=dict)
+    """What validation said."""
+    without: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
+    """The weights that were fitted without each of the lists, to know what it adds."""
+
+    def is_dense(self, group: str) -> bool:
+        """Whether the order is that of the model's score, so that nothing need be blended."""
+        heavy = {name for name, weight in self.weights[group].items() if weight}
+        return heavy in ({DENSE}, {f"rank_{DENSE}"})
+
+    def scores(self, group: str, features: Values) -> Values:  # [C, F] -> [C]
+        """Return the blended scores."""
+        return features @ self.vector(group)
+
+    def vector(self, group: str) -> Values:  # [F]
+        """Return the weights in the order of `FEATURES`."""
+        named = self.weights[group]
+        return np.array([named.get(name, 0.0) for name in FEATURES])
+
+    def to_json(self) -> dict[str, Any]:
+        """Return what a manifest holds."""
+        return asdict(self)
+
+
+def group_of(asked: Asked) -> str:
+    """Return the group of a request."""
+    return GROUPS[0] if len(asked.history) else GROUPS[1]
+
+
+def candidates(lists: Mapping[str, Rows]) -> Rows:  # -> [C]
+    """Return the rows of all lists, ascending."""
+    rows = np.sort(np.concatenate([lists[name] for name in LISTS]))
+    first = np.ones(len(rows), bool)
+    np.not_equal(rows[1:], rows[:-1], out=first[1:])
+    found: Rows = rows[first]
+    return found
+
+
+def features(
+    channels: Channels, asked: Asked, lists: Mapping[str, Rows], rows: Rows, dense: Values
+) -> Values:  # [C], [C] -> [C, F]
+    """Return the features of candidate rows, ascending, with the model's scores `dense`.
+
+    Rows that the channels do not know (items added since the index was made) have none of theirs.
+    """
+    known = np.flatnonzero(rows < channels.num_items)
+    some, tastes = rows[known], channels.tastes
+    found = np.zeros((len(rows), len(FEATURES)))
+    found[:, 0] = dense
+    found[known, 1] = asked.by_query[some]
+    found[known, 2] = asked.by_history[some]
+    if len(asked.history):
+        found[known, 3] = tastes.affinity(asked.gains, some)
+    clicks = np.log1p(tastes.clicks[some])
+    found[known, 4] = clicks
+    found[:, 5] = tastes.mean_log_clicks
+    found[known, 5] = np.where(clicks > 0, clicks, tastes.mean_log_clicks)
+    if asked.matches is not None:
+        found[known, 6] = among(some, asked.matches)
+    if len(asked.history):
+        seen, counts = np.unique(asked.history, return_counts=True)
+        there = np.flatnonzero(among(rows, seen))
+        found[there, 7] = np.log1p(counts[np.searchsorted(seen, rows[there])])
+    for column, name in enumerate(LISTS, len(SCORES)):
+        places = np.searchsorted(rows, lists[name])
+        found[places, column] = 1.0 / (RANK_OFFSET + 1.0 + np.arange(len(places)))
+    return found

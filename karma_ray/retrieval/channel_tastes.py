@@ -1,0 +1,102 @@
+"""The channels that count: popularity, and the attributes that a user clicked before.
+
+Both give the scores of the floors in `baselines/`, whose lists have the items that match the query
+first.
+
+Legend: I items, A attributes, M matching items, V values of an attribute, T steps of a history.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow.compute as pc
+import scipy.sparse as sp
+
+from karma_ray.baselines.affinity import POPULARITY_EPSILON, PRIOR_STEPS, attribute_columns
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+    from numpy.typing import NDArray
+
+    Rows = NDArray[np.int64]
+
+
+_BLOCK = 65_536
+"""Items whose affinity one sparse product computes; all blocks share its array of ones."""
+
+
+@dataclass(frozen=True)
+class Tastes:
+    """Training clicks and attribute values of every item."""
+
+    clicks: NDArray[np.int64]  # [I]
+    order: NDArray[np.int32]  # [I] rows, most clicks first, equal ones by row
+    codes: NDArray[np.int32]  # [I, A] the place of each attribute's value among all gains
+    base: list[NDArray[np.float64]]
+    """[V] of each attribute: the values' shares of the training clicks. Among the gains, each
+    attribute has one more place, for items that lack it."""
+
+    @classmethod
+    def of(cls, items: pa.Table, clicks: NDArray[np.int64]) -> Tastes:
+        """Read the attributes of a catalogue's table, in the order of the index."""
+        columns: list[NDArray[np.int32]] = []
+        base, start = [], 0
+        for name in attribute_columns(items):
+            found = pc.dictionary_encode(items.column(name)).combine_chunks().indices
+            codes = pc.fill_null(found, -1).to_numpy().astype(np.int32)
+            size = max(int(codes.max(initial=-1)) + 1, 1)
+            has = codes >= 0
+            mass = np.bincount(codes[has], clicks[has] + 1.0, size)
+            base.append(mass / max(mass.sum(), 1.0))
+            columns.append(np.where(has, codes, size) + start)
+            start += size + 1
+        places = np.array(columns, np.int32).reshape(len(columns), len(clicks)).T
+        order = np.argsort(-clicks, kind="stable").astype(np.int32)
+        return cls(clicks, order, np.ascontiguousarray(places), base)
+
+    @cached_property
+    def mean_log_clicks(self) -> float:
+        """The mean of log(1 + clicks) over items with a click."""
+        clicked = self.clicks[self.clicks > 0]
+        return float(np.log1p(clicked).mean()) if len(clicked) else 0.0
+
+    def gains(self, history: Rows) -> NDArray[np.float64]:  # [T] -> [sum of V + 1]
+        """Return what each value of each attribute adds to the affinity; a missing one adds 0."""
+        found, start, seen = [np.empty(0)], 0, self.codes[history]
+        for column, base in enumerate(self.base):
+            counts = np.bincount(seen[:, column] - start, minlength=len(base) + 1)[: len(base)]
+            share = (counts + PRIOR_STEPS * base) / (counts.sum() + PRIOR_STEPS)
+            found.append(np.append(np.log(share / base), 0.0))
+            start += len(base) + 1
+        return np.concatenate(found)
+
+    def affinity(
+        self, gains: NDArray[np.float64], rows: Rows | None = None
+    ) -> NDArray[np.float64]:  # [M] -> [M], or [I]
+        """Return the affinity of some items, or of all."""
+        least = POPULARITY_EPSILON / (self.clicks[self.order[0]] + 1.0)
+        if rows is not None:
+            of_rows: NDArray[np.float64] = gains[self.codes[rows]].sum(1)
+            of_rows += self.clicks[rows] * least
+            return of_rows
+        total: NDArray[np.float64] = self.clicks * least
+        if not self.base:
+            return total
+        for start in range(0, len(total), _BLOCK):
+            # A sparse product reads the gains without an array of them for every attribute.
+            codes = self.codes[start : start + _BLOCK]
+            ones, ends = self._frame
+            parts = ones[: codes.size], codes.reshape(-1), ends[: len(codes) + 1]
+            block = sp.csr_matrix(parts, shape=(len(codes), len(gains)), copy=False)
+            total[start : start + _BLOCK] += block @ gains
+        return total
+
+    @cached_property
+    def _frame(self) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
+        """Return the values and row ends of a sparse matrix with a place for every attribute."""
+        size, width = min(_BLOCK, len(self.codes)), self.codes.shape[1]
+        return np.ones(size * width), np.arange(size + 1, dtype=np.int32) * np.int32(width)
