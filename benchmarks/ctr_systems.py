@@ -61,6 +61,8 @@ class Arm:
 ARMS: Mapping[str, Arm] = {
     "din": Arm("ctr_din"),
     "simtier": Arm("ctr_simtier"),
+    "sarm": Arm("ctr_sarm"),
+    "ocarm": Arm("ctr_ocarm"),
     "gsu": Arm("ctr_qarm", ("ranking.codes=none",)),
     "rq": Arm("ctr_qarm", WITHOUT, "rq_kmeans"),
     "fsq": Arm("ctr_qarm", WITHOUT, "res_kmeans_fsq"),

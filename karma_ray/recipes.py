@@ -199,15 +199,11 @@ def toy() -> Config:
         # An encoder that starts with the decoder loses the user's taste; one that starts late
         # does not learn to place new items (docs/log.md, L37).
         training=replace(
-            base.training,
-            steps=850,
-            batch_size=48,
-            learning_rate=2e-3,
-            encoder_delay=0.2,
+            base.training, steps=850, batch_size=48, learning_rate=2e-3, encoder_delay=0.2,
             encoder_lr=0.5,
         ),
         evaluation=replace(base.evaluation, max_examples=3000),
-    )
+    )  # fmt: skip
 
 
 TRAINED: dict[str, Callable[[], Config]] = {

@@ -12,6 +12,7 @@ from karma_ray.ranking.config import RankingConfig
 from karma_ray.ranking.families import Sizes, build_model, family_of
 from karma_ray.ranking.features import num_features
 from karma_ray.ranking.load import save_ranker
+from karma_ray.ranking.qarm import Qarm
 from tests import tiny_run
 
 SIZES = [3, 2]
@@ -30,7 +31,8 @@ def write_ranker(
 ) -> str:
     """Write RUN2, whose model reads the vectors of `run` if its family does; returns RUN2."""
     catalog = Catalog.load(items_uri)
-    sizes = Sizes(catalog.num_items, SIZES)
+    is_coded = family_of(config).uses_codes
+    sizes = Sizes(catalog.num_items, SIZES, 8 if is_coded else 0, codes=[5, 4] * is_coded)
     model = build_model(config, sizes, seed=1)
     draw = torch.Generator().manual_seed(2)
     with torch.no_grad():
@@ -39,6 +41,9 @@ def write_ranker(
         for module in model.modules():
             if isinstance(module, torch.nn.Embedding):
                 module.weight[0] = 0.0  # stands for nothing
+        if isinstance(model, Qarm):
+            model.vectors[1:].normal_(generator=draw)
+            model.items.codes[1:] = torch.randint(1, 5, (sizes.num_items, 2), generator=draw)
     count = 0
     if family_of(config).uses_vectors:
         count = num_features(config.interest)

@@ -143,8 +143,7 @@ def _with_anchors(facts: ItemFacts, config: RankingConfig, data: str, cache: str
 
 
 def _qarm(config: RankingConfig, sizes: Sizes) -> nn.Module:
-    base = ItemEmbedding(sizes.num_items, sizes.attributes, config.width)
-    items = CodedItems(base, sizes.num_items, sizes.codes)
+    items = CodedItems(_items(config, sizes), sizes.num_items, sizes.codes)
     return Qarm(config, items, sizes.vector_width)
 
 

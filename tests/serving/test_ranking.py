@@ -34,6 +34,7 @@ from tests import tiny_ranker, tiny_run
 CONFIGS = {
     "din": RankingConfig(family="din"),
     "simtier": RankingConfig(family="simtier", max_history=3),
+    "qarm": RankingConfig(family="qarm", max_history=4, recent_items=2, gsu_items=2),
     "interest": RankingConfig(family="simtier", interest=True, max_history=3),
 }
 CLICKS = ["i3", "i21", "i8", "i30", "i3"]
