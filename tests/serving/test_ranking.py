@@ -241,7 +241,10 @@ def test_the_client_ranks(endpoint) -> None:
 
     given, recalled = asyncio.run(ask())
     history = [{"item_id": i} for i in CLICKS]
-    assert given == endpoint.ask(query="red mug", history=history, item_ids=IDS)["items"]
+    asked = endpoint.ask(query="red mug", history=history, item_ids=IDS)["items"]
+    assert [i["item_id"] for i in given] == [i["item_id"] for i in asked]
+    # Not equal: one of them found the keys and values of the history that the other had stored.
+    assert [i["score"] for i in given] == pytest.approx([i["score"] for i in asked], abs=1e-4)
     assert len(recalled) == 4
 
 
