@@ -32,6 +32,7 @@ from karma_ray.codes.config import Kind, config_of
 from karma_ray.config import Config, override, to_dict
 from karma_ray.errors import InputError
 from karma_ray.metrics.clicks import mean_auc_difference
+from karma_ray.ranking.families import family_of
 from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.judged import Judged
 from karma_ray.ranking.load import load_ranker
@@ -61,7 +62,10 @@ class Arm:
 ARMS: Mapping[str, Arm] = {
     "din": Arm("ctr_din"),
     "simtier": Arm("ctr_simtier"),
+    "vectors": Arm("ctr_din", ("ranking.family=vectors",)),
     "sarm": Arm("ctr_sarm"),
+    "sarm_words": Arm("ctr_sarm", ("ranking.anchors=words",)),
+    "untaught": Arm("ctr_ocarm", ("ranking.distillation=0",)),
     "ocarm": Arm("ctr_ocarm"),
     "gsu": Arm("ctr_qarm", ("ranking.codes=none",)),
     "rq": Arm("ctr_qarm", WITHOUT, "rq_kmeans"),
@@ -71,7 +75,8 @@ ARMS: Mapping[str, Arm] = {
     "qarm_fsq": Arm("ctr_qarm", (), "res_kmeans_fsq"),
     "qarm_fsq_aligned": Arm("ctr_qarm", (), "res_kmeans_fsq", True),
 }
-"""`rq` and `fsq` read semantic ids alone, `gsu` the search alone, `qarm_` both."""
+"""`vectors` adds a projection of the item's frozen vector, `untaught` is `ocarm` without a teacher;
+`rq` and `fsq` read semantic ids alone, `gsu` the search alone, `qarm_` both."""
 
 
 def arms_of(text: str) -> dict[str, Arm]:
@@ -106,13 +111,16 @@ def codes_of(arm: Arm, vectors: str, sizes: Sequence[str], out: str) -> str:
 def config_of_arm(arm: Arm, seed: int, vectors: str, given: argparse.Namespace) -> Config:
     """Return the configuration of a run."""
     changes = [*arm.changes, *given.assignments, "training.num_workers=0", f"seed={seed}"]
-    if arm.recipe != "ctr_din":
+    config = override(recipes.build(arm.recipe), changes)
+    family = family_of(config.ranking)
+    if family.uses_vectors or (family.reads is not None and not family.vectors_optional):
         if not vectors:
             raise InputError("--vectors", None, f"is needed by {arm.recipe}")
-        changes.append(f"ranking.vectors={vectors}")
+        config = override(config, [f"ranking.vectors={vectors}"])
     if arm.kind:
-        changes.append(f"ranking.codes={codes_of(arm, vectors, given.codes, given.out)}")
-    return override(recipes.build(arm.recipe), changes)
+        folder = codes_of(arm, vectors, given.codes, given.out)
+        config = override(config, [f"ranking.codes={folder}"])
+    return config
 
 
 def trained(config: Config, data: str, out: str, cache: str) -> Judged:
