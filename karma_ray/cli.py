@@ -157,6 +157,7 @@ def train(argv: list[str] | None, description: str, load_executor: Callable[[], 
 def run(main: Callable[[list[str] | None], Any], argv: list[str] | None = None) -> NoReturn:
     """Run a job: exit code 0 on success, 2 on bad input with a message, 1 on failure."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("faiss").setLevel(logging.WARNING)  # it tells how it was loaded
     try:
         main(argv)
     except InputError as error:

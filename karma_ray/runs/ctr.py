@@ -31,6 +31,8 @@ from karma_ray.ranking.items import ItemFacts
 from karma_ray.ranking.judged import Judged, Predict
 from karma_ray.ranking.load import KIND, load_ranker, logits_of, save_ranker
 from karma_ray.ranking.objective import Term
+from karma_ray.ranking.vectors import vectors_of
+from karma_ray.retrieval.retriever import check_run
 from karma_ray.runs.batches import ordered_batches
 from karma_ray.runs.executor import Executor
 from karma_ray.runs.exposures import check_exposed, ensure_exposures, with_vectors
@@ -224,6 +226,7 @@ def train_ctr(
     resume: bool = False, on_validate: OnValidate | None = None,
 ) -> None:  # fmt: skip
     """Train a CTR model on data that `check_ranking` passed, and write the run's ranker/."""
+    _check_items(config, source, cache)
     exposures = exposures_of(config, source, cache, executor.prepare)
     if not exposures.num_pages("train"):
         raise InputError("--data", source.uri, "shows nothing before its validation days")
@@ -246,6 +249,15 @@ def train_ctr(
         num_parameters=sum(value.numel() for value in served.parameters()),
         notes=family.notes(model),
     )  # fmt: skip
+
+
+def _check_items(config: Config, source: PreparedData, cache: str) -> None:
+    """Raise InputError if vectors, codes or anchors cannot be read, before a worker has to."""
+    if family_of(config.ranking).uses_vectors:
+        check_run(config.ranking.vectors)
+        vectors_of(config.ranking.vectors, source.items_uri)
+    else:
+        facts_of(config.ranking, source.items_uri, cache)
 
 
 def teacher_of(config: Config, source: PreparedData, cache: str) -> tuple[Config, str] | None:

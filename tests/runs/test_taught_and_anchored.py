@@ -17,7 +17,7 @@ from karma_ray.errors import InputError
 from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.judged import Judged
 from karma_ray.ranking.load import load_ranker
-from karma_ray.runs.ctr import (
+from karma_ray.runs.ctr import ensure_teacher, (
     CtrStage,
     check_ranking,
     exposures_of,
@@ -26,6 +26,7 @@ from karma_ray.runs.ctr import (
     train_ctr,
 )
 from karma_ray.runs.ctr_assessment import assess_ctr
+from karma_ray.runs.executor import HERE
 from karma_ray.runs.executor import HERE
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.training.checkpoints.checkpoint import load_weights
@@ -90,11 +91,11 @@ def test_a_student_serves_what_it_was_measured_with_and_reads_nothing_later(
 def test_students_share_a_teacher_and_one_without_distillation_has_none(
     shop: str, cache: str
 ) -> None:
-    source = PreparedData.load(shop)
+    source = ensure_prepared(shop, small("ctr_ocarm").prepare)
     found = teacher_of(small("ctr_ocarm"), source, cache)
     other = teacher_of(small("ctr_ocarm", "ranking.distillation=0.2"), source, cache)
     assert found is not None and other is not None and found[1] == other[1]
-    assert exists(join(found[1], "ranker", "manifest.json"))
+    assert ensure_teacher(small("ctr_ocarm"), source, cache, HERE) == found[1]
     seeded = teacher_of(small("ctr_ocarm", "seed=1"), source, cache)
     assert seeded is not None and seeded[1] != found[1]
     assert teacher_of(small("ctr_ocarm", "ranking.distillation=0"), source, cache) is None
