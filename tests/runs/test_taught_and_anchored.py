@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from karma_ray.artifacts import exists, join, read_table
+from karma_ray.artifacts import join, read_table
 from karma_ray.config import Config
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prepared import PreparedData
@@ -17,16 +17,16 @@ from karma_ray.errors import InputError
 from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.judged import Judged
 from karma_ray.ranking.load import load_ranker
-from karma_ray.runs.ctr import ensure_teacher, (
+from karma_ray.runs.ctr import (
     CtrStage,
     check_ranking,
+    ensure_teacher,
     exposures_of,
     predictor,
     teacher_of,
     train_ctr,
 )
 from karma_ray.runs.ctr_assessment import assess_ctr
-from karma_ray.runs.executor import HERE
 from karma_ray.runs.executor import HERE
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.training.checkpoints.checkpoint import load_weights
