@@ -42,7 +42,7 @@ class RankingConfig:
     codes: str = ""
     """Folder of the semantic ids that `ctr_qarm` reads (default: `item_codes` of the run of
     `vectors`), or `none`; `--codes` sets it."""
-    epochs: CountOrZero = 1
+    epochs: CountOrZero = 3
     """Passes over the training pages, which give the steps; 0: `training.steps`."""
     distillation: Weight = 0.0
     """Weight of 1 - cos(user's vector, that of a teacher which reads the later clicks); with 0 no
