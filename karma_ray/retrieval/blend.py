@@ -69,6 +69,20 @@ class Blend:
     without: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     """The weights that were fitted without each of the lists, to know what it adds."""
 
+    @property
+    def verdict(self) -> str:
+        """Which lists answer, and what validation said, in one line."""
+        who = "the blend of all lists" if self.is_served else "the model alone"
+        if not self.measured:
+            return f"recall answers by {who}: validation has too few clicks to compare"
+        rates, depth = self.measured["HR"], self.measured["depth"]
+        gain = (self.measured[name] for name in ("gain", "low", "high"))
+        points = "{:+.1f} [{:+.1f}, {:+.1f}]".format(*gain)
+        return (
+            f"recall answers by {who}: HR@{depth} on validation is {rates[self.kind]:.1f} blended "
+            f"and {rates[DENSE]:.1f} by the model alone ({points} over users)"
+        )
+
     def is_dense(self, group: str) -> bool:
         """Whether the order is that of the model's score, so that nothing need be blended."""
         heavy = {name for name, weight in self.weights[group].items() if weight}

@@ -103,8 +103,7 @@ def add_channels(folder: str, retriever: Retriever, data: PreparedData) -> Blend
     channels = Channels.of(data, retriever.index.item_ids, parents)
     blend = fitted_blend(retriever, channels, data.examples("valid"))
     channels.save(folder, blend.to_json())
-    who = "the blend of all lists" if blend.is_served else "the model alone"
-    LOG.info("recall answers by %s; validation said %s", who, dict(blend.measured) or "too little")
+    LOG.info("%s", blend.verdict)
     return blend
 
 

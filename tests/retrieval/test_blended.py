@@ -247,3 +247,12 @@ def test_the_endpoint_serves_what_validation_prefers_and_says_so(run) -> None:
         retriever = with_channels(Retriever.load(run), run, mode)
         wanted = retriever.recall("red mug", [HistoryItem("i3")], 5).items
         assert [item["item_id"] for item in found] == [item.item_id for item in wanted]
+
+
+def test_the_verdict_of_validation_is_a_sentence() -> None:
+    measured = {"depth": 50, "HR": {"dense": 65.3, "logistic": 78.75}, "gain": 13.45, "low": 11.68,
+                "high": 15.29}  # fmt: skip
+    said = Blend("logistic", {}, True, measured).verdict
+    assert "the blend of all lists" in said and "78.8 blended and 65.3" in said
+    assert "+13.4 [+11.7, +15.3]" in said
+    assert "too few clicks" in Blend("dense", {}).verdict
