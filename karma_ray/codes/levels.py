@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-import faiss
 import numpy as np
 
 from karma_ray.codes.fsq import bounded, digits, packed, unpacked
@@ -58,6 +57,8 @@ class KMeansLevel:
         if len(vectors) < size:
             problem = f"needs as many items to fit codewords, there are {len(vectors)}"
             raise InputError("codes.codewords or codes.fsq_levels", size, problem)
+        import faiss  # rankers that read codes need none
+
         kmeans = faiss.Kmeans(
             vectors.shape[1], size, niter=iterations, seed=seed, verbose=False,
             min_points_per_centroid=1, max_points_per_centroid=max(1, -(-len(vectors) // size)),
@@ -70,6 +71,8 @@ class KMeansLevel:
         return len(self.codewords)
 
     def encode(self, vectors: Vectors) -> Codes:
+        import faiss
+
         _, nearest = faiss.knn(np.ascontiguousarray(vectors), self.codewords, 1)
         return np.asarray(nearest[:, 0], np.int32)
 
