@@ -6,9 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from karma_ray.artifacts import exists, join, open_filesystem, read_json, value_hash, write_json
+from karma_ray.artifacts import exists, join, read_json, read_table, value_hash, write_json
+from karma_ray.data.prepare_work import write_whole
 from karma_ray.funnel.outcomes import UserSums
 
 VERSION = 1
@@ -32,21 +31,6 @@ class Finished:
         table, facts = (join(self.out, FOLDER, f"{stem}{end}") for end in (".parquet", ".json"))
         if not exists(facts):
             sums, found = measure()
-            write_parquet(sums.table(), table)
+            write_whole(sums.table(), table)
             write_json(found, facts)  # last: it says that the part is complete
-        return UserSums.read(read_parquet(table)), dict(read_json(facts))
-
-
-def write_parquet(table: Any, uri: str) -> None:
-    """Write one Parquet file, creating its folder."""
-    fs, path = open_filesystem(uri)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    with fs.open(path, "wb") as sink:
-        pq.write_table(table, sink)
-
-
-def read_parquet(uri: str) -> Any:
-    """Read one Parquet file."""
-    fs, path = open_filesystem(uri)
-    with fs.open(path, "rb") as file:
-        return pq.read_table(file)
+        return UserSums.read(read_table(table)), dict(read_json(facts))

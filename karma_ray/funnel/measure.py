@@ -16,10 +16,10 @@ from typing import Any
 import pyarrow as pa
 
 from karma_ray.artifacts import absolute, join, read_manifest
+from karma_ray.data.prepare_work import write_whole
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.funnel.assembly import assembled, missing
-from karma_ray.funnel.finished import write_parquet
 from karma_ray.funnel.ground import Ground, Part
 from karma_ray.funnel.lines import PRERANK, RANKING, RECALL
 from karma_ray.funnel.opened import ACTION_ONLY, KARMA, NONE, OpenedRun, open_runs, paired
@@ -179,4 +179,4 @@ def _write_outcomes(parts: Sequence[Part], folder: str) -> None:
         seeds = pa.array([part.seed] * table.num_rows, pa.int64())
         names = [*columns, "seed", *table.column_names]
         tables.append(pa.table([*columns.values(), seeds, *table.columns], names=names))
-    write_parquet(pa.concat_tables(tables), join(folder, "outcomes.parquet"))
+    write_whole(pa.concat_tables(tables), join(folder, "outcomes.parquet"))

@@ -19,7 +19,6 @@ from torch import nn
 from karma_ray import recipes
 from karma_ray.artifacts import RunFolder, exists, join, locked, value_hash
 from karma_ray.config import Config, flattened, to_dict
-from karma_ray.data.catalog import Catalog
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.ranking.collate import CtrCollator
@@ -117,9 +116,9 @@ class CtrStage:
         """Return what the model knows of the items before it is trained."""
         return facts_of(self.config.ranking, self.items_uri, self.cache)
 
-    def build(self) -> nn.Module:
-        """Build the model with initial weights."""
-        facts = self.facts()
+    def build(self, facts: ItemFacts | None = None) -> nn.Module:
+        """Build the model with initial weights; `facts` are read if not given."""
+        facts = facts or self.facts()
         model = build_model(self.config.ranking, Sizes.of(facts), self.config.seed)
         items: nn.Module = model.items  # type: ignore[assignment]
         items.know(facts)  # type: ignore[operator]
@@ -236,12 +235,12 @@ def train_ctr(
     LOG.info("%s: %d steps, %d worker(s)", config.recipe, job.training.steps,
              max(1, config.training.num_workers))  # fmt: skip
     summary = run_training(job, resume=resume, max_failures=2, distribute=executor.train)
-    model = stage.build()
+    family, catalog, facts = family_of(config.ranking), source.catalog(), stage.facts()
+    model = stage.build(facts)
     load_weights(summary["weights"], model)
-    rates = ItemRates.count(exposures, source.catalog().num_items)
+    rates = ItemRates.count(exposures, catalog.num_items)
     model.items.forget(np.flatnonzero(~rates.is_warm))  # type: ignore[operator, union-attr]
-    family, catalog = family_of(config.ranking), Catalog.load(source.items_uri)
-    served, facts = family.to_serve(model), stage.facts()
+    served = family.to_serve(model)
     save_ranker(
         served, config.ranking, Sizes.of(facts), exposures.num_features,
         catalog.table.column("item_id").combine_chunks(), RunFolder(run).path(KIND),
