@@ -87,12 +87,16 @@ def locked(path: str) -> AbstractContextManager[Any]:
 
 
 def write_table(table: pa.Table, folder: str, part: str = "part-00000") -> None:
-    """Write one zstd Parquet file `folder/part.parquet`."""
+    """Write one zstd Parquet file `folder/part.parquet`, atomically on a local filesystem."""
     fs, path = open_filesystem(folder)
     fs.makedirs(path, exist_ok=True)
-    with fs.open(f"{path}/{part}.parquet", "wb") as sink:
+    target = f"{path}/{part}.parquet"
+    unfinished = f"{target}.{os.getpid()}.tmp" if "file" in fs.protocol else target
+    with fs.open(unfinished, "wb") as sink:
         # Training shuffles and bounds its memory by row groups (training/order.py).
         pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
+    if unfinished != target:
+        os.replace(unfinished, target)
 
 
 def data_files(uri: str, endings: tuple[str, ...]) -> list[str]:
@@ -201,11 +205,7 @@ def value_hash(value: Any) -> str:
 
 
 def write_manifest(
-    folder: str,
-    kind: str,
-    *,
-    parents: Mapping[str, str] | None = None,
-    **facts: Any,
+    folder: str, kind: str, *, parents: Mapping[str, str] | None = None, **facts: Any
 ) -> dict[str, Any]:
     """Write and return `folder/manifest.json`; `parents` maps roles to content hashes."""
     manifest = {

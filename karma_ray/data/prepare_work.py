@@ -23,7 +23,6 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from karma_ray.artifacts import (
     exists,
@@ -32,8 +31,8 @@ from karma_ray.artifacts import (
     read_json,
     read_table,
     remove,
-    write_bytes,
     write_json,
+    write_table,
 )
 from karma_ray.data.event_parts import READERS, EventPart, by_file, day_of, from_json, to_json
 from karma_ray.data.work_folder import open_work
@@ -102,7 +101,7 @@ class PrepareWork:
             else:
                 return
             remove(self.build)
-        write_whole(pa.table({"item_id": item_ids}), join(folder, "part-00000.parquet"))
+        write_table(pa.table({"item_id": item_ids}), folder)
 
     def facts(self, parts: Sequence[EventPart]) -> list[dict[str, Any] | None]:
         """Return what was reported of every part, or None for a part that is not finished."""
@@ -136,7 +135,7 @@ class PrepareWork:
     def write_part_table(self, kind: str, part: EventPart, table: pa.Table) -> None:
         """Write one of a part's tables, whole or not at all; a table without rows has no file."""
         if table.num_rows:
-            write_whole(table, self.path(kind, part))
+            write_table(table, join(self.uri, kind), part.name)
         else:
             remove(self.path(kind, part))  # of an attempt with other rows
 
@@ -156,10 +155,3 @@ class PrepareWork:
         for name in list(names):
             for kind, ending in _KINDS.items():  # its facts first, so that it is not finished
                 remove(join(self.uri, kind, f"{name}.{ending}"))
-
-
-def write_whole(table: pa.Table, uri: str) -> None:
-    """Write a small table as one Parquet file, whole or not at all."""
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    write_bytes(sink.getvalue().to_pybytes(), uri)

@@ -247,7 +247,7 @@ class Measurement:
             values = best[best >= 0]
         result: dict[str, float] = {"num_test": len(values)}
         for k in CUTOFFS:
-            result[f"HR@{k}"] = 100.0 * float(ranking.hit(values, k).mean())
+            result[f"HR@{k}"] = ranking.hit_rate(values, k)
         result["NDCG@10"] = 100.0 * float(ranking.ndcg(values).mean())
         result["MRR"] = 100.0 * float(ranking.reciprocal_rank(values).mean())
         return result

@@ -6,8 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from karma_ray.artifacts import exists, join, read_json, read_table, value_hash, write_json
-from karma_ray.data.prepare_work import write_whole
+from karma_ray.artifacts import (
+    exists,
+    join,
+    read_json,
+    read_table,
+    value_hash,
+    write_json,
+    write_table,
+)
 from karma_ray.funnel.outcomes import UserSums
 
 VERSION = 1
@@ -28,9 +35,10 @@ class Finished:
     ) -> tuple[UserSums, dict[str, Any]]:
         """Return a part as it was measured, now or earlier."""
         stem = f"{stage}-{name}-{value_hash([VERSION, self.key, depends])}"
-        table, facts = (join(self.out, FOLDER, f"{stem}{end}") for end in (".parquet", ".json"))
+        folder = join(self.out, FOLDER)
+        table, facts = (join(folder, f"{stem}{end}") for end in (".parquet", ".json"))
         if not exists(facts):
             sums, found = measure()
-            write_whole(sums.table(), table)
+            write_table(sums.table(), folder, stem)
             write_json(found, facts)  # last: it says that the part is complete
         return UserSums.read(read_table(table)), dict(read_json(facts))

@@ -15,8 +15,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from karma_ray.artifacts import absolute, join, read_manifest
-from karma_ray.data.prepare_work import write_whole
+from karma_ray.artifacts import absolute, join, read_manifest, write_table
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.funnel.assembly import assembled, missing
@@ -179,4 +178,4 @@ def _write_outcomes(parts: Sequence[Part], folder: str) -> None:
         seeds = pa.array([part.seed] * table.num_rows, pa.int64())
         names = [*columns, "seed", *table.column_names]
         tables.append(pa.table([*columns.values(), seeds, *table.columns], names=names))
-    write_whole(pa.concat_tables(tables), join(folder, "outcomes.parquet"))
+    write_table(pa.concat_tables(tables), folder, "outcomes")

@@ -43,6 +43,11 @@ def hit(ranks: NDArray[np.int64], k: int) -> NDArray[np.float64]:  # [n] -> [n]
     return (ranks <= k).astype(np.float64)
 
 
+def hit_rate(ranks: NDArray[np.int64], k: int) -> float:  # [n] -> scalar
+    """Return the mean of HR@K, in percent."""
+    return 100.0 * float(hit(ranks, k).mean())
+
+
 def ndcg(ranks: NDArray[np.int64], k: int = 10) -> NDArray[np.float64]:  # [n] -> [n]
     """Return NDCG@K with one relevant item: 1 / log2(1 + rank) in the top K, else 0."""
     gains = np.asarray(1.0 / np.log2(1.0 + ranks.astype(np.float64)))

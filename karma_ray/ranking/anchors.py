@@ -26,10 +26,10 @@ from karma_ray.artifacts import (
     table_files,
     value_hash,
     write_manifest,
+    write_table,
 )
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.fragments import items_folder
-from karma_ray.data.prepare_work import write_whole
 from karma_ray.errors import InputError, SkewError
 from karma_ray.model.backbones.checkpoints import load_lm_head
 from karma_ray.model.interest import InterestModel
@@ -141,7 +141,7 @@ def _make(run: str, data: str, source: str, max_tokens: int, folder: str) -> Non
         else:
             texts = spoken(model, vectors[first:stop], max_tokens)
         table = pa.table({"item_id": catalog.item_ids[first:stop], "text": texts}, schema=ANCHORS)
-        write_whole(table, join(folder, f"{name}.parquet"))
+        write_table(table, folder, name)
 
 
 def _parts(folder: str) -> set[str]:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from karma_ray.artifacts import join, move, write_table
+from karma_ray.artifacts import join, write_table
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.fragments import row_blocks
 from karma_ray.data.steps import flattened, list_sizes, places
@@ -53,9 +53,7 @@ class FeatureBuild:
         ]
         empty = EXPOSURES.append(pa.field("features", pa.list_(pa.float32()))).empty_table()
         target, name = join(self.out, folder), name.removesuffix(".parquet")
-        # Written under a name that no reader takes for data, so that a file is there as a whole.
-        write_table(pa.concat_tables([empty, *tables]), target, f"_{name}")
-        move(join(target, f"_{name}.parquet"), join(target, f"{name}.parquet"))
+        write_table(pa.concat_tables([empty, *tables]), target, name)
 
 
 @dataclass(frozen=True)

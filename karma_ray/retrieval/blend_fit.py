@@ -160,14 +160,15 @@ def fitted_blend(retriever: Retriever, channels: Channels, valid: pa.Table) -> B
     dense = data.ranks_in(DENSE)
     held_out = {kind: _held_out_ranks(data, kind) for kind in KINDS}
     depth = min(METRIC_DEPTH, max(1, channels.num_items // 10))
-    rates = {kind: _rate(ranks, depth) for kind, ranks in held_out.items()}
+    rates = {kind: ranking.hit_rate(ranks, depth) for kind, ranks in held_out.items()}
     best = max(KINDS, key=lambda kind: rates[kind])
     gain = paired_bootstrap(
         100 * ranking.hit(held_out[best], depth), 100 * ranking.hit(dense, depth),
         data.users, seed=0,
     )  # fmt: skip
     measured: dict[str, Any] = {
-        "requests": len(data.target), "depth": depth, "HR": {DENSE: _rate(dense, depth), **rates},
+        "requests": len(data.target), "depth": depth,
+        "HR": {DENSE: ranking.hit_rate(dense, depth), **rates},
         "gain": gain.difference, "low": gain.low, "high": gain.high,
     }  # fmt: skip
     everyone = np.ones(len(data.target), bool)
@@ -177,10 +178,6 @@ def fitted_blend(retriever: Retriever, channels: Channels, valid: pa.Table) -> B
         for name in LISTS
     }
     return Blend(best, _weights(data, KINDS[best], everyone), gain.low > 0, measured, without)
-
-
-def _rate(ranks: Numbers, depth: int) -> float:
-    return 100.0 * float(ranking.hit(ranks, depth).mean())
 
 
 def _held_out_ranks(data: Gathered, kind: str) -> Numbers:  # -> [B]

@@ -15,7 +15,7 @@ from karma_ray import recipes
 from karma_ray.artifacts import RunFolder, exists, write_json
 from karma_ray.errors import InputError
 from karma_ray.evaluation.impressions import sampled
-from karma_ray.metrics import ranking
+from karma_ray.metrics.ranking import hit, hit_rate
 from karma_ray.metrics.significance import paired_bootstrap
 from karma_ray.retrieval.blend import LISTS, Blend
 from karma_ray.retrieval.blend_fit import Gathered
@@ -85,7 +85,7 @@ def channel_metrics(
     for name in LISTS:
         row = _row(name, "channel", ranks[name]) | _gains(ranks["blend"], ranks[name], found)
         if name in without:
-            row |= {f"increment@{k}": _rate(ranks["blend"], k) - _rate(without[name], k)
+            row |= {f"increment@{k}": hit_rate(ranks["blend"], k) - hit_rate(without[name], k)
                     for k in DEPTHS}  # fmt: skip
         rows.append(row)
     for name, of_floor in floors.items():
@@ -116,19 +116,15 @@ def _floors(
         yield name, evaluator.detailed(ranker, examples)
 
 
-def _rate(ranks: Ranks, k: int) -> float:
-    return 100.0 * float(ranking.hit(ranks, k).mean())
-
-
 def _row(name: str, role: str, ranks: Ranks) -> dict[str, Any]:
-    return {"name": name, "role": role, **{f"HR@{k}": _rate(ranks, k) for k in DEPTHS}}
+    return {"name": name, "role": role, **{f"HR@{k}": hit_rate(ranks, k) for k in DEPTHS}}
 
 
 def _gains(blend: Ranks, other: Ranks, found: Gathered) -> dict[str, Any]:
     """Return how much more the blend hits, with the 95 % interval over users."""
     gains = {}
     for k in DEPTHS:
-        ours, theirs = (100.0 * ranking.hit(side, k) for side in (blend, other))
+        ours, theirs = (100.0 * hit(side, k) for side in (blend, other))
         gain = paired_bootstrap(ours, theirs, found.users, seed=0)
         gains[f"gain@{k}"] = [gain.difference, gain.low, gain.high]
     return gains
@@ -151,5 +147,5 @@ def _by_target(evaluator: Evaluating, examples: pa.Table, ranks: Ranks) -> dict[
     found: dict[str, float] = {"blend/num_test": len(ranks)}
     for name, some in (("warm", warm), ("cold", ~warm)):
         if some.any():
-            found |= {f"blend/{name}/HR@{k}": _rate(ranks[some], k) for k in DEPTHS}
+            found |= {f"blend/{name}/HR@{k}": hit_rate(ranks[some], k) for k in DEPTHS}
     return found
