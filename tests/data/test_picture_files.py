@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 import pyarrow as pa
 import pytest
+import s3fs
 
 from karma_ray.artifacts import join, read_lines, read_table, write_bytes, write_table
 from karma_ray.data import picture_files
@@ -19,6 +20,7 @@ from karma_ray.data.picture_files import BrokenImage, fetch
 from karma_ray.data.pictures import read_images
 from karma_ray.data.pixels import catalog_pixels
 from karma_ray.runs.features import FeaturesConfig, make_features
+from karma_ray.stores import failure
 from tests.cluster.stores import BUCKET, running_store
 from tests.data.test_pictures import coded
 
@@ -98,6 +100,22 @@ def test_a_file_that_is_too_large_is_not_read_whole(
     small, large = fetch(["small", "large"], str(tmp_path))
     assert small == bytes(10)
     assert isinstance(large, BrokenImage) and "has more than" in str(large)
+
+
+def test_a_store_that_is_down_is_no_broken_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in (
+        ("AWS_ENDPOINT_URL", "http://127.0.0.1:9"), ("AWS_ACCESS_KEY_ID", "key"),
+        ("AWS_SECRET_ACCESS_KEY", "secret"), ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_MAX_ATTEMPTS", "1"), ("NO_PROXY", "127.0.0.1"),
+    ):  # fmt: skip
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    with pytest.raises(Exception, match=r"127\.0\.0\.1:9") as raised:
+        fetch(["s3://bucket/1.png"], str(tmp_path))
+    s3fs.S3FileSystem.clear_instance_cache()
+    assert failure(raised.value)
 
 
 def test_an_import_keeps_names_and_says_where_they_start(tmp_path: Path) -> None:
