@@ -39,15 +39,17 @@ def mutual_information(
     alone as after the other one.
     """
     between = np.array(line_break(tokenizer), np.int32)
-    texts = [row[: length - 1] for row, length in zip(tokens, lengths.tolist(), strict=True)]
+
+    def text(item: int) -> NDArray[np.int32]:
+        return tokens[item, : lengths[item] - 1]
 
     def related(pairs: Pairs) -> NDArray[np.float32]:
         there, back = pairs, pairs[:, ::-1]
         items, place = np.unique(pairs, return_inverse=True)
-        alone = _losses(body, head, [(between, texts[item]) for item in items])
+        alone = _losses(body, head, [(between, text(item)) for item in items])
         alone = alone[place.reshape(pairs.shape)]  # [P, 2]
         after = [
-            _losses(body, head, [(np.concatenate([texts[a], between]), texts[b]) for a, b in some])
+            _losses(body, head, [(np.concatenate([text(a), between]), text(b)) for a, b in some])
             for some in (there, back)
         ]
         gained = alone[:, ::-1] - np.stack(after, 1)

@@ -108,6 +108,7 @@ def test_too_few_pairs_and_a_model_over_ids_are_refused(tmp_path: Path) -> None:
         align_run(run, config=TuningConfig(gap_s=1.0))
     words = aligned_run.tokenizer()
     over_ids = IdRecommender(ModelConfig(kind="sasrec"), IdSizes(160, 400, 9))
+    over_ids.know(aligned_run.catalog().item_ids)
     save_bundle(over_ids, words, aligned_run.COLLATE, f"{run}/bundle")
     with pytest.raises(InputError, match=r"--aligned: 'llm' .*over item ids; choices: projection"):
         align_run(run, config=SMALL)
