@@ -37,7 +37,7 @@ from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.judged import Judged
 from karma_ray.ranking.load import load_ranker
 from karma_ray.retrieval.aligned import FOLDER as ALIGNED
-from karma_ray.retrieval.aligned import align_run
+from karma_ray.retrieval.aligned import METHODS, Method, align_run
 from karma_ray.retrieval.parts import served
 from karma_ray.runs.ctr import exposures_of, predictor
 from karma_ray.runs.pipeline import train_run
@@ -55,8 +55,8 @@ class Arm:
     changes: tuple[str, ...] = ()
     kind: Kind | None = None
     """Kind of the semantic ids that it reads, if it does."""
-    is_aligned: bool = False
-    """Whether these are of the aligned embeddings."""
+    aligned: Method | None = None
+    """How the embeddings that these are of were aligned, if they were."""
 
 
 ARMS: Mapping[str, Arm] = {
@@ -70,13 +70,15 @@ ARMS: Mapping[str, Arm] = {
     "gsu": Arm("ctr_qarm", ("ranking.codes=none",)),
     "rq": Arm("ctr_qarm", WITHOUT, "rq_kmeans"),
     "fsq": Arm("ctr_qarm", WITHOUT, "res_kmeans_fsq"),
-    "fsq_aligned": Arm("ctr_qarm", WITHOUT, "res_kmeans_fsq", True),
+    "fsq_aligned": Arm("ctr_qarm", WITHOUT, "res_kmeans_fsq", "projection"),
+    "fsq_llm": Arm("ctr_qarm", WITHOUT, "res_kmeans_fsq", "llm"),
     "qarm_rq": Arm("ctr_qarm", (), "rq_kmeans"),
     "qarm_fsq": Arm("ctr_qarm", (), "res_kmeans_fsq"),
-    "qarm_fsq_aligned": Arm("ctr_qarm", (), "res_kmeans_fsq", True),
+    "qarm_fsq_aligned": Arm("ctr_qarm", (), "res_kmeans_fsq", "projection"),
 }
 """`vectors` adds a projection of the item's frozen vector, `untaught` is `ocarm` without a teacher;
-`rq` and `fsq` read semantic ids alone, `gsu` the search alone, `qarm_` both."""
+`rq` and `fsq` read semantic ids alone, `gsu` the search alone, `qarm_` both. `_aligned` are ids of
+projected vectors, `_llm` those of the tuned LLM."""
 
 
 def arms_of(text: str) -> dict[str, Arm]:
@@ -97,12 +99,12 @@ def codes_of(arm: Arm, vectors: str, sizes: Sequence[str], out: str) -> str:
     """Return the folder of an arm's semantic ids, making them first."""
     config = config_of(sizes, kind=arm.kind)
     place = f"{vectors.rstrip('/').rsplit('/', 1)[-1]}-{arm.kind}"
-    folder = join(out, "codes", f"{place}{'-aligned' if arm.is_aligned else ''}")
+    suffix = {None: "", "projection": "-aligned", "llm": "-llm"}[arm.aligned]
+    folder = join(out, "codes", f"{place}{suffix}")
     embeddings = served(vectors).item_embeddings
-    if arm.is_aligned:
-        embeddings = join(vectors, ALIGNED)
-        if not exists(join(embeddings, "manifest.json")):
-            align_run(vectors)
+    if arm.aligned:
+        embeddings = join(vectors, f"{ALIGNED}-{arm.aligned}")
+        align_run(vectors, config=METHODS[arm.aligned](), out=embeddings)
     if not exists(join(folder, "manifest.json")):
         code_items(embeddings, folder, config)
     return folder
