@@ -1,15 +1,17 @@
 """Preparation on Ray against a single-process script in Polars that makes the same examples.
 
-    python benchmarks/prepare.py [--events MILLIONS ...] [--rounds N] [--quick]
+    python benchmarks/prepare.py [--events MILLIONS ...] [--rounds N] [--ways ray] [--quick]
 
 Logs are generated: pages of 8 items, 50 per user, a click or two on each. Both ways prepare the
 same log in new processes, one after the other in every round. A line gives the wall and CPU seconds
 and the peak memory of all processes together (proportional set size, sampled); the median of the
-rounds counts. On the smallest log the tables must be equal. JSON lines; the last one holds the
-headline: `fixed_seconds` (Ray on a log of 1,000 events), `slope_over_polars` (seconds per further
-event between the smallest and the largest log, over those of Polars), `cpu_slope_over_polars` (the
-same of CPU seconds, which other work on the machine hardly changes), `growth_exponent` (of Ray's
-seconds without the fixed ones) and `peak_gib` (Ray, largest log).
+rounds counts. `memory_gib` has the largest memory in each second of the last round; `--plot FILE`
+draws it. `--ways ray` leaves Polars out, which must hold the log; on the smallest log the tables of
+both must be equal. JSON lines; the last one holds the headline: `fixed_seconds` (Ray on a log of
+1,000 events), `seconds_per_million` (further events, between the smallest and the largest log),
+`slope_over_polars` (the same over that of Polars), `cpu_slope_over_polars` (the same of CPU
+seconds, which other work on the machine hardly changes), `growth_exponent` (of Ray's seconds
+without the fixed ones) and `peak_gib` (Ray, largest log).
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ def main(argv: list[str] | None = None) -> None:
     flags = parser(__doc__ or "")
     flags.add_argument("--events", type=float, nargs="+", help="millions of events (1 3 10)")
     flags.add_argument("--rounds", type=int, default=3, help="rounds of each (default 3)")
+    flags.add_argument("--ways", nargs="+", choices=WAYS, default=WAYS, help="(polars ray)")
+    flags.add_argument("--plot", metavar="FILE.png", help="draw memory over time")
     flags.add_argument("--quick", action="store_true", help="0.2 and 0.6 million, one round")
     flags.add_argument("--one", nargs=3, metavar=("WAY", "DATA", "OUT"), help="prepare once")
     arguments = flags.parse_args(argv)
@@ -65,49 +69,65 @@ def main(argv: list[str] | None = None) -> None:
     sizes = sorted(arguments.events or ([0.2, 0.6] if quick else [1.0, 3.0, 10.0]))
     rounds = 1 if quick else arguments.rounds
     found: dict[tuple[str, float], dict[str, float]] = {}
+    curves: dict[tuple[str, float], list[float]] = {}
     for size in [TINY, *sizes]:
         with tempfile.TemporaryDirectory() as folder:
             generate(Path(folder, "data"), int(size * 1e6))
-            for way in WAYS:
+            for way in arguments.ways:
                 outs = [f"{folder}/{way}-{number}" for number in range(rounds)]
-                lines = [measure(way, f"{folder}/data", out) for out in outs]
+                lines, memories = zip(
+                    *(measure(way, f"{folder}/data", out) for out in outs), strict=True
+                )
                 found[way, size] = {
                     name: statistics.median(line[name] for line in lines) for name in lines[0]
                 }
-                print_line({"way": way, "millions": size, **found[way, size]})
-            if size == sizes[0]:
+                curves[way, size] = memory = memories[-1]
+                print_line({"way": way, "millions": size, **found[way, size], "memory_gib": memory})
+            if size == sizes[0] and len(arguments.ways) > 1:
                 check_equal(f"{folder}/ray-0", f"{folder}/polars-0")
-    print_line(headline(found, sizes))
+    if arguments.plot:
+        plot({key: curve for key, curve in curves.items() if key[1] > TINY}, arguments.plot)
+    if "ray" in arguments.ways:
+        print_line(headline(found, sizes))
 
 
 def headline(
     found: dict[tuple[str, float], dict[str, float]], sizes: list[float]
 ) -> dict[str, Any]:
-    """Return the figures that count."""
+    """Return the figures that count; those of a comparison only if there was one."""
     fixed = found["ray", TINY]["seconds"]
     least, most = sizes[0], sizes[-1]
-
-    def slope(way: str, name: str) -> float:
-        return (found[way, most][name] - found[way, least][name]) / (most - least)
-
-    ratio, of_cpu = (
-        slope("ray", name) / slope("polars", name) for name in ("seconds", "cpu_seconds")
-    )
-    grown = [max(found["ray", size]["seconds"] - fixed, 0.001) for size in (least, most)]
-    return {
-        "fixed_seconds": round(fixed, 1),
-        "slope_over_polars": round(ratio, 2),
-        "cpu_slope_over_polars": round(of_cpu, 2),
-        "growth_exponent": round(math.log(grown[1] / grown[0]) / math.log(most / least), 2),
-        "peak_gib": found["ray", most]["peak_gib"],
-        "polars_peak_gib": found["polars", most]["peak_gib"],
+    line = {
+        "fixed_seconds": round(fixed, 1), "peak_gib": found["ray", most]["peak_gib"],
         "millions": most,
-    }
+    }  # fmt: skip
+    if most > least:
+        grown = [max(found["ray", size]["seconds"] - fixed, 0.001) for size in (least, most)]
+        line["growth_exponent"] = round(math.log(grown[1] / grown[0]) / math.log(most / least), 2)
+        line["seconds_per_million"] = round(_slope(found, "ray", "seconds", least, most), 2)
+    if ("polars", most) in found:
+        line["polars_peak_gib"] = found["polars", most]["peak_gib"]
+        for name, key in (("slope", "seconds"), ("cpu_slope", "cpu_seconds")):
+            ours, theirs = (_slope(found, way, key, least, most) for way in ("ray", "polars"))
+            line[f"{name}_over_polars"] = round(ours / theirs, 2)
+    return line
 
 
-def measure(way: str, data: str, out: str) -> dict[str, float]:
-    """Prepare in a new process; returns seconds, CPU seconds and peak memory of its tree."""
-    began, peak, cpu = time.perf_counter(), 0, {0: 0.0}
+def _slope(
+    found: dict[tuple[str, float], dict[str, float]], way: str, name: str, least: float, most: float
+) -> float:
+    """Return how much is added by a million events; from the smallest log of all if need be."""
+    least = least if most > least else TINY
+    return (found[way, most][name] - found[way, least][name]) / (most - least)
+
+
+def measure(way: str, data: str, out: str) -> tuple[dict[str, float], list[float]]:
+    """Prepare in a new process.
+
+    Returns seconds, CPU seconds and peak memory of its tree, and the largest memory in GiB of each
+    second.
+    """
+    began, peaks, cpu = time.perf_counter(), [0], {0: 0.0}
     command = [sys.executable, __file__, "--one", way, data, out]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     while process.poll() is None:
@@ -120,13 +140,29 @@ def measure(way: str, data: str, out: str) -> dict[str, float]:
             with suppress(psutil.Error):  # it has ended meanwhile
                 used += each.memory_full_info().pss
                 cpu[each.pid] = sum(each.cpu_times()[:2])
-        peak = max(peak, used)
+        second = int(time.perf_counter() - began)
+        peaks += [used] * (second + 1 - len(peaks))
+        peaks[second] = max(peaks[second], used)
         time.sleep(0.3)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
     seconds = time.perf_counter() - began
-    return {"seconds": round(seconds, 2), "cpu_seconds": round(sum(cpu.values()), 2),
-            "peak_gib": round(peak / 2**30, 2)}  # fmt: skip
+    figures = {"seconds": round(seconds, 2), "cpu_seconds": round(sum(cpu.values()), 2),
+               "peak_gib": round(max(peaks) / 2**30, 2)}  # fmt: skip
+    return figures, [round(peak / 2**30, 2) for peak in peaks]
+
+
+def plot(curves: dict[tuple[str, float], list[float]], path: str) -> None:
+    """Draw the memory of all processes over time."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 3.5), layout="constrained")
+    axes = figure.subplots()
+    for (way, size), curve in curves.items():
+        axes.plot(curve, label=f"{way}, {size:g} million", linestyle="-" if way == "ray" else ":")
+    axes.set(xlabel="seconds", ylabel="memory of all processes, GiB", ylim=(0, None))
+    axes.legend(frameon=False)
+    figure.savefig(path, dpi=120)
 
 
 def prepare_once(way: str, data: str, out: str) -> None:

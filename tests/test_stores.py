@@ -5,18 +5,28 @@ The server is a real one of the S3 API on loopback, behind a proxy that injects 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+import pyarrow as pa
 import pytest
 import s3fs
 from botocore.retries.standard import ExponentialBackoff
 
 from jobs import import_data
 from karma_ray import cli
-from karma_ray.artifacts import open_filesystem, read_json, read_table
+from karma_ray.artifacts import open_filesystem, read_json, read_table, write_table
 from karma_ray.data.config import PrepareConfig
+from karma_ray.node_cache import upload
+from karma_ray.retrieval.embedding import embed_catalog
+from karma_ray.retrieval.encode import load_embeddings
+from karma_ray.runs.features import FeaturesConfig, make_features
 from karma_ray.runs.preparation import prepare
-from tests.cluster.stores import BUCKET, running_store
+from tests import tiny_run
+from tests.cluster.stores import BUCKET, Store, running_store
+from tests.data.test_pictures import coded
 from tests.flaky import TIMEOUT, flaky_proxy
 
 ITEMS = "item_id,title\n" + "".join(f"{n},thing {n}\n" for n in range(4))
@@ -35,11 +45,22 @@ def write_logs(folder: Path) -> tuple[str, str]:
     return str(folder / "log"), str(folder / "items.csv")
 
 
+@contextmanager
+def failing_answers(patch: pytest.MonkeyPatch, store: Store) -> Iterator[None]:
+    """Let every third answer of the store fail, and each kind of failure happen again and again."""
+    # The pauses are botocore's; waiting for them tests nothing.
+    patch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
+    with flaky_proxy(store.port, [503, 500] * 6 + [TIMEOUT]) as proxy:
+        patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
+        patch.setattr(s3fs.S3FileSystem, "read_timeout", 1)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield
+        assert all(proxy.injected[fault] > 1 for fault in (503, 500, TIMEOUT)), proxy.injected
+
+
 def test_import_and_prepare_survive_every_third_answer_that_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # The pauses are botocore's; waiting for them tests nothing.
-    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
     log, items = write_logs(tmp_path)
     local = str(tmp_path / "local")
     expected = import_data.main(["long", log, local, "--items", items])
@@ -47,19 +68,42 @@ def test_import_and_prepare_survive_every_third_answer_that_fails(
         fs = s3fs.S3FileSystem()
         fs.put(log, f"{BUCKET}/log", recursive=True)
         fs.put(items, f"{BUCKET}/items.csv")
-        with flaky_proxy(store.port, [503, 500] * 6 + [TIMEOUT]) as proxy:
-            monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
-            monkeypatch.setattr(s3fs.S3FileSystem, "read_timeout", 1)
-            s3fs.S3FileSystem.clear_instance_cache()
+        with failing_answers(monkeypatch, store):
             out = f"s3://{BUCKET}/data"
             made = import_data.main(
                 ["long", f"s3://{BUCKET}/log", out, "--items", f"s3://{BUCKET}/items.csv"]
             )
             prepare(out, PrepareConfig())
             assert read_json(f"{out}/prepared.json")["counts"]["clicks"] == made["counts"]["clicks"]
-            assert all(proxy.injected[fault] > 1 for fault in (503, 500, TIMEOUT))
     assert made["data_hash"] == expected["data_hash"]
     assert read_table(f"{local}/events").num_rows == made["counts"]["events"]
+
+
+def test_embeddings_and_features_survive_every_third_answer_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = pa.array([coded((6 * n, 9, 250 - n)) for n in range(40)])
+    rows = tiny_run.items_table().drop_columns(["image"]).append_column("image", images)
+    local, config = str(tmp_path / "data"), FeaturesConfig(target="pooled:1", width=2)
+    for part in range(2):
+        write_table(rows[20 * part : 20 * part + 20], f"{local}/items", f"part-{part}")
+    bundle = f"{tiny_run.write_run(tmp_path)}/bundle"
+    embed_catalog(bundle, local, str(tmp_path / "embedded"), part_items=8)
+    expected = make_features(local, config)
+    with running_store(monkeypatch) as store:
+        there = f"s3://{BUCKET}"
+        upload(Path(local, "items"), f"{there}/data/items")
+        upload(Path(bundle), f"{there}/bundle")
+        with failing_answers(monkeypatch, store):
+            embed_catalog(f"{there}/bundle", f"{there}/data", f"{there}/embedded", part_items=8)
+            found = load_embeddings(f"{there}/embedded")
+        with failing_answers(monkeypatch, store):
+            facts = make_features(f"{there}/data", config)
+            features = read_table(f"{there}/data/visual_features")
+    whole = load_embeddings(str(tmp_path / "embedded"))
+    assert found.item_ids == whole.item_ids
+    np.testing.assert_allclose(found.embeddings, whole.embeddings, atol=1e-5)
+    assert facts == expected and features.equals(read_table(f"{local}/visual_features"))
 
 
 def test_a_store_that_is_down_for_good_is_one_sentence(

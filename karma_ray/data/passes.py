@@ -23,14 +23,19 @@ from karma_ray.data.click_times import click_times, clicks_per_day
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.event_parts import READERS, EventPart, PartRows, read_part, starts
 from karma_ray.data.forgotten import Forgotten
-from karma_ray.data.preparation import beyond_cap, build_partition
+from karma_ray.data.preparation import add_up, beyond_cap, build_partition
 from karma_ray.data.prepare_work import PrepareWork
 from karma_ray.data.prepared import PREPARE_VERSION
 from karma_ray.data.reading import quarantine_of
 from karma_ray.data.splits import Cutoffs
 from karma_ray.data.user_rows import joined, newest, read_rows, slot_range, write_rows
-from karma_ray.data.validation import check_events, count_reasons
+from karma_ray.data.validation import CLEAN_EVENTS, check_events, count_reasons
 from karma_ray.errors import LeakError
+
+PARTS_AT_ONCE = 32
+"""Parts whose rows of a partition are read before robots' rows are dropped."""
+CAPS_HELD = 4
+"""A partition with fewer rows than so many times the cap of a user is as it is."""
 
 
 @dataclass(frozen=True)
@@ -118,8 +123,8 @@ class PartitionBuild:
         """
         name, build = f"part-{partition:05d}", self.work.build
         report: dict[str, Any] = {"partition": partition, "counts": {}, "leak": None}
-        rows = partition_rows(
-            self.work, self.parts, partition, self.num_partitions, self.config.num_partitions
+        rows, num_dropped = partition_rows(
+            self.work, self.parts, partition, self.num_partitions, self.config
         )
         try:
             if rows.num_rows:
@@ -127,22 +132,40 @@ class PartitionBuild:
                 write_table(built.sequences, join(build, "sequences"), name)
                 for split, table in built.examples.items():
                     write_table(table, join(build, "examples", f"split={split}"), name)
-                report["counts"] = built.counts
+                of_robots = {"events_beyond_cap": num_dropped} if num_dropped else {}
+                report["counts"] = add_up([built.counts, of_robots])
         except LeakError as leak:
             report["leak"] = str(leak)
         write_json(report, join(build, "reports", f"{name}.json"))
 
 
 def partition_rows(
-    work: PrepareWork, parts: Sequence[EventPart], partition: int, num_partitions: int, fewest: int
-) -> pa.Table:
-    """Return the clean events (CLEAN_EVENTS) of one partition of users, from all checked parts."""
-    slots = slot_range(partition, num_partitions, fewest)
-    with ThreadPoolExecutor(READERS) as readers:
-        tables = list(readers.map(lambda part: read_rows(work.path("rows", part), slots), parts))
+    work: PrepareWork, parts: Sequence[EventPart], partition: int, num_partitions: int,
+    config: PrepareConfig,
+) -> tuple[pa.Table, int]:  # fmt: skip
+    """Return the clean events (CLEAN_EVENTS) of one partition of users, from all checked parts.
+
+    Every part has kept up to `max_user_events` rows of a user. So that those of one user with
+    rows in all parts are not held, rows beyond the cap are dropped on the way; their number is
+    returned too. Some may be left.
+    """
+    slots, most = (
+        slot_range(partition, num_partitions, config.num_partitions),
+        config.max_user_events,
+    )
     # Rows are numbered in their files, and start at the part's first row there.
-    begins = zip(starts(parts), parts, strict=True)
-    return joined(tables, [start - part.first_row for start, part in begins])
+    offsets = [start - part.first_row for start, part in zip(starts(parts), parts, strict=True)]
+    rows, num_dropped = CLEAN_EVENTS.empty_table(), 0
+    with ThreadPoolExecutor(READERS) as readers:
+        for first in range(0, len(parts), PARTS_AT_ONCE):
+            some = slice(first, first + PARTS_AT_ONCE)
+            read = readers.map(lambda part: read_rows(work.path("rows", part), slots), parts[some])
+            rows = pa.concat_tables([rows, joined(list(read), offsets[some])])
+            if rows.num_rows > CAPS_HELD * most:
+                kept = newest(rows, most)
+                num_dropped += rows.num_rows - kept.num_rows
+                rows = kept
+    return rows, num_dropped
 
 
 def _numbered(table: pa.Table, name: str, numbers: np.ndarray) -> pa.Table:

@@ -1,6 +1,7 @@
 """Decoding of item images into square pixels, and encoding into the `visual_features` table.
 
-An image that cannot be read stops nothing; it is quarantined with its file, row and reason.
+The column `image` holds bytes, or text that names files (data/picture_files.py). An image that
+cannot be read stops nothing; it is quarantined with its file, row and reason.
 
 Legend: n images, S pixels of a side, N_v tokens of an image, d_v width of a token.
 """
@@ -25,7 +26,8 @@ from PIL import Image, UnidentifiedImageError
 from karma_ray.artifacts import join, open_filesystem, table_files
 from karma_ray.data.catalog import usable_items
 from karma_ray.data.fragments import Fragment, list_fragments, read_fragment
-from karma_ray.data.schema import ITEMS, check_columns
+from karma_ray.data.picture_files import BrokenImage, beside, fetch
+from karma_ray.data.schema import ITEMS, check_columns, is_text
 from karma_ray.data.visual import Moments, feature_rows
 from karma_ray.data.work_folder import WorkFolder
 from karma_ray.errors import InputError
@@ -36,10 +38,6 @@ MAX_PIXELS = 50_000_000
 """Largest number of pixels; a larger image is a mistake or an attack on the node's memory."""
 UNUSED, USABLE, FITTED = 0, 1, 2
 """Kinds of rows in items/: not an item, an item, an item that statistics are fitted on."""
-
-
-class BrokenImage(ValueError):
-    """Raised for bytes that are not a readable image; the message is the reason."""
 
 
 class ImageEncoder(Protocol):
@@ -53,12 +51,15 @@ class ImageEncoder(Protocol):
         """Encode a batch of images."""
 
 
-def decode(data: bytes, side: int) -> np.ndarray:
+def decode(data: bytes | BrokenImage, side: int) -> np.ndarray:
     """Decode bytes of any format of Pillow into pixels [S, S, 3] uint8; raises BrokenImage.
 
-    The whole picture is kept and squeezed into the square. Transparent parts become white.
+    A BrokenImage in place of bytes is raised. The whole picture is kept and squeezed into the
+    square. Transparent parts become white.
     """
     try:
+        if isinstance(data, BrokenImage):
+            raise data
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             image: Image.Image = Image.open(io.BytesIO(data))
@@ -116,12 +117,18 @@ def source_rows(items_uri: str, fitted_ids: pa.Array | None) -> np.ndarray:
     return kinds
 
 
-Row = tuple[int, str, bytes | None]
-"""(row number in the fragment, item id, image)."""
+Row = tuple[int, str, bytes | BrokenImage | None]
+"""(row number in the fragment, item id, image or why its file cannot be read)."""
 
 
-def read_images(fragment: Fragment, folder: str) -> Iterator[list[Row]]:
-    """Yield the rows of a fragment, READ_ROWS at a time."""
+def read_images(
+    fragment: Fragment, folder: str, wanted: np.ndarray | None = None
+) -> Iterator[list[Row]]:
+    """Yield the rows of a fragment, READ_ROWS at a time.
+
+    Where `image` names files, those of the rows `wanted` [fragment rows] bool alone are fetched,
+    and the other rows have no image.
+    """
     fs, _ = open_filesystem(folder)
     start = 0
     with fs.open(fragment.path, "rb") as source:
@@ -130,8 +137,13 @@ def read_images(fragment: Fragment, folder: str) -> Iterator[list[Row]]:
         for batch in file.iter_batches(READ_ROWS, row_groups=[fragment.row_group], columns=columns):
             rows = range(start, start + len(batch))
             ids = batch.column("item_id").cast(pa.string()).to_pylist()
-            images: list[bytes | None] = [None] * len(batch)
-            if "image" in columns:
+            images: list[bytes | BrokenImage | None] = [None] * len(batch)
+            if "image" in columns and is_text(batch.column("image").type):
+                names = batch.column("image").cast(pa.string()).to_pylist()
+                if wanted is not None:
+                    names = [n if wanted[row] else None for n, row in zip(names, rows, strict=True)]
+                images = fetch(names, beside(folder))
+            elif "image" in columns:
                 images = batch.column("image").cast(pa.binary()).to_pylist()
             yield list(zip(rows, ids, images, strict=True))
             start += len(batch)
@@ -152,9 +164,10 @@ def sample_images(
     for done, fragment in enumerate(chosen):
         rows = kinds[fragment.order : fragment.order + fragment.num_rows] == FITTED
         wanted = -(-(count - len(pictures)) // (len(chosen) - done))
-        drawn = set(generator.permutation(np.flatnonzero(rows))[:wanted].tolist())
-        for row, _, data in chain.from_iterable(read_images(fragment, items_uri)):
-            if row not in drawn or not data:
+        drawn = np.zeros(len(rows), bool)
+        drawn[generator.permutation(np.flatnonzero(rows))[:wanted]] = True
+        for row, _, data in chain.from_iterable(read_images(fragment, items_uri, drawn)):
+            if not drawn[row] or not data:
                 continue
             # A broken image is quarantined and counted when its part is encoded.
             with suppress(BrokenImage):
@@ -209,7 +222,7 @@ def encode_fragment(
     broken: list[dict[str, Any]] = []
     sums = Moments(0, np.zeros(1), np.zeros(1))
     without, shape = 0, []
-    for rows in read_images(fragment, items_uri):
+    for rows in read_images(fragment, items_uri, kinds != UNUSED):
         items = [row for row in rows if kinds[row[0]] != UNUSED]
         pictured = [row for row in items if row[2]]
         without += len(items) - len(pictured)

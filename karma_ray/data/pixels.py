@@ -15,7 +15,8 @@ import numpy as np
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.fragments import items_folder, list_fragments
 from karma_ray.data.memory_map import mapped_array
-from karma_ray.data.pictures import UNUSED, BrokenImage, decode, read_images, source_rows
+from karma_ray.data.picture_files import BrokenImage
+from karma_ray.data.pictures import UNUSED, decode, read_images, source_rows
 
 NO_PICTURE = -1
 """Catalogue row of a text without a picture, such as a query."""
@@ -68,8 +69,9 @@ def _fill(values: np.ndarray, catalog: Catalog, data_uri: str, side: int) -> Non
     items = items_folder(data_uri)
     kinds = source_rows(items, None)
     for fragment in list_fragments(items)[0]:
-        for rows in read_images(fragment, items):
-            used = [row for row in rows if row[2] and kinds[fragment.order + row[0]] != UNUSED]
+        usable = kinds[fragment.order : fragment.order + fragment.num_rows] != UNUSED
+        for rows in read_images(fragment, items, usable):
+            used = [row for row in rows if row[2] and usable[row[0]]]
             places = catalog.rows([item_id for _, item_id, _ in used])
             for place, (_, _, data) in zip(places, used, strict=True):
                 try:

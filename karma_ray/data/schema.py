@@ -36,7 +36,7 @@ ITEMS = pa.schema(
         pa.field("image", pa.binary()),
     ]
 )
-"""One row per item; further columns are kept."""
+"""One row per item; further columns are kept. `image` may be text that names files instead."""
 
 SEQUENCES = pa.schema(
     [
@@ -85,7 +85,8 @@ QUARANTINE = pa.schema(
 def check_columns(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
     """Cast `table` to `schema`; further columns are kept after its columns.
 
-    Missing nullable columns are filled with nulls. Floats in a text column are read as ids
+    Missing nullable columns are filled with nulls. Text stays text where bytes are expected, as it
+    names the file that has them (data/picture_files.py). Floats in a text column are read as ids
     (`identifiers.id_text`): NaN is null and 7.0 is 7. Raises InputError that names the column,
     its type and the expected one when a required column is missing or cannot be cast.
     """
@@ -104,8 +105,9 @@ def check_columns(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
 
             text = id_text(pl.Series(values=column), f"{source}: column {field.name}")
             column = pa.chunked_array([text.to_arrow()])
+        named = field.type == pa.binary() and is_text(column.type)
         try:
-            columns[field.name] = column.cast(field.type)
+            columns[field.name] = column.cast(pa.string() if named else field.type)
         except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
             raise InputError(
                 f"{source}: column {field.name}",
@@ -115,6 +117,12 @@ def check_columns(table: pa.Table, schema: pa.Schema, source: str) -> pa.Table:
     for name in table.column_names:
         columns.setdefault(name, table.column(name))
     return pa.table(columns)
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Whether a column of this type holds strings."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return bool(kind in (pa.string(), pa.large_string(), pa.string_view()))
 
 
 def _of_floats(kind: pa.DataType) -> bool:

@@ -114,8 +114,8 @@ class ExposureBuild:
         from karma_ray.data.user_rows import newest
 
         name, build = f"part-{partition:05d}", self.work.build
-        events = partition_rows(
-            self.work, self.parts, partition, self.num_partitions, self.config.num_partitions
+        events, _ = partition_rows(
+            self.work, self.parts, partition, self.num_partitions, self.config
         )
         pages = build_pages(newest(events, self.config.max_user_events))
         catalog = Catalog.load(self.items_uri)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +143,58 @@ def test_an_interrupted_job_leaves_the_old_folder_and_goes_on_where_it_was(
     assert done == [0, 25] and not Path(data, "visual_features-work").exists()
     monkeypatch.setattr(features, "encode_fragment", encode)
     assert make_features(data, SMALL, join(data, "whole")) == resumed
+
+
+KILLED = """
+import os, signal, sys
+from karma_ray.data import work_folder
+from karma_ray.runs.features import FeaturesConfig, make_features
+data, name, count = sys.argv[1:]
+whole, left = getattr(work_folder, name), [int(count)]
+def dying(*arguments):
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return whole(*arguments)
+setattr(work_folder, name, dying)
+make_features(data, FeaturesConfig(width=6))
+"""
+"""Dies before a function is called for so many times."""
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "left"),
+    [
+        ("write_json", 3, [25]),  # the rows of the second part are written, its facts are not
+        ("move", 1, []),  # the old folder is gone, the new one is not at its place
+    ],
+)
+def test_a_process_that_is_killed_is_started_again_and_encodes_no_part_twice(
+    data: str, monkeypatch: pytest.MonkeyPatch, name: str, count: int, left: list[int]
+) -> None:
+    old, folder = make_features(data, FeaturesConfig(width=3)), join(data, "visual_features")
+    call = [sys.executable, "-c", KILLED, data, name, str(count)]
+    died = subprocess.run(call, cwd=Path(__file__).parents[2], capture_output=True, text=True)
+    assert died.returncode == -signal.SIGKILL, died.stderr
+    if name == "move":
+        assert not Path(folder).exists()
+    else:
+        assert read_manifest(folder) == old
+    encode, done = features.encode_fragment, []
+
+    def counted(fragment, *arguments):
+        done.append(fragment.order)
+        return encode(fragment, *arguments)
+
+    monkeypatch.setattr(features, "encode_fragment", counted)
+    resumed = make_features(data, SMALL)
+    assert done == left and not Path(f"{folder}-work").exists()
+    assert make_features(data, SMALL, join(data, "whole")) == resumed
+    found, whole = (
+        {path.name: path.read_bytes() for path in Path(place).iterdir()}
+        for place in (folder, join(data, "whole"))
+    )
+    assert found == whole
 
 
 def test_a_hugging_face_folder_gives_its_own_numbers(data: str, tmp_path: Path) -> None:

@@ -13,11 +13,11 @@ from PIL import Image
 from karma_ray.artifacts import join, read_table, write_table
 from karma_ray.data import pictures
 from karma_ray.data.fragments import list_fragments
+from karma_ray.data.picture_files import BrokenImage
 from karma_ray.data.pictures import (
     FITTED,
     UNUSED,
     USABLE,
-    BrokenImage,
     Part,
     decode,
     encode_fragment,

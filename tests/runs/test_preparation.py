@@ -9,23 +9,26 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
 from karma_ray.artifacts import read_table, write_json, write_table
+from karma_ray.data import passes
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.event_parts import EventPart, Sizes, list_parts
 from karma_ray.data.forgotten import read_user_ids
 from karma_ray.data.prepared import PreparedData
 from karma_ray.data.reading import NO_FILE, NO_GROUP
+from karma_ray.data.schema import EVENTS, TIME
 from karma_ray.errors import InputError, TooManyBadRows
 from karma_ray.node_cache import upload
 from karma_ray.runs.preparation import Task, prepare, run_here
 from tests.cluster.stores import BUCKET, running_store
 from tests.data.damage import spoil
-from tests.data.logs import event, events_table, items_table, random_events
+from tests.data.logs import START, event, events_table, items_table, random_events
 
 CONFIG = PrepareConfig(max_history=6, num_hard_negatives=3, num_partitions=2)
 SMALL = Sizes(part_cells=1_000, partition_cells=1_000)
@@ -242,6 +245,58 @@ def test_a_user_with_too_many_events_keeps_the_newest(tmp_path: Path) -> None:
         windows = PreparedData.load(data).sequences().to_pylist()
         clicked = {row["user_id"]: row["item_ids"] for row in windows}
         assert clicked == {"robot": [f"i{n % 50}" for n in range(40, 60)], "u": ["i1"]}
+
+
+def robot_log(robot: int, others: int) -> pa.Table:
+    """A user of `robot` events between users of 4 each, in no order of time."""
+    user = np.repeat(np.arange(others), 4)
+    user = np.concatenate([np.full(robot, others), user])
+    order = np.random.default_rng(0).permutation(len(user))
+    seconds = (START.timestamp() + np.random.default_rng(1).permutation(len(user))) * 1e6
+    clicked = pa.array([f"i{n}" for n in range(50)]).take(pa.array(order % 50))
+    columns = {
+        "user_id": pa.array([f"u{n}" for n in range(others)] + ["robot"]).take(pa.array(user)),
+        "timestamp": pa.array(seconds.astype(np.int64)).cast(TIME),
+        "clicked_item_ids": pa.ListArray.from_arrays(
+            pa.array(np.arange(len(user) + 1, dtype=np.int32)), clicked
+        ),
+    }
+    empty = {f.name: pa.nulls(len(user), f.type) for f in EVENTS if f.name not in columns}
+    return pa.table({**columns, **empty}).select(EVENTS.names).cast(EVENTS).take(pa.array(order))
+
+
+def test_a_user_of_a_hundred_thousand_events_is_no_more_work_than_the_cap(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    robot, others, cap, parts = 100_000, 1_000, 1_000, 26
+    log = robot_log(robot, others)
+    (tmp_path / "events").mkdir()
+    for number in range(parts):
+        rows = log[number * 4_000 : number * 4_000 + 4_000]
+        pq.write_table(rows, tmp_path / "events" / f"part-{number:02d}.parquet")
+    write_table(items_table(60), str(tmp_path / "items"))
+    held: list[int] = []
+    build = passes.build_partition
+
+    def counted(clean: pa.Table, *arguments: Any) -> Any:
+        held.append(clean.num_rows)
+        return build(clean, *arguments)
+
+    monkeypatch.setattr(passes, "build_partition", counted)
+    monkeypatch.setattr(passes, "PARTS_AT_ONCE", 4)
+    config = PrepareConfig(
+        max_history=9, max_user_events=cap, valid_share=0.0, test_share=0.0, num_partitions=2
+    )
+    facts = prepare(str(tmp_path), config, sizes=Sizes(part_cells=20_000, partition_cells=50_000))
+    assert facts["counts"]["events_beyond_cap"] == robot - cap
+    assert facts["counts"]["users"] == others + 1
+    assert len(held) > 4 and max(held) <= passes.CAPS_HELD * cap  # each part has kept 1,000 rows
+    windows = PreparedData.load(str(tmp_path)).sequences().filter(pc.field("user_id") == "robot")
+    trained = pc.sum(pc.list_flatten(windows["loss_mask"])).as_py()
+    assert trained == cap and pc.max(pc.list_value_length(windows["item_ids"])).as_py() == 10
+    times = pc.unique(pc.list_flatten(windows["timestamps"]))
+    mine = log.filter(pc.field("user_id") == "robot")["timestamp"].to_pylist()
+    assert set(times.to_pylist()) == set(sorted(mine)[-cap:])
 
 
 def test_parts_follow_row_groups_and_cells(tmp_path: Path) -> None:

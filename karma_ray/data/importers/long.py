@@ -15,7 +15,7 @@ from typing import Any
 
 import polars as pl
 
-from karma_ray.artifacts import value_hash
+from karma_ray.artifacts import absolute, open_filesystem, value_hash
 from karma_ray.data.identifiers import known_text
 from karma_ray.data.importers.exposures import (
     NO_TIME,
@@ -29,6 +29,7 @@ from karma_ray.data.importers.log_files import TextFormat, read_files
 from karma_ray.data.importers.output import DataFolder
 from karma_ray.data.importers.page_spool import TIME_US, PageSpool
 from karma_ray.data.importers.text_blocks import BLOCK_BYTES
+from karma_ray.data.picture_files import beside
 from karma_ray.errors import InputError
 from karma_ray.node_disk import node_folder
 
@@ -83,10 +84,7 @@ def import_long(
     table = map_columns(
         item_rows.frame, item_columns, "--item-columns", _ITEM_REQUIRED, _ITEM_OPTIONAL
     )
-    if "image" in table.columns and table.schema["image"] != pl.Binary:
-        raise InputError(
-            "--item-columns image", table.schema["image"], "must contain the bytes of a picture"
-        )
+    table = _with_full_names(table, items)
     log = Exposures(src, columns, form, time_format, block_bytes)
     with DataFolder(out, count_users=False) as data:
         for file, reason, lines in item_rows.rejected:
@@ -186,6 +184,22 @@ def _page_notes(names: Collection[str], folded: _Folding) -> list[str]:
     if "impression_id" in names:
         return [f"{told}: does impression_id name a result page, or a row?"]
     return [f"{told}: name the column of the result page with --columns impression_id=COLUMN"]
+
+
+def _with_full_names(table: pl.DataFrame, items: str) -> pl.DataFrame:
+    """Let names of picture files start at the root instead of beside `items`."""
+    kind = table.schema.get("image", pl.Binary)
+    if kind == pl.Binary:
+        return table
+    if kind not in (pl.String, pl.Categorical, pl.Null):
+        problem = "must contain the bytes of a picture, or text that names its file"
+        raise InputError("--item-columns image", kind, problem)
+    fs, path = open_filesystem(items)
+    base = absolute(items) if fs.isdir(path) else beside(items)
+    name = known_text("image")
+    whole = name.str.contains("://", literal=True) | name.str.starts_with("/")
+    full = pl.when(whole).then(name).otherwise(pl.lit(f"{base}/") + name)
+    return table.with_columns(full.alias("image"))
 
 
 def _write_items(data: DataFolder, table: pl.DataFrame) -> pl.Series:

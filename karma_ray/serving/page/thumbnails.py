@@ -8,11 +8,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
 
+import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from karma_ray.data.fragments import Fragment, list_fragments, read_fragment
-from karma_ray.data.pictures import BrokenImage, decode, read_images
+from karma_ray.data.picture_files import BrokenImage
+from karma_ray.data.pictures import decode, read_images
 
 SIDE = 96
 """Pixels per side."""
@@ -61,7 +63,8 @@ class Thumbnails:
     def _read(self, part: Fragment, wanted: dict[int, str]) -> dict[str, str | None]:
         """Read a row group as far as it is needed."""
         found: dict[str, str | None] = {}
-        for rows in read_images(part, self._folder):
+        mask = np.isin(np.arange(part.num_rows), list(wanted))
+        for rows in read_images(part, self._folder, mask):
             for row, _, data in rows:
                 if row in wanted:
                     found[wanted[row]] = _address(data)
@@ -70,7 +73,7 @@ class Thumbnails:
         return found
 
 
-def _address(data: bytes | None) -> str | None:
+def _address(data: bytes | BrokenImage | None) -> str | None:
     if not data:
         return None
     try:
