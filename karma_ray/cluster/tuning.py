@@ -66,7 +66,7 @@ def search(
     KarmaRayError when it was interrupted or every trial failed.
     """
     _check(base, trials, max_concurrent, gpus_per_trial, measure_seeds)
-    base, out, tables = _in_process(base), absolute(out), None
+    asked, base, out, tables = base, _in_process(base), absolute(out), None
     cache = absolute(cache or cache_beside(out))
     if train is None:
         tables = Data.open(data or toy_shop(cache))
@@ -89,7 +89,8 @@ def search(
         if known:
             LOG.info("%d of %d trials have ended already", trials - left, trials)
         _run(space, shared, data, ledger, known, left, max_concurrent, gpus_per_trial, train)
-    result = _finished(space, base, ledger, trials)
+    # Where a trial trained is no part of what it found: best.json says how the caller would train.
+    result = _finished(space, asked, ledger, trials)
     if tables and measure_seeds:
         from karma_ray.cluster.study import RayMachine
 
