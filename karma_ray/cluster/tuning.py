@@ -24,6 +24,7 @@ from karma_ray.cluster.search_space import Space, check_trained
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.supply import supply
 from karma_ray.cluster.trials import Recorder, Train, reported_value, trainable
+from karma_ray.cluster.waiting import need_of, telling
 from karma_ray.config import Config, override
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.runs.sources import cache_beside, toy_shop
@@ -184,10 +185,11 @@ def _run(
 
     fs, path = open_filesystem(ledger.out)
     remote = {"storage_filesystem": PyFileSystem(FSSpecHandler(fs))} if "://" in ledger.out else {}
-    tune.Tuner(
+    cpus = base.training.num_threads()
+    tuner = tune.Tuner(
         tune.with_resources(
             trainable(space.metric, base, data, ledger, train),
-            {"cpu": base.training.num_threads(), "gpu": gpus_per_trial},
+            {"cpu": cpus, "gpu": gpus_per_trial},
         ),
         tune_config=tune.TuneConfig(
             num_samples=left,
@@ -203,4 +205,6 @@ def _run(
             callbacks=[Recorder(ledger, space.metric, base.training.steps, on_end)],
             **remote,
         ),
-    ).fit()
+    )
+    with telling("trials", need_of(cpus, gpus_per_trial), min(left, max_concurrent)):
+        tuner.fit()
