@@ -172,6 +172,10 @@ def test_the_spaces_that_ship_can_be_loaded(path: Path) -> None:
             "BASE_RECIPE: 'popularity' trains nothing; choices: action_only",
         ),
         (
+            "SPACE = {'seed': tune.choice([1])}\nMETRIC = 'valid/AUC'\nBASE_RECIPE = 'ctr_din'",
+            "BASE_RECIPE: 'ctr_din' trains a ranking model, which is not searched for",
+        ),
+        (
             "SPACE = {'seed': tune.choice([1])}\nMETRIC = 'valid/MRR'\nFIXED = 'training.steps=4'",
             "FIXED: 'training.steps=4' is not a list of settings",
         ),
