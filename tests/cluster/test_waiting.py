@@ -74,11 +74,14 @@ def test_a_search_says_what_its_trials_wait_for(full_until_told: list[str], tmp_
 
 @pytest.mark.ray
 def test_a_study_says_what_its_trials_wait_for(full_until_told: list[str]) -> None:
+    def double(number: int) -> int:
+        return 2 * number
+
     machine = RayMachine()
-    task = machine.start(int, ["7"], 1)
+    task = machine.start(double, [7], 1)
     while not machine.ended([task], 5.0):
         pass
-    assert machine.result(task) == 7
+    assert machine.result(task) == 14
     machine.stop([])
     assert "trials: waiting for 8 CPUs: 8 in the cluster, 0 of them free" in full_until_told
 
