@@ -38,6 +38,7 @@ from karma_ray.studies.ledger import (
 from karma_ray.studies.measured import measure
 from karma_ray.studies.plan import Data
 from karma_ray.studies.search_page import write_search_page
+from karma_ray.studies.tracking import send_search
 
 LOG = logging.getLogger(__name__)
 RETRIES = 2
@@ -101,6 +102,7 @@ def search(
         )  # fmt: skip
         result = replace(result, measured=found)
         write_search_page(result, space.path, out)
+    send_search(result, space.path, out)
     return result
 
 
