@@ -39,6 +39,7 @@ from karma_ray.studies.plan import (
 from karma_ray.studies.search import chosen_trials, search_trials
 from karma_ray.studies.study import Outcome, run_study
 from karma_ray.studies.tables import TABLES
+from karma_ray.studies.tracking import send_study
 from karma_ray.studies.trial import Trial
 
 CHOICES = [*TABLES, "report"]
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> None:
                 outcomes.append(_run(trials, data, arguments, begun))
         failed = {name: reason for o in outcomes for name, reason in o.failed.items()}
     markdown, page = write_report(arguments.results)
+    send_study(arguments.results)
     print(f"report   {markdown} {page}")
     if failed:
         raise KarmaRayError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
