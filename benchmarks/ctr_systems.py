@@ -61,13 +61,14 @@ class Arm:
     kind: Kind | None = None
     """Kind of the semantic ids that it reads, if it does."""
     is_aligned: bool = False
-    """Whether these are of the aligned embeddings."""
+    """Whether these are of the aligned embeddings; without ids, whether its vectors are these."""
 
 
 ARMS: Mapping[str, Arm] = {
     "din": Arm("ctr_din"),
     "simtier": Arm("ctr_simtier"),
     "vectors": Arm("ctr_din", ("ranking.family=vectors",)),
+    "vectors_aligned": Arm("ctr_din", ("ranking.family=vectors",), is_aligned=True),
     "sarm": Arm("ctr_sarm"),
     "sarm_words": Arm("ctr_sarm", ("ranking.anchors=words",)),
     "untaught": Arm("ctr_ocarm", ("ranking.distillation=0",)),
@@ -83,7 +84,7 @@ ARMS: Mapping[str, Arm] = {
 """`vectors` adds a projection of the item's frozen vector, `untaught` is `ocarm` without a teacher;
 `rq` and `fsq` read semantic ids alone, `gsu` the search alone, `qarm_` both."""
 PAIRS = (
-    ("fsq", "rq"), ("fsq_aligned", "fsq"),
+    ("vectors_aligned", "vectors"), ("fsq", "rq"), ("fsq_aligned", "fsq"),
     ("qarm_fsq", "qarm_rq"), ("qarm_fsq_aligned", "qarm_fsq"),
     ("sarm", "simtier"), ("sarm", "vectors"), ("sarm", "sarm_words"), ("ocarm", "untaught"),
 )  # fmt: skip
@@ -111,12 +112,17 @@ def codes_of(arm: Arm, vectors: str, sizes: Sequence[str], out: str) -> str:
     folder = join(out, "codes", f"{place}{'-aligned' if arm.is_aligned else ''}")
     embeddings = served(vectors).item_embeddings
     if arm.is_aligned:
-        embeddings = join(vectors, ALIGNED)
-        if not exists(join(embeddings, "manifest.json")):
-            align_run(vectors)
+        embeddings = aligned(vectors)
     if not exists(join(folder, "manifest.json")):
         code_items(embeddings, folder, config)
     return folder
+
+
+def aligned(vectors: str) -> str:
+    """Return the folder of a run's aligned embeddings, making them first."""
+    if not exists(join(vectors, ALIGNED, "manifest.json")):
+        align_run(vectors)
+    return join(vectors, ALIGNED)
 
 
 def config_of_arm(arm: Arm, seed: int, vectors: str, given: argparse.Namespace) -> Config:
@@ -127,7 +133,8 @@ def config_of_arm(arm: Arm, seed: int, vectors: str, given: argparse.Namespace) 
     if family.uses_vectors or (family.reads is not None and not family.vectors_optional):
         if not vectors:
             raise InputError("--vectors", None, f"is needed by {arm.recipe}")
-        config = override(config, [f"ranking.vectors={vectors}"])
+        read = aligned(vectors) if arm.is_aligned and not arm.kind else vectors
+        config = override(config, [f"ranking.vectors={read}"])
     if arm.kind:
         folder = codes_of(arm, vectors, given.codes, given.out)
         config = override(config, [f"ranking.codes={folder}"])
