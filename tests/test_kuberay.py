@@ -308,3 +308,8 @@ def test_the_job_is_a_command_that_the_image_has() -> None:
     flags = words[words.index("--recipe") :]
     parsed = cli.parser("", config=True).parse_args(flags)
     assert cli.load_config(parsed, "toy").training.num_workers == 4
+
+
+def test_image_and_machines_can_read_a_gguf_file() -> None:
+    for path in (FOLDER / "Dockerfile", FOLDER.parents[1] / "cluster.yaml"):
+        assert "-c constraints.txt '.[gguf]'" in path.read_text(), path
