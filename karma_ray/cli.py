@@ -124,7 +124,8 @@ def train(argv: list[str] | None, description: str, load_executor: Callable[[], 
     )
     flags.add_argument(
         "--vectors", metavar="RUN",
-        help="finished run whose item vectors give a CTR model its similarity features",
+        help="finished run whose item vectors a CTR model reads: as similarities (ctr_simtier), "
+        "to search a long history (ctr_qarm), as text (ctr_sarm), as they are (ctr_ocarm)",
     )  # fmt: skip
     flags.add_argument(
         "--codes", metavar="FOLDER",
