@@ -5,7 +5,8 @@
 - A 503 is asked again after its `Retry-After`, lengthened by a random part, so that refused clients
   do not come back together.
 - A lost connection is asked again once, unless the call may have been carried out and would count
-  twice: clicks are repeated only if no connection was made.
+  twice: clicks are repeated only if no connection was made. So is an error of the host, which is
+  what Ray Serve answers for a replica that was lost while it computed.
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ def conversation(call: Call, num_retries: int, draws: random.Random) -> Steps:
             lost = True
         else:
             assert reply is not None
+            if left and call.repeatable and not lost and _is_of_the_host(reply):
+                lost = True
+                continue
             if reply.status_code != 503 or left == 0:
                 return _answer_of(call, reply)
             yield _wait_of(reply) * (1.0 + JITTER * draws.random())
@@ -90,6 +94,12 @@ def _may_repeat(call: Call, error: httpx.TransportError) -> bool:
     if isinstance(error, httpx.ConnectError):
         return True
     return call.repeatable and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
+
+
+def _is_of_the_host(reply: httpx.Response) -> bool:
+    """Whether a host or a proxy failed, not the endpoint, whose own errors are JSON."""
+    kind = reply.headers.get("content-type", "")
+    return reply.status_code in (500, 502, 504) and not kind.startswith("application/json")
 
 
 def _said(error: httpx.TransportError) -> str:

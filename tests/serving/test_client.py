@@ -206,6 +206,33 @@ def test_a_lost_connection_is_asked_again_once_unless_it_would_count_twice(
         assert len(seen) == sent
 
 
+LOST_REPLICA = reply("500 Error", b"Internal Server Error", content_type="text/plain")
+NOT_FINITE = reply("500 Error", b'{"detail": "not finite"}', content_type="application/json")
+
+
+@pytest.mark.parametrize(
+    ("call", "answers", "sent"),
+    [
+        (Client.recall, (LOST_REPLICA, OK), 2),
+        (Client.recall, (LOST_REPLICA, LOST_REPLICA), 2),
+        (Client.recall, (NOT_FINITE,), 1),
+        (lambda client: client.event("u", "i"), (LOST_REPLICA,), 1),
+    ],
+    ids=["once more", "not twice", "the endpoint's own", "a click is not counted twice"],
+)
+def test_an_error_of_the_host_is_asked_again_once_unless_it_would_count_twice(
+    call: Callable[[Client], object], answers: tuple[bytes, ...], sent: int
+) -> None:
+    with answering(*answers) as (url, seen), Client(url) as client:
+        if answers[-1] == OK:
+            assert call(client) == {"status": "ok"}
+        else:
+            with pytest.raises(EndpointError, match="answered with 500") as error:
+                call(client)
+            assert error.value.status == 500
+        assert len(seen) == sent
+
+
 @pytest.mark.parametrize(
     ("said", "least"), [("7", 7.0), ("86400", MAX_WAIT_S), ("-3", 0.0), ("Wed, 21 Oct", 1.0)]
 )
@@ -220,7 +247,7 @@ def test_what_retry_after_says_is_bounded(said: str, least: float) -> None:
 def test_an_error_page_of_a_gateway_is_an_error_in_words() -> None:
     broken = reply("502 Bad Gateway", b"<html>no</html>")
     saying = pytest.raises(EndpointError, match="answered with 502: <html>no")
-    with answering(broken) as (url, _), Client(url) as client, saying:
+    with answering(broken, broken) as (url, _), Client(url) as client, saying:
         client.recall()
 
 
