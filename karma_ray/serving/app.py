@@ -49,8 +49,9 @@ def build_app(
 
     app = FastAPI(
         title="karma_ray", version=__version__, description="Personalized recall.",
-        lifespan=lifespan,
+        lifespan=lifespan, docs_url=None, redoc_url=None,
     )  # fmt: skip
+    app.state.measures = service.measures  # for a host that gathers those of several processes
     app.add_middleware(Guards, token=token, is_full=lambda: service.is_full)
     opened = None if log is None else RequestLog(log, service.salt)
     app.add_middleware(NamedRequests, measures=service.measures, log=opened)

@@ -24,7 +24,7 @@ Query = Annotated[str | None, Field(max_length=4096)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class HistoryEntry(_Body):
