@@ -95,7 +95,8 @@ def _add_calls(app: FastAPI, service: Service) -> None:
     )  # fmt: skip
     add(
         "/v1/score", schemas.ScoreRequest, schemas.ScoreResponse, service.score,
-        "Score given candidates (pre-ranking) with the same scores that recall sorts by.",
+        "Score given candidates (pre-ranking) by the model alone: by what recall sorts by, unless "
+        "it blends several lists (`channels` of /v1/version).",
     )  # fmt: skip
     add(
         "/v1/rank", schemas.RankRequest, schemas.RankResponse, service.rank,
