@@ -274,7 +274,8 @@ def test_the_service_names_an_application_that_serve_can_build(tmp_path) -> None
 
     from karma_ray.cluster.service import ServiceArguments, application
     from karma_ray.cluster.serving import APPLICATION
-    from karma_ray.errors import KarmaRayError
+    from karma_ray.errors import InputError, KarmaRayError
+    from karma_ray.serving.request_log import LogSettings
     from karma_ray.serving.slow_clients import CALLBACK
 
     written = yaml.safe_load((FOLDER.parent / "serve.yaml").read_text())
@@ -293,6 +294,12 @@ def test_the_service_names_an_application_that_serve_can_build(tmp_path) -> None
     arguments = ServiceArguments.model_validate(described.args)
     with pytest.raises(KarmaRayError):
         application({**arguments.model_dump(), "run": str(tmp_path)})
+    assert arguments.log() is None
+    logged = ServiceArguments(run="r", log_requests="-", log_raw=True)
+    assert logged.log() == LogSettings("-", raw=True)
+    for wrong in ({"log_raw": True}, {"log_requests": "relative.jsonl"}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            application({**arguments.model_dump(), **wrong})
 
 
 @pytest.mark.ray

@@ -49,8 +49,9 @@ def build_app(
 
     app = FastAPI(
         title="karma_ray", version=__version__, description="Personalized recall.",
-        lifespan=lifespan,
+        lifespan=lifespan, docs_url=None, redoc_url=None,
     )  # fmt: skip
+    app.state.measures = service.measures  # for a host that gathers those of several processes
     app.add_middleware(Guards, token=token, is_full=lambda: service.is_full)
     opened = None if log is None else RequestLog(log, service.salt)
     app.add_middleware(NamedRequests, measures=service.measures, log=opened)
@@ -94,7 +95,8 @@ def _add_calls(app: FastAPI, service: Service) -> None:
     )  # fmt: skip
     add(
         "/v1/score", schemas.ScoreRequest, schemas.ScoreResponse, service.score,
-        "Score given candidates (pre-ranking) with the same scores that recall sorts by.",
+        "Score given candidates (pre-ranking) by the model alone: by what recall sorts by, unless "
+        "it blends several lists (`channels` of /v1/version).",
     )  # fmt: skip
     add(
         "/v1/rank", schemas.RankRequest, schemas.RankResponse, service.rank,

@@ -156,11 +156,16 @@ def _request(
 
 
 def recall_call(
-    query: str | None, history: History | None, user_id: str | None, k: int, exclude: bool
-) -> Call:
-    """Ask for the k best items."""
-    body = _request(query, history, user_id, k=k, exclude_history=exclude)
-    return Call("POST", "/v1/recall", body)
+    path: str, query: str | None, history: History | None, user_id: str | None, *,
+    item_ids: Sequence[str] | None = None, k: int | None = None, exclude_history: bool = False,
+    exclude: Sequence[str] = (), category: str | None = None,
+) -> Call:  # fmt: skip
+    """Ask `/v1/recall` or `/v1/rank`; what is not given is left to the endpoint."""
+    body = _request(
+        query, history, user_id, item_ids=None if item_ids is None else list(item_ids), k=k,
+        exclude_history=exclude_history or None, exclude=list(exclude) or None, category=category,
+    )  # fmt: skip
+    return Call("POST", path, body)
 
 
 def score_call(
@@ -168,19 +173,6 @@ def score_call(
 ) -> Call:
     """Ask for scores, or for features, of items."""
     return Call("POST", path, _request(query, history, user_id, item_ids=list(ids)))
-
-
-def rank_call(
-    query: str | None, history: History | None, user_id: str | None,
-    item_ids: Sequence[str] | None, k: int | None, exclude_history: bool,
-) -> Call:  # fmt: skip
-    """Ask `/v1/rank`; what is not given is left to the endpoint."""
-    body = _request(query, history, user_id)
-    given = {"item_ids": None if item_ids is None else list(item_ids), "k": k}
-    body |= {name: value for name, value in given.items() if value is not None}
-    if exclude_history:
-        body["exclude_history"] = True
-    return Call("POST", "/v1/rank", body)
 
 
 def event_call(user_id: str, click: Click | str) -> Call:
