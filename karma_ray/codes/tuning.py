@@ -110,7 +110,7 @@ def pair_terms(
     items, others = pairs.T.reshape(-1), pairs[:, ::-1].T.reshape(-1)  # [R] both
     targets = texts.targets(others, device) if generates else None
     summaries, states = model(*texts.of(items, device), targets)
-    first, second = embeddings(model, texts, items, summaries).chunk(2)
+    first, second = torch.split(embeddings(model, texts, items, summaries), len(pairs))
     rows = upload(torch.from_numpy(np.ascontiguousarray(pairs)), device)
     values = contrastive(first, second, rows, temperature)
     if targets is None:
