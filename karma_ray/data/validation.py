@@ -106,6 +106,7 @@ def check_events(
     only pages with clicks.
     """
     rows = event_columns(table, source)
+    item_ids = _named(rows, item_ids)
     lists = {name: _clean_list(rows.column(name), item_ids) for name in _LIST_COLUMNS}
     clicked = lists["clicked_item_ids"]
     faults = [
@@ -182,6 +183,20 @@ class _CleanList:
     num_unknown: np.ndarray
     num_kept: np.ndarray
     unknown: pa.Array
+
+
+def _named(rows: pa.Table, item_ids: pa.Array) -> pa.Array:
+    """Return the ids that `rows` name, of a catalogue with more ids than they have entries.
+
+    Otherwise all: each list is looked up in a hash table of the ids, which takes as much time and
+    memory as there are ids.
+    """
+    entries = pa.chunked_array(
+        [_one_array(rows.column(name)).flatten() for name in _LIST_COLUMNS], pa.string()
+    )
+    if len(entries) >= len(item_ids):
+        return item_ids
+    return item_ids.filter(pc.is_in(item_ids, value_set=pc.unique(entries)))
 
 
 def _clean_list(column: pa.ChunkedArray, item_ids: pa.Array) -> _CleanList:

@@ -26,7 +26,7 @@ from karma_ray.data.validation import (
     parse_times,
 )
 from karma_ray.errors import InputError, TooManyBadRows
-from tests.data.logs import at, event, events_table
+from tests.data.logs import at, event, events_table, random_events
 
 IDS = pa.array(["i1", "i2", "i3"])
 
@@ -101,6 +101,17 @@ def test_chunks_and_slices_of_a_table_are_checked_alike() -> None:
     assert check_events(pieces, IDS).table.equals(check_events(whole, IDS).table)
     part = check_events(whole.slice(2, 2), IDS, order=2).table
     assert part.equals(check_events(whole, IDS).table.slice(2, 2))
+
+
+def test_how_many_other_items_there_are_changes_nothing() -> None:
+    rows = [event("u1", 1, ["i1", "gone", None], ["i2"]), event("u1", 2, ["i3"], [None, "i3"])]
+    events = pa.concat_tables([random_events(seed=3), events_table(rows)])
+    few = pa.array([f"i{n}" for n in range(50)])
+    many = pa.concat_arrays([pa.array([f"other {n}" for n in range(10_000)]), few])
+    one, other = (check_events(events, ids) for ids in (few, many))
+    assert one.counts == other.counts and one.counts["exposures_not_in_catalogue"] > 0
+    assert one.table.equals(other.table) and one.quarantine.equals(other.quarantine)
+    assert one.unknown_ids.equals(other.unknown_ids)
 
 
 def test_every_planted_bad_item_is_quarantined_and_the_rest_is_the_catalogue() -> None:
