@@ -75,6 +75,7 @@ def search(
         data = tables.uri
     data_hash = tables.hash if tables else None
     facts = facts_of(base, space.metric, space.distributions(), data_hash)
+    facts["trials"] = trials
     Ledger.check(out, facts)
     connect()
     shared = base
