@@ -126,11 +126,12 @@ class _Calls:
 
         async def call(request: Request) -> Response:
             begin = time.perf_counter()
-            status, facts = 200, facts_of(request.scope)
+            status, facts = 500, facts_of(request.scope)  # what is our mistake counts as it is
             try:
                 content = writer.dump_json(await handle(body.model_validate_json(
                     await request.body()
                 ), facts))  # fmt: skip
+                status = 200
                 return Response(content, media_type="application/json")
             except ValidationError as error:
                 status = 422
@@ -148,7 +149,6 @@ class _Calls:
                 status = 404
                 return JSONResponse({"detail": str(error)}, status)
             except KarmaRayError as error:
-                status = 500
                 return await _say_why(request, error)
             finally:
                 seconds, arm = time.perf_counter() - begin, facts.get("arm", "")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -97,6 +98,20 @@ def test_refused_requests_have_a_line_and_are_counted(retriever, tmp_path) -> No
     for status in (401, 422, 413):
         count = f'karma_ray_requests_total{{arm="",path="/v1/recall",status="{status}"}} 1.0'
         assert count in text
+
+
+def test_our_own_mistakes_are_counted_as_failures(retriever, monkeypatch) -> None:
+    service = Service(retriever)
+
+    def broken(_: object) -> list[object]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(service.engine, "answer", broken)
+    with TestClient(build_app(service), raise_server_exceptions=False) as client:
+        assert client.post("/v1/recall", json={}).status_code == 500
+        text = client.get("/metrics").text
+    assert re.search(r'karma_ray_requests_total\{.*path="/v1/recall",status="500"\} 1\.0', text)
+    assert 'status="200"' not in text
 
 
 def test_every_call_but_probes_has_a_line(retriever, tmp_path) -> None:
