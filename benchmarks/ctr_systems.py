@@ -7,9 +7,11 @@ python benchmarks/ctr_systems.py DATA --vectors RUN --arms din,wide=ctr_din:rank
 An arm is a name of ARMS, or NAME=RECIPE[:FIELD=VALUE...]. Every arm is trained once for each seed
 in OUT/ARM-SEED; runs that are finished are read, and interrupted ones go on. Floors and ceilings
 are not measured: `python jobs/evaluate.py OUT/ARM-SEED` does. With several --vectors
-the seeds take turns, so that the table is over seeds of the vectors as well. A difference to the
-first arm is a mean over seeds; its interval draws users, with all their seeds, and is over the
-same shown items. Cold items are those that no training page showed.
+the seeds take turns, so that the table is over seeds of the vectors as well. A difference is a
+mean over seeds; its interval draws users, with all their seeds, and is over the same shown items.
+The first table has differences to the first arm, the second those of PAIRS whose arms are both
+there, and the third the teachers of ctr_ocarm, which read what comes after the page. Cold items
+are those that no training page showed.
 """
 
 from __future__ import annotations
@@ -30,16 +32,19 @@ from karma_ray.cli import cache_flag, run
 from karma_ray.cluster.codes import code_items
 from karma_ray.codes.config import Kind, config_of
 from karma_ray.config import Config, override, to_dict
+from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
-from karma_ray.metrics.clicks import mean_auc_difference
+from karma_ray.metrics.significance import BootstrapResult
 from karma_ray.ranking.families import family_of
 from karma_ray.ranking.floors import ItemRates
-from karma_ray.ranking.judged import Judged
+from karma_ray.ranking.judged import Judged, mean_differences
 from karma_ray.ranking.load import load_ranker
 from karma_ray.retrieval.aligned import FOLDER as ALIGNED
-from karma_ray.retrieval.aligned import align_run
+from karma_ray.retrieval.aligned import METHODS, Method, align_run
 from karma_ray.retrieval.parts import served
-from karma_ray.runs.ctr import exposures_of, predictor
+from karma_ray.runs.ctr import ensure_teacher, exposures_of, predictor
+from karma_ray.runs.ctr_assessment import teacher_metrics
+from karma_ray.runs.executor import HERE
 from karma_ray.runs.pipeline import train_run
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.sources import toy_shop
@@ -55,14 +60,16 @@ class Arm:
     changes: tuple[str, ...] = ()
     kind: Kind | None = None
     """Kind of the semantic ids that it reads, if it does."""
-    is_aligned: bool = False
-    """Whether these are of the aligned embeddings."""
+    aligned: Method | None = None
+    """How the embeddings that these are of were aligned, if they were; without ids, how its vectors
+    were."""
 
 
 ARMS: Mapping[str, Arm] = {
     "din": Arm("ctr_din"),
     "simtier": Arm("ctr_simtier"),
     "vectors": Arm("ctr_din", ("ranking.family=vectors",)),
+    "vectors_aligned": Arm("ctr_din", ("ranking.family=vectors",), aligned="projection"),
     "sarm": Arm("ctr_sarm"),
     "sarm_words": Arm("ctr_sarm", ("ranking.anchors=words",)),
     "untaught": Arm("ctr_ocarm", ("ranking.distillation=0",)),
@@ -70,13 +77,22 @@ ARMS: Mapping[str, Arm] = {
     "gsu": Arm("ctr_qarm", ("ranking.codes=none",)),
     "rq": Arm("ctr_qarm", WITHOUT, "rq_kmeans"),
     "fsq": Arm("ctr_qarm", WITHOUT, "res_kmeans_fsq"),
-    "fsq_aligned": Arm("ctr_qarm", WITHOUT, "res_kmeans_fsq", True),
+    "fsq_aligned": Arm("ctr_qarm", WITHOUT, "res_kmeans_fsq", "projection"),
+    "fsq_llm": Arm("ctr_qarm", WITHOUT, "res_kmeans_fsq", "llm"),
     "qarm_rq": Arm("ctr_qarm", (), "rq_kmeans"),
     "qarm_fsq": Arm("ctr_qarm", (), "res_kmeans_fsq"),
-    "qarm_fsq_aligned": Arm("ctr_qarm", (), "res_kmeans_fsq", True),
+    "qarm_fsq_aligned": Arm("ctr_qarm", (), "res_kmeans_fsq", "projection"),
 }
 """`vectors` adds a projection of the item's frozen vector, `untaught` is `ocarm` without a teacher;
-`rq` and `fsq` read semantic ids alone, `gsu` the search alone, `qarm_` both."""
+`rq` and `fsq` read semantic ids alone, `gsu` the search alone, `qarm_` both. `_aligned`
+is of projected vectors, `_llm` of those of the tuned LLM."""
+PAIRS = (
+    ("vectors_aligned", "vectors"), ("fsq", "rq"), ("fsq_aligned", "fsq"),
+    ("fsq_llm", "fsq"), ("fsq_llm", "fsq_aligned"),
+    ("qarm_fsq", "qarm_rq"), ("qarm_fsq_aligned", "qarm_fsq"),
+    ("sarm", "simtier"), ("sarm", "vectors"), ("sarm", "sarm_words"), ("ocarm", "untaught"),
+)  # fmt: skip
+"""Arms that differ in what a system adds, and in nothing else but its rival."""
 
 
 def arms_of(text: str) -> dict[str, Arm]:
@@ -97,14 +113,20 @@ def codes_of(arm: Arm, vectors: str, sizes: Sequence[str], out: str) -> str:
     """Return the folder of an arm's semantic ids, making them first."""
     config = config_of(sizes, kind=arm.kind)
     place = f"{vectors.rstrip('/').rsplit('/', 1)[-1]}-{arm.kind}"
-    folder = join(out, "codes", f"{place}{'-aligned' if arm.is_aligned else ''}")
+    suffix = {None: "", "projection": "-aligned", "llm": "-llm"}[arm.aligned]
+    folder = join(out, "codes", f"{place}{suffix}")
     embeddings = served(vectors).item_embeddings
-    if arm.is_aligned:
-        embeddings = join(vectors, ALIGNED)
-        if not exists(join(embeddings, "manifest.json")):
-            align_run(vectors)
+    if arm.aligned:
+        embeddings = aligned_by(arm.aligned, vectors)
     if not exists(join(folder, "manifest.json")):
         code_items(embeddings, folder, config)
+    return folder
+
+
+def aligned_by(method: Method, vectors: str) -> str:
+    """Return the folder of a run's aligned embeddings, making them first."""
+    folder = join(vectors, f"{ALIGNED}-{method}")
+    align_run(vectors, config=METHODS[method](), out=folder)
     return folder
 
 
@@ -116,7 +138,8 @@ def config_of_arm(arm: Arm, seed: int, vectors: str, given: argparse.Namespace) 
     if family.uses_vectors or (family.reads is not None and not family.vectors_optional):
         if not vectors:
             raise InputError("--vectors", None, f"is needed by {arm.recipe}")
-        config = override(config, [f"ranking.vectors={vectors}"])
+        read = aligned_by(arm.aligned, vectors) if arm.aligned and not arm.kind else vectors
+        config = override(config, [f"ranking.vectors={read}"])
     if arm.kind:
         folder = codes_of(arm, vectors, given.codes, given.out)
         config = override(config, [f"ranking.codes={folder}"])
@@ -128,13 +151,21 @@ def trained(config: Config, data: str, out: str, cache: str) -> Judged:
     if exists(join(out, "predictions", "test.parquet")):
         if read_json(join(out, "config.json"))["ranking"] != to_dict(config)["ranking"]:
             raise InputError("--out", out, "holds a run with other settings; choose another folder")
-        return Judged.load(join(out, "predictions"), "test")
-    resume = exists(join(out, "checkpoints"))
-    train_run(config, data, out, cache=cache, resume=resume, is_tested=False)
-    ranker, source = load_ranker(out), ensure_prepared(data, config.prepare)
+    else:
+        resume = exists(join(out, "checkpoints"))
+        train_run(config, data, out, cache=cache, resume=resume, is_tested=False)
+    return predicted(config, ensure_prepared(data, config.prepare), out, cache, "test")
+
+
+def predicted(config: Config, source: PreparedData, out: str, cache: str, split: str) -> Judged:
+    """Return what a finished run predicts for a split, which is kept beside it."""
+    folder = join(out, "predictions")
+    if exists(join(folder, f"{split}.parquet")):
+        return Judged.load(folder, split)
+    ranker = load_ranker(out)
     predict = predictor(ranker.model, ranker.collator)
-    judged = Judged.of(exposures_of(config, source, cache), "test", predict)
-    judged.save(join(out, "predictions"), "test")
+    judged = Judged.of(exposures_of(config, source, cache), split, predict)
+    judged.save(folder, split)
     return judged
 
 
@@ -146,7 +177,7 @@ def line(name: str, mine: Sequence[Judged], base: Sequence[Judged], cold: np.nda
         values = [one.metrics("impressions") for one in some]
         for metric in ("AUC", "gAUC"):
             cells.append(f"{spread([found.get(metric, np.nan) for found in values]):<12}")
-        cells.append(f"{'' if mine is base else difference(some, other):<22}")
+        cells.append(f"{'' if mine is base else difference(some, other).get('AUC', ''):<22}")
     return " | ".join(cells)
 
 
@@ -156,15 +187,57 @@ def spread(values: Sequence[float]) -> str:
     return f"{np.mean(values):.2f}{deviation}"
 
 
-def difference(mine: Sequence[Judged], base: Sequence[Judged]) -> str:
-    """Return the mean difference of the AUC with its 95 % interval."""
-    first = mine[0]
-    if not first.clicked.any() or first.clicked.all():
-        return ""
-    found = mean_auc_difference(
-        [one.chance for one in mine], [one.chance for one in base], first.clicked, first.user, 0
-    )
-    return f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+def difference(mine: Sequence[Judged], base: Sequence[Judged]) -> dict[str, str]:
+    """Return the mean differences of AUC and gAUC with their 95 % intervals, in points."""
+    if not mine[0].clicked.any() or mine[0].clicked.all():
+        return {}
+
+    def text(found: BootstrapResult) -> str:
+        return f"{100 * found.difference:+.2f} [{100 * found.low:+.2f}, {100 * found.high:+.2f}]"
+
+    found = mean_differences(mine, base, "impressions", 0)
+    return {name: text(result) for name, result in found.items()}
+
+
+def pairs(found: Mapping[str, Sequence[Judged]], cold: np.ndarray) -> list[str]:
+    """Return the table of PAIRS whose arms are both there: all shown items, then cold ones."""
+    heads = ("AUC difference", "gAUC difference", "cold AUC difference", "cold gAUC difference")
+    lines = [" | ".join([f"{'pair':<28}", *(f"{head:<22}" for head in heads)])]
+    for mine, base in PAIRS:
+        if mine in found and base in found:
+            cells = [f"{f'{mine} − {base}':<28}"]
+            for kept in (np.ones(len(cold), bool), cold):
+                some, other = ([one.where(kept) for one in found[arm]] for arm in (mine, base))
+                result = difference(some, other)
+                cells += [f"{result.get(metric, ''):<22}" for metric in ("AUC", "gAUC")]
+            lines.append(" | ".join(cells))
+    return lines if len(lines) > 1 else []
+
+
+def teachers(runs: Sequence[tuple[Config, str]], source: PreparedData, cache: str) -> list[str]:
+    """Return the table of an arm's teachers beside its students on test and validation pages.
+
+    `runs` are the seeds' configurations and folders. Empty for an arm without teachers.
+    """
+    of_teacher: dict[str, list[float]] = {}
+    of_student: dict[str, list[float]] = {}
+    for config, out in runs:
+        if not ensure_teacher(config, source, cache, HERE):
+            return []
+        metrics = teacher_metrics(config, source, exposures_of(config, source, cache), cache)
+        for split, prefix in (("test", ""), ("valid", "valid/")):
+            judged = predicted(config, source, out, cache, split).metrics("impressions")
+            for name in ("AUC", "gAUC"):
+                of_teacher.setdefault(f"{split} {name}", []).append(
+                    metrics[f"teacher/{prefix}{name}"]
+                )
+                of_student.setdefault(f"{split} {name}", []).append(judged[name])
+    rows = {"": of_teacher, "teacher": of_teacher, "student": of_student}
+    return [
+        " | ".join([f"{row:<16}", *(f"{spread(values[name]) if row else name:<16}"
+                                    for name in values)])
+        for row, values in rows.items()
+    ]  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -189,23 +262,35 @@ def main(argv: list[str] | None = None) -> None:
     data = absolute(given.data) if given.data else toy_shop(cache)
     vectors = [absolute(run) for run in given.vectors] or [""]
     found: dict[str, list[Judged]] = {}
+    runs: dict[str, list[tuple[Config, str]]] = {}
     for seed in range(given.seeds):
         for name, arm in arms.items():
             config = config_of_arm(arm, seed, vectors[seed % len(vectors)], given)
             place = join(given.out, f"{name}-{seed}")
+            runs.setdefault(name, []).append((config, place))
             found.setdefault(name, []).append(trained(config, data, place, cache))
     source = ensure_prepared(data, config.prepare)
-    rates = ItemRates.count(exposures_of(config, source, cache), source.catalog().num_items)
-    base, negatives = next(iter(found.values())), source.facts.get("negative_source")
+    report(found, source, ItemRates.count(exposures_of(config, source, cache),
+                                          source.catalog().num_items))  # fmt: skip
+    for name, seeds in runs.items():
+        if lines := teachers(seeds, source, cache):
+            print(f"\nteachers of {name}, a bound and no rival", *lines, sep="\n")
+
+
+def report(found: Mapping[str, Sequence[Judged]], source: PreparedData, rates: ItemRates) -> None:
+    """Print the tables of arms and of pairs."""
+    (first, base), negatives = next(iter(found.items())), source.facts.get("negative_source")
     cold = ~rates.is_warm[base[0].row]
     proxy = ", PROXY negatives" if negatives == "proxy" else ""
     print(f"{len(cold)} shown items of the test, {cold.sum()} of them cold{proxy}; "
-          f"{given.seeds} seeds; differences to {next(iter(arms))}")  # fmt: skip
+          f"{len(base)} seeds; differences to {first}")  # fmt: skip
     heads = ("arm", "AUC", "gAUC", "AUC difference", "cold AUC", "cold gAUC", "cold AUC difference")
     widths = (16, 12, 12, 22, 12, 12, 22)
     print(" | ".join(f"{text:<{width}}" for text, width in zip(heads, widths, strict=True)))
     for name, seeds in found.items():
         print(line(name, seeds, base, cold))
+    if lines := pairs(found, cold):
+        print("", *lines, sep="\n")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,11 +48,16 @@ TINY = (
     "training.validate_every=3", "training.threads_per_worker=1", "evaluation.max_examples=40",
 )  # fmt: skip
 """Settings of the smallest run that has every stage."""
+TINY_RANKER = (
+    "ranking.width=4", "ranking.hidden=8", "ranking.attention_hidden=4", "ranking.epochs=0",
+    "training.steps=4", "training.batch_size=8", "training.threads_per_worker=1",
+)  # fmt: skip
+"""Settings of the smallest CTR model."""
 
 
-def settings(*more: str) -> list[str]:
-    """Return flags that set TINY, and `more` after it."""
-    return [word for setting in (*TINY, *more) for word in ("--set", setting)]
+def settings(*more: str, of: Sequence[str] = TINY) -> list[str]:
+    """Return flags that set `of`, and `more` after it."""
+    return [word for setting in (*of, *more) for word in ("--set", setting)]
 
 
 @dataclass(frozen=True)
@@ -65,15 +70,23 @@ class Job:
     ends: str = "SUCCEEDED"
     port: int = 0
     """The port of an endpoint, which is asked and stopped; 0 for a job that ends by itself."""
+    path: str = "recall"
+    """What an endpoint is asked."""
+
+
+def script_of(name: str) -> str:
+    """Return the job of a name: `serve-ranker` is jobs/serve.py with a ranker."""
+    return name.partition("-")[0]
 
 
 def every_job(out: str) -> dict[str, Job]:
     """Return each job by its name and in order; they read and write below `out`."""
     data, first, results = f"{out}/data", f"{out}/run", f"{out}/results"
-    port = free_port()
+    ranker, live, port = f"{out}/ranker", f"{out}/live", free_port()
     return {
         "import_data": Job(["toy_shop", f"{out}/shop.json", data], data),
         "prepare": Job(["--data", data], ""),
+        "describe": Job([data], f"page  {data}/"),
         "features": Job([data, "--actors", "2"], ""),
         "train": Job(["--data", data, "--out", first, "--recipe", "karma_text",
                       *settings("training.num_workers=2")], f"jobs/serve.py {first}"),
@@ -82,23 +95,35 @@ def every_job(out: str) -> dict[str, Job]:
         "evaluate": Job([first], ""),
         "diagnose": Job([first, "--items", "40"], ""),
         "export_encoder": Job([first, f"{out}/encoder"], ""),
+        "codes": Job([first, "--set", "codes.codewords=8", "--set", "codes.fsq_levels=[4,4]"],
+                     f"-> {first}/item_codes"),
+        "train-ranker": Job(["--data", data, "--out", ranker, "--recipe", "ctr_qarm",
+                             "--vectors", first, *settings(of=TINY_RANKER)], ranker),
+        "funnel": Job([first, "--clicks", "40", "--cache", f"{out}/cache",
+                       *settings(of=TINY_RANKER)], f"report  {first}/funnel/"),
         "tune": Job(["tune_spaces/lambdas.py", "--data", data, "--out", f"{out}/search",
                      "--trials", "2", "--measure-seeds", "1", *settings()], ""),
         "ablate": Job(["baselines", "--rows", "popularity,sasrec", "--seeds", "1", "--data", data,
                        "--results", results, *settings()], f"{results}/"),
-        "serve": Job([first, "--port", str(port)], "stopping", "STOPPED", port),
+        "publish": Job([first, "--to", live], f"jobs/serve.py {live}"),
+        "serve": Job([live, "--port", str(port)], "stopping", "STOPPED", port),
+        "serve-ranker": Job([first, "--ranker", ranker, "--port", str(port)], "stopping",
+                            "STOPPED", port, "rank"),
         "status": Job([first], "Nothing is waited for."),
     }  # fmt: skip
 
 
 def asked(
-    port: int, wait_s: float = 0.0, starts: Callable[[], bool] = lambda: True
+    port: int,
+    wait_s: float = 0.0,
+    starts: Callable[[], bool] = lambda: True,
+    path: str = "recall",
 ) -> dict[str, Any] | None:
     """Return what the endpoint of a local port answers, or None.
 
     It may take `wait_s` to begin, as long as it `starts`.
     """
-    url = f"http://127.0.0.1:{port}/v1/recall"
+    url = f"http://127.0.0.1:{port}/v1/{path}"
     end = time.monotonic() + wait_s
     while True:
         body = json.dumps({"query": "red", "k": 3}).encode()
@@ -206,12 +231,12 @@ def submitted(cluster: LocalCluster, name: str, job: Job) -> dict[str, Any]:
     `wrong` says what was not as it has to be, and is empty if nothing was.
     """
     begun = time.monotonic()
-    words = (f"jobs/{name}.py", *job.words)
+    words = (f"jobs/{script_of(name)}.py", *job.words)
     code, said = cluster.submit(name, *words, wait=not job.port)
     wrong = []
     if job.port:
         states = ("PENDING", "RUNNING")
-        answer = asked(job.port, 240.0, lambda: cluster.status(name) in states)
+        answer = asked(job.port, 240.0, lambda: cluster.status(name) in states, job.path)
         wrong += [] if answer and len(answer["items"]) == 3 else [f"answered {answer}"]
         cluster.ray("job", "stop", name)
         wrong += ["still answers after its end"] if asked(job.port) else []

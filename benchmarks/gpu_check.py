@@ -7,13 +7,15 @@ Parts, each one or more lines `{"part": ...}` that are printed as soon as they a
 
 machine    versions, device, measured peaks of matrix products and of copies
 equality   loss and gradients of a small step against the CPU in float32, packed and padded
+first_step seconds from the start of a process to the end of its first step
 step       seconds, tokens/s and MFU (of the measured bfloat16 peak) by shape and batch size
 kernels    the 15 longest kernels, launches, idle share of the device, waits of the host
 encode     items encoded a second; requests a second
 compiled   some steps again with compiled layers (not on a CPU unless --parts names it)
 
 A part that would begin after its time is skipped with a line that says so; what runs at the end of
-the minutes is cut. Without a GPU the shapes are tiny and the whole takes seconds.
+the minutes is cut. The line `end` repeats what compares machines and versions: HEADLINE, of the
+SmolLM2-135M pair and 64 users. Without a GPU the shapes are tiny and the whole takes seconds.
 """
 
 from __future__ import annotations
@@ -38,14 +40,17 @@ import torch
 import transformers
 from torch import Tensor
 
+from benchmarks.gpu_first_step import seconds_to_first_step
 from benchmarks.gpu_profile import profile_step
 from benchmarks.gpu_workload import (
     OBJECTIVE,
+    SMALL,
     Check,
     Size,
     build_model,
     gradient,
     make_batch,
+    prepared,
     request_batch,
     train,
     vocabulary,
@@ -66,8 +71,8 @@ GPU_POINTS = [
 """Shape and users a step."""
 COMPILED_POINTS = [("smollm2-135m", 64), ("qwen3-0.6b", 64)]
 CPU_POINTS = [("tiny", 4), ("tiny", 8)]
-SMALL = Size(4, steps=(3, 6), text=(4, 16), items=500)
-"""Of the batches on a CPU and in the comparison."""
+EQUAL = {"float32": (1e-5, 1e-3), "bfloat16": (0.02, 0.2)}
+"""Relative differences of loss and gradients up to which a step counts as equal."""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -92,12 +97,12 @@ def main(argv: list[str] | None = None) -> int:
     for name in ["machine", *(name for name in PARTS if name in wanted and name != "machine")]:
         PARTS[name](check)
     watch.cancel()
-    check.say("end", seconds=round(time.monotonic() - started, 1), failed=sorted(set(check.failed)))
+    check.say_end(seconds=round(time.monotonic() - started, 1))
     return 1 if check.failed else 0
 
 
 def _cut(check: Check) -> None:
-    check.say("end", cut="the minutes are over", failed=sorted(set(check.failed)))
+    check.say_end(cut="the minutes are over")
     os._exit(1 if check.failed else 0)
 
 
@@ -141,13 +146,15 @@ def equality(check: Check) -> None:
         with patch.object(packing, "worth_packing", real):
             loss, found = _gradients(model, batch.to(check.device), half)
         expected, wanted = exact["cpu"]
-        difference = (found - wanted).abs()
+        difference, precision = (found - wanted).abs(), "bfloat16" if half else "float32"
+        apart = abs(loss - expected) / abs(expected), float(difference.norm() / wanted.norm())
+        equal = all(a <= most for a, most in zip(apart, EQUAL[precision], strict=True))
+        check.headline["equal"] = equal and check.headline["equal"] is not False
         check.say(
-            "equality", shape=shape, packed=packed, precision="bfloat16" if half else "float32",
+            "equality", shape=shape, packed=packed, precision=precision, equal=equal,
             variable_length_attention=packed and half and check.on_gpu, loss=loss,
-            loss_difference=abs(loss - expected) / abs(expected),
-            largest_difference=float(difference.max()), largest_gradient=float(wanted.abs().max()),
-            relative_difference=float(difference.norm() / wanted.norm()),
+            loss_difference=apart[0], largest_difference=float(difference.max()),
+            largest_gradient=float(wanted.abs().max()), relative_difference=apart[1],
         )  # fmt: skip
 
     check.attempt("equality", 15, reference, where="cpu")
@@ -195,6 +202,9 @@ def _measure(check: Check, part: str, shape: str, users: int, compiled: bool) ->
         joint_flops(model, batch, OBJECTIVE.built, encoder="full") for batch in batches
     )
     tokens = statistics.mean(batch.num_tokens for batch in batches)
+    mfu = round(flops / seconds / check.peaks["bfloat16"], 4)
+    if (shape, users) == _headline_point(check):
+        check.headline["mfu_compiled" if compiled else "mfu"] = mfu
     facts: dict[str, Any] = {}
     if check.on_gpu:
         facts["peak_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
@@ -202,27 +212,37 @@ def _measure(check: Check, part: str, shape: str, users: int, compiled: bool) ->
         part, shape=shape, users=users, steps=len(found), seconds=round(seconds, 5),
         spread=[round(min(found), 5), round(max(found), 5)], tokens_per_s=round(tokens / seconds),
         tokens=round(tokens), tflop=round(flops / 1e12, 4),
-        mfu=round(flops / seconds / check.peaks["bfloat16"], 4), whole_seconds=round(whole, 1),
-        micro_batch_size=step.micro_batch_size, micro_tokens=step.micro_tokens, **facts,
+        mfu=mfu, whole_seconds=round(whole, 1), micro_batch_size=step.micro_batch_size,
+        micro_tokens=step.micro_tokens, **facts,
     )  # fmt: skip
 
 
-def prepared(check: Check, shape: str, users: int) -> tuple[KarmaModel, list[Batch], JointStep]:
-    """The model on the device, two batches on the CPU, and the step with its gradient cache."""
-    size = Size(users) if check.on_gpu else replace(SMALL, users=users)
-    batches = [make_batch(size, vocabulary(shape), check.seed + n) for n in range(2)]
-    micro = min(users, 32 if check.on_gpu else 4)
-    step = JointStep(OBJECTIVE, micro_batch_size=micro, micro_tokens=0)  # as memory allows
-    return build_model(shape, check.device), batches, step
+def _headline_point(check: Check) -> tuple[str, int]:
+    """The shape and users of which the last line speaks."""
+    return (COMPILED_POINTS if check.on_gpu else CPU_POINTS)[0]
+
+
+def first_step(check: Check) -> None:
+    """Seconds from the start of a process to the end of its first step."""
+    shape, users = _headline_point(check)
+
+    def run() -> None:
+        found = seconds_to_first_step(check, shape, users)
+        check.headline["seconds_to_first_step"] = found["whole"]
+        check.say("first_step", shape=shape, users=users, seconds=found)
+
+    check.attempt("first_step", 30 if check.on_gpu else 10, run, shape=shape, users=users)
 
 
 def kernels(check: Check) -> None:
-    """A profile of the first shape's step."""
-    shape, users = GPU_POINTS[1] if check.on_gpu else CPU_POINTS[0]
+    """A profile of one shape's step."""
+    shape, users = _headline_point(check)
 
     def run() -> None:
         model, batches, step = prepared(check, shape, users)
-        check.say("kernels", shape=shape, users=users, **profile_step(model, step, batches))
+        found = profile_step(model, step, batches)
+        check.headline["host_gap_share"] = found.get("device_idle_share")
+        check.say("kernels", shape=shape, users=users, **found)
 
     check.attempt("kernels", 25 if check.on_gpu else 1, run, shape=shape, users=users)
 
@@ -241,10 +261,14 @@ def _encode(check: Check, shape: str) -> None:
     for size in (256, 2048):
         arguments = (np.ascontiguousarray(tokens), lengths, size, "bfloat16")
         seconds = check.seconds_of(lambda a=arguments: encode_catalog(model.interest, *a), 1)
+        speed = round(float(lengths.sum()) / seconds)
+        if shape == _headline_point(check)[0]:
+            check.headline["encode_tokens_per_s"] = max(
+                speed, check.headline["encode_tokens_per_s"] or 0
+            )
         check.say(
             "encode", shape=shape, items=len(lengths), batch_size=size,
-            items_per_s=round(len(lengths) / seconds, 1),
-            tokens_per_s=round(float(lengths.sum()) / seconds),
+            items_per_s=round(len(lengths) / seconds, 1), tokens_per_s=speed,
         )  # fmt: skip
     model.eval()
     for users in (1, 64):
@@ -264,6 +288,7 @@ def compiled(check: Check) -> None:
 PARTS: dict[str, Callable[[Check], None]] = {
     "machine": machine,
     "equality": equality,
+    "first_step": first_step,
     "step": steps,
     "kernels": kernels,
     "encode": encode,

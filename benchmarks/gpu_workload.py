@@ -35,17 +35,23 @@ MODEL = ModelConfig(tiny=TinyBackboneConfig(64, 2, 2, 1, 128, 512))
 OBJECTIVE = ObjectiveConfig(action_loss="infonce")
 END_OF_TEXT, FIRST_WORD = 0, 8
 """The first ids are special tokens and prompts."""
+HEADLINE = (
+    "equal", "mfu", "mfu_compiled", "encode_tokens_per_s", "host_gap_share",
+    "seconds_to_first_step",
+)  # fmt: skip
+"""What the last line says, None where it could not be had."""
 
 
 @dataclass
 class Check:
-    """What all parts share: device, deadline, peaks and the lines that were printed."""
+    """What all parts share: device, deadline, peaks and what the last line will say."""
 
     device: torch.device
     deadline: float
     seed: int = 0
     peaks: dict[str, float] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
+    headline: dict[str, Any] = field(default_factory=lambda: dict.fromkeys(HEADLINE))
 
     @property
     def on_gpu(self) -> bool:
@@ -59,6 +65,10 @@ class Check:
     def say(self, part: str, **facts: Any) -> None:
         """Print one line of results, and progress for a person."""
         print(json.dumps({"part": part, **facts}), flush=True)
+
+    def say_end(self, **facts: Any) -> None:
+        """Print the last line."""
+        self.say("end", failed=sorted(set(self.failed)), **self.headline, **facts)
 
     def attempt(self, part: str, needs: float, run: Callable[[], None], **facts: Any) -> None:
         """Run unless less than `needs` seconds are left; say what was skipped and what failed."""
@@ -101,6 +111,10 @@ class Size:
     hard: int = 2
     decoded: int = 4
     items: int = 17_033
+
+
+SMALL = Size(4, steps=(3, 6), text=(4, 16), items=500)
+"""Of the batches on a CPU and in the comparison."""
 
 
 def vocabulary(shape: str) -> int:
@@ -162,6 +176,15 @@ def make_batch(size: Size, num_tokens: int, seed: int = 0) -> Batch:
         "visual_mask": np.zeros(chosen.shape, bool),
     }
     return Batch(**{name: torch.from_numpy(value.copy()) for name, value in arrays.items()})
+
+
+def prepared(check: Check, shape: str, users: int) -> tuple[KarmaModel, list[Batch], JointStep]:
+    """The model on the device, two batches on the CPU, and the step with its gradient cache."""
+    size = Size(users) if check.on_gpu else replace(SMALL, users=users)
+    batches = [make_batch(size, vocabulary(shape), check.seed + n) for n in range(2)]
+    micro = min(users, 32 if check.on_gpu else 4)
+    step = JointStep(OBJECTIVE, micro_batch_size=micro, micro_tokens=0)  # as memory allows
+    return build_model(shape, check.device), batches, step
 
 
 def _texts(

@@ -2,11 +2,15 @@
 
     python benchmarks/load.py URL REQUESTS.jsonl --clients 16 --seconds 4
     python benchmarks/load.py URL REQUESTS.jsonl --rate 500 --seconds 4
+    python benchmarks/load.py URL /v1/healthz --rate 50 --seconds 4
 
 `--clients` is a closed loop: every client sends its next request when it has an answer. `--rate` is
 an open loop: requests are due at fixed times whatever the endpoint does, and a latency counts from
 the moment the request was due, so that a stalled endpoint cannot hide the requests that it delayed.
-Each line of the file is the JSON body of one POST to /v1/recall. Prints one JSON object.
+`late_p99_ms` is by how much the sender itself missed those times: where it is much, the latencies
+are the sender's, and the rate is too high for this machine. Each line of the file is the JSON body
+of one POST to /v1/recall, drawn at random, or with `--once` sent once and in order. A path instead
+of a file is asked with GET. Prints one JSON object.
 """
 
 from __future__ import annotations
@@ -18,6 +22,9 @@ import random
 import sys
 import time
 from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -39,19 +46,22 @@ class Client(asyncio.Protocol):
 
     def __init__(self) -> None:
         self._data = bytearray()
-        self._answer: asyncio.Future[int] | None = None
+        self._answered: Callable[[int], None] | None = None
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether another connection is needed."""
+        return self._transport.is_closing()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Keep the way to send."""
         self._transport: asyncio.Transport = transport  # type: ignore[assignment]
-        self._place = transport.get_extra_info("peername")
-        self._data = bytearray()
 
     def data_received(self, data: bytes) -> None:
-        """Collect an answer; its status ends the wait."""
+        """Collect an answer, and tell its status."""
         self._data += data
         end = self._data.find(b"\r\n\r\n")
-        if end < 0 or self._answer is None:
+        if end < 0 or self._answered is None:
             return
         head = bytes(self._data[:end]).lower()
         at = head.find(b"content-length:")
@@ -61,30 +71,27 @@ class Client(asyncio.Protocol):
             ended = len(self._data) >= end + 4 + int(head[at + 15 :].split(b"\r\n", 1)[0])
         if ended:
             self._data = bytearray()
-            self._answer.set_result(int(head[9:12]))
+            self._tell(int(head[9:12]))
 
     def connection_lost(self, error: Exception | None) -> None:
-        """Fail a request in flight."""
-        if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(error or ConnectionResetError())
+        """Tell that a request in flight is lost."""
+        if self._answered is not None:
+            self._tell(LOST)
 
-    async def ask(self, request: bytes) -> int:
-        """Send a request; returns the status of its answer, or LOST if the connection was closed.
-
-        A closed connection is replaced by the next request.
-        """
-        loop = asyncio.get_running_loop()
-        if self._transport.is_closing():
-            try:
-                await loop.create_connection(lambda: self, *self._place[:2])
-            except OSError:
-                return LOST
-        self._answer = loop.create_future()
+    def send(self, request: bytes, answered: Callable[[int], None]) -> None:
+        """Send a request; `answered` is told the status, or LOST if the connection was closed."""
+        self._answered = answered
         self._transport.write(request)
-        try:
-            return await self._answer
-        except OSError:
-            return LOST
+
+    def _tell(self, status: int) -> None:
+        answered, self._answered = self._answered, None
+        assert answered is not None
+        answered(status)
+
+
+def get(path: str, host: str) -> bytes:
+    """Return the bytes of a request without a body."""
+    return f"GET {path} HTTP/1.1\r\nhost: {host}\r\n\r\n".encode()
 
 
 def post(body: str, host: str) -> bytes:
@@ -105,59 +112,118 @@ async def connections(url: str, count: int) -> list[Client]:
     ]
 
 
-async def closed(url: str, requests: list[bytes], clients: int, seconds: float) -> list[tuple]:
-    """Return (status, latency) of every request of `clients` that send one after another."""
-    done: list[tuple] = []
-    ready = await connections(url, clients)
-    until = time.perf_counter() + seconds
+@dataclass
+class Sent:
+    """What became of requests."""
 
-    async def one(seed: int) -> None:
-        draw, client = random.Random(seed), ready[seed]
-        while (begin := time.perf_counter()) < until:
-            status = await client.ask(draw.choice(requests))
-            done.append((status, time.perf_counter() - begin))
+    seconds: float
+    """Time in which they were sent."""
+    done: list[tuple[int, float, float]] = field(default_factory=list)
+    """Status and latency in seconds of each, and when it was answered."""
+    begin: float = field(default_factory=time.perf_counter)
+    late: list[float] = field(default_factory=list)
+    """Seconds by which the sender missed the time of each; the open loop only."""
 
-    await asyncio.gather(*(one(seed) for seed in range(clients)))
-    return done
+    def note(self, status: int, begin: float) -> None:
+        """Note an answer to a request that was due at `begin`."""
+        now = time.perf_counter()
+        self.done.append((status, now - begin, now - self.begin))
 
 
-async def opened(
-    url: str, requests: list[bytes], rate: float, seconds: float, most: int
-) -> list[tuple]:
-    """Return (status, latency since it was due) of requests at a fixed rate.
+async def closed(url: str, requests: Iterator[bytes], clients: int, seconds: float) -> Sent:
+    """Let `clients` send one request after another."""
+    loop, ready = asyncio.get_running_loop(), await connections(url, clients)
+    sent = Sent(seconds)
+    until = sent.begin + seconds
 
-    At most `most` connections are open; a request that finds none waits, and its wait counts.
-    """
-    done: list[tuple] = []
-    draw = random.Random(0)
-    free = deque(await connections(url, min(most, READY)))
-    room = asyncio.Semaphore(most)
-
-    async def one(due: float) -> None:
-        async with room:
+    async def one(client: Client) -> None:
+        while (begin := time.perf_counter()) < until and (request := next(requests, None)):
             try:
-                client = free.pop() if free else (await connections(url, 1))[0]
-                status = await client.ask(draw.choice(requests))
-                free.append(client)
+                if client.is_closed:
+                    client = (await connections(url, 1))[0]
+                answer: asyncio.Future[int] = loop.create_future()
+                client.send(request, answer.set_result)
+                status = await answer
             except OSError:  # no further connection was accepted
                 status = LOST
-        done.append((status, time.perf_counter() - due))
+            sent.note(status, begin)
 
-    begin, tasks = time.perf_counter(), []
-    for n in range(int(rate * seconds)):
-        due = begin + n / rate
-        if (wait := due - time.perf_counter()) > 0:
-            await asyncio.sleep(wait)
-        tasks.append(asyncio.ensure_future(one(due)))
-    await asyncio.gather(*tasks)
-    return done
+    await asyncio.gather(*(one(client) for client in ready))
+    return sent
 
 
-def summary(done: list[tuple], seconds: float) -> dict:
+class Opened:
+    """Requests at a fixed rate, over at most `most` connections.
+
+    One that finds none free waits, and its wait counts. A request is no task of its own, which
+    would cost more than sending it does.
+    """
+
+    def __init__(self, url: str, requests: Iterator[bytes], most: int) -> None:
+        self._url, self._requests, self._most = url, requests, most
+        self._free: deque[Client] = deque()
+        self._waiting: deque[float] = deque()
+        self._opening: set[asyncio.Task[None]] = set()
+        self._num_open = 0
+
+    async def run(self, rate: float, total: int) -> Sent:
+        """Send `total` requests, and wait for their answers."""
+        self._free.extend(await connections(self._url, min(self._most, READY)))
+        self._num_open, self._sent = len(self._free), Sent(total / rate)
+        begin, n = self._sent.begin, 0
+        while n < total:
+            now = time.perf_counter()
+            while n < total and (due := begin + n / rate) <= now:
+                self._sent.late.append(time.perf_counter() - due)
+                self._place(due)
+                n += 1
+            await asyncio.sleep(max(0.0, begin + n / rate - time.perf_counter()))
+        self._sent.seconds = max(total / rate, time.perf_counter() - begin)
+        while len(self._sent.done) < total:
+            await asyncio.sleep(0.01)
+        return self._sent
+
+    def _place(self, due: float) -> None:
+        while self._free:
+            client = self._free.pop()
+            if not client.is_closed:
+                client.send(next(self._requests), partial(self._answered, client, due))
+                return
+            self._num_open -= 1
+        if self._num_open == self._most:
+            self._waiting.append(due)
+            return
+        self._num_open += 1
+        task = asyncio.ensure_future(self._open(due))
+        self._opening.add(task)
+        task.add_done_callback(self._opening.discard)
+
+    async def _open(self, due: float) -> None:
+        try:
+            client = (await connections(self._url, 1))[0]
+            client.send(next(self._requests), partial(self._answered, client, due))
+        except OSError:  # no further connection was accepted
+            self._num_open -= 1
+            self._sent.note(LOST, due)
+
+    def _answered(self, client: Client, due: float, status: int) -> None:
+        self._sent.note(status, due)
+        self._free.append(client)
+        if self._waiting:
+            self._place(self._waiting.popleft())
+
+
+def summary(sent: Sent) -> dict:
     """Return requests per second, counts by status, and latencies of answered ones in ms."""
-    good = np.sort([latency for status, latency in done if status == 200]) * 1e3
-    found = {"per_second": round(len(good) / seconds, 1), "statuses": dict(Counter(
-        status for status, _ in done))}  # fmt: skip
+    good = np.sort([latency for status, latency, _ in sent.done if status == 200]) * 1e3
+    in_time = sum(status == 200 and at <= sent.seconds for status, _, at in sent.done)
+    found = {
+        "per_second": round(in_time / sent.seconds, 1),
+        "offered_per_second": round(len(sent.done) / sent.seconds, 1),
+        "statuses": dict(Counter(status for status, _, _ in sent.done)),
+    }
+    if sent.late:
+        found["late_p99_ms"] = round(float(np.percentile(sent.late, 99)) * 1e3, 2)
     if len(good):
         for name, share in (("p50_ms", 50), ("p90_ms", 90), ("p99_ms", 99), ("max_ms", 100)):
             found[name] = round(float(np.percentile(good, share)), 2)
@@ -168,20 +234,30 @@ def main() -> None:
     """Parse the arguments, send, and print."""
     flags = cli.parser(__doc__ or "")
     flags.add_argument("url")
-    flags.add_argument("requests", help="file with one JSON body per line")
+    flags.add_argument("requests", help="file with one JSON body per line, or a path to GET")
     flags.add_argument("--clients", type=int, default=16)
     flags.add_argument("--rate", type=float, default=0.0, help="requests per second; open loop")
     flags.add_argument("--connections", type=int, default=512, help="at most, in the open loop")
     flags.add_argument("--seconds", type=float, default=4.0)
+    flags.add_argument("--once", action="store_true", help="every line once, in order")
     given = flags.parse_args()
-    bodies = Path(given.requests).read_text(encoding="utf-8").splitlines()
-    requests = [post(body, urlsplit(given.url).netloc) for body in bodies]
+    host = urlsplit(given.url).netloc
+    if given.requests.startswith("/v1/"):
+        requests = [get(given.requests, host)]
+    else:
+        lines = Path(given.requests).read_text(encoding="utf-8").splitlines()
+        requests = [post(body, host) for body in lines]
+    draw, total = random.Random(0), int(given.rate * given.seconds)
+    if given.once:
+        source, total = iter(requests), min(total, len(requests))
+    else:
+        source = iter(lambda: draw.choice(requests), None)
     gc.disable()  # a collection here would look like a stall of the endpoint
     if given.rate:
-        run = opened(given.url, requests, given.rate, given.seconds, given.connections)
+        run = Opened(given.url, source, given.connections).run(given.rate, total)
     else:
-        run = closed(given.url, requests, given.clients, given.seconds)
-    print(json.dumps(summary(uvloop.run(run), given.seconds)))
+        run = closed(given.url, source, given.clients, given.seconds)
+    print(json.dumps(summary(uvloop.run(run))))
 
 
 if __name__ == "__main__":

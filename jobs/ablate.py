@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.cli import cache_flag, parser, run
 from karma_ray.errors import InputError, KarmaRayError
+from karma_ray.runs.node_hours import NodeHours
 from karma_ray.runs.sources import CACHE, toy_shop
 from karma_ray.studies.here import ThisMachine
 from karma_ray.studies.machine import Machine
@@ -39,9 +40,11 @@ from karma_ray.studies.plan import (
 from karma_ray.studies.search import chosen_trials, search_trials
 from karma_ray.studies.study import Outcome, run_study
 from karma_ray.studies.tables import TABLES
+from karma_ray.studies.tracking import send_study
 from karma_ray.studies.trial import Trial
 
 CHOICES = [*TABLES, "report"]
+RUNS = "runs/study"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
                 outcomes.append(_run(trials, data, arguments, begun))
         failed = {name: reason for o in outcomes for name, reason in o.failed.items()}
     markdown, page = write_report(arguments.results)
+    send_study(arguments.results)
     print(f"report   {markdown} {page}")
     if failed:
         raise KarmaRayError("; ".join(f"{name}: {reason}" for name, reason in failed.items()))
@@ -80,10 +84,18 @@ def _run(trials: Sequence[Trial], data: Data, flags: argparse.Namespace, begun: 
     minutes = flags.max_minutes
     if minutes and minutes > 0:
         minutes = max(1e-3, minutes - (time.monotonic() - begun) / 60)
-    outcome = run_study(
-        trials, data, flags.results, _machine(flags.without_ray), runs="runs/study",
-        cache=flags.cache or CACHE, concurrent=flags.concurrent, max_minutes=minutes,
-    )  # fmt: skip
+    machine = _machine(flags.without_ray)
+    with NodeHours(RUNS, machine.executor.count_nodes):
+        outcome = run_study(
+            trials,
+            data,
+            flags.results,
+            machine,
+            runs=RUNS,
+            cache=flags.cache or CACHE,
+            concurrent=flags.concurrent,
+            max_minutes=minutes,
+        )
     print(f"runs     {outcome.told()}")
     return outcome
 

@@ -20,11 +20,11 @@ from karma_ray.cli import parser, run
 from karma_ray.cluster.codes import code_items
 from karma_ray.codes.alignment import DEPTH
 from karma_ray.codes.comparison import compare, floor_of, table_of
-from karma_ray.codes.config import KINDS, CodesConfig, config_of
+from karma_ray.codes.config import KINDS, CodesConfig, assigned, config_of
 from karma_ray.config import describe_fields
 from karma_ray.data.vectors import mapped_vectors
 from karma_ray.errors import InputError
-from karma_ray.retrieval.aligned import FOLDER, align_run
+from karma_ray.retrieval.aligned import FOLDER, METHODS, align_run
 from karma_ray.retrieval.parts import served
 from karma_ray.retrieval.retriever import require_part
 
@@ -32,13 +32,14 @@ from karma_ray.retrieval.retriever import require_part
 def main(argv: list[str] | None = None) -> None:
     """Write the table, or compare both kinds, and print the numbers."""
     flags = parser(__doc__ or "")
-    flags.epilog = f"fields for --set, with defaults:\n{describe_fields(CodesConfig, 'codes.')}"
+    flags.epilog = fields_text()
     flags.add_argument("run", metavar="RUN", help="run folder with finished item_embeddings/")
     flags.add_argument("--out", metavar="URI", help="write here instead of RUN/item_codes")
     flags.add_argument("--kind", choices=KINDS, help=f"kind of the last level ({KINDS[0]})")
     flags.add_argument(
-        "--set", action="append", default=[], metavar="codes.FIELD=VALUE", dest="assignments",
-        help="override one field, for example codes.fsq_levels=[8,8,4] (repeatable)",
+        "--set", action="append", default=[], metavar="FIELD=VALUE", dest="assignments",
+        help="override one field of the codes or of the alignment, for example "
+        "codes.fsq_levels=[8,8,4] or align.steps=1000 (repeatable)",
     )  # fmt: skip
     flags.add_argument(
         "--codebooks", metavar="FOLDER",
@@ -56,20 +57,23 @@ def main(argv: list[str] | None = None) -> None:
         "--seeds", type=int, help="seeds of each kind under --compare, from codes.seed on (1)"
     )
     flags.add_argument(
-        "--aligned", action="store_true",
+        "--aligned", nargs="?", const="projection", metavar="projection|llm",
         help="align the embeddings with co-clicks of the training data first, in "
-        "RUN/aligned_embeddings, and make RUN/item_codes-aligned of them",
+        "RUN/aligned_embeddings, and make RUN/item_codes-aligned of them: by a projection over "
+        "them (default), or by fine-tuning the LLM of the item encoder",
     )  # fmt: skip
     flags.add_argument("--data", help="prepared data for --aligned (default: the run's data)")
     arguments = flags.parse_args(argv)
     check_flags(arguments)
     kind = {"kind": arguments.kind} if arguments.kind else {}
-    config = config_of(arguments.assignments, **kind)
+    of_codes, of_alignment = divided(arguments.assignments)
+    config = config_of(of_codes, **kind)
     folder = served(arguments.run)
     require_part(arguments.run, folder.item_embeddings, "jobs/embed.py RUN")
     embeddings, name = folder.item_embeddings, "item_codes"
     if arguments.aligned:
-        print(said_of(align_run(arguments.run, arguments.data)))
+        how = assigned(METHODS[arguments.aligned], "align", of_alignment)
+        print(said_of(align_run(arguments.run, arguments.data, how)))
         embeddings, name = RunFolder(arguments.run).path(FOLDER), "item_codes-aligned"
     if arguments.compare:
         print(comparison(embeddings, config, arguments.seeds or 1))
@@ -104,6 +108,10 @@ def check_flags(arguments) -> None:  # type: ignore[no-untyped-def]
         raise InputError("--codebooks", arguments.codebooks, problem)
     if arguments.compare and arguments.out:
         raise InputError("--out", arguments.out, "is not written by --compare")
+    if arguments.aligned and arguments.aligned not in METHODS:
+        raise InputError("--aligned", arguments.aligned, choices=METHODS)
+    if divided(arguments.assignments)[1] and not arguments.aligned:
+        raise InputError("--set", arguments.assignments, "has fields of --aligned, which is absent")
     if arguments.data and not arguments.aligned:
         raise InputError("--data", arguments.data, "is read by --aligned alone")
     if arguments.aligned and arguments.codebooks:
@@ -122,13 +130,49 @@ def comparison(embeddings: str, config: CodesConfig, num_seeds: int) -> str:
     return f"{head}\n{table_of(found, config.sizes)}\n{floor_of(vectors)}"
 
 
+def divided(assignments: list[str]) -> tuple[list[str], list[str]]:
+    """Return the fields of the codes and those of the alignment."""
+    of_alignment = [one for one in assignments if one.strip().startswith("align.")]
+    return [one for one in assignments if one not in of_alignment], of_alignment
+
+
+def fields_text() -> str:
+    """Return the fields for --set, as text."""
+    parts = [
+        ("", CodesConfig, "codes."),
+        *((f" of --aligned {n}", c, "align.") for n, c in METHODS.items()),
+    ]
+    return "\n\n".join(
+        f"fields for --set{of}, with defaults:\n{describe_fields(kind, prefix)}"
+        for of, kind, prefix in parts
+    )
+
+
 def said_of(aligned: dict[str, Any]) -> str:
     """Return what alignment found, as text."""
+    told = [
+        f"aligned by {aligned['method']} on {aligned['trained_on']} pairs "
+        f"({aligned['related_pairs']} of {aligned['asked_pairs']} co-clicks are "
+        f"{related_by(aligned['relevance'])}); of {aligned['held_out']} others "
+        f"{aligned['pair_recall_after']:.4f} have the other item among {DEPTH} neighbours, "
+        f"before {aligned['pair_recall_before']:.4f}"
+    ]
+    if aligned["method"] == "llm":
+        told.append(
+            f"one item's text from the other's summary: {aligned['generation_after']:.4f} nats per "
+            f"token, before {aligned['generation_before']:.4f}; the mean cosine of the vectors "
+            f"before tuning with the run's own is {aligned['start_cosine']:.4f}"
+        )
+    return "\n".join(told)
+
+
+def related_by(relevance: dict[str, Any]) -> str:
+    """Return who filtered the pairs, as text."""
+    if relevance["by"] == "texts":
+        return f"related by their texts: TF-IDF cosine {relevance['least']} or more"
     return (
-        f"aligned on {aligned['trained_on']} pairs ({aligned['related_pairs']} of "
-        f"{aligned['co_click_pairs']} co-clicks are related by their texts); of "
-        f"{aligned['held_out']} others {aligned['pair_recall_after']:.4f} have the other item "
-        f"among {DEPTH} neighbours, before {aligned['pair_recall_before']:.4f}"
+        f"related by the LLM {relevance['llm']} as it was: {relevance['least']:.4f} nats per token "
+        f"or more, which {relevance['chance']:.0%} of random pairs reach"
     )
 
 

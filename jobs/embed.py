@@ -18,10 +18,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from karma_ray.artifacts import RunFolder, exists, read_manifest
 from karma_ray.cli import parser, run
 from karma_ray.cluster.embedding import embed_items
+from karma_ray.cluster.occupancy import kinds_up
 from karma_ray.errors import InputError
 from karma_ray.retrieval.delta import update_run
 from karma_ray.retrieval.parts import embedded, offer, to_embed
 from karma_ray.retrieval.retriever import check_run, require_part
+from karma_ray.runs.node_hours import NodeHours
 
 
 def data_of(run_uri: str) -> str:
@@ -74,10 +76,11 @@ def main(argv: list[str] | None = None) -> None:
         )
         return
     folder = to_embed(arguments.run)
-    manifest = embed_items(
-        folder.bundle, data, folder.item_embeddings, arguments.actors, arguments.precision,
-        reuse=embedded(arguments.run),
-    )  # fmt: skip
+    with NodeHours(arguments.run, kinds_up):
+        manifest = embed_items(
+            folder.bundle, data, folder.item_embeddings, arguments.actors, arguments.precision,
+            reuse=embedded(arguments.run),
+        )  # fmt: skip
     offer(folder)
     print(
         f"{manifest['num_items']} items x {manifest['width']} ({manifest['encoded']} encoded, "

@@ -2,7 +2,8 @@
 
 The checks compare true histories with those of other users, and measure the effect of items that
 the attention mask hides from h. On the data that the run was trained on, its metrics.json and
-report are replaced; an evaluation on other data is written beside them.
+report are replaced; an evaluation on other data is written beside them. On a cluster it takes a
+GPU if there is one, and if it takes minutes it is divided between GPUs or CPUs that are up.
 """
 
 from __future__ import annotations
@@ -24,10 +25,13 @@ def main(argv: list[str] | None = None) -> None:
     )
     cache_flag(flags)
     arguments = flags.parse_args(argv)
+    from karma_ray.cluster.executor import ON_RAY
     from karma_ray.report.terminal import summary
     from karma_ray.runs.pipeline import evaluate_run
 
-    folder, _ = evaluate_run(arguments.run, arguments.data, arguments.cache, arguments.out)
+    folder, _ = evaluate_run(
+        arguments.run, arguments.data, arguments.cache, arguments.out, executor=ON_RAY
+    )
     print(summary(folder))
 
 

@@ -35,8 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     )
     flags.add_argument("--seed", type=int, default=0, help="seed of the sample for patch_pca")
     flags.add_argument(
-        "--actors", type=int, default=1,
-        help="encoders in parallel on Ray (default 1: this process, without Ray)",
+        "--actors", type=int,
+        help="encoders in parallel on Ray; 1 is this process (default: one for each GPU that is up "
+        "or may be added, or else each core, if the catalogue is large enough)",
     )  # fmt: skip
     flags.add_argument("--out", metavar="URI", help="write here instead of DATA/visual_features")
     arguments = flags.parse_args(argv)

@@ -5,6 +5,7 @@ python jobs/funnel.py RUN RUN2 RUN3 --data DATA --beside A1 A2 A3         and be
 
 Several RUNs are the seeds of one recipe. Weights are chosen on validation and measured on test.
 Ranking trains CTR models on exposures, which takes longest; --stages recall,prerank leaves it out.
+A cluster of several machines trains them on its workers; all else is measured by this process.
 Writes funnel.json, outcomes.parquet (sums per user), pictures and report.html. What is finished in
 OUT is not measured again.
 """
@@ -44,13 +45,14 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     cache_flag(flags)
     arguments = flags.parse_args(argv)
+    from karma_ray.cluster.executor import on_other_machines
     from karma_ray.funnel.measure import measure_funnel
     from karma_ray.report.funnel_page import screen
 
     funnel, page = measure_funnel(
         arguments.runs, arguments.data, beside=arguments.beside, out=arguments.out,
         num_clicks=arguments.clicks, stages=arguments.stages.split(","), cache=arguments.cache,
-        ctr=arguments.assignments,
+        ctr=arguments.assignments, executor=on_other_machines(),
     )  # fmt: skip
     print(f"{screen(funnel)}\n\nreport  {page}")
 

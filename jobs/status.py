@@ -3,6 +3,7 @@
 python jobs/status.py [RUN]
 ray job submit --working-dir . -- python jobs/status.py s3://BUCKET/runs/first
 
+RUN may also be a search (the --out of jobs/tune.py) or a study (runs/study, or its --results).
 Inside `ray job submit`, or with RAY_ADDRESS set, the cluster is asked; otherwise only the run
 folder is read. A run notes the machines that are up while it lasts, in RUN/node_hours.json.
 """
@@ -16,17 +17,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray.cli import parser, run
 from karma_ray.errors import InputError
-from karma_ray.report.progress import progress_sentences
 from karma_ray.runs.node_hours import read_hours
+from karma_ray.studies.progress import told_progress
 
 
 def main(argv: list[str] | None = None) -> None:
     """Print the state of a run, and of the cluster if there is one."""
     flags = parser(__doc__ or "")
-    flags.add_argument("run", metavar="RUN", nargs="?", help="run folder or URI")
+    flags.add_argument("run", metavar="RUN", nargs="?", help="run, search or study")
     arguments = flags.parse_args(argv)
     if arguments.run:
-        print("\n".join(progress_sentences(arguments.run, read_hours(arguments.run))))
+        print("\n".join(told_progress(arguments.run, read_hours(arguments.run))))
     from karma_ray.cluster.session import connect, joins_a_cluster
 
     if joins_a_cluster():

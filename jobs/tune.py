@@ -43,8 +43,10 @@ def main(argv: list[str] | None = None) -> None:
     )  # fmt: skip
     cache_flag(flags)
     arguments = flags.parse_args(argv)
+    from karma_ray.cluster.occupancy import kinds_up
     from karma_ray.cluster.search_space import load_space
     from karma_ray.cluster.tuning import search
+    from karma_ray.runs.node_hours import NodeHours
     from karma_ray.studies.ledger import describe
 
     space = load_space(arguments.space)
@@ -52,11 +54,12 @@ def main(argv: list[str] | None = None) -> None:
     if arguments.data:  # the toy shop has visual features
         space = space.suited(arguments.data)
     base = space.base([f"seed={arguments.seed}", *arguments.assignments])
-    result = search(
-        space, base, data=arguments.data, trials=arguments.trials, out=out,
-        max_concurrent=arguments.concurrent, gpus_per_trial=arguments.gpus_per_trial,
-        measure_seeds=arguments.measure_seeds, cache=arguments.cache,
-    )  # fmt: skip
+    with NodeHours(out, kinds_up):
+        result = search(
+            space, base, data=arguments.data, trials=arguments.trials, out=out,
+            max_concurrent=arguments.concurrent, gpus_per_trial=arguments.gpus_per_trial,
+            measure_seeds=arguments.measure_seeds, cache=arguments.cache,
+        )  # fmt: skip
     print(describe(result))
     print(f"folder  {out}")
     print(f"report  {join(out, 'report.html')}")

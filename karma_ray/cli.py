@@ -15,6 +15,7 @@ from karma_ray.config import (
     Config,
     assigned,
     describe_fields,
+    flattened,
     from_dict,
     from_home,
     override,
@@ -72,21 +73,26 @@ def parser(description: str, *, config: bool = False) -> argparse.ArgumentParser
 def load_config(arguments: argparse.Namespace, default_recipe: str) -> Config:
     """Return the configuration that the flags describe; raises InputError.
 
-    A recipe is suited to the origin of its weights (`pretrained.PRETRAINED`) in fields that are not
-    set by flags.
+    It is suited to the origin of its weights (`pretrained.PRETRAINED`) in fields that neither flags
+    set nor a file says that names a pretrained LLM itself. A file of a small model that starts from
+    an LLM by `--set` is suited as a recipe is, because its values are for small random weights.
     """
+    said: set[str] = set()
     if arguments.config:
         if arguments.recipe:
             raise InputError("--recipe", arguments.recipe, "cannot be combined with --config")
-        config = from_dict(read_json(arguments.config))
+        file = read_json(arguments.config)
+        config = from_dict(file)
+        if pretrained.starts_from_llm(config):
+            said = {name for name, _ in flattened(file)}
     else:
         config = recipes.build(arguments.recipe or default_recipe)
     if arguments.seed is not None:
         config = from_dict({**to_dict(config), "seed": arguments.seed})
     config = override(config, arguments.assignments)
-    if arguments.config:  # it says everything
+    if said.issuperset(pretrained.PRETRAINED):  # as every saved one: its checkpoint is not read
         return config
-    return pretrained.suited_to_weights(config, assigned(arguments.assignments))
+    return pretrained.suited_to_weights(config, said | assigned(arguments.assignments))
 
 
 def cache_flag(flags: argparse.ArgumentParser) -> None:
@@ -118,7 +124,8 @@ def train(argv: list[str] | None, description: str, load_executor: Callable[[], 
     )
     flags.add_argument(
         "--vectors", metavar="RUN",
-        help="finished run whose item vectors give a CTR model its similarity features",
+        help="finished run whose item vectors a CTR model reads: as similarities (ctr_simtier), "
+        "to search a long history (ctr_qarm), as text (ctr_sarm), as they are (ctr_ocarm)",
     )  # fmt: skip
     flags.add_argument(
         "--codes", metavar="FOLDER",

@@ -31,6 +31,12 @@ def names_llm(config: Config) -> bool:
     return config.model.item_encoder.checkpoint != "tiny"
 
 
+def starts_from_llm(config: Config) -> bool:
+    """Whether both parts of a KARMA model start from a pretrained LLM."""
+    item, user = config.model.item_encoder, config.model.user_decoder
+    return config.model.kind == "karma" and "tiny" not in (item.checkpoint, user.checkpoint)
+
+
 def suited_to_weights(config: Config, typed: Collection[str]) -> Config:
     """Return the configuration with `settings_of_weights`, and log them."""
     changes = settings_of_weights(config, typed)
@@ -46,9 +52,9 @@ def settings_of_weights(config: Config, typed: Collection[str]) -> list[str]:
     item encoder starts from one. Raises InputError when the encoder does not compute what it does,
     and when a recipe that is made for an LLM names none.
     """
-    model, fields = config.model, dict(PRETRAINED)
-    item, own = model.item_encoder, MADE_FOR_LLM.get(config.recipe, ())
-    if model.kind != "karma" or "tiny" in (item.checkpoint, model.user_decoder.checkpoint):
+    item, fields = config.model.item_encoder, dict(PRETRAINED)
+    own = MADE_FOR_LLM.get(config.recipe, ())
+    if not starts_from_llm(config):
         if own:
             message = f"is not enough for the recipe {config.recipe}: name a pretrained LLM"
             raise InputError("model.checkpoint", "tiny", f"{message} (docs/pretrained.md)")

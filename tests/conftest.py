@@ -68,6 +68,15 @@ def two_cpus(ray_cluster: None) -> Iterator[None]:
         remove_placement_group(taken)
 
 
+@pytest.fixture
+def mlflow_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A tracking server of MLflow in a folder."""
+    uri = f"file://{tmp_path / 'mlruns'}"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    return uri
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder of public datasets beside the project; the test skips where it is absent."""

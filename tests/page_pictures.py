@@ -12,6 +12,8 @@ from pathlib import Path
 
 from tests.browser import Browser, Tab, find
 
+SIZES = {"search-page": (1280, 1010), "search-page-phone": (360, 1060)}
+"""Width and height of each picture."""
 NUM_SEARCHES = 8
 """Searches before the picture, so that the time that it shows is not that of the first one."""
 
@@ -33,7 +35,8 @@ def show(tab: Tab, url: str, user: str) -> None:
         tab.click("#speak")
         tab.wait("document.getElementById('said-words').textContent.length > 2")
     tab.wait("document.getElementById('rank-tfidf').textContent")
-    tab.wait("[...document.querySelectorAll('.item .thumb')].every(box => box.firstElementChild)")
+    shown = "box.firstElementChild?.complete || pictures.get(box.dataset.item) === ''"
+    tab.wait(f"[...document.querySelectorAll('.item .thumb')].every(box => {shown})")
     tab.ask("scrollTo(0, 0)")
 
 
@@ -43,7 +46,7 @@ def main() -> None:
     if program is None:
         sys.exit("no Chromium is installed")
     with Browser(program) as browser:
-        for name, width, height in (("search-page", 1280, 1010), ("search-page-phone", 360, 1060)):
+        for name, (width, height) in SIZES.items():
             tab = browser.tab(width, height, phone=width < 500)
             show(tab, url, user)
             path = Path(folder) / f"{name}.png"

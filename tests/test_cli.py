@@ -63,6 +63,30 @@ def test_a_saved_configuration_is_not_suited_anew(tmp_path) -> None:
     assert (config.warmup.learning_rate, config.pretrain.steps) == (0.25, 7)
 
 
+def test_a_saved_configuration_of_a_small_model_is_suited_to_the_llm_that_flags_name(
+    tmp_path, caplog
+) -> None:
+    saved = load("--recipe", "hllm", "--set", "training.learning_rate=3e-3")
+    path = tmp_path / "best.json"
+    path.write_text(json.dumps(to_dict(saved)))
+    llm = ("--config", str(path), "--set", "model.checkpoint=X")
+    with caplog.at_level("INFO"):
+        config = load(*llm, "--set", "collate.max_item_tokens=30")
+    recipe = load("--recipe", "hllm", *llm[2:], "--set", "collate.max_item_tokens=30")
+    assert config == recipe and config.training.learning_rate == 5e-5
+    assert "pretrained weights: training.learning_rate=5e-05" in caplog.text
+    typed = load(*llm, "--set", "training.learning_rate=1e-3").training.learning_rate
+    assert (typed, load(*llm[:2])) == (1e-3, saved)
+
+
+def test_a_file_that_names_an_llm_keeps_what_it_says_and_is_suited_in_the_rest(tmp_path) -> None:
+    model = {"item_encoder": {"checkpoint": "X"}, "user_decoder": {"checkpoint": "X"}}
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"recipe": "hllm", "model": model, "pretrain": {"steps": 7}}))
+    config = load("--config", str(path))
+    assert (config.pretrain.steps, config.training.learning_rate) == (7, 5e-5)
+
+
 def test_a_saved_configuration_gives_the_same_run(tmp_path) -> None:
     config = load("--recipe", "action_only", "--seed", "3", "--set", "collate.max_history=7")
     path = tmp_path / "config.json"

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import json
+import os
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -80,6 +82,27 @@ def test_nothing_listens_on_a_public_interface_and_every_call_carries_the_token(
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token" in command for command in starts)
     assert any("--dashboard-host=127.0.0.1" in command for command in starts)
+
+
+@pytest.mark.parametrize("token", [None, "open sesame"])
+def test_nodes_know_the_endpoints_token_if_its_file_is_there(
+    cluster, tmp_path: Path, token: str | None
+) -> None:
+    (tmp_path / "ray").write_text('#!/bin/sh\necho "${KARMA_RAY_TOKEN-none}"\n')
+    (tmp_path / "ray").chmod(0o700)
+    if token is not None:
+        (tmp_path / ".ray").mkdir()
+        (tmp_path / ".ray" / "endpoint_token").write_text(f"{token}\n")
+    said = [
+        subprocess.run(
+            ["bash", "-c", command], capture_output=True, text=True, check=True,
+            env={"HOME": str(tmp_path), "PATH": f"{tmp_path}:{os.environ['PATH']}"},
+        ).stdout
+        for key in ("head_start_ray_commands", "worker_start_ray_commands")
+        for command in cluster[key]
+        if "ray start" in command
+    ]  # fmt: skip
+    assert said == [f"{token or 'none'}\n"] * 2
 
 
 def test_the_file_holds_no_credentials(text) -> None:

@@ -117,6 +117,21 @@ def test_the_method_explains_every_equation_of_the_paper() -> None:
     assert sorted("".join(numbers for pair in named for numbers in pair)) == list("123456789")
 
 
+@pytest.mark.parametrize(
+    ("named", "file"), [("toy shop", "toy_shop"), ("film ratings", "movielens")]
+)
+def test_the_tables_of_the_funnel_are_those_of_the_reports(named: str, file: str) -> None:
+    text = (ROOT / "docs/funnel.md").read_text().split("## What it showed")[1]
+    table = text.split(named)[1].split("\n\n|")[1]
+    rows = re.findall(r"^\| [\w -]*\|.*\|$", table, flags=re.MULTILINE)
+    printed = set(re.findall(r"[+−]?\d+\.\d\d", "\n".join(rows)))
+    found = json.loads((ROOT / f"docs/results/funnel/{file}.json").read_text())
+    values = [value for value in found.values() if isinstance(value, float)]
+    rounded = {f"{value:{sign}.2f}".replace("-", "−") for value in values for sign in ("", "+")}
+    assert len(rows) >= 9 and len(printed) > 30
+    assert not printed - rounded
+
+
 def test_the_pages_name_what_is_looked_for() -> None:
     """The patterns above find something, so that they cannot pass by finding nothing."""
     text = "\n".join(page.read_text() for page in PAGES)

@@ -25,6 +25,7 @@ MANIFESTS = {"RayCluster": "raycluster", "RayJob": "rayjob", "RayService": "rays
 Schema = Any
 """A type, a tuple of allowed values, [schema] for a list, or a dict of fields (`!` if needed)."""
 
+TOKEN = {"secretKeyRef!": {"name!": str, "key!": str, "optional": bool}}
 QUANTITIES = {"cpu": str, "memory": str, "nvidia.com/gpu": str}
 POD: Schema = {
     "spec!": {
@@ -34,6 +35,7 @@ POD: Schema = {
             {
                 "name!": str,
                 "image!": str,
+                "env": [{"name!": str, "valueFrom!": TOKEN}],
                 "ports": [{"containerPort!": int, "name": str}],
                 "resources": {"limits": QUANTITIES, "requests": QUANTITIES},
                 "volumeMounts": [{"mountPath!": str, "name!": str}],
@@ -44,6 +46,14 @@ POD: Schema = {
         ],
     }
 }
+ENDPOINT_TOKEN = [
+    {
+        "name": "KARMA_RAY_TOKEN",
+        "valueFrom": {
+            "secretKeyRef": {"name": "karma-ray-endpoint", "key": "token", "optional": True}
+        },
+    }
+]
 CLUSTER: Schema = {
     "rayVersion": str,
     "authOptions": {"mode": ("disabled", "token")},
@@ -156,6 +166,11 @@ def cluster_of(kind: str) -> dict[str, Any]:
     return next((spec[n] for n in ("rayClusterSpec", "rayClusterConfig") if n in spec), spec)
 
 
+def containers(cluster: dict[str, Any]) -> list[dict[str, Any]]:
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    return [container for g in groups for container in g["template"]["spec"]["containers"]]
+
+
 by_kind = pytest.mark.parametrize("kind", MANIFESTS)
 
 
@@ -229,9 +244,12 @@ def test_workers_come_and_go_and_nothing_listens_outside_the_cluster(kind: str) 
 
 
 def test_the_three_describe_the_same_cluster_which_runs_the_pinned_ray() -> None:
-    first = cluster_of("RayCluster")
-    assert cluster_of("RayJob") == first
-    service = cluster_of("RayService")
+    first, job, service = (cluster_of(k) for k in ("RayCluster", "RayJob", "RayService"))
+    for container in containers(job):
+        assert "env" not in container  # a training needs no token of an endpoint
+    for container in [*containers(first), *containers(service)]:
+        assert container.pop("env") == ENDPOINT_TOKEN
+    assert job == first
     head = service["headGroupSpec"]["template"]["spec"]["containers"][0]
     assert head["ports"].pop() == {"containerPort": 8000, "name": "serve"}
     assert service == first
@@ -256,7 +274,8 @@ def test_the_service_names_an_application_that_serve_can_build(tmp_path) -> None
 
     from karma_ray.cluster.service import ServiceArguments, application
     from karma_ray.cluster.serving import APPLICATION
-    from karma_ray.errors import KarmaRayError
+    from karma_ray.errors import InputError, KarmaRayError
+    from karma_ray.serving.request_log import LogSettings
     from karma_ray.serving.slow_clients import CALLBACK
 
     written = yaml.safe_load((FOLDER.parent / "serve.yaml").read_text())
@@ -275,6 +294,12 @@ def test_the_service_names_an_application_that_serve_can_build(tmp_path) -> None
     arguments = ServiceArguments.model_validate(described.args)
     with pytest.raises(KarmaRayError):
         application({**arguments.model_dump(), "run": str(tmp_path)})
+    assert arguments.log() is None
+    logged = ServiceArguments(run="r", log_requests="-", log_raw=True)
+    assert logged.log() == LogSettings("-", raw=True)
+    for wrong in ({"log_raw": True}, {"log_requests": "relative.jsonl"}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            application({**arguments.model_dump(), **wrong})
 
 
 @pytest.mark.ray
@@ -308,3 +333,8 @@ def test_the_job_is_a_command_that_the_image_has() -> None:
     flags = words[words.index("--recipe") :]
     parsed = cli.parser("", config=True).parse_args(flags)
     assert cli.load_config(parsed, "toy").training.num_workers == 4
+
+
+def test_image_and_machines_can_read_a_gguf_file() -> None:
+    for path in (FOLDER / "Dockerfile", FOLDER.parents[1] / "cluster.yaml"):
+        assert "-c constraints.txt '.[gguf]'" in path.read_text(), path

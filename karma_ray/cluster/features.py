@@ -15,8 +15,9 @@ import ray
 import ray.data
 import torch
 
-from karma_ray.cluster.accelerators import device_here, encoders
-from karma_ray.cluster.session import connect
+from karma_ray.artifacts import exists
+from karma_ray.cluster.accelerators import BASE_MEMORY, device_here, encoders, memory_for
+from karma_ray.cluster.session import connect, joins_a_cluster
 from karma_ray.cluster.waiting import telling, topic_of
 from karma_ray.data.fragments import Fragment
 from karma_ray.data.pictures import Part, encode_fragment
@@ -29,13 +30,16 @@ LOG = logging.getLogger(__name__)
 
 
 def make_features(
-    data: str, config: FeaturesConfig, out: str | None = None, num_actors: int = 1
+    data: str, config: FeaturesConfig, out: str | None = None, num_actors: int | None = None
 ) -> dict[str, Any]:
     """Call `karma_ray.runs.features.make_features` with `num_actors` encoders.
 
-    Raises InputError as it does, and on a number of actors below 1.
+    Without `num_actors` there are as many encoders as GPUs that the cluster has or may add, or else
+    as cores, but never more than there are row groups to encode; one that needs no GPU of the
+    cluster is this process. Raises InputError as it does, on a number of actors below 1, and if
+    there can never be so many encoders.
     """
-    if num_actors < 1:
+    if num_actors is not None and num_actors < 1:
         raise InputError("--actors", num_actors, "must be at least 1")
     return features.make_features(data, config, out, partial(encode_on_ray, num_actors=num_actors))
 
@@ -62,20 +66,33 @@ class FeatureEncoder:
         return pa.table({"part": [json.dumps(asdict(part))]})
 
 
+def is_enough(num_actors: int | None, num_fragments: int, uses_gpu: bool) -> bool:
+    """Whether this process encodes: told to do it alone, or for one row group without a choice.
+
+    A cluster that it joins may have a GPU for an encoder that uses one.
+    """
+    if num_actors is not None:
+        return num_actors == 1
+    elsewhere = uses_gpu and joins_a_cluster() and not torch.cuda.is_available()
+    return num_fragments == 1 and not elsewhere
+
+
 def encode_on_ray(
     make: Fitted | Loaded, fragments: list[Fragment], items: str, kinds: np.ndarray,
-    work: WorkFolder, num_actors: int,
+    work: WorkFolder, num_actors: int | None = None,
 ) -> Iterator[Part]:  # fmt: skip
     """Encode the row groups with a pool of actors, or in this process if one is enough."""
-    if num_actors > len(fragments):
+    if num_actors is not None and num_actors > len(fragments):
         LOG.info("encoding images with %d encoders instead of %d: items/ has %d row groups to do",
                  len(fragments), num_actors, len(fragments))  # fmt: skip
         num_actors = len(fragments)
-    if num_actors == 1:
+    if is_enough(num_actors, len(fragments), make.uses_gpu):
         yield from encode_here(make, fragments, items, kinds, work)
         return
     connect()
-    pool = encoders("encoding images", len(fragments), num_actors, on_gpus=make.uses_gpu)
+    pool = encoders(
+        "encoding images", len(fragments), num_actors, memory=_memory(make), on_gpus=make.uses_gpu
+    )
     described = [asdict(fragment) for fragment in fragments]
     encoded = ray.data.from_items(described, override_num_blocks=len(described)).map_batches(
         FeatureEncoder,
@@ -87,3 +104,9 @@ def encode_on_ray(
     with telling("encoding images", pool.need, pool.size):
         for row in encoded.iter_rows():
             yield Part(**json.loads(row["part"]))
+
+
+def _memory(make: Fitted | Loaded) -> int:
+    if isinstance(make, Loaded) and exists(make.checkpoint):
+        return memory_for(make.checkpoint)
+    return BASE_MEMORY  # a name of the hub does not say how large it is

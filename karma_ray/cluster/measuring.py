@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from karma_ray.cluster.accelerators import CPU, GPU, memory_for
-from karma_ray.cluster.session import connect
+from karma_ray.cluster.session import connect, joins_a_cluster
 from karma_ray.cluster.supply import Reach, supply
 from karma_ray.cluster.waiting import telling
 from karma_ray.model.device import may_use_gpus
@@ -24,12 +24,15 @@ def measure_on_a_gpu(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     """Call `measure` on a GPU of the cluster if this process has none, and else here.
 
     A GPU that the autoscaler may add counts too, and none counts for a run that may not use GPUs.
-    Errors of `measure` are raised as they are.
+    No Ray is started for it, as a local one has no more than this process. Errors of `measure` are
+    raised as they are.
     """
-    if not may_use_gpus():
+    if not may_use_gpus() or torch.cuda.is_available():
+        return measure()
+    if not (ray.is_initialized() or joins_a_cluster()):
         return measure()
     connect()
-    if torch.cuda.is_available() or not supply().reach(GPU).possible:
+    if not supply().reach(GPU).possible:
         return measure()
     LOG.info("evaluating on a GPU of the cluster")
     with telling("evaluation", GPU, 1):

@@ -98,9 +98,14 @@ def load_space(path: str) -> Space:
 
 
 def check_trained(field: str, recipe: str) -> None:
-    """Raise InputError unless a recipe exists and trains something."""
+    """Raise InputError unless a recipe exists and trains a model that retrieves."""
     if recipe not in recipes.TRAINED:
         problem = "trains nothing" if recipe in recipes.names() else "is not valid"
+        if recipe in recipes.RANKERS:
+            problem = (
+                "trains a ranking model, which is not searched for: trials share a warm-up and "
+                "are compared by metrics of retrieval"
+            )
         raise InputError(field, recipe, problem, choices=list(recipes.TRAINED))
 
 

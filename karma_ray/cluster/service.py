@@ -6,15 +6,18 @@ replaces the endpoint.
 
 from __future__ import annotations
 
+import os
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
 
 from karma_ray.cluster.serving import Replicas, application_of
+from karma_ray.errors import InputError
 from karma_ray.serving.host import Options
 from karma_ray.serving.live import check_source
 from karma_ray.serving.precision import Precision
+from karma_ray.serving.request_log import LogSettings
 
 
 class ServiceArguments(BaseModel):
@@ -40,6 +43,22 @@ class ServiceArguments(BaseModel):
     channels: Literal["auto", "blend", "dense"] = "auto"
     """Which lists answer recall: `dense` is the model alone, `blend` words, tastes and popularity
     too, `auto` whichever validation prefers."""
+    log_requests: str | None = None
+    """A file on the node of each replica, to which a JSON line is appended for each request; `-`
+    is what a replica prints, which Ray keeps among its logs."""
+    log_raw: bool = False
+    """Write user ids and queries to that log as they are."""
+
+    def log(self) -> LogSettings | None:
+        """Return where requests are logged; raises InputError."""
+        path = self.log_requests
+        if path is None:
+            if self.log_raw:
+                raise InputError("log_raw", True, "needs log_requests")
+            return None
+        if path != "-" and not os.path.isabs(path):
+            raise InputError("log_requests", path, "must be an absolute path, or -")
+        return LogSettings(path, self.log_raw)
 
 
 def application(given: dict[str, Any]) -> serve.Application:
@@ -49,13 +68,13 @@ def application(given: dict[str, Any]) -> serve.Application:
     the text of one.
     """
     arguments = ServiceArguments.model_validate(given)
+    log = arguments.log()
     for source, ranker in ((arguments.run, arguments.ranker), (arguments.compare, None)):
         if source is not None:
             check_source(source, ranker)
     most = max(arguments.num_replicas, arguments.max_replicas or 0)
     replicas = Replicas(arguments.num_replicas, most)
     options = Options(
-        arguments.compare, arguments.precision, ranker=arguments.ranker,
-        channels=arguments.channels,
+        arguments.compare, arguments.precision, log, arguments.ranker, arguments.channels
     )  # fmt: skip
     return application_of(arguments.run, replicas, arguments.max_queued_requests, options)

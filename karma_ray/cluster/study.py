@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import ray
@@ -10,6 +11,7 @@ import ray
 from karma_ray.cluster.accelerators import trial_resources
 from karma_ray.cluster.executor import ON_RAY
 from karma_ray.cluster.session import connect
+from karma_ray.cluster.waiting import need_of, telling
 from karma_ray.studies.machine import trials_in_memory
 
 
@@ -17,6 +19,9 @@ class RayMachine:
     """Runs the functions of a study as tasks of the cluster of this process."""
 
     executor = ON_RAY
+
+    def __init__(self) -> None:
+        self._telling: ExitStack | None = None  # from the first task until `stop`
 
     def open(self) -> None:
         """Join the cluster, or start a local one."""
@@ -29,6 +34,9 @@ class RayMachine:
     def start(self, function: Callable[..., Any], arguments: Sequence[Any], slots: int) -> Any:
         """Start `function(*arguments)` in a process that ends with it."""
         cpus, gpus = trial_resources(slots)
+        if self._telling is None:
+            self._telling = ExitStack()
+            self._telling.enter_context(telling("trials", need_of(cpus, gpus), slots))
         remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(function)
         return remote.remote(*arguments)
 
@@ -44,4 +52,7 @@ class RayMachine:
         """End the processes of the tasks at once."""
         for task in tasks:
             ray.cancel(task, force=True)
+        if self._telling is not None:
+            self._telling.close()
+            self._telling = None
         return []

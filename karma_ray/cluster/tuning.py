@@ -24,6 +24,7 @@ from karma_ray.cluster.search_space import Space, check_trained
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.supply import supply
 from karma_ray.cluster.trials import Recorder, Train, reported_value, trainable
+from karma_ray.cluster.waiting import need_of, telling
 from karma_ray.config import Config, override
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.runs.sources import cache_beside, toy_shop
@@ -37,6 +38,7 @@ from karma_ray.studies.ledger import (
 from karma_ray.studies.measured import measure
 from karma_ray.studies.plan import Data
 from karma_ray.studies.search_page import write_search_page
+from karma_ray.studies.tracking import send_search
 
 LOG = logging.getLogger(__name__)
 RETRIES = 2
@@ -66,13 +68,14 @@ def search(
     KarmaRayError when it was interrupted or every trial failed.
     """
     _check(base, trials, max_concurrent, gpus_per_trial, measure_seeds)
-    base, out, tables = _in_process(base), absolute(out), None
+    asked, base, out, tables = base, _in_process(base), absolute(out), None
     cache = absolute(cache or cache_beside(out))
     if train is None:
         tables = Data.open(data or toy_shop(cache))
         data = tables.uri
     data_hash = tables.hash if tables else None
     facts = facts_of(base, space.metric, space.distributions(), data_hash)
+    facts["trials"] = trials
     Ledger.check(out, facts)
     connect()
     shared = base
@@ -89,7 +92,8 @@ def search(
         if known:
             LOG.info("%d of %d trials have ended already", trials - left, trials)
         _run(space, shared, data, ledger, known, left, max_concurrent, gpus_per_trial, train)
-    result = _finished(space, base, ledger, trials)
+    # Where a trial trained is no part of what it found: best.json says how the caller would train.
+    result = _finished(space, asked, ledger, trials)
     if tables and measure_seeds:
         from karma_ray.cluster.study import RayMachine
 
@@ -99,6 +103,7 @@ def search(
         )  # fmt: skip
         result = replace(result, measured=found)
         write_search_page(result, space.path, out)
+    send_search(result, space.path, out)
     return result
 
 
@@ -183,10 +188,11 @@ def _run(
 
     fs, path = open_filesystem(ledger.out)
     remote = {"storage_filesystem": PyFileSystem(FSSpecHandler(fs))} if "://" in ledger.out else {}
-    tune.Tuner(
+    cpus = base.training.num_threads()
+    tuner = tune.Tuner(
         tune.with_resources(
             trainable(space.metric, base, data, ledger, train),
-            {"cpu": base.training.num_threads(), "gpu": gpus_per_trial},
+            {"cpu": cpus, "gpu": gpus_per_trial},
         ),
         tune_config=tune.TuneConfig(
             num_samples=left,
@@ -202,4 +208,6 @@ def _run(
             callbacks=[Recorder(ledger, space.metric, base.training.steps, on_end)],
             **remote,
         ),
-    ).fit()
+    )
+    with telling("trials", need_of(cpus, gpus_per_trial), min(left, max_concurrent)):
+        tuner.fit()

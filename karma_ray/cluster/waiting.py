@@ -27,6 +27,11 @@ def topic_of(purpose: str) -> str:
     return f"karma_ray/{ray.get_runtime_context().get_job_id()}/{purpose}"
 
 
+def need_of(cpus: float, gpus: float) -> dict[str, float]:
+    """Return what to tell of a process that needs CPUs and perhaps GPUs: the scarcer kind."""
+    return {"GPU": gpus} if gpus else {"CPU": cpus}
+
+
 @contextmanager
 def telling(purpose: str, need: Mapping[str, float], workers: int) -> Iterator[None]:
     """While inside, log what `workers` that each need `need` still wait for, and what they say.

@@ -1,8 +1,7 @@
 """A projection that moves embeddings of related items together (item alignment of QARM V2).
 
-The paper fine-tunes the LLM itself by a contrastive and a generation term. Here the embeddings stay
-frozen and a linear map over them is trained by the contrastive term, so codes can be fitted on what
-users do as well as on what texts say.
+The paper fine-tunes the LLM itself, see codes/tuning.py. Here, in seconds and for any run, the
+embeddings stay frozen and a linear map over them is trained by the contrastive term.
 Legend: I items, D width, P pairs, B pairs of a batch.
 """
 
@@ -102,13 +101,8 @@ def align(vectors: NDArray[np.float32], pairs: Pairs, config: AlignmentConfig) -
     Raises InputError on too few pairs and on numbers out of range.
     """
     config.check()
-    if len(pairs) < FEWEST_PAIRS:
-        problem = f"related pairs of co-clicks are too few; {FEWEST_PAIRS} are needed"
-        raise InputError("--aligned", len(pairs), problem)
     random = np.random.default_rng(config.seed)
-    order = random.permutation(len(pairs))
-    kept_out = max(1, int(config.held_out * len(pairs)))
-    tested, trained = pairs[order[:kept_out]], pairs[order[kept_out:]]
+    tested, trained = held_out(pairs, config.held_out, random)
     mean, scale = vectors.mean(0), max(float(vectors.std(0).mean()), 1e-12)
     centred = torch.from_numpy((vectors - mean) / scale)
     weight = torch.eye(vectors.shape[1], requires_grad=True)
@@ -124,6 +118,21 @@ def align(vectors: NDArray[np.float32], pairs: Pairs, config: AlignmentConfig) -
     found = weight.detach().numpy()
     before, after = (pair_recall(v, tested) for v in (vectors, centred.numpy() @ found.T))
     return Alignment(mean, scale, found, before, after, len(trained), len(tested))
+
+
+def held_out(
+    pairs: Pairs, share: float, random: np.random.Generator
+) -> tuple[Pairs, Pairs]:  # [P, 2]
+    """Divide pairs into those that measure and those that are trained on.
+
+    Raises InputError on too few pairs.
+    """
+    if len(pairs) < FEWEST_PAIRS:
+        problem = f"related pairs of co-clicks are too few; {FEWEST_PAIRS} are needed"
+        raise InputError("--aligned", len(pairs), problem)
+    order = random.permutation(len(pairs))
+    kept_out = max(1, int(share * len(pairs)))
+    return pairs[order[:kept_out]], pairs[order[kept_out:]]
 
 
 def pair_recall(

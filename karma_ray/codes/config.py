@@ -6,13 +6,14 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar, cast
 
 from pydantic import ConfigDict, Field
 
 from karma_ray.errors import InputError
 from karma_ray.ranges import Count, CountOrZero, check_ranges, validated
 
+T = TypeVar("T")
 Kind = Literal["res_kmeans_fsq", "rq_kmeans"]
 KINDS: tuple[Kind, ...] = ("res_kmeans_fsq", "rq_kmeans")
 MOST_CODES = 2**62
@@ -75,17 +76,22 @@ def config_of(assignments: Sequence[str], **known: Any) -> CodesConfig:
 
     Raises InputError on an unknown field or a value out of range, with the choices.
     """
-    names, values = [f"codes.{field.name}" for field in fields(CodesConfig)], dict(known)
+    config = assigned(CodesConfig, "codes", assignments, **known)
+    config.check()
+    return config
+
+
+def assigned(kind: type[T], path: str, assignments: Sequence[str], **known: Any) -> T:
+    """Return the configuration of a class that `path.field=value` strings describe."""
+    names, values = [f"{path}.{field.name}" for field in fields(cast(Any, kind))], dict(known)
     for assignment in assignments:
         name, separator, text = assignment.partition("=")
         if not separator:
-            raise InputError("--set", assignment, "is not of the form codes.field=value")
+            raise InputError("--set", assignment, f"is not of the form {path}.field=value")
         if name.strip() not in names:
             raise InputError("--set", name.strip(), "is not a known field", choices=names)
-        values[name.strip().removeprefix("codes.")] = _literal(text.strip())
-    config = validated(CodesConfig, values, "codes")
-    config.check()
-    return config
+        values[name.strip().removeprefix(f"{path}.")] = _literal(text.strip())
+    return validated(kind, values, path)
 
 
 def _literal(text: str) -> Any:

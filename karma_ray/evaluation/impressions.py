@@ -96,5 +96,9 @@ def _pages(
 
 def sampled(examples: pa.Table, count: int, seed: int) -> pa.Table:
     """Return at most `count` examples, drawn from `seed`, in their original order."""
-    picked = np.random.default_rng(seed).permutation(examples.num_rows)[:count]
-    return examples.take(pa.array(np.sort(picked)))
+    return examples.take(pa.array(sampled_rows(examples.num_rows, count, seed)))
+
+
+def sampled_rows(num: int, count: int, seed: int) -> NDArray[np.int64]:
+    """Return the rows of `num` examples that `sampled` takes."""
+    return np.sort(np.random.default_rng(seed).permutation(num)[:count])

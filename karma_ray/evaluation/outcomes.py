@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from karma_ray.artifacts import open_filesystem
+from karma_ray.artifacts import join, read_bytes, write_bytes
 from karma_ray.evaluation.measurement import EvaluationDetails
 from karma_ray.metrics import ranking
 
@@ -149,11 +149,13 @@ class Outcomes:
 
     def save(self, folder: str) -> None:
         """Write `examples.npz` and `outcomes.npz`."""
-        fs, path = open_filesystem(folder)
-        fs.makedirs(path, exist_ok=True)
         for name, content in zip(FILES, self.packed(), strict=True):
-            with fs.open(f"{path}/{name}", "wb") as sink:
-                sink.write(content)
+            write_bytes(content, join(folder, name))
+
+    @classmethod
+    def load(cls, folder: str) -> Outcomes:
+        """Read what `save` wrote."""
+        return cls.unpacked(*(read_bytes(join(folder, name)) for name in FILES))
 
     @classmethod
     def unpacked(cls, examples: bytes, outcomes: bytes) -> Outcomes:

@@ -29,6 +29,7 @@ from karma_ray.funnel.recall import others_recall, run_recall
 from karma_ray.report.funnel_page import render_funnel
 from karma_ray.report.funnel_table import Funnel
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.exposures import check_exposed
 from karma_ray.runs.sources import cache_beside
 
@@ -48,12 +49,14 @@ def measure_funnel(
     stages: Sequence[str] = STAGES,
     cache: str | None = None,
     ctr: Sequence[str] = (),
+    executor: Executor = HERE,
 ) -> tuple[Funnel, str]:
     """Measure runs and render the report; returns what it shows and the path of its page.
 
     `data` defaults to the data of the first run, `out` to its folder `funnel`. `ctr` are settings
-    of the CTR models, whose exposures are kept in `cache`. Raises InputError on unfinished runs,
-    on runs of other data or of another catalogue, and on empty splits.
+    of the CTR models, whose exposures are kept in `cache`, and which `executor` trains. Raises
+    InputError on unfinished runs, on runs of other data or of another catalogue, and on empty
+    splits.
     """
     if unknown := [stage for stage in stages if stage not in STAGES]:
         raise InputError("--stages", unknown[0], choices=STAGES)
@@ -68,7 +71,8 @@ def measure_funnel(
     notes = missing(ground, action_only)
     parts = [*_without(ground, stages), *_with([*karma, *action_only], ground, stages)]
     if RANKING in stages:
-        models = RankingRuns(source, folder, absolute(cache or cache_beside(folder)), tuple(ctr))
+        kept = absolute(cache or cache_beside(folder))
+        models = RankingRuns(source, folder, kept, tuple(ctr), executor)
         if (problem := _not_exposed(source)) is None:
             parts += _ranked(models, karma, action_only, pairs, ground)
         else:

@@ -24,12 +24,13 @@ from karma_ray.funnel.opened import NONE, OpenedRun
 from karma_ray.funnel.outcomes import UserSums
 from karma_ray.metrics.ranking import group_auc
 from karma_ray.ranking.judged import Judged
+from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.pipeline import train_run
 
 LOG = logging.getLogger(__name__)
 PLAIN, SIMILAR = "ctr_din", "ctr_simtier"
-HERE = ("training.num_workers=0", "training.checkpoint_every=0")
-"""CTR models of a report are trained by this process, and one that is cut off begins again."""
+WHOLE = "training.checkpoint_every=0"
+"""A CTR model of a report whose training is cut off begins again."""
 Floats = NDArray[np.float64]
 
 
@@ -42,6 +43,8 @@ class RankingRuns:
     cache: str
     settings: tuple[str, ...] = ()
     """Assignments of their configuration, the same for all."""
+    executor: Executor = HERE
+    """Trains them: this process, or a worker that it starts."""
 
     def without(self, like: OpenedRun) -> tuple[UserSums, dict[str, Any]]:
         """Measure DIN without KARMA, with the seed of a run."""
@@ -66,7 +69,8 @@ class RankingRuns:
         return UserSums(each.users, sums), facts
 
     def _config(self, recipe: str, like: OpenedRun) -> Config:
-        config = override(recipes.build(recipe), [*HERE, *self.settings])
+        workers = f"training.num_workers={int(self.executor.train is not None)}"
+        config = override(recipes.build(recipe), [workers, WHOLE, *self.settings])
         # The data stand prepared; another setting would prepare them again.
         prepare = from_dict(read_json(RunFolder(like.run).config)).prepare
         return replace(config, seed=like.seed, prepare=prepare)
@@ -76,7 +80,7 @@ class RankingRuns:
         if not exists(run.metrics):
             LOG.info("ranking: %s, seed %d", config.recipe, config.seed)
             train_run(config, self.source.uri, run.root, cache=self.cache,
-                      resume=exists(run.checkpoints))  # fmt: skip
+                      resume=exists(run.checkpoints), executor=self.executor)  # fmt: skip
         metrics = read_json(run.metrics)
         facts = {"run": run.root, **{key: metrics.get(key) for key in ("num_test", "ECE")}}
         return Judged.load(run.path("predictions"), "test"), facts

@@ -18,7 +18,8 @@ class RankingConfig:
     family: str = ""
     """Family of the CTR model (ranking/families.py); empty if the run trains no CTR model."""
     vectors: str = ""
-    """Finished run whose item vectors give the similarity features; `--vectors` sets it."""
+    """Finished run whose item vectors the CTR model reads; `--vectors` sets it. A family that reads
+    the vectors themselves also takes RUN/aligned_embeddings."""
     interest: bool = False
     """Whether h_t . e of that run is one more feature."""
     width: Count = 16

@@ -29,7 +29,7 @@ from karma_ray.ranking.sarm import (
     gate_values,
     with_bank,
 )
-from karma_ray.ranking.vectors import vectors_of
+from karma_ray.ranking.vectors import frozen_vectors
 from karma_ray.retrieval.similarity import unit
 
 
@@ -76,6 +76,8 @@ class Family:
     """Adds what it reads of the run of `ranking.vectors` instead of features, if it does."""
     vectors_optional: bool = False
     """Whether it can do without that run."""
+    may_be_aligned: bool = False
+    """Whether `ranking.vectors` may also be a run's aligned embeddings."""
     uses_codes: bool = False
     """Whether it reads the semantic ids of `ranking.codes`."""
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -124,7 +126,7 @@ def _vectors(config: RankingConfig, sizes: Sizes) -> nn.Module:
 def _with_vectors(facts: ItemFacts, config: RankingConfig, data: str, cache: str) -> ItemFacts:
     if not config.vectors:
         return facts
-    return replace(facts, vectors=unit(vectors_of(config.vectors, data).embeddings))
+    return replace(facts, vectors=unit(frozen_vectors(config.vectors, data).embeddings))
 
 
 def _sarm(config: RankingConfig, sizes: Sizes) -> nn.Module:
@@ -150,7 +152,7 @@ def _qarm(config: RankingConfig, sizes: Sizes) -> nn.Module:
 FAMILIES: dict[str, Family] = {
     "din": Family(_din),
     "simtier": Family(_simtier, uses_vectors=True),
-    "vectors": Family(_vectors, reads=_with_vectors),
+    "vectors": Family(_vectors, reads=_with_vectors, may_be_aligned=True),
     "sarm": Family(
         _sarm, reads=_with_anchors, rates=TEXT_RATES,
         to_serve=with_bank, build_to_serve=_sarm_to_serve,
@@ -158,12 +160,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "ocarm": Family(
         lambda config, sizes: Ocarm(config, _vector_items(config, sizes)),
-        reads=_with_vectors, vectors_optional=True, columns=LATER, teacher="ocarm_teacher",
-        terms=ocarm_terms,
+        reads=_with_vectors, vectors_optional=True, may_be_aligned=True, columns=LATER,
+        teacher="ocarm_teacher", terms=ocarm_terms,
     ),
     "ocarm_teacher": Family(
         lambda config, sizes: OcarmTeacher(config, _vector_items(config, sizes)),
-        reads=_with_vectors, vectors_optional=True, columns=LATER, serves=False,
+        reads=_with_vectors, vectors_optional=True, may_be_aligned=True, columns=LATER,
+        serves=False,
     ),
     "qarm": Family(_qarm, reads=with_codes, uses_codes=True),
 }  # fmt: skip

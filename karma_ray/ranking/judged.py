@@ -5,7 +5,7 @@ Legend: n shown items.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from karma_ray.artifacts import read_table, write_table
 from karma_ray.data.fragments import row_blocks
 from karma_ray.data.steps import flattened, list_sizes
-from karma_ray.metrics.clicks import Reliability, auc, auc_difference, log_loss
+from karma_ray.metrics.clicks import Reliability, auc, log_loss, mean_auc_difference
 from karma_ray.metrics.ranking import GroupWeight, group_auc
 from karma_ray.metrics.significance import BootstrapResult, paired_bootstrap
 from karma_ray.ranking.exposures import EXPOSURES, Exposures
@@ -97,11 +97,9 @@ class Judged:
         """Return the bounds of the 95 % intervals of AUC and gAUC over users, in percent."""
         if not self.clicked.any() or self.clicked.all():
             return {}
-        found = {"AUC": auc_difference(self.chance, None, self.clicked, self.user, seed),
-                 "gAUC": self._gauc_difference(None, weight, seed)}  # fmt: skip
         return {
             f"{name}_{bound}": 100 * getattr(result, bound)
-            for name, result in found.items()
+            for name, result in mean_differences([self], None, weight, seed).items()
             for bound in ("low", "high")
         }
 
@@ -112,23 +110,7 @@ class Judged:
 
         Users are resampled, the same for both. Values are shares of 1.
         """
-        assert np.array_equal(self.row, other.row), "the same shown items under two models"
-        return {
-            "AUC": auc_difference(self.chance, other.chance, self.clicked, self.user, seed),
-            "gAUC": self._gauc_difference(other, weight, seed),
-        }
-
-    def _gauc_difference(
-        self, other: Judged | None, weight: GroupWeight, seed: int
-    ) -> BootstrapResult:
-        mine = group_auc(self.chance, self.clicked, self.page)
-        theirs = np.zeros(len(mine.auc))
-        if other is not None:
-            theirs = group_auc(other.chance, other.clicked, other.page).auc
-        first = np.unique(self.page, return_index=True)
-        of_group = self.user[first[1][np.searchsorted(first[0], mine.groups)]]
-        users = [str(user) for user in of_group]
-        return paired_bootstrap(mine.auc, theirs, users, seed=seed, weights=mine.weights(weight))
+        return mean_differences([self], [other], weight, seed)
 
     def save(self, folder: str, split: str) -> None:
         """Write one Parquet file with the predictions of a split."""
@@ -139,6 +121,33 @@ class Judged:
         """Read the predictions of a split."""
         table = read_table(f"{folder}/{split}.parquet")
         return cls(*(table.column(n).to_numpy(zero_copy_only=False) for n in _COLUMNS))
+
+
+def mean_differences(
+    mine: Sequence[Judged], others: Sequence[Judged] | None, weight: GroupWeight, seed: int
+) -> dict[str, BootstrapResult]:
+    """Return the means over seeds of AUC and gAUC of `mine` minus those of `others`.
+
+    All predict the same shown items. A drawn user comes with what all seeds predicted for it.
+    Without `others` it is the metrics themselves. Values are shares of 1.
+    """
+    first = mine[0]
+    assert all(np.array_equal(first.row, one.row) for one in (*mine, *(others or ()))), (
+        "the same shown items under two models"
+    )
+    left, right = ([one.chance for one in some] for some in (mine, others or ()))
+    found = {"AUC": mean_auc_difference(left, right or None, first.clicked, first.user, seed)}
+    groups = [group_auc(one.chance, one.clicked, one.page) for one in mine]
+    theirs = [group_auc(one.chance, one.clicked, one.page).auc for one in others or ()]
+    if len(groups[0].auc):  # no page of some shown items may have a click and another item
+        pages, place = np.unique(first.page, return_index=True)
+        users = first.user[place[np.searchsorted(pages, groups[0].groups)]]
+        found["gAUC"] = paired_bootstrap(
+            np.mean([one.auc for one in groups], axis=0),
+            np.mean(theirs, axis=0) if theirs else np.zeros(len(groups[0].auc)),
+            [str(user) for user in users], seed=seed, weights=groups[0].weights(weight),
+        )  # fmt: skip
+    return found
 
 
 def _slices(exposures: Exposures, split: str) -> Iterator[pa.Table]:

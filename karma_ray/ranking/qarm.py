@@ -30,7 +30,7 @@ from karma_ray.ranking.config import NO_CODES
 from karma_ray.ranking.din import INPUTS, Din, TargetAttention
 from karma_ray.ranking.items import ItemEmbedding, ItemFacts, new_table
 from karma_ray.ranking.vectors import in_order_of
-from karma_ray.retrieval.aligned import FOLDER as ALIGNED
+from karma_ray.retrieval.aligned import FOLDERS as ALIGNED
 from karma_ray.retrieval.parts import served
 from karma_ray.retrieval.similarity import unit
 
@@ -185,7 +185,7 @@ def with_codes(facts: ItemFacts, config: RankingConfig, data: str, cache: str) -
 
 def _made_of(folder: str, run: str, wanted: str) -> str:
     """Return the embeddings of a run that codes were made of."""
-    choices = (served(run).item_embeddings, RunFolder(run).path(ALIGNED))
+    choices = (served(run).item_embeddings, *map(RunFolder(run).path, ALIGNED))
     for embeddings in choices:
         there = exists(f"{embeddings}/manifest.json")
         if there and read_manifest(embeddings)["content_hash"] == wanted:

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from karma_ray.artifacts import join, write_table
+from karma_ray.artifacts import exists, join, read_manifest, write_table
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.fragments import row_blocks
 from karma_ray.data.steps import flattened, list_sizes, places
@@ -21,6 +21,7 @@ from karma_ray.errors import InputError, SkewError
 from karma_ray.ranking.collate import newest_last
 from karma_ray.ranking.exposures import EXPOSURES, requests_of, slices
 from karma_ray.ranking.features import similarity_features
+from karma_ray.retrieval.aligned import FOLDERS
 from karma_ray.retrieval.encode import ItemTable, load_embeddings
 from karma_ray.retrieval.parts import served
 from karma_ray.retrieval.retriever import Retriever, check_run, score_vectors
@@ -81,6 +82,30 @@ def vectors_of(run: str, items_uri: str) -> ItemTable:
     """Return the item vectors of a run in the order of a catalogue; raises InputError on one that
     the run did not embed."""
     return in_order_of(served(run).item_embeddings, run, items_uri)
+
+
+def is_aligned(place: str) -> bool:
+    """Whether a value of `ranking.vectors` is RUN/aligned_embeddings."""
+    return place.rstrip("/").rsplit("/", 1)[-1] in FOLDERS
+
+
+def frozen_vectors(place: str, items_uri: str) -> ItemTable:
+    """Return the item vectors of a run, or its aligned embeddings, as `vectors_of` does.
+
+    Raises InputError on aligned embeddings of others than the run's own.
+    """
+    if not is_aligned(place):
+        return vectors_of(place, items_uri)
+    place = place.rstrip("/")
+    run = place.rsplit("/", 1)[0]
+    there = exists(join(place, "manifest.json"))
+    own = read_manifest(served(run).item_embeddings)["content_hash"]
+    if not there or read_manifest(place)["parents"].get("embeddings") != own:
+        raise InputError(
+            "--vectors", place, f"holds no embeddings that were aligned from those of {run}: make "
+            f"them with `python jobs/codes.py {run} --aligned`",
+        )  # fmt: skip
+    return in_order_of(place, place, items_uri)
 
 
 def in_order_of(embeddings: str, run: str, items_uri: str) -> ItemTable:

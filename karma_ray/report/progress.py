@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from karma_ray.artifacts import RunFolder, exists, read_json, read_lines
 from karma_ray.errors import InputError
+from karma_ray.report.record import number
 
 
 def progress_sentences(run: str, hours: Mapping[str, float]) -> list[str]:
@@ -19,17 +21,30 @@ def progress_sentences(run: str, hours: Mapping[str, float]) -> list[str]:
     config = read_json(folder.config)
     if exists(folder.metrics):
         found = read_json(folder.metrics)
-        hit = found.get("HR@50")
-        score = f", HR@50 {hit:.1f}" if isinstance(hit, float) else ""
+        score = f", {headline[1]}" if (headline := score_of(found)) else ""
         told = [f"{run}: finished{score}; {found.get('seconds') or 0:,.0f} seconds."]
     else:
         told = [f"{run}: not finished; {_stage(folder, config)}."]
-    if hours:
-        parts = [f"{amount:.2f} x {kind}" for kind, amount in sorted(hours.items())]
-        told.append(f"Machine hours so far: {'; '.join(parts)}.")
-    else:
-        told.append("Machine hours: none noted.")
-    return told
+    return [*told, hours_sentence(hours)]
+
+
+def score_of(metrics: Mapping[str, Any]) -> tuple[float, str] | None:
+    """Return the headline of a run's metrics and how it is told, or None if it has none.
+
+    A model that ranks pages has no hit rate, and its headline is the AUC.
+    """
+    for name in ("HR@50", "AUC"):
+        if (value := number(metrics.get(name))) is not None:
+            return value, f"{name} {value:.1f}"
+    return None
+
+
+def hours_sentence(hours: Mapping[str, float]) -> str:
+    """Say how many hours of which kinds of machines were used."""
+    if not hours:
+        return "Machine hours: none noted."
+    parts = [f"{amount:.2f} x {kind}" for kind, amount in sorted(hours.items())]
+    return f"Machine hours so far: {'; '.join(parts)}."
 
 
 def _stage(folder: RunFolder, config: Mapping[str, Mapping[str, int]]) -> str:

@@ -8,13 +8,15 @@ own. An item without a training click has a feature of its own, which says at mo
 popular as others: where a catalogue was made from a log, such items are there because somebody
 clicked them later, so a model that may prefer them would learn from the future.
 
-Legend: I items, C candidates, F features, T steps of a history.
+Legend: I items, A items added since the index was made, C candidates, F features, T steps of a
+history.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from karma_ray.retrieval.channels import Asked, Channels
 
     Rows = NDArray[np.int64]
+    Mask = NDArray[np.bool_]
     Values = NDArray[np.float64]
 
 DENSE = "dense"
@@ -49,6 +52,8 @@ OF_LIST = {
 }
 """The features that each list brings."""
 FEATURES = (*SCORES, *RECIPROCAL)
+BY_CONTENT = ("bm25", "affinity")
+"""Lists of what an item is, not of how often it was clicked."""
 RANK_OFFSET = 60.0
 GROUPS = ("warm", "cold")
 """Requests with a history that the catalogue knows, and those without."""
@@ -116,32 +121,78 @@ def candidates(lists: Mapping[str, Rows]) -> Rows:  # -> [C]
     return found
 
 
+@dataclass(frozen=True)
+class Added:
+    """What the channels are asked in place of the items that they do not know yet."""
+
+    first: int
+    """Row of the first added item; the channels know those before it."""
+    rows: Rows  # [A] what the item was before it was described anew, or the item nearest to it
+    is_same: Mask  # [A] whether it is the same item
+
+    def known(self, rows: Rows) -> tuple[Rows, Mask]:  # [n] -> [n], [n]
+        """Return rows that the channels know, and which of them are the items themselves."""
+        at, own = rows.copy(), np.ones(len(rows), bool)
+        new = np.flatnonzero(rows >= self.first)
+        at[new] = self.rows[rows[new] - self.first]
+        own[new] = self.is_same[rows[new] - self.first]
+        return at, own
+
+    @cached_property
+    def renamed(self) -> tuple[Rows, Rows]:
+        """The rows, ascending, of items before they were described anew, and those they have."""
+        now = np.flatnonzero(self.is_same)
+        order = np.argsort(self.rows[now])
+        return self.rows[now[order]], now[order] + self.first
+
+    def current(self, rows: Rows) -> Rows:  # [n] -> [n]
+        """Return the rows that items of a channel's list have now."""
+        before, now = self.renamed
+        if not len(before):
+            return rows
+        places = np.minimum(np.searchsorted(before, rows), len(before) - 1)
+        found: Rows = np.where(before[places] == rows, now[places], rows)
+        return found
+
+
 def features(
-    channels: Channels, asked: Asked, lists: Mapping[str, Rows], rows: Rows, dense: Values
-) -> Values:  # [C], [C] -> [C, F]
+    channels: Channels, asked: Asked, lists: Mapping[str, Rows], rows: Rows, dense: Values,
+    added: Added | None = None,
+) -> Values:  # [C], [C] -> [C, F]  # fmt: skip
     """Return the features of candidate rows, ascending, with the model's scores `dense`.
 
-    Rows that the channels do not know (items added since the index was made) have none of theirs.
+    An added item has what the channels say of the item that stands for it, but none of its clicks.
     """
-    known = np.flatnonzero(rows < channels.num_items)
-    some, tastes = rows[known], channels.tastes
+    at, tastes = rows, channels.tastes
+    own: Mask | None = None
+    if added is not None and len(rows) and rows[-1] >= added.first:
+        at, own = added.known(rows)
     found = np.zeros((len(rows), len(FEATURES)))
     found[:, 0] = dense
-    found[known, 1] = asked.by_query[some]
-    found[known, 2] = asked.by_history[some]
+    found[:, 1] = asked.by_query[at]
+    found[:, 2] = asked.by_history[at]
     if len(asked.history):
-        found[known, 3] = tastes.affinity(asked.gains, some)
-    clicks = np.log1p(tastes.clicks[some])
-    found[known, 4] = clicks
-    found[:, 5] = tastes.mean_log_clicks
-    found[known, 5] = np.where(clicks > 0, clicks, tastes.mean_log_clicks)
+        found[:, 3] = tastes.affinity(asked.gains, at)
+    clicks = np.log1p(tastes.clicks[at])
+    if own is not None:
+        clicks[~own] = 0.0
+    found[:, 4] = clicks
+    found[:, 5] = np.where(clicks > 0, clicks, tastes.mean_log_clicks)
     if asked.matches is not None:
-        found[known, 6] = among(some, asked.matches)
+        found[:, 6] = among(at, asked.matches)
     if len(asked.history):
         seen, counts = np.unique(asked.history, return_counts=True)
-        there = np.flatnonzero(among(rows, seen))
-        found[there, 7] = np.log1p(counts[np.searchsorted(seen, rows[there])])
+        is_seen = among(at, seen) if own is None else among(at, seen) & own
+        there = np.flatnonzero(is_seen)
+        found[there, 7] = np.log1p(counts[np.searchsorted(seen, at[there])])
     for column, name in enumerate(LISTS, len(SCORES)):
         places = np.searchsorted(rows, lists[name])
         found[places, column] = 1.0 / (RANK_OFFSET + 1.0 + np.arange(len(places)))
+    if own is not None:
+        new = np.flatnonzero(~own)
+        places = np.searchsorted(rows, at[new])
+        there = rows[places] == at[new]  # an added row is the last, so every place is one
+        for name in BY_CONTENT:
+            column = FEATURES.index(f"rank_{name}")
+            found[new[there], column] = found[places[there], column]
     return found

@@ -33,7 +33,7 @@ from karma_ray.retrieval.blend import (
     SCORES,
     Blend,
 )
-from karma_ray.retrieval.blended import BlendedSearch, Order
+from karma_ray.retrieval.blended import BlendedSearch
 from karma_ray.retrieval.channels import DEPTH, Channels
 from karma_ray.retrieval.filters import Filter, filtered_search
 
@@ -75,7 +75,7 @@ class Gathered:
     @classmethod
     def of(cls, retriever: Retriever, channels: Channels, examples: pa.Table) -> Gathered:
         """Search for rows of `examples` by all lists."""
-        search = BlendedSearch(channels, UNFITTED, Order.of(retriever))
+        search = BlendedSearch.of(channels, UNFITTED, retriever)
         ids = examples.column("positive_item_id").to_pylist()
         targets = search.order.of_index(retriever.table.rows(ids))
         parts, places, warm, count = [], [], [], 0

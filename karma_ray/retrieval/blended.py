@@ -9,7 +9,7 @@ Legend: B requests, C candidates, D width, F features, I items, K vectors of a r
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -17,7 +17,7 @@ import torch
 
 from karma_ray.artifacts import RunFolder, exists, read_manifest
 from karma_ray.errors import InputError
-from karma_ray.retrieval.blend import DENSE, GROUPS, Blend, candidates, features, group_of
+from karma_ray.retrieval.blend import DENSE, GROUPS, Added, Blend, candidates, features, group_of
 from karma_ray.retrieval.channels import DEPTH, KIND, Channels
 from karma_ray.retrieval.delta import UpdatedSearch
 from karma_ray.retrieval.exact import ExactSearch
@@ -81,6 +81,13 @@ class BlendedSearch:
     channels: Channels
     blend: Blend
     order: Order = Order()
+    added: Added | None = None
+    """What stands for the items that were added since the index was made."""
+
+    @classmethod
+    def of(cls, channels: Channels, blend: Blend, retriever: Retriever) -> BlendedSearch:
+        """Return the search of a retriever, whose index may have a delta."""
+        return cls(channels, blend, Order.of(retriever), stand_ins(retriever))
 
     def search(
         self, retriever: Retriever, vectors: Vectors, requests: Sequence[Request],
@@ -112,15 +119,26 @@ class BlendedSearch:
         """
         asked = self.channels.asked(query, history)
         lists = self.channels.lists(asked, allowed)
+        if self.added is not None:
+            lists = {name: self.added.current(rows) for name, rows in lists.items()}
         lists[DENSE] = np.array(dense[:DEPTH], np.int64)
         rows = candidates(lists)
         scores = dense_scores(retriever, vectors, rows, self.order)
-        return Found(group_of(asked), rows, features(self.channels, asked, lists, rows, scores))
+        return Found(group_of(asked), rows, features(
+            self.channels, asked, lists, rows, scores, self.added
+        ))  # fmt: skip
 
     def history(self, item_ids: Sequence[str], retriever: Retriever) -> Rows:  # -> [T]
-        """Return the index rows of a history's items; the channels do not know added ones."""
+        """Return the index rows of a history's items, without items that are new to the channels.
+
+        One that was described anew is the one that they know.
+        """
         rows = self.order.of_index(retriever.table.rows(item_ids))
-        return rows[(rows >= 0) & (rows < self.channels.num_items)]
+        rows = rows[rows >= 0]
+        if self.added is not None:
+            rows, own = self.added.known(rows)
+            rows = rows[own]
+        return rows
 
     def allowed(self, retriever: Retriever, wanted: Filter) -> Mask | None:  # -> [I]
         """Return which rows of the channels may answer; None if all may."""
@@ -134,6 +152,9 @@ class BlendedSearch:
         mask[np.asarray(hidden, np.int64)] = False
         excluded = self.order.of_index(retriever.table.rows(sorted(wanted.exclude)))
         mask[excluded[excluded >= 0]] = False
+        if self.added is not None:
+            before, now = self.added.renamed
+            mask[before] = mask[now]
         return mask[: self.channels.num_items]
 
     def merged(
@@ -150,6 +171,19 @@ class BlendedSearch:
             rows += [row for row, _ in rest][: k - len(order)]
             scores += [lowest + score for _, score in rest][: k - len(order)]
         return rows, scores
+
+
+def stand_ins(retriever: Retriever) -> Added | None:
+    """Return what stands for the items of a delta: themselves before they were described anew, or
+    the item that the index finds first for their own vector."""
+    engine, ids = retriever.index.engine, retriever.index.item_ids
+    if not isinstance(engine, UpdatedSearch) or not len(engine.added):
+        return None
+    nearest = replace(engine, added=engine.added[:0]).search(engine.added, 1)[1][:, 0]
+    before = {ids[row]: row for row in engine.hidden.tolist()}
+    own = np.array([before.get(item, -1) for item in ids[engine.num_main :]], np.int64)
+    stand = np.where(own >= 0, own, np.maximum(nearest, 0))
+    return Added(engine.num_main, stand, own >= 0)
 
 
 def dense_scores(
@@ -194,4 +228,4 @@ def load_blended(folder: RunFolder, retriever: Retriever) -> BlendedSearch:
     made = read_manifest(folder.index, "index")["content_hash"]
     channels = Channels.load(channels_of(folder), made)
     blend = Blend(**read_manifest(channels_of(folder), KIND)["weights"])
-    return BlendedSearch(channels, blend, Order.of(retriever))
+    return BlendedSearch.of(channels, blend, retriever)

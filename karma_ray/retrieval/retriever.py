@@ -1,7 +1,8 @@
 """The retriever: (query, history) -> items, used in serving and in the evaluation.
 
-`recall` answers a request through the index; `score` returns the same scores for the whole
-catalogue. Both use `interests`, `search_vectors` and `index_vectors`.
+`recall` answers a request through the index; `score` returns the model's scores of the whole
+catalogue, by which `recall` sorts unless several lists are blended. Both use `interests`,
+`search_vectors` and `index_vectors`.
 
 Legend: B requests, I items, D width, K results.
 """

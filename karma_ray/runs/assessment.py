@@ -81,7 +81,7 @@ def assess(
     if examples.num_rows == 0:
         LOG.warning("there are no validation examples either: nothing was measured")
         return metrics
-    metrics |= channel_metrics(evaluator, retriever, run, folder, cache)
+    metrics |= channel_metrics(evaluator, retriever, run, folder, cache, known)
     metrics |= collapse_metrics(retriever, examples, config.seed)
     write_json(run_checks(evaluator, retriever, stage, examples), folder.path("checks.json"))
     cases = collect_cases(

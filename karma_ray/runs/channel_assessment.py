@@ -14,7 +14,7 @@ import pyarrow as pa
 from karma_ray import recipes
 from karma_ray.artifacts import RunFolder, exists, write_json
 from karma_ray.errors import InputError
-from karma_ray.evaluation.impressions import sampled
+from karma_ray.evaluation.impressions import sampled_rows
 from karma_ray.metrics.ranking import hit, hit_rate
 from karma_ray.metrics.significance import paired_bootstrap
 from karma_ray.retrieval.blend import LISTS, Blend
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from karma_ray.data.prepared import PreparedData
     from karma_ray.evaluation.evaluate import EvaluationResult
     from karma_ray.retrieval.retriever import Retriever
+    from karma_ray.runs.floor_metrics import FloorFile
 
     Ranks = NDArray[np.int64]
 
@@ -59,16 +60,21 @@ class Evaluating(Protocol):
 
 
 def channel_metrics(
-    evaluator: Evaluating, retriever: Retriever, run: str, out: RunFolder, cache: str
-) -> dict[str, float]:
+    evaluator: Evaluating, retriever: Retriever, run: str, out: RunFolder, cache: str,
+    known: FloorFile | None = None,
+) -> dict[str, float]:  # fmt: skip
     """Measure the lists of a run and their blend, and write channels.json into `out`.
+
+    Floors that `known` has the ranks of are not measured again.
 
     Returns `blend/HR@K`, `channel/NAME/HR@K` and `channel/NAME/increment@K`, the HR@K that the
     blend has more than one that was fitted without the list. Nothing for a run without channels.
     """
     folder, config = served(run), evaluator.config
     most = min(MAX_CLICKS, config.evaluation.max_examples or MAX_CLICKS)
-    examples = sampled(evaluator.source.examples("test"), most, config.seed)
+    examples = evaluator.source.examples("test")
+    picked = sampled_rows(examples.num_rows, most, config.seed)
+    examples = examples.take(pa.array(picked))
     if not exists(f"{channels_of(folder)}/manifest.json") or examples.num_rows == 0:
         return {}
     LOG.info("lists of recall and their blend on %d test clicks", examples.num_rows)
@@ -80,7 +86,7 @@ def channel_metrics(
         name: found.ranks(Blend(blend.kind, weights), without=name)
         for name, weights in blend.without.items()
     }
-    floors = {name: result.details.ranks for name, result in _floors(evaluator, examples, cache)}
+    floors = dict(_floors(evaluator, examples, picked, cache, known))
     rows = [_row("blend", "blend", ranks["blend"])]
     for name in LISTS:
         row = _row(name, "channel", ranks[name]) | _gains(ranks["blend"], ranks[name], found)
@@ -97,9 +103,9 @@ def channel_metrics(
 
 
 def _floors(
-    evaluator: Evaluating, examples: pa.Table, cache: str
-) -> Iterator[tuple[str, EvaluationResult]]:
-    """Yield the floors whose list is not a channel's, measured on the same examples."""
+    evaluator: Evaluating, examples: pa.Table, picked: Ranks, cache: str, known: FloorFile | None
+) -> Iterator[tuple[str, Ranks]]:
+    """Yield the ranks of the floors whose list is not a channel's, on the same examples."""
     from karma_ray.baselines.floors import build_floor  # scikit-learn takes its time
 
     config, source = evaluator.config, evaluator.source
@@ -112,8 +118,12 @@ def _floors(
     for name in recipes.FLOORS:
         if name in SAME or (name in recipes.LLM_FLOORS and vectors is None):
             continue
+        ranks = known.ranks(name) if known is not None else None
+        if ranks is not None:
+            yield name, ranks[picked]
+            continue
         ranker = build_floor(name, source, config.seed, vectors)
-        yield name, evaluator.detailed(ranker, examples)
+        yield name, evaluator.detailed(ranker, examples).details.ranks
 
 
 def _row(name: str, role: str, ranks: Ranks) -> dict[str, Any]:

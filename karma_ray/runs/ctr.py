@@ -30,7 +30,7 @@ from karma_ray.ranking.items import ItemFacts
 from karma_ray.ranking.judged import Judged, Predict
 from karma_ray.ranking.load import KIND, load_ranker, logits_of, save_ranker
 from karma_ray.ranking.objective import Term
-from karma_ray.ranking.vectors import vectors_of
+from karma_ray.ranking.vectors import is_aligned, vectors_of
 from karma_ray.retrieval.retriever import check_run
 from karma_ray.runs.batches import ordered_batches
 from karma_ray.runs.executor import Executor
@@ -75,6 +75,9 @@ def check_ranking(config: Config, source: PreparedData) -> None:
         raise InputError("--vectors", None, message)
     if ranking.vectors and not reads_vectors:
         message = f"is not used by ranking.family={ranking.family}"
+        raise InputError("--vectors", ranking.vectors, message)
+    if is_aligned(ranking.vectors) and not family.may_be_aligned:
+        message = f"holds vectors alone, and ranking.family={ranking.family} reads a finished run"
         raise InputError("--vectors", ranking.vectors, message)
     if ranking.codes and not family.uses_codes:
         message = f"is not used by ranking.family={ranking.family}"

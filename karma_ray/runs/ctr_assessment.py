@@ -51,7 +51,7 @@ def assess_ctr(
     for split, judged in (("test", test), ("valid", valid)):
         judged.save(folder.path("predictions"), split)
     by_items = test.with_chance(rates.rates[test.row])
-    metrics |= _teacher(config, source, exposures, cache)
+    metrics |= teacher_metrics(config, source, exposures, cache)
     write_json(_floors(config, source, exposures, rates, test, valid, cache),
                folder.path("floors.json"))  # fmt: skip
     write_json(_versus(test, by_items, config), folder.path("checks.json"))
@@ -103,10 +103,13 @@ def _floors(
     return found
 
 
-def _teacher(
+def teacher_metrics(
     config: Config, source: PreparedData, exposures: Exposures, cache: str
 ) -> dict[str, float]:
-    """Return the metrics of the teacher, which reads what comes after the page: a bound."""
+    """Return the metrics of the teacher, which reads what comes after the page: a bound.
+
+    Empty for a run without one, and where it is not in the cache.
+    """
     teacher = teacher_of(config, source, cache)
     if teacher is None or not exists(join(teacher[1], KIND, "manifest.json")):
         return {}  # trained on other data, so there is no teacher for these pages

@@ -8,8 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+from karma_ray.config import Config
+from karma_ray.model.device import using_gpus
 from karma_ray.runs.evaluation_shares import Enlist
 from karma_ray.runs.frozen_outputs import EncodeRemotely
 from karma_ray.runs.node_hours import Count, this_machine
@@ -41,6 +44,20 @@ class Executor:
     """Starts processes that share in an evaluation that takes long; None lets one do it all."""
     count_nodes: Count = this_machine
     """Returns how many machines of each kind are up."""
+
+    def measured(
+        self, config: Config, is_trained: bool, measure: Callable[[Enlist | None], dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Call `measure` where a run of `config` is evaluated, with what enlists other processes.
+
+        That is this process alone for a run without workers.
+        """
+        if not config.training.num_workers:
+            return measure(None)
+        if not is_trained or self.measure is None:
+            return measure(self.enlist)
+        with using_gpus(config.training.use_gpu != "false"):
+            return self.measure(partial(measure, self.enlist))
 
 
 HERE = Executor()

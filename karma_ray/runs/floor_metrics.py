@@ -7,11 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
 
+import numpy as np
+from numpy.typing import NDArray
+
 from karma_ray import recipes
 from karma_ray.artifacts import content_hash, exists, join, read_json, value_hash, write_json
 from karma_ray.baselines.llm import TextVectors
 from karma_ray.errors import InputError
 from karma_ray.evaluation.measurement import ALONE, Workers
+from karma_ray.evaluation.outcomes import FILES, Outcomes
 from karma_ray.runs.evaluator import Evaluator
 from karma_ray.runs.stages import STAGE_VERSION
 from karma_ray.runs.text_vectors import LlmTexts
@@ -80,9 +84,23 @@ class FloorFile:
             LOG.info("floor %s", name)
             evaluator = self.evaluator
             ranker = build_floor(name, evaluator.source, evaluator.config.seed, found)
-            floors[name] = evaluator.both_splits(ranker, workers=workers)
+            floors[name] = evaluator.both_splits(ranker, self._outcomes(name), workers)
         write_json(floors, _path(self.cache, self.key))
         return floors
+
+    def ranks(self, name: str) -> NDArray[np.int64] | None:  # -> [n]
+        """Return a floor's rank of every test click, if it was kept with the metrics.
+
+        None if a sample is evaluated, or where the metrics are of a version that kept none. A rank
+        of 65535 means that or worse.
+        """
+        is_whole = not self.evaluator.config.evaluation.max_examples
+        if not is_whole or not exists(join(self._outcomes(name), FILES[-1])):
+            return None
+        return Outcomes.load(self._outcomes(name)).rank
+
+    def _outcomes(self, name: str) -> str:
+        return join(_path(self.cache, self.key).removesuffix(".json"), name)
 
 
 def floor_metrics(

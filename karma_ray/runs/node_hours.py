@@ -1,4 +1,4 @@
-"""How many hours of which machines were up while a run ran: RUN/node_hours.json.
+"""How many hours of which machines were up while a run, search or study ran: node_hours.json.
 
 A cluster's machines come and go, so they are counted again and again while the run lasts, and a
 run that is continued adds to what it has used before. Prices are not known here.

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 from karma_ray import __version__, recipes
@@ -49,6 +50,7 @@ from karma_ray.runs.continuation import (
 )
 from karma_ray.runs.cost import Cost
 from karma_ray.runs.ctr import check_ranking, train_ctr
+from karma_ray.runs.evaluation_shares import Enlist
 from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.first_stages import start_stage
 from karma_ray.runs.forgetting import PREFIX, forgetting
@@ -152,8 +154,9 @@ def _note_items(stage: Stage, folder: RunFolder, facts: Mapping[str, Any]) -> No
 
 
 def evaluate_run(
-    run: str, data: str | None = None, cache: str | None = None, out: str | None = None
-) -> tuple[str, dict[str, Any]]:
+    run: str, data: str | None = None, cache: str | None = None, out: str | None = None,
+    executor: Executor = HERE,
+) -> tuple[str, dict[str, Any]]:  # fmt: skip
     """Evaluate a finished run again; returns the folder of the evaluation and its metrics.
 
     On the data that the run was trained on, its metrics.json, floors, checks, cases and report
@@ -172,10 +175,14 @@ def evaluate_run(
     stage = finished_stage(run, source.items_uri) if trained else None
     if source.uri == trained_on:
         warn_of_other_split(config, source)
+
+    def measure(enlist: Enlist | None, out: str | None = None) -> dict[str, Any]:
+        return assess(config, source, run, stage, cache, out, enlist)
+
     if source.uri == trained_on and out is None:
         there = read_json(folder.metrics) if exists(folder.metrics) else {}
         kept = {name: value for name, value in there.items() if name.startswith(PREFIX)}
-        metrics = assess(config, source, run, stage, cache) | kept
+        metrics = executor.measured(config, trained, measure) | kept
         metrics["seconds"] = there.get("seconds")
         write_json(metrics, folder.metrics)
         render_report(run)
@@ -184,12 +191,11 @@ def evaluate_run(
     named = str(facts.get("name") or source.uri.rstrip("/").rsplit("/", 1)[-1])
     beside = RunFolder(absolute(out) if out else folder.path("evaluations", named))
     if exists(beside.path("bundle")):
-        raise InputError(
-            "--out", beside.root, "holds a run; an evaluation needs a folder for itself"
-        )
+        problem = "holds a run; an evaluation needs a folder for itself"
+        raise InputError("--out", beside.root, problem)
     write_json(to_dict(config), beside.config)
     write_json(facts, beside.path("data.json"))
-    metrics = assess(config, source, run, stage, cache, beside.root)
+    metrics = executor.measured(config, trained, partial(measure, out=beside.root))
     write_json(metrics, beside.metrics)
     parents = {"run": read_manifest(run, "run")["content_hash"],
                "data": str(source.facts.get("input", ""))}  # fmt: skip
@@ -259,17 +265,13 @@ def _tested(
     executor: Executor, cost: Cost,
 ) -> dict[str, Any]:  # fmt: skip
     """Evaluate the run, where the executor does so, and finish its folder; returns its metrics."""
-    enlist = executor.enlist if config.training.num_workers else None
 
-    def measure() -> dict[str, Any]:
+    def measure(enlist: Enlist | None) -> dict[str, Any]:
         found = assess(config, source, folder.root, stage, cache, enlist=enlist)
         return found | forgetting(stage, cache)
 
     with cost.timed("evaluation"):
-        if stage is None or not config.training.num_workers or executor.measure is None:
-            metrics = measure()
-        else:
-            metrics = executor.measure(measure)
+        metrics = executor.measured(config, stage is not None, measure)
     metrics["seconds"] = cost.save(folder.root, stage)
     write_json(metrics, folder.metrics)
     render_report(folder.root)

@@ -49,8 +49,9 @@ def build_app(
 
     app = FastAPI(
         title="karma_ray", version=__version__, description="Personalized recall.",
-        lifespan=lifespan,
+        lifespan=lifespan, docs_url=None, redoc_url=None,
     )  # fmt: skip
+    app.state.measures = service.measures  # for a host that gathers those of several processes
     app.add_middleware(Guards, token=token, is_full=lambda: service.is_full)
     opened = None if log is None else RequestLog(log, service.salt)
     app.add_middleware(NamedRequests, measures=service.measures, log=opened)
@@ -94,7 +95,8 @@ def _add_calls(app: FastAPI, service: Service) -> None:
     )  # fmt: skip
     add(
         "/v1/score", schemas.ScoreRequest, schemas.ScoreResponse, service.score,
-        "Score given candidates (pre-ranking) with the same scores that recall sorts by.",
+        "Score given candidates (pre-ranking) by the model alone: by what recall sorts by, unless "
+        "it blends several lists (`channels` of /v1/version).",
     )  # fmt: skip
     add(
         "/v1/rank", schemas.RankRequest, schemas.RankResponse, service.rank,
@@ -124,11 +126,12 @@ class _Calls:
 
         async def call(request: Request) -> Response:
             begin = time.perf_counter()
-            status, facts = 200, facts_of(request.scope)
+            status, facts = 500, facts_of(request.scope)  # what is our mistake counts as it is
             try:
                 content = writer.dump_json(await handle(body.model_validate_json(
                     await request.body()
                 ), facts))  # fmt: skip
+                status = 200
                 return Response(content, media_type="application/json")
             except ValidationError as error:
                 status = 422
@@ -146,7 +149,6 @@ class _Calls:
                 status = 404
                 return JSONResponse({"detail": str(error)}, status)
             except KarmaRayError as error:
-                status = 500
                 return await _say_why(request, error)
             finally:
                 seconds, arm = time.perf_counter() - begin, facts.get("arm", "")

@@ -27,7 +27,6 @@ from karma_ray.serving.conversation import (
     Reply,
     conversation,
     event_call,
-    rank_call,
     recall_call,
     score_call,
 )
@@ -77,9 +76,16 @@ class Client:
     def recall(
         self, query: str | None = None, history: History | None = None, *,
         user_id: str | None = None, k: int = 10, exclude_history: bool = False,
+        exclude: Sequence[str] = (), category: str | None = None,
     ) -> schemas.RecallResponse:  # fmt: skip
-        """Return the k best items; without `history`, the stored clicks of `user_id` are used."""
-        call = recall_call(query, history, user_id, k, exclude_history)
+        """Return the k best items; without `history`, the stored clicks of `user_id` are used.
+
+        Items of `exclude` are left out; with `category` all are of that one.
+        """
+        call = recall_call(
+            "/v1/recall", query, history, user_id, k=k, exclude_history=exclude_history,
+            exclude=exclude, category=category,
+        )  # fmt: skip
         return cast("schemas.RecallResponse", self._ask(call))
 
     def score(
@@ -93,10 +99,13 @@ class Client:
     def rank(
         self, query: str | None = None, history: History | None = None, *,
         item_ids: Sequence[str] | None = None, k: int | None = None, user_id: str | None = None,
-        exclude_history: bool = False,
+        exclude_history: bool = False, exclude: Sequence[str] = (), category: str | None = None,
     ) -> schemas.RankResponse:  # fmt: skip
         """Order `item_ids`, or the k items that recall finds, by their chance of a click."""
-        call = rank_call(query, history, user_id, item_ids, k, exclude_history)
+        call = recall_call(
+            "/v1/rank", query, history, user_id, item_ids=item_ids, k=k,
+            exclude_history=exclude_history, exclude=exclude, category=category,
+        )  # fmt: skip
         return cast("schemas.RankResponse", self._ask(call))
 
     def features(
@@ -174,9 +183,16 @@ class AsyncClient:
     async def recall(
         self, query: str | None = None, history: History | None = None, *,
         user_id: str | None = None, k: int = 10, exclude_history: bool = False,
+        exclude: Sequence[str] = (), category: str | None = None,
     ) -> schemas.RecallResponse:  # fmt: skip
-        """Return the k best items; without `history`, the stored clicks of `user_id` are used."""
-        call = recall_call(query, history, user_id, k, exclude_history)
+        """Return the k best items; without `history`, the stored clicks of `user_id` are used.
+
+        Items of `exclude` are left out; with `category` all are of that one.
+        """
+        call = recall_call(
+            "/v1/recall", query, history, user_id, k=k, exclude_history=exclude_history,
+            exclude=exclude, category=category,
+        )  # fmt: skip
         return cast("schemas.RecallResponse", await self._ask(call))
 
     async def score(
@@ -190,10 +206,13 @@ class AsyncClient:
     async def rank(
         self, query: str | None = None, history: History | None = None, *,
         item_ids: Sequence[str] | None = None, k: int | None = None, user_id: str | None = None,
-        exclude_history: bool = False,
+        exclude_history: bool = False, exclude: Sequence[str] = (), category: str | None = None,
     ) -> schemas.RankResponse:  # fmt: skip
         """Order `item_ids`, or the k items that recall finds, by their chance of a click."""
-        call = rank_call(query, history, user_id, item_ids, k, exclude_history)
+        call = recall_call(
+            "/v1/rank", query, history, user_id, item_ids=item_ids, k=k,
+            exclude_history=exclude_history, exclude=exclude, category=category,
+        )  # fmt: skip
         return cast("schemas.RankResponse", await self._ask(call))
 
     async def features(

@@ -5,7 +5,8 @@
 - A 503 is asked again after its `Retry-After`, lengthened by a random part, so that refused clients
   do not come back together.
 - A lost connection is asked again once, unless the call may have been carried out and would count
-  twice: clicks are repeated only if no connection was made.
+  twice: clicks are repeated only if no connection was made. So is an error of the host, which is
+  what Ray Serve answers for a replica that was lost while it computed.
 """
 
 from __future__ import annotations
@@ -80,6 +81,9 @@ def conversation(call: Call, num_retries: int, draws: random.Random) -> Steps:
             lost = True
         else:
             assert reply is not None
+            if left and call.repeatable and not lost and _is_of_the_host(reply):
+                lost = True
+                continue
             if reply.status_code != 503 or left == 0:
                 return _answer_of(call, reply)
             yield _wait_of(reply) * (1.0 + JITTER * draws.random())
@@ -90,6 +94,12 @@ def _may_repeat(call: Call, error: httpx.TransportError) -> bool:
     if isinstance(error, httpx.ConnectError):
         return True
     return call.repeatable and isinstance(error, httpx.NetworkError | httpx.RemoteProtocolError)
+
+
+def _is_of_the_host(reply: httpx.Response) -> bool:
+    """Whether a host or a proxy failed, not the endpoint, whose own errors are JSON."""
+    kind = reply.headers.get("content-type", "")
+    return reply.status_code in (500, 502, 504) and not kind.startswith("application/json")
 
 
 def _said(error: httpx.TransportError) -> str:
@@ -146,11 +156,16 @@ def _request(
 
 
 def recall_call(
-    query: str | None, history: History | None, user_id: str | None, k: int, exclude: bool
-) -> Call:
-    """Ask for the k best items."""
-    body = _request(query, history, user_id, k=k, exclude_history=exclude)
-    return Call("POST", "/v1/recall", body)
+    path: str, query: str | None, history: History | None, user_id: str | None, *,
+    item_ids: Sequence[str] | None = None, k: int | None = None, exclude_history: bool = False,
+    exclude: Sequence[str] = (), category: str | None = None,
+) -> Call:  # fmt: skip
+    """Ask `/v1/recall` or `/v1/rank`; what is not given is left to the endpoint."""
+    body = _request(
+        query, history, user_id, item_ids=None if item_ids is None else list(item_ids), k=k,
+        exclude_history=exclude_history or None, exclude=list(exclude) or None, category=category,
+    )  # fmt: skip
+    return Call("POST", path, body)
 
 
 def score_call(
@@ -158,19 +173,6 @@ def score_call(
 ) -> Call:
     """Ask for scores, or for features, of items."""
     return Call("POST", path, _request(query, history, user_id, item_ids=list(ids)))
-
-
-def rank_call(
-    query: str | None, history: History | None, user_id: str | None,
-    item_ids: Sequence[str] | None, k: int | None, exclude_history: bool,
-) -> Call:  # fmt: skip
-    """Ask `/v1/rank`; what is not given is left to the endpoint."""
-    body = _request(query, history, user_id)
-    given = {"item_ids": None if item_ids is None else list(item_ids), "k": k}
-    body |= {name: value for name, value in given.items() if value is not None}
-    if exclude_history:
-        body["exclude_history"] = True
-    return Call("POST", "/v1/rank", body)
 
 
 def event_call(user_id: str, click: Click | str) -> Call:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
     from karma_ray.serving.measures import Measures
 
-CALLS = frozenset({"/v1/recall", "/v1/score", "/v1/features", "/v1/events"})
+CALLS = frozenset({"/v1/recall", "/v1/score", "/v1/rank", "/v1/features", "/v1/events"})
 """Paths that are logged; probes are not."""
 REQUEST_ID, ARM = b"x-request-id", b"x-karma-arm"
 _ID = re.compile(rb"[\w.:-]{1,128}")
@@ -50,7 +50,8 @@ class RequestLog:
         self._settings, self._salt = settings, salt.encode()
         try:
             self._file = (
-                sys.stdout
+                # Serve sends sys.stdout of a replica to a log that drops what is no warning.
+                sys.__stdout__ or sys.stdout
                 if settings.path == "-"
                 else open(settings.path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115
             )

@@ -24,7 +24,7 @@ Query = Annotated[str | None, Field(max_length=4096)]
 
 
 class _Body(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
 
 class HistoryEntry(_Body):
@@ -89,6 +89,7 @@ class Item(TypedDict):
 
     item_id: str
     score: float
+    """By which the items are sorted: the model's, or that of the blend of several lists."""
     title: str
 
 
@@ -107,7 +108,7 @@ class RecallResponse(Version):
 
 
 class ScoreResponse(Version):
-    """One score per requested item, in order; null for one that the catalogue does not hold."""
+    """The model's score of each requested item, in order; null for an unknown item."""
 
     scores: list[float | None]
     ignored_item_ids: list[str]
@@ -117,7 +118,7 @@ class Features(TypedDict):
     """Similarities of one candidate to a user."""
 
     score: float
-    """As in recall."""
+    """As in /v1/score."""
     max: float
     """Largest cosine to an item of the history; 0 without a history, as the next ones."""
     mean: float
@@ -140,7 +141,7 @@ class RankedItem(TypedDict):
     ctr: float
     """The chance of a click if it is shown."""
     score: float
-    """As in recall."""
+    """As in recall; of given candidates as in /v1/score."""
     title: str
 
 

@@ -70,7 +70,9 @@ class Service:
         """
         self.arms = live if isinstance(live, Arms) else _alone(Engine(live, cache_bytes))
         self.users = users or LocalUsers()
-        self.measures = Measures(lambda: self._batcher.num_waiting, lambda: self.engine.cache)
+        self.measures = Measures(
+            lambda: self._batcher.num_waiting, lambda: self.engine.cache, lambda: self.arms
+        )
         self.salt = secrets.token_hex(16)
         self._follower: Follower | None = None
         self._batcher: Batcher[_Asked, Any] = Batcher(

@@ -141,8 +141,7 @@ class Ledger:
     def open(cls, out: str, facts: Mapping[str, Any]) -> Ledger:
         """Open a folder for a search, after `check`."""
         cls.check(out, facts)
-        if not exists(uri := join(out, "search.json")):
-            write_json(facts, uri)
+        write_json(facts, join(out, "search.json"))  # anew, as more trials may be asked for
         return cls(out)
 
     def run_of(self, name: str) -> str:

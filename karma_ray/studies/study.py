@@ -24,6 +24,7 @@ from karma_ray.runs.executor import Executor
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.studies.machine import Machine, Task
 from karma_ray.studies.plan import Data
+from karma_ray.studies.progress import note_study
 from karma_ray.studies.record_files import (
     commit,
     finished_record,
@@ -93,6 +94,7 @@ def run_study(
         prepare(missing, data, machine.executor)
         slots = min(concurrent or machine.possible_trials(), len(missing))
         folders = absolute(runs), absolute(cache)
+        note_study(folders[0], [run_folder(trial, data, folders[0]) for trial in missing])
         _Queue(machine, slots, missing, data, results, *folders, outcome).work(max_minutes)
     return outcome
 

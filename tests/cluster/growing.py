@@ -1,8 +1,9 @@
 """A driver on a cluster that grows: `python -m tests.cluster.growing FOLDER RUN DATA`.
 
-It trains and embeds where no GPU is up, and writes to FOLDER/seen how many GPUs were up before and
-after each, and once the nodes were idle for longer than their time; and to FOLDER/events.jsonl when
-nodes came and went and what ran on them, which benchmarks/timeline.py draws.
+It trains, embeds and searches where no GPU is up, and writes to FOLDER/seen how many GPUs were up
+before and after each, and once the nodes were idle for longer than their time; and to
+FOLDER/events.jsonl when nodes came and went and what ran on them, which benchmarks/timeline.py
+draws.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from karma_ray.artifacts import join
 from karma_ray.cluster.embedding import embed_items
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.training import run_training
+from karma_ray.cluster.tuning import search
+from karma_ray.config import Config
 from tests.cluster import test_training as small
 from tests.cluster.fake_gpus import noting_step
+from tests.cluster.test_tuning import space
 
 PATIENCE_S = 120.0
-WORKERS = {"RayTrainWorker": "training", "MapWorker": "embedding"}
-"""What the actors of each class do."""
+WORKERS = {"RayTrainWorker": "training", "MapWorker": "embedding", "ImplicitFunc": "searching"}
+"""What the actors of each class do; Ray Tune's name for a function is ImplicitFunc."""
 
 
 class Watch(threading.Thread):
@@ -76,6 +80,22 @@ def gpus() -> int:
     return int(ray.cluster_resources().get("GPU", 0))
 
 
+def search_on_a_gpu(folder: str) -> None:
+    """Search with one trial, on a GPU of its own, which notes what it was given."""
+
+    # Defined here, so that the trial's process gets it by value.
+    def at_once(config: Config, data: str | None, out: str, *, resume, on_validate) -> None:
+        facts = {"gpus": ray.get_runtime_context().get_accelerator_ids()["GPU"]}
+        Path(folder, "trial.json").write_text(json.dumps(facts))
+        time.sleep(2.0)  # as long as the watch needs to see it
+        on_validate(config.training.steps, {"HR@50": 1.0})
+
+    search(
+        space(), space().base(), data=None, trials=1, out=join(folder, "search"),
+        gpus_per_trial=1.0, train=at_once,
+    )  # fmt: skip
+
+
 def main(folder: str, run: str, data: str) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     seen = Path(folder, "seen")
@@ -100,6 +120,9 @@ def main(folder: str, run: str, data: str) -> None:
     idle()
     embed_items(join(run, "bundle"), data, join(folder, "embedded"))
     note("embedded")
+    idle()
+    search_on_a_gpu(folder)
+    note("searched")
     idle()
     watch.stop()
     ray.shutdown()

@@ -52,7 +52,7 @@ def test_the_head_counts_once_whatever_its_number_of_workers() -> None:
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_training_and_embedding_make_the_cluster_grow_and_it_shrinks(
+def test_training_embedding_and_a_search_make_the_cluster_grow_and_it_shrinks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     tiny_run.write_data(tmp_path)
@@ -91,9 +91,12 @@ def test_training_and_embedding_make_the_cluster_grow_and_it_shrinks(
     assert "training on 1 GPU: none are up, the autoscaler may add up to 2" in done.stderr
     assert "embedding 40 items with 1 encoder on GPUs: none are up" in done.stderr
     assert "waiting for 1 GPU: 0 in the cluster" in done.stderr
-    assert json.loads((tmp_path / "worker-0.json").read_text())["gpus"]
+    assert "trials: waiting for 1 GPU: 0 in the cluster" in done.stderr
+    for name in ("worker-0.json", "trial.json"):
+        assert json.loads((tmp_path / name).read_text())["gpus"]
     assert load_embeddings(str(tmp_path / "embedded")).num_items == 40
     seen = [line.split() for line in (tmp_path / "seen").read_text().splitlines()]
     assert seen == [
         ["before", "0"], ["trained", "1"], ["idle", "0"], ["embedded", "1"], ["idle", "0"],
+        ["searched", "1"], ["idle", "0"],
     ], log  # fmt: skip

@@ -13,6 +13,7 @@ from karma_ray.cluster.codes import code_items
 from karma_ray.codes.config import CodesConfig
 from karma_ray.codes.table import load_codes
 from karma_ray.errors import InputError
+from tests import aligned_run
 from tests.codes.test_table import embeddings
 
 JOB: Any = runpy.run_path(str(Path(__file__).parents[2] / "jobs/codes.py"))["main"]
@@ -49,6 +50,18 @@ def test_both_kinds_are_compared_and_nothing_is_written(run: str, capsys) -> Non
     assert not Path(run, "item_codes").exists()
 
 
+def test_ids_are_made_of_the_embeddings_of_a_tuned_llm(tmp_path: Path, capsys) -> None:
+    run = aligned_run.write_run(tmp_path)
+    JOB(
+        [run, "--aligned", "llm", "--set", "align.steps=2", "--set", "align.relevance=0.05", *SMALL]
+    )
+    said = capsys.readouterr().out
+    assert "aligned by llm" in said and "related by their texts" in said
+    assert "one item's text from the other's summary" in said
+    source = read_manifest(f"{run}/aligned_embeddings")["content_hash"]
+    assert len(load_codes(f"{run}/item_codes-aligned", source).item_ids) == 160
+
+
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -59,6 +72,9 @@ def test_both_kinds_are_compared_and_nothing_is_written(run: str, capsys) -> Non
         (["--seeds", "3"], "for --compare"),
         (["--out", "x", "--compare"], "not written by --compare"),
         (["--actors", "0", *SMALL], "must be at least 1"),
+        (["--aligned", "tree"], "--aligned: 'tree' is not valid; choices: projection, llm"),
+        (["--set", "align.steps=3"], "has fields of --aligned"),
+        (["--aligned", "--set", "align.summary_tokens=3"], "not a known field"),
         (["--set", "codes.codewords=301"], "there are 300"),
     ],
 )

@@ -23,7 +23,8 @@ from karma_ray.artifacts import (
     write_json,
     write_table,
 )
-from karma_ray.cluster.features import make_features
+from karma_ray.cluster.features import is_enough
+from karma_ray.cluster.features import make_features as make_on_ray
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.pictures import decode
 from karma_ray.data.schema import ITEMS, SEQUENCES
@@ -31,7 +32,7 @@ from karma_ray.data.visual import VisualFeatures
 from karma_ray.errors import InputError
 from karma_ray.model.backbones.vision_encoder import load_vision_encoder
 from karma_ray.runs import features
-from karma_ray.runs.features import FeaturesConfig
+from karma_ray.runs.features import FeaturesConfig, make_features
 from tests import tiny
 from tests.model.test_vision import _folder
 
@@ -64,7 +65,7 @@ def _prepare(data: str, item_ids: list[str]) -> None:
 
 
 def test_the_job_writes_what_load_reads(data: str, capsys: pytest.CaptureFixture[str]) -> None:
-    job.main([data, "--width", "6"])
+    job.main([data, "--width", "6", "--actors", "1"])
     printed = capsys.readouterr().out
     assert "16 x 6 per image" in printed and "explained variance" in printed
     folder = join(data, "visual_features")
@@ -219,7 +220,7 @@ def test_wrong_input_is_named(data: str, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=words):
             make_features(data, config)
     with pytest.raises(InputError, match="--actors"):
-        make_features(data, SMALL, num_actors=0)
+        make_on_ray(data, SMALL, num_actors=0)
     with pytest.raises(InputError, match="--data"):
         make_features(join(data, "nowhere"), SMALL)
     write_json({"kind": "bundle"}, join(data, "bundle", "manifest.json"))
@@ -237,14 +238,28 @@ def test_a_catalogue_without_a_readable_image_is_refused(tmp_path: Path) -> None
     assert not Path(tmp_path, "visual_features").exists()
 
 
+def test_one_row_group_needs_no_ray_but_for_a_gpu_of_the_cluster(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert is_enough(None, 1, uses_gpu=True) and not is_enough(None, 2, uses_gpu=False)
+    assert is_enough(1, 2, uses_gpu=True) and not is_enough(2, 3, uses_gpu=False)
+    monkeypatch.setenv("RAY_JOB_ID", "01000000")
+    assert is_enough(None, 1, uses_gpu=False)
+    assert not is_enough(None, 1, uses_gpu=True)
+
+
 @pytest.mark.ray
 def test_encoders_on_every_cpu_make_the_same_folder(
     two_cpus: None, data: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     alone = make_features(data, SMALL, join(data, "alone"))
     with caplog.at_level("INFO"):
-        together = make_features(data, SMALL, join(data, "together"), num_actors=3)
+        together = make_on_ray(data, SMALL, join(data, "together"), num_actors=3)
+        assert make_on_ray(data, SMALL, join(data, "by default")) == alone
     assert together == alone
     assert (
         "encoding images with 2 encoders instead of 3: items/ has 2 row groups to do" in caplog.text
     )
+    assert caplog.text.count("encoding images with 2 encoders on CPUs") == 2

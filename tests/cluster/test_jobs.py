@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.every_job import LocalCluster, settings
+from benchmarks.every_job import ROOT, LocalCluster, every_job, script_of, settings
 from karma_ray.artifacts import read_lines
 from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
@@ -37,6 +37,10 @@ def wait_for(condition: Callable[[], Any], seconds: float, what: str) -> None:
     while not condition():
         assert time.monotonic() < end, f"{what}: not within {seconds} s"
         time.sleep(0.3)
+
+
+def test_no_job_is_left_out() -> None:
+    assert set(map(script_of, every_job("out"))) == {path.stem for path in ROOT.glob("jobs/*.py")}
 
 
 @pytest.mark.ray

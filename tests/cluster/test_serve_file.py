@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -29,7 +31,7 @@ def endpoint(tmp_path: Path) -> Iterator[tuple[str, str]]:
     publish(live, tiny_run.write_run(tmp_path / "a"), now="now", fresh=lambda: "a")
     text = (ROOT / "deploy/serve.yaml").read_text()
     for old, new in (
-        ("s3://BUCKET/runs/live", live), ("num_replicas: 1", "num_replicas: 2"),
+        ("s3://BUCKET/runs/live", live), ("num_replicas: 1", 'log_requests: "-", num_replicas: 2'),
         ("host: 0.0.0.0, port: 8000", f"host: 127.0.0.1, port: {port}"),
     ):  # fmt: skip
         assert old in text
@@ -69,8 +71,16 @@ def endpoint(tmp_path: Path) -> Iterator[tuple[str, str]]:
 @pytest.mark.slow
 def test_the_file_is_served_as_documented(endpoint: tuple[str, str], tmp_path: Path) -> None:
     url, live = endpoint
+    screen = tmp_path / "log"  # what replicas print reaches the screen of `serve run`
     found = httpx.post(f"{url}/v1/recall", json={"query": "red mug", "k": 3}, timeout=60)
     assert len(found.json()["items"]) == 3
+    until = time.monotonic() + PATIENCE_S
+    while not (lines := re.findall(r'\{"time": .*?"path": "/v1/recall".*?\}', screen.read_text())):
+        assert time.monotonic() < until, screen.read_text()
+        time.sleep(0.5)
+    line = json.loads(lines[0])
+    assert (line["status"], line["arm"]) == (200, "main") and line["latency_ms"] > 0
+    assert line["model_version"] == found.json()["model_version"]
     told = [
         httpx.post(f"{url}/v1/events", json={"user_id": "u", "item_id": f"i{n}"}, timeout=60).json()
         for n in range(8)

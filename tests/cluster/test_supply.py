@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import yaml
 
+from karma_ray.cluster import executor
 from karma_ray.cluster.accelerators import CPU, GPU, Pool, encoders, training_on_gpus
 from karma_ray.cluster.supply import NodeType, Reach, Supply, declared_types, of_ray_cluster
 from karma_ray.errors import InputError
 from karma_ray.model.device import using_gpus
+from karma_ray.runs.executor import HERE
 from karma_ray.training.config import TrainingConfig
 
 LAPTOP = Supply([{"CPU": 4.0}])
@@ -111,3 +113,22 @@ def test_a_pool_has_an_encoder_for_each_gpu_or_core_that_the_work_can_fill() -> 
     assert encoders("embedding", 100, asked=4, found=TWO_GPUS) == Pool(4, 0.5)
     small = Supply([{"CPU": 8.0, "memory": 10.0}])
     assert encoders("embedding", 100, memory=4.0, found=small) == Pool(2, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("found", "elsewhere"),
+    [
+        (None, False),  # no cluster is joined
+        (LAPTOP, False),
+        (Supply([HEAD], [NodeType(HEAD, 1)]), False),
+        (TWO_GPUS, True),
+        (GROWING, True),
+    ],
+)
+def test_small_models_are_trained_elsewhere_where_there_are_other_machines(
+    found: Supply | None, elsewhere: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(executor, "joins_a_cluster", lambda: found is not None)
+    monkeypatch.setattr(executor, "connect", lambda: None)
+    monkeypatch.setattr(executor, "supply", lambda: found)
+    assert executor.on_other_machines() is (executor.ON_RAY if elsewhere else HERE)

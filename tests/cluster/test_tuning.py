@@ -57,9 +57,10 @@ def test_weak_trials_stop_early_and_the_best_one_is_found(ray_cluster, tmp_path)
             on_validate(step, {"valid/HR@50": 100 * target * learned, "HR@50": -1.0})
 
     out = str(tmp_path / "search")
+    base = space().base(["training.num_workers=4", "training.min_workers=2"])
     result = search(
         space(),
-        space().base(),
+        base,
         data=None,
         trials=3,
         out=out,
@@ -84,6 +85,8 @@ def test_weak_trials_stop_early_and_the_best_one_is_found(ray_cluster, tmp_path)
     assert 0 < result.saved_share() < 1 / 3
     best_config = load_config(flags("--config", join(out, "best.json")), "toy")
     assert best_config == result.config()
+    # Trials train in one process each; the best one is trained on the machines that were asked for.
+    assert best_config == override(base, assignments(best.values))
     assert "stopped early" in describe(result) and result.flags() in describe(result)
 
 
@@ -167,6 +170,10 @@ def test_the_spaces_that_ship_can_be_loaded(path: Path) -> None:
         (
             "SPACE = {'seed': tune.choice([1])}\nMETRIC = 'valid/MRR'\nBASE_RECIPE = 'popularity'",
             "BASE_RECIPE: 'popularity' trains nothing; choices: action_only",
+        ),
+        (
+            "SPACE = {'seed': tune.choice([1])}\nMETRIC = 'valid/AUC'\nBASE_RECIPE = 'ctr_din'",
+            "BASE_RECIPE: 'ctr_din' trains a ranking model, which is not searched for",
         ),
         (
             "SPACE = {'seed': tune.choice([1])}\nMETRIC = 'valid/MRR'\nFIXED = 'training.steps=4'",

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,8 +15,12 @@ from karma_ray.artifacts import read_json, write_json
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError
 from karma_ray.funnel.measure import _not_exposed, measure_funnel
-from karma_ray.funnel.opened import open_runs
+from karma_ray.funnel.opened import KARMA, open_runs
+from karma_ray.funnel.ranking import RankingRuns
 from karma_ray.report.funnel_page import screen
+from karma_ray.runs.executor import Executor
+from karma_ray.runs.training import run_training
+from karma_ray.runs.worker import TrainJob
 
 TWO = ("recall", "prerank")
 SMALL = (
@@ -115,6 +121,22 @@ def test_ranking_compares_models_of_the_same_seed(runs: Path, tmp_path: Path) ->
     )
     shutil.rmtree(tmp_path / "out" / "ranking")  # finished parts need no CTR model any more
     assert measured() == found and not (tmp_path / "out" / "ranking").exists()
+
+
+def test_an_executor_that_trains_is_given_the_models_of_ranking(
+    runs: Path, source: PreparedData, tmp_path: Path
+) -> None:
+    given: list[tuple[str, int]] = []
+
+    def elsewhere(job: TrainJob, max_failures: int) -> dict[str, Any]:
+        given.append((job.stage, job.training.num_workers))
+        return run_training(replace(job, training=replace(job.training, num_workers=0)))
+
+    (like,) = open_runs([str(runs / "karma-1")], KARMA, source)
+    executor = Executor(train=elsewhere)
+    models = RankingRuns(source, str(tmp_path / "out"), str(tmp_path / "cache"), SMALL, executor)
+    sums, _ = models.without(like)
+    assert given == [("ctr", 1)] and "AUC" in sums.sums
 
 
 def test_data_without_exposures_have_no_ranking_and_say_so(

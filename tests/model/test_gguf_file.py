@@ -229,4 +229,4 @@ def test_a_pointer_a_missing_file_and_a_missing_package_are_named(
     file.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 9880\n")
     assert "Git LFS pointer in place of m.gguf" in _refusal(file, tmp_path / "m")
     monkeypatch.setitem(sys.modules, "gguf", None)
-    assert "pip install 'karma_ray[gguf]'" in _refusal(file, tmp_path / "m")
+    assert "pip install gguf" in _refusal(file, tmp_path / "m")

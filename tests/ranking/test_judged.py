@@ -12,7 +12,7 @@ from karma_ray.artifacts import join, write_table
 from karma_ray.metrics.clicks import auc
 from karma_ray.ranking.exposures import EXPOSURES, Exposures
 from karma_ray.ranking.floors import STRENGTHS, ItemRates
-from karma_ray.ranking.judged import Judged
+from karma_ray.ranking.judged import Judged, mean_differences
 
 NUM_ITEMS = 12
 
@@ -59,6 +59,35 @@ def test_a_difference_has_the_sign_of_the_better_model(exposures: Exposures) -> 
         alone = judged.metrics("impressions")[name] - 50
         assert 100 * found[name].difference == pytest.approx(alone)
         assert found[name].low > 0
+
+
+def test_a_difference_over_seeds_is_the_mean_of_those_of_the_seeds(exposures: Exposures) -> None:
+    judged = Judged.of(exposures, "test", by_row)
+    random = np.random.default_rng(1)
+    mine = [judged.with_chance(judged.chance + 0.2 * random.random(400)) for _ in range(3)]
+    others = [judged.with_chance(random.random(400)) for _ in range(3)]
+    found = mean_differences(mine, others, "impressions", seed=0)
+    pairs = zip(mine, others, strict=True)
+    seeds = [one.differences(other, "impressions", seed=0) for one, other in pairs]
+    for name in ("AUC", "gAUC"):
+        mean = np.mean([seed[name].difference for seed in seeds])
+        assert found[name].difference == pytest.approx(mean)
+        assert found[name].low < mean < found[name].high
+    both = mean_differences([judged, judged], [others[0]] * 2, "impressions", seed=0)
+    assert both["gAUC"].low == judged.differences(others[0], "impressions", seed=0)["gAUC"].low
+
+
+def test_the_table_of_pairs_has_those_whose_arms_are_both_there(exposures: Exposures) -> None:
+    from benchmarks.ctr_systems import ARMS, PAIRS, pairs
+
+    assert {arm for pair in PAIRS for arm in pair} <= set(ARMS)
+    judged = Judged.of(exposures, "test", by_row)
+    found = {"fsq": [judged], "rq": [judged.with_chance(np.full(400, 0.5))], "sarm": [judged]}
+    head, line = pairs(found, judged.row == 3)  # no page shows two of these
+    assert head.startswith("pair") and line.startswith("fsq − rq")
+    cells = [cell.strip() for cell in line.split("|")]
+    assert cells[1].startswith(f"+{judged.metrics('impressions')['AUC'] - 50:.2f} [+")
+    assert cells[4] == "" and pairs({"din": [judged]}, judged.row == 3) == []
 
 
 def test_predictions_are_saved_and_read(exposures: Exposures, tmp_path: Path) -> None:

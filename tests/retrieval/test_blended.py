@@ -13,14 +13,16 @@ from fastapi.testclient import TestClient
 
 from karma_ray.artifacts import RunFolder, join, read_manifest, write_json, write_table
 from karma_ray.data.prepared import PreparedData
+from karma_ray.data.schema import EXAMPLES
 from karma_ray.errors import InputError, SkewError
 from karma_ray.metrics import ranking
 from karma_ray.retrieval.blend import FEATURES, GROUPS, LISTS, Blend
 from karma_ray.retrieval.blend_fit import Gathered, fitted_blend
 from karma_ray.retrieval.blended import BlendedSearch, load_blended, with_channels
 from karma_ray.retrieval.complete_run import check_run
-from karma_ray.retrieval.delta import update_run
-from karma_ray.retrieval.filters import Filter
+from karma_ray.retrieval.delta import UpdatedSearch, update_run
+from karma_ray.retrieval.exact import ExactSearch
+from karma_ray.retrieval.filters import Filter, filtered_search
 from karma_ray.retrieval.index_build import index_run
 from karma_ray.retrieval.parts import channels_of, served
 from karma_ray.retrieval.requests import HistoryItem, Request
@@ -218,6 +220,83 @@ def test_items_that_left_are_never_found_and_new_ones_are(run, tmp_path) -> None
         assert "new" in ids and not {"i5", "i21"} & ids and len(ids) == 39
     answer = found.recall("mug", [HistoryItem("new")], 40, exclude_history=True)
     assert "new" not in {item.item_id for item in answer.items}
+
+
+def changed_run(run: str, folder: Path, *items: dict[str, str | None]) -> Retriever:
+    """A copy of the run that knows `items` by a delta, in place of those with the same id."""
+    copy = str(shutil.copytree(run, folder / "run"))
+    rows = PreparedData.load(read_manifest(run)["data"]).catalog().table.to_pylist()
+    ids = {item["item_id"] for item in items}
+    rows = [row for row in rows if row["item_id"] not in ids]
+    write_table(pa.Table.from_pylist([*rows, *items]), join(str(folder / "changed"), "items"))
+    update_run(copy, str(folder / "changed"))
+    return with_channels(Retriever.load(copy), copy, "blend")
+
+
+def told(retriever: Retriever, request: Request) -> dict[str, dict[str, float]]:
+    """The features of the candidates of a request, by item id."""
+    search = searching(retriever)
+    (vector,) = retriever.vectors_of(example(request))
+    history = search.history([click.item_id for click in request.history], retriever)
+    best = filtered_search(retriever.index, vector[None], [Filter()], [200])[0][0]
+    allowed = search.allowed(retriever, Filter())
+    found = search.found(retriever, vector, request.query, history, best, allowed)
+    ids = [retriever.index.item_ids[row] for row in found.rows]
+    named = (dict(zip(FEATURES, row, strict=True)) for row in found.features.tolist())
+    return dict(zip(ids, named, strict=True))
+
+
+def example(request: Request) -> pa.Table:
+    steps = request.history
+    row = {"user_id": "u", "query": request.query, "timestamp": channel_run.NOW,
+           "history_item_ids": [step.item_id for step in steps],
+           "history_queries": [step.query for step in steps],
+           "history_timestamps": [None] * len(steps), "positive_item_id": "i0"}  # fmt: skip
+    return pa.Table.from_pylist([row], schema=EXAMPLES)
+
+
+def test_a_new_item_is_scored_as_the_one_that_is_most_like_it_but_without_clicks(
+    run: str, tmp_path: Path
+) -> None:
+    found = changed_run(run, tmp_path, {"item_id": "new", "title": "red mug", "category": "mug"})
+    engine = found.index.engine
+    assert isinstance(engine, UpdatedSearch) and isinstance(engine.main, ExactSearch)
+    like = int(np.argmax(engine.main.vectors @ engine.added[0]))
+    title = found.index.titles[like]
+    request = Request(title, [HistoryItem("i2"), HistoryItem("i22")])
+    features = told(found, request)
+    new, old = features["new"], features[found.index.item_ids[like]]
+    for name in ("bm25_query", "bm25_history", "affinity", "matches", "rank_bm25", "rank_affinity"):
+        assert new[name] == pytest.approx(old[name]), name
+    assert new["matches"] == 1 and new["bm25_query"] > 0 and new["rank_bm25"] > 0
+    assert new["clicks"] == new["rank_popularity"] == 0 < new["clicks_or_mean"]
+    by_content = {"matches": 5.0, "bm25_query": 1.0, "affinity": 1e-3}
+    found.blended = replace(
+        searching(found), blend=Blend("logistic", {group: by_content for group in GROUPS})
+    )
+    ids = [item.item_id for item in found.recall(title, request.history, 41).items]
+    others = [item for item, said in features.items() if not said["matches"]]
+    assert others and ids.index("new") < min(ids.index(item) for item in others)
+
+
+def test_an_item_that_is_described_anew_keeps_its_places_and_its_clicks(
+    run: str, blended: Retriever, tmp_path: Path
+) -> None:
+    catalog = PreparedData.load(read_manifest(run)["data"]).catalog().table.to_pylist()
+    old = next(row for row in catalog if row["item_id"] == "i7")
+    found = changed_run(run, tmp_path, {**old, "title": f"{old['title']} again"})
+    request = Request("mug", [HistoryItem("i7"), HistoryItem("i22")])
+    before, after = told(blended, request)["i7"], told(found, request)["i7"]
+    for name in FEATURES:
+        if name not in ("dense", "rank_dense"):
+            assert after[name] == pytest.approx(before[name]), name
+    assert before["seen"] > 0 and before["rank_popularity"] > 0
+    ids = [item.item_id for item in found.recall("mug", request.history, 40).items]
+    assert ids.count("i7") == 1 and len(ids) == 40
+    answer = found.recall("mug", request.history, 40, exclude_history=True)
+    assert "i7" not in {item.item_id for item in answer.items}
+    answer = found.recall("mug", [], 40, only=Filter(category="scarf"))
+    assert "i7" not in {item.item_id for item in answer.items}
 
 
 def test_skewed_and_missing_channels_are_refused(run, tmp_path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from karma_ray.artifacts import RunFolder, read_json, read_manifest, write_json
@@ -16,6 +18,7 @@ from karma_ray.retrieval.parts import channels_of, served
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.runs.assessment import Evaluator
 from karma_ray.runs.channel_assessment import FILE, channel_metrics
+from karma_ray.runs.floor_metrics import FloorFile, floor_metrics
 from tests.retrieval import channel_run
 
 
@@ -58,6 +61,23 @@ def test_the_blend_stands_beside_every_list_and_floor_with_intervals(measured) -
             gain, low, high = row["gain@10"]
             assert low <= gain <= high
             assert gain == pytest.approx(rows["blend", "blend"]["HR@10"] - row["HR@10"])
+
+
+def test_ranks_that_are_kept_with_the_metrics_of_floors_are_those_of_a_measurement(
+    measured, tmp_path: Path
+) -> None:
+    run, evaluator, found = measured
+    known = FloorFile.of(evaluator, str(tmp_path))
+    assert known.ranks("tfidf") is None
+    floor_metrics(evaluator, str(tmp_path), known)
+    ranker = build_floor("tfidf", evaluator.source)
+    ranks = evaluator.detailed(ranker, evaluator.source.examples("test")).details.ranks
+    kept = known.ranks("tfidf")
+    assert kept is not None and np.array_equal(kept, ranks)
+    retriever = Retriever.load(run, evaluator.source.items_uri)
+    folder = RunFolder(str(tmp_path))
+    assert channel_metrics(evaluator, retriever, run, folder, str(tmp_path), known) == found
+    assert read_json(folder.path(FILE)) == read_json(RunFolder(run).path(FILE))
 
 
 def test_the_report_shows_the_lists(measured) -> None:

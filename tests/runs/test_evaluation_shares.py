@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from karma_ray import recipes
-from karma_ray.artifacts import read_json
-from karma_ray.config import Config, override
+from karma_ray.artifacts import RunFolder, read_json, write_json
+from karma_ray.config import Config, override, to_dict
 from karma_ray.data.prepared import PreparedData
 from karma_ray.evaluation.outcomes import FILES
+from karma_ray.model.device import may_use_gpus
 from karma_ray.runs import evaluation_shares
 from karma_ray.runs.assessment import assess
 from karma_ray.runs.evaluation_shares import Enlist, Share
-from karma_ray.runs.pipeline import train_run
+from karma_ray.runs.executor import Executor
+from karma_ray.runs.pipeline import evaluate_run, train_run
 from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.runs.stages import finished_stage
 from tests.tiny_run import SMALL_STUDY
@@ -84,6 +87,54 @@ def test_three_processes_find_what_one_finds(
     assert {**run.assessed(tmp_path, enlist), "cache": alone["cache"]} == alone
     assert asked[0] > 2 and alone["metrics"]["paraphrased/share_rewritten"] > 0
     assert {"popularity", "tfidf", "oracle"} <= alone["floors"].keys()
+
+
+def with_workers(run: Run, folder: Path) -> str:
+    """A copy of the run as if a worker had trained it."""
+    config = override(run.config, ["training.num_workers=1"])
+    shutil.copytree(run.run, folder)
+    write_json(to_dict(config), RunFolder(str(folder)).config)
+    return str(folder)
+
+
+def test_a_finished_run_is_evaluated_again_where_the_executor_does_so(
+    run: Run, alone: dict[str, Any], long: None, tmp_path: Path
+) -> None:
+    places: list[tuple[str, bool]] = []
+
+    def elsewhere(measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        places.append(("elsewhere", may_use_gpus()))
+        return measure()
+
+    def enlist(share: Share, most: int, bundle: str) -> Sequence[Iterator[Any]]:
+        places.append(("divided", most > 0))
+        return [share(1, 2)]
+
+    executor = Executor(measure=elsewhere, enlist=enlist)
+    again, cache = with_workers(run, tmp_path / "again"), str(alone["cache"])
+    folder, found = evaluate_run(again, cache=cache, executor=executor)
+    assert (folder, found) == (again, {**alone["metrics"], "seconds": None})
+    assert places == [("elsewhere", True), ("divided", True)]
+    assert evaluate_run(run.run, cache=cache, executor=executor)[1] == found  # without workers
+    assert len(places) == 2
+
+
+def test_a_short_evaluation_starts_no_ray(
+    run: Run, alone: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from karma_ray.cluster import measuring
+    from karma_ray.cluster.executor import ON_RAY
+
+    def starts() -> None:
+        raise AssertionError("Ray is started")
+
+    for name in ("RAY_ADDRESS", "RAY_JOB_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(measuring.ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(measuring, "connect", starts)
+    again = with_workers(run, tmp_path / "again")
+    _, found = evaluate_run(again, cache=str(alone["cache"]), executor=ON_RAY)
+    assert found == {**alone["metrics"], "seconds": None}
 
 
 @pytest.mark.ray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from karma_ray.artifacts import join, read_table
+from karma_ray.artifacts import RunFolder, join, read_manifest, read_table
 from karma_ray.config import Config
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.prepared import PreparedData
@@ -17,6 +18,8 @@ from karma_ray.errors import InputError
 from karma_ray.ranking.floors import ItemRates
 from karma_ray.ranking.judged import Judged
 from karma_ray.ranking.load import load_ranker
+from karma_ray.retrieval.encode import load_embeddings, save_embeddings
+from karma_ray.retrieval.similarity import unit
 from karma_ray.runs.ctr import (
     CtrStage,
     check_ranking,
@@ -134,6 +137,27 @@ def test_the_control_with_frozen_vectors_is_trained_and_served(
     wanted = small("ctr_din", f"ranking.vectors={vectors}", "ranking.family=vectors")
     assert np.isfinite(measured(wanted, shop, str(tmp_path / "run"), cache)["AUC"])
     assert load_ranker(str(tmp_path / "run")).model.items.vectors[1:].any()
+
+
+def test_aligned_embeddings_are_read_in_place_of_a_run_and_those_of_others_are_refused(
+    shop: str, cache: str, vectors: str, tmp_path: Path
+) -> None:
+    run, place = RunFolder(vectors), join(vectors, "aligned_embeddings")
+    wanted = small("ctr_din", f"ranking.vectors={place}", "ranking.family=vectors")
+    own = load_embeddings(run.item_embeddings)
+    for parent in ("another", read_manifest(run.item_embeddings)["content_hash"]):
+        made = replace(own, embeddings=-own.embeddings, parents={"embeddings": parent})
+        save_embeddings(made, place)
+        if parent == "another":
+            with pytest.raises(InputError, match="aligned from those of"):
+                measured(wanted, shop, str(tmp_path / "refused"), cache)
+    measured(wanted, shop, str(tmp_path / "run"), cache)
+    items = load_ranker(str(tmp_path / "run")).model.items
+    expected = unit(-own.in_order(Catalog.load(shop).item_ids).embeddings)
+    np.testing.assert_array_equal(items.vectors[1:].numpy(), expected)
+    similar = small("ctr_simtier", f"ranking.vectors={place}")
+    with pytest.raises(InputError, match="reads a finished run"):
+        check_ranking(similar, PreparedData.load(shop))
 
 
 def test_settings_that_do_not_fit_are_refused(shop: str) -> None:

@@ -1,4 +1,4 @@
-"""Runs in MLflow; with the real package where it is installed, which it need not be."""
+"""Runs in MLflow, with the real package and a server in a folder."""
 
 from __future__ import annotations
 
@@ -13,15 +13,6 @@ from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.runs import tracking
 from karma_ray.runs.tracking import send_run, tracked
 from tests.tiny_run import SMALL_STUDY
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A tracking server in a folder."""
-    uri = f"file://{tmp_path / 'mlruns'}"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
-    return uri
 
 
 def config() -> Config:
@@ -39,7 +30,7 @@ def test_without_a_server_nothing_is_sent_or_imported(
 
 
 def test_a_server_without_the_package_is_said(
-    tmp_path: Path, server: str, caplog, monkeypatch
+    tmp_path: Path, mlflow_server: str, caplog, monkeypatch
 ) -> None:
     monkeypatch.setattr(tracking, "find_spec", lambda name: None)
     write_json({}, str(tmp_path / "config.json"))
@@ -69,9 +60,10 @@ def test_a_run_is_sent_as_it_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def test_a_run_and_its_repetition_are_one_in_mlflow(
-    shop: str, tmp_path: Path, server: str, caplog
+    shop: str, tmp_path: Path, mlflow_server: str, caplog
 ) -> None:
-    mlflow = pytest.importorskip("mlflow")
+    import mlflow
+
     from karma_ray.runs.pipeline import train_run
 
     run = str(tmp_path / "search" / "first")
@@ -95,7 +87,6 @@ def test_a_run_and_its_repetition_are_one_in_mlflow(
 
 
 def test_a_server_that_fails_does_not_end_the_run(tmp_path: Path, monkeypatch, caplog) -> None:
-    pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "unknown://nowhere")
     write_json({}, str(tmp_path / "config.json"))
     send_run(str(tmp_path), "FINISHED")

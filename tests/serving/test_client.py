@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import random
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -15,7 +17,8 @@ import uvicorn
 
 from karma_ray.errors import InputError
 from karma_ray.retrieval.requests import HistoryItem
-from karma_ray.retrieval.retriever import Retriever
+from karma_ray.retrieval.retriever import Retriever, build_index
+from karma_ray.serving import schemas
 from karma_ray.serving.app import build_app
 from karma_ray.serving.client import AsyncClient, Click, Client, EndpointError
 from karma_ray.serving.conversation import JITTER, MAX_WAIT_S
@@ -63,6 +66,37 @@ def test_each_call_gives_what_the_endpoint_says(url: str, retriever: Retriever) 
         assert client.features(["i3"], history=["i3"])["features"][0]["max"] == pytest.approx(1.0)
         assert client.healthz() == {"status": "ok", "num_items": 40}
         assert client.version()["model_version"] == found["model_version"]
+
+
+@pytest.mark.parametrize("kind", [Client, AsyncClient])
+@pytest.mark.parametrize("path", ["recall", "score", "rank", "features"])
+def test_every_field_of_a_request_can_be_given(kind: type, path: str) -> None:
+    body = getattr(schemas, f"{path.capitalize()}Request")
+    taken = inspect.signature(getattr(kind, path)).parameters
+    assert set(taken) - {"self"} == set(body.model_fields)
+
+
+def test_unwanted_items_and_other_categories_are_left_out(retriever: Retriever) -> None:
+    categories = [("a", "b")[n % 2] for n in range(retriever.table.num_items)]
+    table = replace(retriever.table, categories=categories)
+    index = build_index(retriever.interest, table)
+    of = dict(zip(table.item_ids, categories, strict=True))
+    some = Retriever(retriever.interest, retriever.collator, table, index)
+
+    async def ask(url: str) -> schemas.RecallResponse:
+        async with AsyncClient(url) as client:
+            return await client.recall("mug", exclude=[best], category=of[best], k=40)
+
+    with served(Service(some)) as url, Client(url) as client:
+        best = client.recall("mug", k=1)["items"][0]["item_id"]
+        for found in (
+            client.recall("mug", exclude=[best], category=of[best], k=40), asyncio.run(ask(url)),
+        ):  # fmt: skip
+            ids = [item["item_id"] for item in found["items"]]
+            assert len(ids) == 19 and best not in ids
+            assert {of[item_id] for item_id in ids} == {of[best]}
+        with pytest.raises(InputError, match=r"^category: 'hats' was refused"):
+            client.recall(category="hats")
 
 
 def test_stored_clicks_are_the_history_of_later_requests(url: str) -> None:
@@ -206,6 +240,33 @@ def test_a_lost_connection_is_asked_again_once_unless_it_would_count_twice(
         assert len(seen) == sent
 
 
+LOST_REPLICA = reply("500 Error", b"Internal Server Error", content_type="text/plain")
+NOT_FINITE = reply("500 Error", b'{"detail": "not finite"}', content_type="application/json")
+
+
+@pytest.mark.parametrize(
+    ("call", "answers", "sent"),
+    [
+        (Client.recall, (LOST_REPLICA, OK), 2),
+        (Client.recall, (LOST_REPLICA, LOST_REPLICA), 2),
+        (Client.recall, (NOT_FINITE,), 1),
+        (lambda client: client.event("u", "i"), (LOST_REPLICA,), 1),
+    ],
+    ids=["once more", "not twice", "the endpoint's own", "a click is not counted twice"],
+)
+def test_an_error_of_the_host_is_asked_again_once_unless_it_would_count_twice(
+    call: Callable[[Client], object], answers: tuple[bytes, ...], sent: int
+) -> None:
+    with answering(*answers) as (url, seen), Client(url) as client:
+        if answers[-1] == OK:
+            assert call(client) == {"status": "ok"}
+        else:
+            with pytest.raises(EndpointError, match="answered with 500") as error:
+                call(client)
+            assert error.value.status == 500
+        assert len(seen) == sent
+
+
 @pytest.mark.parametrize(
     ("said", "least"), [("7", 7.0), ("86400", MAX_WAIT_S), ("-3", 0.0), ("Wed, 21 Oct", 1.0)]
 )
@@ -220,7 +281,7 @@ def test_what_retry_after_says_is_bounded(said: str, least: float) -> None:
 def test_an_error_page_of_a_gateway_is_an_error_in_words() -> None:
     broken = reply("502 Bad Gateway", b"<html>no</html>")
     saying = pytest.raises(EndpointError, match="answered with 502: <html>no")
-    with answering(broken) as (url, _), Client(url) as client, saying:
+    with answering(broken, broken) as (url, _), Client(url) as client, saying:
         client.recall()
 
 

@@ -20,6 +20,7 @@ from PIL import Image
 from jobs.serve import main
 from karma_ray.errors import InputError
 from karma_ray.retrieval.retriever import Retriever
+from karma_ray.serving import schemas
 from karma_ray.serving.app import build_app
 from karma_ray.serving.engine import Engine
 from karma_ray.serving.page.routes import MAX_WAITING, SearchPage, shows_users
@@ -67,6 +68,20 @@ def test_the_page_sets_what_it_is_given_as_text_alone(client: TestClient) -> Non
     script = client.get("/").text.split("<script>", 1)[1]
     for way in ("innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("):
         assert way not in script
+
+
+def test_the_calls_are_described_on_a_page_that_loads_nothing(client: TestClient) -> None:
+    answer, document = client.get("/docs"), client.get("/openapi.json").json()
+    assert "default-src 'none'; script-src 'none'" in answer.headers["content-security-policy"]
+    assert not re.search(r"https?:|//\w|src=|@import|url\(|<script", answer.text)
+    places = set(re.findall(r'id="([^"]+)"', answer.text))
+    assert places == {*document["paths"], *(f"type-{n}" for n in document["components"]["schemas"])}
+    links = {link for link in re.findall(r'href="([^"]+)"', answer.text) if link != "data:,"}
+    assert links == {"openapi.json", *(f"#{place}" for place in places)}
+    for name in schemas.RankRequest.model_fields:
+        assert f"<td>{name}" in answer.text
+    assert "Only items of this category." in answer.text and "By default 10." in answer.text
+    assert client.get("/redoc").status_code == 404
 
 
 def test_the_page_says_what_it_can_show(client: TestClient) -> None:

@@ -6,9 +6,12 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
+import numpy as np
 import pytest
 import uvicorn
+from PIL import Image
 
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving.app import build_app
@@ -17,6 +20,7 @@ from karma_ray.serving.page.routes import SearchPage
 from karma_ray.serving.service import Service
 from tests import shop_window, tiny_run
 from tests.browser import Browser, Tab, find
+from tests.page_pictures import SIZES, show
 
 pytestmark = pytest.mark.slow
 
@@ -116,6 +120,35 @@ def test_a_person_searches_and_clicks(browser: Browser, url: str, width: int, da
     assert tab.ask(NAMELESS) == []
     assert tab.ask(FAINT) == []
     assert tab.complaints() == []
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_the_pictures_of_the_docs_can_be_taken(browser, url, name: str, tmp_path: Path) -> None:
+    width, height = SIZES[name]
+    tab = browser.tab(width, height, phone=width < 500)
+    show(tab, url, "u1")
+    image = tab.picture(tmp_path / f"{name}.png")
+    assert image.size == (width, height)
+    with Image.open(tmp_path / f"{name}.png") as written:
+        assert written.size == (width, height)
+    pixels = np.asarray(image)
+    # Text, lines and thumbnails: no large part of it is of one colour, and the docs' has its size.
+    for part in np.array_split(pixels, 4):
+        colours, counts = np.unique(part.reshape(-1, 3), axis=0, return_counts=True)
+        assert len(colours) > 50 and counts.max() < 0.97 * counts.sum()
+    with Image.open(Path(__file__).parents[2] / f"docs/{name}.png") as shown:
+        assert shown.size == (width, height)
+    assert tab.complaints() == []
+
+
+def test_the_calls_are_shown_at_any_width(browser: Browser, url: str) -> None:
+    for width in (1280, 360):
+        tab = browser.tab(width, 780, phone=width < 500)
+        tab.go(f"{url}/docs")
+        assert "POST /v1/recall" in tab.ask("document.body.innerText")
+        assert tab.ask("document.documentElement.scrollWidth <= innerWidth")
+        assert tab.ask(FAINT) == []
+        assert tab.complaints() == []
 
 
 def test_keys_are_enough(browser: Browser, url: str) -> None:

@@ -237,15 +237,20 @@ def test_the_client_ranks(endpoint) -> None:
     async def ask() -> list[list[schemas.RankedItem]]:
         given = await client.rank("red mug", CLICKS, item_ids=IDS)
         recalled = await client.rank("red mug", CLICKS, k=4, exclude_history=True)
-        return [given["items"], recalled["items"]]
+        left = await client.rank(
+            "red mug", CLICKS, k=4, exclude_history=True,
+            exclude=[item["item_id"] for item in recalled["items"]],
+        )  # fmt: skip
+        return [given["items"], recalled["items"], left["items"]]
 
-    given, recalled = asyncio.run(ask())
+    given, recalled, left = asyncio.run(ask())
+    assert not {i["item_id"] for i in left} & {i["item_id"] for i in recalled}
     history = [{"item_id": i} for i in CLICKS]
     asked = endpoint.ask(query="red mug", history=history, item_ids=IDS)["items"]
     assert [i["item_id"] for i in given] == [i["item_id"] for i in asked]
     # Not equal: one of them found the keys and values of the history that the other had stored.
     assert [i["score"] for i in given] == pytest.approx([i["score"] for i in asked], abs=1e-4)
-    assert len(recalled) == 4
+    assert len(recalled) == len(left) == 4
 
 
 def test_a_ranker_that_does_not_fit_is_refused(run: str, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ from fastapi.testclient import TestClient
 from karma_ray.errors import InputError
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.serving.app import build_app
-from karma_ray.serving.request_log import LogSettings, RequestLog
+from karma_ray.serving.request_log import CALLS, LogSettings, RequestLog
 from karma_ray.serving.service import Service
 from tests import tiny_run
 
@@ -95,6 +98,41 @@ def test_refused_requests_have_a_line_and_are_counted(retriever, tmp_path) -> No
     for status in (401, 422, 413):
         count = f'karma_ray_requests_total{{arm="",path="/v1/recall",status="{status}"}} 1.0'
         assert count in text
+
+
+def test_our_own_mistakes_are_counted_as_failures(retriever, monkeypatch) -> None:
+    service = Service(retriever)
+
+    def broken(_: object) -> list[object]:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(service.engine, "answer", broken)
+    with TestClient(build_app(service), raise_server_exceptions=False) as client:
+        assert client.post("/v1/recall", json={}).status_code == 500
+        text = client.get("/metrics").text
+    assert re.search(r'karma_ray_requests_total\{.*path="/v1/recall",status="500"\} 1\.0', text)
+    assert 'status="200"' not in text
+
+
+def test_every_call_but_probes_has_a_line(retriever, tmp_path) -> None:
+    app = build_app(Service(retriever))
+    assert {route.path for route in app.routes if "POST" in route.methods} - CALLS == {
+        f"/page/{name}" for name in ("user", "pictures", "floors", "thought", "other")
+    }
+    path = tmp_path / "requests.jsonl"
+    with client_of(retriever, path) as client:
+        client.post("/v1/rank", json={"item_ids": ["i1"]})  # nothing ranks here
+    assert [(line["path"], line["status"]) for line in lines_of(path)] == [("/v1/rank", 404)]
+
+
+def test_the_screen_is_that_of_the_process_whatever_takes_its_place(retriever, capfd) -> None:
+    with (
+        redirect_stdout(io.StringIO()) as taken,
+        client_of(retriever, Path("-")) as client,
+    ):
+        client.post("/v1/recall", json={})
+    assert taken.getvalue() == ""
+    assert json.loads(capfd.readouterr().out)["path"] == "/v1/recall"
 
 
 def test_the_hash_of_a_user_depends_on_the_salt(tmp_path) -> None:

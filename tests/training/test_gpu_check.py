@@ -37,12 +37,31 @@ def found() -> dict[str, list[dict[str, Any]]]:
 
 
 def test_every_part_reports_and_the_end_stands_last(found) -> None:
-    assert list(found) == ["machine", "equality", "step", "kernels", "encode", "end"]
+    parts = ["machine", "equality", "first_step", "step", "kernels", "encode", "end"]
+    assert list(found) == parts
     assert not [line for part in found.values() for line in part if "error" in line]
     assert found["end"][0]["failed"] == []
     (machine,) = found["machine"]
     assert machine["torch"] and machine["transformers"] and machine["device"] == "cpu"
     assert min(*machine["matmul_tflops"].values(), machine["copy_gb_per_s"]) > 0
+
+
+def test_the_last_line_has_the_headline_and_none_for_what_a_cpu_cannot_tell(found) -> None:
+    (end,) = found["end"]
+    assert end["equal"] is True
+    assert end["mfu"] == found["step"][0]["mfu"]
+    speeds = [line["tokens_per_s"] for line in found["encode"] if "tokens_per_s" in line]
+    assert end["encode_tokens_per_s"] == max(speeds)
+    assert end["seconds_to_first_step"] == found["first_step"][0]["seconds"]["whole"]
+    assert (end["host_gap_share"], end["mfu_compiled"]) == (None, None)
+
+
+def test_the_first_step_is_that_of_a_fresh_process(found) -> None:
+    (line,) = found["first_step"]
+    seconds = line["seconds"]
+    assert list(seconds) == ["imports", "model", "step", "whole"] and min(seconds.values()) >= 0
+    parts = sum(seconds[name] for name in ("imports", "model", "step"))
+    assert parts == pytest.approx(seconds["whole"], abs=0.05)
 
 
 def test_a_float32_step_equals_the_cpu_packed_and_padded(found) -> None:
@@ -75,3 +94,4 @@ def test_parts_that_begin_too_late_say_that_they_were_skipped() -> None:
     late = lines("--minutes", "0.02", "--parts", "equality")
     assert late[0]["part"] == "machine" and late[-1]["part"] == "end"
     assert all("skipped" in line for line in late[1:-1])
+    assert late[-1]["equal"] is None and late[-1]["seconds_to_first_step"] is None

@@ -88,7 +88,7 @@ def _reader(file: str, field: str) -> Any:
     try:
         from gguf import GGUFReader
     except ImportError:
-        message = "needs the package gguf, which is not installed: pip install 'karma_ray[gguf]'"
+        message = "needs the package gguf, which is not installed: pip install gguf"
         raise InputError(field, file, message) from None
     check_no_pointer(path, file, field)
     try:

@@ -24,6 +24,7 @@ from karma_ray.retrieval.requests import Request as Asked
 from karma_ray.serving import schemas
 from karma_ray.serving.batching import Overloaded
 from karma_ray.serving.guards import RETRY_AFTER_S
+from karma_ray.serving.page.reference import reference_page
 from karma_ray.serving.page.run_data import NO_DATA, RunData
 from karma_ray.serving.page.thought import Thoughts, speaks
 from karma_ray.serving.refusals import name_the_field
@@ -130,12 +131,18 @@ def shows_users(host: str, token: str | None) -> bool:
 
 
 def add_page(app: FastAPI, service: Service, page: SearchPage) -> None:
-    """Add the page at `/` and what it asks under `/page/`."""
-    content, headers = _html()
+    """Add the page at `/`, what it asks under `/page/`, and the calls for a reader at `/docs`."""
+    content = (Path(__file__).parent / "search.html").read_bytes()
+    headers = _headers(content)
 
     @app.get("/", include_in_schema=False)
     async def search_page() -> Response:
         return Response(content, media_type="text/html; charset=utf-8", headers=headers)
+
+    @app.get("/docs", include_in_schema=False)
+    async def reference() -> Response:
+        html = reference_page(app.openapi()).encode()
+        return Response(html, media_type="text/html; charset=utf-8", headers=_headers(html))
 
     @app.get("/page/about", include_in_schema=False)
     async def about() -> Response:
@@ -230,21 +237,20 @@ def _user(page: SearchPage, service: Service, user_id: str) -> dict[str, Any]:
     return {"found": True, "query": row["query"], "history": history, "next": clicked}
 
 
-def _html() -> tuple[bytes, dict[str, str]]:
-    """Return the page and headers that let it run its own script and style, and no others."""
-    content = (Path(__file__).parent / "search.html").read_bytes()
+def _headers(content: bytes) -> dict[str, str]:
+    """Return headers that let a page run its own script and style, and no others."""
 
     def hashes(tag: str) -> str:
         parts = re.findall(rf"<{tag}>(.*?)</{tag}>".encode(), content, flags=re.DOTALL)
         digests = (base64.b64encode(hashlib.sha256(part).digest()).decode() for part in parts)
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
+        return " ".join(f"'sha256-{digest}'" for digest in digests) or "'none'"
 
     policy = (
         f"default-src 'none'; script-src {hashes('script')}; style-src {hashes('style')}; "
         "img-src data:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     )
-    return content, {
+    return {
         "content-security-policy": policy, "x-content-type-options": "nosniff",
         "referrer-policy": "no-referrer", "cache-control": "no-cache",
     }  # fmt: skip
