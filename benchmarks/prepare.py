@@ -193,7 +193,7 @@ def check_equal(ours: str, theirs: str) -> None:
             assert one[column].equals(other[column]), f"{name}: {column} differs"
 
 
-def generate(folder: Path, num_events: int) -> None:
+def generate(folder: Path, num_events: int, row_group: int = ROW_GROUP) -> None:
     """Write a log of pages in the order of time, and its items."""
     generator = np.random.default_rng(num_events)
     ids = pa.array([f"item-{number:07d}" for number in range(ITEMS)])
@@ -220,7 +220,7 @@ def generate(folder: Path, num_events: int) -> None:
             "session_id": pa.array(time_of // 3_600_000_000).cast(pa.string()),
         })  # fmt: skip
         name = f"part-{first // FILE_ROWS:05d}.parquet"
-        pq.write_table(table, folder / "events" / name, row_group_size=ROW_GROUP)
+        pq.write_table(table, folder / "events" / name, row_group_size=row_group)
 
 
 def lists(ids: pa.Array, places: np.ndarray, kept: np.ndarray) -> pa.ListArray:

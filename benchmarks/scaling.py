@@ -136,9 +136,9 @@ def scale_data(what: str, counts: list[int], each: int) -> None:
 
 def prepare_log(pages: int, nodes: int, folder: str) -> Callable[[], object]:
     """Write a log, and return what prepares it on Ray."""
-    generate(Path(folder, "data"), pages)
-    # At least two parts for each node.
-    sizes = Sizes(here_cells=0, part_cells=max(1, pages * 14 // (2 * nodes)))
+    # Four parts for each node also in the run that starts the workers.
+    generate(Path(folder, "data"), pages, row_group=max(1, pages // (4 * nodes)))
+    sizes = Sizes(here_cells=0, part_cells=1)
     return partial(prepare, f"{folder}/data", PrepareConfig(), f"{folder}/out", run_on_ray, sizes)
 
 
