@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -12,10 +13,12 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from karma_ray import recipes
-from karma_ray.artifacts import read_lines, write_table
+from karma_ray.artifacts import read_lines, read_table, write_table
 from karma_ray.config import override
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.synthetic.config import ToyShopConfig
@@ -31,6 +34,8 @@ from tests.runs.test_pipeline import SMALL
 
 DATA, RUN = f"s3://{BUCKET}/shop", f"s3://{BUCKET}/runs/first"
 SEARCH, ENCODER = f"s3://{BUCKET}/runs/search", f"s3://{BUCKET}/vit"
+LARGE, COPIES = f"s3://{BUCKET}/large", 220
+"""A log of so many copies of every user, which is too large to be prepared by one process."""
 FIELDS = [*SMALL, "training.precision=float32", "training.validate_every=6"]
 STEPS = 100
 LONG = [f"training.steps={STEPS}", "training.report_every=10", "training.checkpoint_every=10",
@@ -57,6 +62,23 @@ def fill_store(folder: Path) -> None:
     upload(Path(_folder("vit", folder.parent)), ENCODER)
     config = override(recipes.build("toy"), FIELDS)
     start_stage(config, ensure_prepared(str(folder), PrepareConfig()), f"s3://{BUCKET}/runs/cache")
+
+
+def fill_with_large_log(shop: Path) -> None:
+    """Put LARGE into the store, made of the shop that `fill_store` has written."""
+    folder = shop.with_name("large")
+    shutil.copytree(shop / "items", folder / "items")
+    shutil.copy(shop / "manifest.json", folder)
+    events = read_table(str(shop / "events"))
+    place = events.column_names.index("user_id")
+    copies = [
+        events.set_column(
+            place, "user_id", pc.binary_join_element_wise(events["user_id"], str(copy), "-")
+        )
+        for copy in range(COPIES)
+    ]
+    write_table(pa.concat_tables(copies), str(folder / "events"))
+    upload(folder, LARGE)
 
 
 class Machines:
@@ -169,3 +191,13 @@ def pooled_features(machines: Machines, name: str) -> None:
     """One vector an image, by an encoder on each machine."""
     machines.run(name, "jobs/features.py", DATA, "--encoder", ENCODER, "--target", "pooled:1",
                  "--actors", "2")  # fmt: skip
+
+
+def prepare_large_log(machines: Machines, name: str) -> None:
+    """Parts and partitions of a log, as tasks of all machines."""
+    machines.run(name, "jobs/prepare.py", "--data", LARGE)
+
+
+def embed_again(machines: Machines, name: str) -> None:
+    """The catalogue in other numbers, by an encoder on each machine."""
+    machines.run(name, "jobs/embed.py", RUN, "--precision", "bfloat16", "--actors", "2")

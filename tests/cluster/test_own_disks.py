@@ -8,15 +8,23 @@ from pathlib import Path
 import pytest
 
 from karma_ray.artifacts import exists, join, read_json, read_lines, read_manifest
+from karma_ray.data.event_parts import Sizes, list_parts
+from karma_ray.data.prepared import PreparedData
 from karma_ray.data.visual import features_uri
+from karma_ray.retrieval.parts import embedded
 from tests.cluster import nodes
 from tests.cluster.own_disks import (
+    COPIES,
     DATA,
+    LARGE,
     RUN,
     SEARCH,
     STEPS,
+    embed_again,
     fill_store,
+    fill_with_large_log,
     pooled_features,
+    prepare_large_log,
     search,
     train_while_one_is_lost,
     two_machines,
@@ -35,6 +43,7 @@ def test_jobs_complete_on_machines_that_share_no_disk_though_one_is_lost(
     hidden = [tmp_path_factory.getbasetemp(), *([runs] if runs.is_dir() else [])]
     with running_store(monkeypatch) as store, nodes.short_folder() as disk:
         fill_store(tmp_path / "shop")
+        fill_with_large_log(tmp_path / "shop")
         with two_machines(tmp_path, disk, hidden, store.environment) as machines:
             head, lost = "127.0.0.1", "127.0.0.2"
             new = train_while_one_is_lost(machines, head, lost)
@@ -48,14 +57,30 @@ def test_jobs_complete_on_machines_that_share_no_disk_though_one_is_lost(
             assert read_json(join(RUN, "metrics.json"))["HR@50"] == trained["HR@50"]
             search(machines, head)
             pooled_features(machines, head)
+            embed_again(machines, head)
+            prepare_large_log(machines, head)
         assert len(read_json(join(SEARCH, "trials.json"))["trials"]) == 2
         assert read_json(join(SEARCH, "best.json"))["recipe"] == "toy"
         features = read_manifest(features_uri(DATA), "visual_features")
-        embedded = read_manifest(join(RUN, "item_embeddings"))
-        assert features["parents"]["items"] == embedded["parents"]["items"]
+        before, again = (
+            read_manifest(folder) for folder in (join(RUN, "item_embeddings"), embedded(RUN)[0])
+        )
+        assert features["parents"]["items"] == before["parents"]["items"]
+        assert before["parents"] == again["parents"] and again["encoded"] == 240
+        assert [facts["made"]["precision"] for facts in (before, again)] == ["float32", "bfloat16"]
+        _check_large_log()
         assert (features["num_tokens"], features["num_items"]) == (1, 240)
     for event in machines.timeline:
         print(json.dumps(event))
+
+
+def _check_large_log() -> None:
+    """One process would not have prepared it alone, and every copy of a user is as the user is."""
+    parts = list_parts(join(LARGE, "events"), Sizes())
+    assert sum(part.cells for part in parts) > Sizes().here_cells and len(parts) > 2
+    small, large = (PreparedData.load(uri).facts["counts"] for uri in (DATA, LARGE))
+    for name in ("users", "event_rows", "clicks", "windows", "test_examples"):
+        assert large[name] == COPIES * small[name], name
 
 
 def _check_run(lost: str, new: str) -> None:
