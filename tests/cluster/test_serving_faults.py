@@ -105,7 +105,7 @@ def test_a_killed_process_costs_no_wrong_answer(endpoint, run: str, replicas: in
             crowd.wait_for(ENOUGH)
             wait_until_replaced(process.pid, command, before)
             found = crowd.counts()
-            print(found.row(f"{name} of {replicas} killed"), found.statuses)
+            print(found.row(f"{name} of {replicas} killed"), *found.statuses)
             assert found.wrong == found.mixed == 0
             if (replicas, name) in ANSWERS_ON:
                 assert found.failed < MOST_FAILED * found.asked
