@@ -22,6 +22,7 @@ from ray.serve.config import BackpressureConfig, HTTPOptions, ProxyLocation
 from karma_ray.artifacts import absolute
 from karma_ray.cluster.accelerators import share_of_gpus_up
 from karma_ray.cluster.clicks import SharedUsers, clicks_deployment
+from karma_ray.cluster.measures import Mirror
 from karma_ray.cluster.session import connect, joins_a_cluster
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.encode import load_embeddings
@@ -186,7 +187,10 @@ def application_of(
         if needs_token and token_from_environment() is None:
             raise InputError(TOKEN, "", "is set here but not where the replicas run; set it there")
         users = SharedUsers() if replicas.most > 1 else None
-        return load_app(run, host, options, users=users, max_waiting=max_queued_requests)
+        app = load_app(run, host, options, users=users, max_waiting=max_queued_requests)
+        if replicas.most > 1:
+            Mirror(app.state.measures).start()
+        return app
 
     scaling: dict[str, Any] = {"num_replicas": replicas.fewest}
     if replicas.most > replicas.fewest:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import socket
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,6 +19,7 @@ from karma_ray.errors import InputError, SkewError
 from karma_ray.ranking.config import RankingConfig
 from karma_ray.serving.app import build_app
 from karma_ray.serving.host import Options, curl_example, serve_here
+from karma_ray.serving.measures import SECONDS
 from karma_ray.serving.process import free_port
 from karma_ray.serving.service import Service
 from tests import tiny_ranker, tiny_run
@@ -121,23 +124,62 @@ def test_ray_serve_answers_as_the_app_does_and_sheds_load(
         serve.shutdown()
 
 
-@pytest.mark.ray
-def test_all_replicas_know_a_click_that_one_of_them_was_told(ray_cluster, run: str, client) -> None:
+@pytest.fixture(scope="module")
+def two_replicas(ray_cluster, run: str) -> Iterator[str]:
     from ray import serve
 
-    clicks = [{"item_id": f"i{n}", "query": "lamp"} for n in (3, 21, 8, 9, 30, 31, 12, 2)]
-    sent = client.post("/v1/recall", json={"query": "mug", "history": clicks}).json()["items"]
     try:
-        url = serve_run(run, port=free_port(), replicas=Replicas(2, 2))
-        told = [
-            httpx.post(f"{url}/v1/events", json={"user_id": "ann", **click}, timeout=60).json()
-            for click in clicks
-        ]
-        # Calls go to either replica at random.
-        assert [answer["num_clicks"] for answer in told] == list(range(1, 9))
-        for _ in range(8):
-            body = {"query": "mug", "user_id": "ann"}
-            found = httpx.post(f"{url}/v1/recall", json=body, timeout=60).json()["items"]
-            assert [item["item_id"] for item in found] == [item["item_id"] for item in sent]
+        yield serve_run(run, port=free_port(), replicas=Replicas(2, 2))
     finally:
         serve.shutdown()
+
+
+@pytest.mark.ray
+def test_all_replicas_know_a_click_that_one_of_them_was_told(two_replicas: str, client) -> None:
+    clicks = [{"item_id": f"i{n}", "query": "lamp"} for n in (3, 21, 8, 9, 30, 31, 12, 2)]
+    sent = client.post("/v1/recall", json={"query": "mug", "history": clicks}).json()["items"]
+    told = [
+        httpx.post(f"{two_replicas}/v1/events", json={"user_id": "ann", **click}, timeout=60).json()
+        for click in clicks
+    ]
+    # Calls go to either replica at random.
+    assert [answer["num_clicks"] for answer in told] == list(range(1, 9))
+    for _ in range(8):
+        body = {"query": "mug", "user_id": "ann"}
+        found = httpx.post(f"{two_replicas}/v1/recall", json=body, timeout=60).json()["items"]
+        assert [item["item_id"] for item in found] == [item["item_id"] for item in sent]
+
+
+def of_the_node(name: str) -> list[tuple[dict[str, str], float]]:
+    """Labels and values of a metric in what Ray tells of this node."""
+    import ray
+
+    url = f"http://127.0.0.1:{ray.nodes()[0]['MetricsExportPort']}/metrics"
+    found = re.findall(rf"^{name}\{{(.*)\}} (\S+)$", httpx.get(url, timeout=60).text, re.MULTILINE)
+    return [(dict(re.findall(r'(\w+)="(.*?)"', labels)), float(value)) for labels, value in found]
+
+
+@pytest.mark.ray
+def test_ray_sums_what_all_replicas_count(two_replicas: str) -> None:
+    asked = 24
+    for _ in range(asked):
+        body = {"query": "mug", "item_ids": ["i1"]}
+        httpx.post(f"{two_replicas}/v1/score", json=body, timeout=60)
+
+    def counted(name: str) -> list[tuple[dict[str, str], float]]:
+        return [pair for pair in of_the_node(name) if pair[0].get("path") == "/v1/score"]
+
+    until = time.monotonic() + 120
+    while sum(value for _, value in counted("ray_karma_ray_requests_total")) < asked:
+        assert time.monotonic() < until, of_the_node("ray_karma_ray_.*")
+        time.sleep(0.5)
+    found = counted("ray_karma_ray_requests_total")
+    assert sum(value for _, value in found) == asked
+    assert len({labels["replica"] for labels, _ in found}) == 2
+    assert {(labels["status"], labels["arm"]) for labels, _ in found} == {("200", "main")}
+    alone = httpx.get(f"{two_replicas}/metrics", timeout=60).text
+    assert f'path="/v1/score",status="200"}} {asked}' not in alone
+    times = counted("ray_karma_ray_request_seconds_bucket")
+    assert sum(value for labels, value in times if labels["le"] == "+Inf") == asked
+    assert {float(labels["le"]) for labels, _ in times} == {*SECONDS, float("inf")}
+    assert len(of_the_node("ray_karma_ray_waiting")) == 2
