@@ -81,7 +81,7 @@ def config_of(assignments: Sequence[str], **known: Any) -> CodesConfig:
     return config
 
 
-def assigned(kind: type[T], path: str, assignments: Sequence[str], **known: Any) -> T:
+def assigned(kind: type[T], path: str, assignments: Sequence[str], /, **known: Any) -> T:
     """Return the configuration of a class that `path.field=value` strings describe."""
     names, values = [f"{path}.{field.name}" for field in fields(cast(Any, kind))], dict(known)
     for assignment in assignments:
