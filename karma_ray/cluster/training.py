@@ -6,6 +6,7 @@ the same as without Ray.
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import uuid
 from collections.abc import Iterator, Sequence
@@ -116,7 +117,12 @@ def train_on_ray(job: TrainJob, max_failures: int) -> dict[str, Any]:
 
 
 def _ray_worker(job: TrainJob, topic: str) -> dict[str, Any]:
+    from ray.train.v2._internal.execution import context
+
     quiet()
+    # It is named by its file, not below ray.train, and would log the metrics of every report, the
+    # last of them after the driver's closing screen.
+    context.logger.setLevel(logging.WARNING)
     try:
         return run_worker(job, RayChannel(topic))
     except (NonFiniteLoss, StorageError, TakenOver) as error:
