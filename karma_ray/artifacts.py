@@ -185,12 +185,12 @@ def read_json(uri: str) -> Any:
 
 
 def content_hash(uri: str) -> str:
-    """Return the SHA-256 (16 hex digits) over names and bytes of all files except manifests."""
+    """Return the SHA-256 (16 hex digits) of all files but manifests and what a lost writer left."""
     fs, path = open_filesystem(uri)
     digest = hashlib.sha256()
     files = sorted(fs.find(path)) if fs.isdir(path) else [path]
     for name in files:
-        if name.endswith("manifest.json") or fs.isdir(name):  # a link to a folder is listed too
+        if name.endswith(("manifest.json", ".tmp")) or fs.isdir(name):  # a link to a folder too
             continue
         digest.update(name[len(path) :].encode())
         with fs.open(name, "rb") as source:

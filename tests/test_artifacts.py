@@ -106,6 +106,8 @@ def test_a_content_hash_depends_on_names_and_bytes_and_not_on_manifests(tmp_path
     assert content_hash(first) != content_hash(folder("bytes", a="1", b="3"))
     assert content_hash(first) != content_hash(folder("names", a="1", c="2"))
     before = content_hash(first)
+    Path(first, "part-00000.parquet.123.tmp").write_text("a writer was killed here")
+    assert content_hash(first) == before
     manifest = write_manifest(first, "bundle", parents={"items": "x"}, recipe="toy")
     assert manifest["content_hash"] == before == content_hash(first)
     assert read_manifest(first, "bundle") == manifest
