@@ -20,7 +20,7 @@ from karma_ray.cli import parser, run
 from karma_ray.cluster.codes import code_items
 from karma_ray.codes.alignment import DEPTH
 from karma_ray.codes.comparison import compare, floor_of, table_of
-from karma_ray.codes.config import KINDS, CodesConfig, assigned, config_of
+from karma_ray.codes.config import KINDS, CodesConfig, config_of, with_assignments
 from karma_ray.config import describe_fields
 from karma_ray.data.vectors import mapped_vectors
 from karma_ray.errors import InputError
@@ -72,7 +72,7 @@ def main(argv: list[str] | None = None) -> None:
     require_part(arguments.run, folder.item_embeddings, "jobs/embed.py RUN")
     embeddings, name = folder.item_embeddings, "item_codes"
     if arguments.aligned:
-        how = assigned(METHODS[arguments.aligned], "align", of_alignment)
+        how = with_assignments(METHODS[arguments.aligned], "align", of_alignment)
         print(said_of(align_run(arguments.run, arguments.data, how)))
         embeddings, name = RunFolder(arguments.run).path(FOLDER), "item_codes-aligned"
     if arguments.compare:

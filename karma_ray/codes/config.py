@@ -76,12 +76,12 @@ def config_of(assignments: Sequence[str], **known: Any) -> CodesConfig:
 
     Raises InputError on an unknown field or a value out of range, with the choices.
     """
-    config = assigned(CodesConfig, "codes", assignments, **known)
+    config = with_assignments(CodesConfig, "codes", assignments, **known)
     config.check()
     return config
 
 
-def assigned(kind: type[T], path: str, assignments: Sequence[str], /, **known: Any) -> T:
+def with_assignments(kind: type[T], path: str, assignments: Sequence[str], /, **known: Any) -> T:
     """Return the configuration of a class that `path.field=value` strings describe."""
     names, values = [f"{path}.{field.name}" for field in fields(cast(Any, kind))], dict(known)
     for assignment in assignments:
