@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -294,15 +294,35 @@ def _small_disk(folder: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def _fill(disk: Path, model: nn.Module, step: int, state: StepState) -> StepState:
-    """From step 12 to step 22 nothing more goes onto the disk."""
+def _fill(
+    disk: Path, logged: pytest.LogCaptureFixture, model: nn.Module, step: int, state: StepState
+) -> StepState:
+    """From step 12 to step 22 nothing more goes onto the disk.
+
+    Checkpoints are written in the background: that of step 10 is awaited before, and the two that
+    fail (of steps 15 and 20) are awaited before there is room again.
+    """
     if step == 12:
+        _wait(lambda: CheckpointFiles(f"{disk}/run/checkpoints/joint").has_marker(10))
         with suppress(OSError), open(disk / "filler", "wb", buffering=0) as sink:
             while True:
                 sink.write(bytes(4096))
     if step == 22:
+        _wait(lambda: len(_lost(logged)) == 2)
         (disk / "filler").unlink()
     return state
+
+
+def _wait(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def _lost(logged: pytest.LogCaptureFixture) -> list[str]:
+    messages = [record.getMessage() for record in logged.records]
+    return [message for message in messages if "was not saved" in message]
 
 
 # TensorBoard's own thread ends with its file.
@@ -312,14 +332,15 @@ def test_a_full_disk_costs_checkpoints_but_not_the_training(
 ) -> None:
     with _small_disk(tmp_path / "disk", "1m") as disk, caplog.at_level(logging.WARNING):
         job = driver.job(str(disk / "run"), rows, 0)
-        summary = run_training(replace(job, before_step=partial(_fill, disk)), progress=False)
+        summary = run_training(
+            replace(job, before_step=partial(_fill, disk, caplog)), progress=False
+        )
         assert summary["failed_checkpoints"] == 2  # of steps 15 and 20
         files = CheckpointFiles(f"{disk}/run/checkpoints/joint")
         assert files.steps() == [driver.STEPS - 5, driver.STEPS]
         # The log has no hole: its lines waited.
         assert list(small._losses(disk / "run")) == list(range(1, driver.STEPS + 1))
-    messages = [record.getMessage() for record in caplog.records]
-    lost = [message for message in messages if "was not saved" in message]
+    lost = _lost(caplog)
     assert len(lost) == 2
     assert "No space left" in lost[0]
     assert "resumed from step-0000010" in lost[0]
