@@ -87,6 +87,39 @@ def test_a_file_that_names_an_llm_keeps_what_it_says_and_is_suited_in_the_rest(t
     assert (config.pretrain.steps, config.training.learning_rate) == (7, 5e-5)
 
 
+@pytest.mark.parametrize("recipe", ["karma_llm", "hllm", "toy"])
+def test_a_file_written_by_hand_is_its_recipe_with_what_it_says(tmp_path, recipe: str) -> None:
+    path = tmp_path / "config.json"
+    model = {part: {"checkpoint": "X"} for part in ("item_encoder", "user_decoder")}
+    path.write_text(json.dumps({"recipe": recipe, "model": model, "training": {"steps": 9}}))
+    flags = ("--set", "model.checkpoint=X", "--set", "training.steps=9")
+    config = load("--config", str(path))
+    assert config == load("--recipe", recipe, *flags)
+    # The rate is the one that the recipe has for an LLM, never the one of small random weights.
+    assert config.training.learning_rate == (2e-4 if recipe == "karma_llm" else 5e-5)
+    path.write_text(
+        json.dumps({"recipe": recipe, "model": model, "training": {"learning_rate": 1}})
+    )
+    assert load("--config", str(path)).training.learning_rate == 1
+
+
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_a_file_that_says_every_field_is_read_as_it_is(tmp_path, recipe: str) -> None:
+    path = tmp_path / "config.json"
+    every = to_dict(recipes.build(recipe)) | {"training": to_dict(recipes.toy())["training"]}
+    for part in ("item_encoder", "user_decoder"):
+        every["model"][part]["checkpoint"] = "X"
+    path.write_text(json.dumps(every))
+    assert to_dict(load("--config", str(path))) == every
+
+
+def test_a_file_that_names_no_recipe_of_the_list_is_refused(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"recipe": "karma_txt"}))
+    with pytest.raises(InputError, match="config recipe: 'karma_txt' is not valid; choices: "):
+        load("--config", str(path))
+
+
 def test_a_saved_configuration_gives_the_same_run(tmp_path) -> None:
     config = load("--recipe", "action_only", "--seed", "3", "--set", "collate.max_history=7")
     path = tmp_path / "config.json"
