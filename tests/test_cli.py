@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -206,3 +207,13 @@ def test_a_path_from_home_is_written_out_wherever_it_stands(monkeypatch, tmp_pat
 
 def test_the_default_run_folder_is_named_for_its_recipe() -> None:
     assert cli.default_out("toy").startswith("runs/toy-")
+
+
+@pytest.mark.parametrize("job", ["evaluate", "index", "diagnose", "export_encoder"])
+def test_a_run_that_is_not_there_is_named_with_what_makes_one(capsys, tmp_path, job: str) -> None:
+    main = importlib.import_module(f"jobs.{job}").main
+    absent = str(tmp_path / "absent")
+    argv = [absent, str(tmp_path / "out")] if job == "export_encoder" else [absent]
+    assert exit_code(main, argv) == 2
+    said = f"error: RUN: '{absent}' does not exist; `python jobs/train.py --out RUN` makes one\n"
+    assert capsys.readouterr().err.endswith(said)
