@@ -209,7 +209,7 @@ def test_the_default_run_folder_is_named_for_its_recipe() -> None:
     assert cli.default_out("toy").startswith("runs/toy-")
 
 
-@pytest.mark.parametrize("job", ["evaluate", "index", "diagnose", "export_encoder"])
+@pytest.mark.parametrize("job", ["evaluate", "index", "diagnose", "export_encoder", "funnel"])
 def test_a_run_that_is_not_there_is_named_with_what_makes_one(capsys, tmp_path, job: str) -> None:
     main = importlib.import_module(f"jobs.{job}").main
     absent = str(tmp_path / "absent")
