@@ -6,8 +6,8 @@ A toy shop of 240 items and models of a few thousand weights: what is measured i
 `ray job submit --working-dir .` to an exit code, not the work. The jobs run in the order below,
 each on what the ones before it left; name some to run these alone in a folder of an earlier call.
 The endpoint is asked for items and then stopped. With --mistakes every job is told to read what
-does not exist, and has to fail with a message. JSON lines, one a job: its seconds, how it ended,
-and the last line of its log.
+does not exist, and has to fail with a message and no traceback. JSON lines, one a job: its seconds,
+how it ended, and the last line of its log.
 """
 
 from __future__ import annotations
@@ -102,7 +102,8 @@ def every_job(out: str) -> dict[str, Job]:
         "funnel": Job([first, "--clicks", "40", "--cache", f"{out}/cache",
                        *settings(of=TINY_RANKER)], f"report  {first}/funnel/"),
         "tune": Job(["tune_spaces/lambdas.py", "--data", data, "--out", f"{out}/search",
-                     "--trials", "2", "--measure-seeds", "1", *settings()], ""),
+                     "--trials", "2", "--measure-seeds", "1", *settings()],
+                    f"best.json --data {data}"),
         "ablate": Job(["baselines", "--rows", "popularity,sasrec", "--seeds", "1", "--data", data,
                        "--results", results, *settings()], f"{results}/"),
         "publish": Job([first, "--to", live], f"jobs/serve.py {live}"),
@@ -246,6 +247,7 @@ def submitted(cluster: LocalCluster, name: str, job: Job) -> dict[str, Any]:
     wrong += [] if ended == job.ends else [f"ended as {ended}, not {job.ends}"]
     wrong += [] if (code != 0) == (job.ends == "FAILED") else [f"exit code {code}"]
     where = said if job.port else "".join(lines[-1:])
+    wrong += ["a traceback"] if job.ends == "FAILED" and "Traceback" in said else []
     wrong += [] if job.says in where else [f"did not end with {job.says!r}"]
     seconds = round(time.monotonic() - begun, 1)
     return {"job": name, "seconds": seconds, "exit": code, "ended": ended,

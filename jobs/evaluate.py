@@ -3,7 +3,8 @@
 The checks compare true histories with those of other users, and measure the effect of items that
 the attention mask hides from h. On the data that the run was trained on, its metrics.json and
 report are replaced; an evaluation on other data is written beside them. On a cluster it takes a
-GPU if there is one, and if it takes minutes it is divided between GPUs or CPUs that are up.
+GPU if there is one, and if it takes minutes it is divided between GPUs or CPUs that are up; if it
+takes twenty, it waits up to five for as many as the run was trained on.
 """
 
 from __future__ import annotations

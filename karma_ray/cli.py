@@ -18,6 +18,7 @@ from karma_ray.config import (
     flattened,
     from_dict,
     from_home,
+    overlaid,
     override,
     to_dict,
 )
@@ -76,15 +77,20 @@ def load_config(arguments: argparse.Namespace, default_recipe: str) -> Config:
     It is suited to the origin of its weights (`pretrained.PRETRAINED`) in fields that neither flags
     set nor a file says that names a pretrained LLM itself. A file of a small model that starts from
     an LLM by `--set` is suited as a recipe is, because its values are for small random weights.
+    What a file that was written by hand does not say is as in its recipe.
     """
     said: set[str] = set()
     if arguments.config:
         if arguments.recipe:
             raise InputError("--recipe", arguments.recipe, "cannot be combined with --config")
         file = read_json(arguments.config)
-        config = from_dict(file)
+        config, written = from_dict(file), {name for name, _ in flattened(file)}
+        if not written.issuperset(pretrained.PRETRAINED):  # as no saved one
+            if config.recipe not in recipes.names():
+                raise InputError("config recipe", config.recipe, choices=recipes.names())
+            config = overlaid(recipes.build(config.recipe), file)
         if pretrained.starts_from_llm(config):
-            said = {name for name, _ in flattened(file)}
+            said = written
     else:
         config = recipes.build(arguments.recipe or default_recipe)
     if arguments.seed is not None:

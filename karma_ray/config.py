@@ -88,6 +88,18 @@ def from_dict(value: Mapping[str, Any]) -> Config:
     return validated(Config, _from_home(value))
 
 
+def overlaid(config: Config, value: Mapping[str, Any]) -> Config:
+    """Return the configuration with the fields that `value`, as in `from_dict`, says."""
+    whole = to_dict(config)
+    for path, leaf in flattened(value):
+        *groups, name = path.split(".")
+        node = whole
+        for group in groups:
+            node = node[group]
+        node[name] = leaf
+    return from_dict(whole)
+
+
 def from_home(text: str) -> str:
     """Expand `~` at the start of a path, because most libraries take it for a folder's name."""
     return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text

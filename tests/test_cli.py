@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib
 import json
 
 import pytest
@@ -85,6 +86,39 @@ def test_a_file_that_names_an_llm_keeps_what_it_says_and_is_suited_in_the_rest(t
     path.write_text(json.dumps({"recipe": "hllm", "model": model, "pretrain": {"steps": 7}}))
     config = load("--config", str(path))
     assert (config.pretrain.steps, config.training.learning_rate) == (7, 5e-5)
+
+
+@pytest.mark.parametrize("recipe", ["karma_llm", "hllm", "toy"])
+def test_a_file_written_by_hand_is_its_recipe_with_what_it_says(tmp_path, recipe: str) -> None:
+    path = tmp_path / "config.json"
+    model = {part: {"checkpoint": "X"} for part in ("item_encoder", "user_decoder")}
+    path.write_text(json.dumps({"recipe": recipe, "model": model, "training": {"steps": 9}}))
+    flags = ("--set", "model.checkpoint=X", "--set", "training.steps=9")
+    config = load("--config", str(path))
+    assert config == load("--recipe", recipe, *flags)
+    # The rate is the one that the recipe has for an LLM, never the one of small random weights.
+    assert config.training.learning_rate == (2e-4 if recipe == "karma_llm" else 5e-5)
+    path.write_text(
+        json.dumps({"recipe": recipe, "model": model, "training": {"learning_rate": 1}})
+    )
+    assert load("--config", str(path)).training.learning_rate == 1
+
+
+@pytest.mark.parametrize("recipe", recipes.names())
+def test_a_file_that_says_every_field_is_read_as_it_is(tmp_path, recipe: str) -> None:
+    path = tmp_path / "config.json"
+    every = to_dict(recipes.build(recipe)) | {"training": to_dict(recipes.toy())["training"]}
+    for part in ("item_encoder", "user_decoder"):
+        every["model"][part]["checkpoint"] = "X"
+    path.write_text(json.dumps(every))
+    assert to_dict(load("--config", str(path))) == every
+
+
+def test_a_file_that_names_no_recipe_of_the_list_is_refused(tmp_path) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"recipe": "karma_txt"}))
+    with pytest.raises(InputError, match="config recipe: 'karma_txt' is not valid; choices: "):
+        load("--config", str(path))
 
 
 def test_a_saved_configuration_gives_the_same_run(tmp_path) -> None:
@@ -173,3 +207,13 @@ def test_a_path_from_home_is_written_out_wherever_it_stands(monkeypatch, tmp_pat
 
 def test_the_default_run_folder_is_named_for_its_recipe() -> None:
     assert cli.default_out("toy").startswith("runs/toy-")
+
+
+@pytest.mark.parametrize("job", ["evaluate", "index", "diagnose", "export_encoder", "funnel"])
+def test_a_run_that_is_not_there_is_named_with_what_makes_one(capsys, tmp_path, job: str) -> None:
+    main = importlib.import_module(f"jobs.{job}").main
+    absent = str(tmp_path / "absent")
+    argv = [absent, str(tmp_path / "out")] if job == "export_encoder" else [absent]
+    assert exit_code(main, argv) == 2
+    said = f"error: RUN: '{absent}' does not exist; `python jobs/train.py --out RUN` makes one\n"
+    assert capsys.readouterr().err.endswith(said)

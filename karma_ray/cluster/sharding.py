@@ -13,12 +13,11 @@ from itertools import islice
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
 
+from karma_ray.cluster.elsewhere import own_errors
 from karma_ray.cluster.session import connect
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.prepared import PreparedData
-from karma_ray.errors import KarmaRayError
 from karma_ray.runs import preparation
 from karma_ray.runs.preparation import Task, run_here
 
@@ -51,12 +50,10 @@ def run_on_ray(task: Task, inputs: Sequence[Any], small: bool) -> Iterable[None]
     try:
         while running:
             (done,), running = ray.wait(running, num_returns=1)
-            yield ray.get(done)
+            with own_errors():
+                ray.get(done)
+            yield
             running += [call.remote(shared, part) for part in islice(left, 1)]
-    except RayTaskError as error:
-        if isinstance(error.cause, KarmaRayError):
-            raise error.cause from None  # its message is all that the user needs
-        raise
     finally:
         for each in running:  # none may write into a folder that is no longer there
             ray.cancel(each)

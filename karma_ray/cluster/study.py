@@ -37,8 +37,8 @@ class RayMachine:
         if self._telling is None:
             self._telling = ExitStack()
             self._telling.enter_context(telling("trials", need_of(cpus, gpus), slots))
-        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(function)
-        return remote.remote(*arguments)
+        remote = ray.remote(num_cpus=cpus, num_gpus=gpus, max_calls=1, max_retries=0)(_call)
+        return remote.options(name=function.__name__).remote(function, *arguments)
 
     def ended(self, tasks: Sequence[Any], patience: float) -> list[Any]:
         """Return tasks that have ended."""
@@ -56,3 +56,11 @@ class RayMachine:
             self._telling.close()
             self._telling = None
         return []
+
+
+def _call(function: Callable[..., Any], *arguments: Any) -> Any:
+    """Run as a task; a bar of its process could appear after the last words of the driver."""
+    from karma_ray.training.loop import without_bars
+
+    with without_bars():
+        return function(*arguments)

@@ -45,6 +45,8 @@ def trainable(metric: str, base: Config, data: str | None, ledger: Ledger, train
     start = os.getcwd()
 
     def trial(setting: dict[str, Any]) -> None:
+        from karma_ray.training.loop import without_bars
+
         # Ray Tune changes the working directory of each trial; relative paths (of a checkpoint or
         # the cache) refer to the folder where the search was started.
         if os.path.isdir(start):
@@ -59,7 +61,8 @@ def trainable(metric: str, base: Config, data: str | None, ledger: Ledger, train
 
         config = override(base, assignments(setting["values"]))
         resume = exists(folder.config)
-        train(config, data, folder.root, resume=resume, on_validate=on_validate)
+        with without_bars():  # which could appear after the last words of the driver
+            train(config, data, folder.root, resume=resume, on_validate=on_validate)
         # A run that ended just before the search was interrupted validates no more.
         for line in list(read_lines(folder.metrics_lines)):
             if line["stage"] == "valid" and line["step"] > max(told):

@@ -19,6 +19,7 @@ from ray import tune
 
 from karma_ray.artifacts import absolute, open_filesystem
 from karma_ray.cluster.accelerators import GPU, gpu_share
+from karma_ray.cluster.elsewhere import run_elsewhere
 from karma_ray.cluster.proposals import Settings, stopping_rule
 from karma_ray.cluster.search_space import Space, check_trained
 from karma_ray.cluster.session import connect
@@ -27,6 +28,7 @@ from karma_ray.cluster.trials import Recorder, Train, reported_value, trainable
 from karma_ray.cluster.waiting import need_of, telling
 from karma_ray.config import Config, override
 from karma_ray.errors import InputError, KarmaRayError
+from karma_ray.model.device import using_gpus
 from karma_ray.runs.sources import cache_beside, toy_shop
 from karma_ray.studies.ledger import (
     Ledger,
@@ -74,24 +76,24 @@ def search(
         tables = Data.open(data or toy_shop(cache))
         data = tables.uri
     data_hash = tables.hash if tables else None
-    facts = facts_of(base, space.metric, space.distributions(), data_hash)
-    facts["trials"] = trials
+    facts = {**facts_of(base, space.metric, space.distributions(), data_hash), "trials": trials}
     Ledger.check(out, facts)
     connect()
-    shared = base
+    gpus, shared = _gpus_of(base, gpus_per_trial, max_concurrent), base
+    known = Ledger(out).trials()
+    left = trials - sum(trial.ended != "unfinished" for trial in known)
     if train is None:
         from karma_ray.runs.pipeline import train_run
+        from karma_ray.runs.plain_checkpoints import with_shared_checkpoints
 
         assert tables is not None
-        shared = _prepared(space, base, tables, cache)
+        shared = with_shared_checkpoints(base, cache)
+        if left > 0:
+            _prepare(space, shared, tables.uri, cache, gpus)
         train = partial(train_run, cache=cache, is_tested=False)
     ledger = Ledger.open(out, facts)
-    known = ledger.trials()
-    left = trials - sum(trial.ended != "unfinished" for trial in known)
     if left > 0:
-        if known:
-            LOG.info("%d of %d trials have ended already", trials - left, trials)
-        _run(space, shared, data, ledger, known, left, max_concurrent, gpus_per_trial, train)
+        _run(space, shared, data, ledger, known, left, max_concurrent, gpus, train)
     # Where a trial trained is no part of what it found: best.json says how the caller would train.
     result = _finished(space, asked, ledger, trials)
     if tables and measure_seeds:
@@ -144,35 +146,50 @@ def _in_process(base: Config) -> Config:
     return override(base, changes)
 
 
-def _prepared(space: Space, base: Config, data: Data, cache: str) -> Config:
+def _gpus_of(base: Config, asked: float | None, concurrent: int) -> float:
+    """Return the share of a GPU for each trial: what was asked for, or else an equal one."""
+    if asked is not None:
+        return asked
+    if base.training.use_gpu == "false":
+        return 0.0
+    return gpu_share(supply().reach(GPU).possible, concurrent)
+
+
+def _prepare(space: Space, base: Config, data: str, cache: str, gpus: float) -> None:
     """Make data, pretraining and warm-up once, in the cache, before trials compete for them.
 
-    Returns the configuration with checkpoints that the machines of all trials can read. Raises
-    InputError on a metric that is never reported.
+    They are made where a trial will train. Raises InputError on a metric that is never reported.
     """
     from karma_ray.cluster.sharding import ensure_prepared
+
+    ensure_prepared(data, base.prepare)
+    stages = partial(_make_first_stages, space.metric, base, data, cache)
+    run_elsewhere("first stages", stages, base.training.num_threads(), gpus)
+
+
+def _make_first_stages(metric: str, base: Config, data: str, cache: str) -> None:
     from karma_ray.runs.assessment import validation_metrics
     from karma_ray.runs.first_stages import start_stage
-    from karma_ray.runs.plain_checkpoints import with_shared_checkpoints
+    from karma_ray.runs.preparation import ensure_prepared
 
-    shared = with_shared_checkpoints(base, cache)
-    source = ensure_prepared(data.uri, base.prepare)
-    reported_value(space.metric, validation_metrics(base, source))
-    start_stage(shared, source, cache=cache)
-    return shared
+    with using_gpus(base.training.use_gpu != "false"):
+        source = ensure_prepared(data, base.prepare)
+        reported_value(metric, validation_metrics(base, source))
+        start_stage(base, source, cache=cache)
 
 
 def _run(
     space: Space, base: Config, data: str | None, ledger: Ledger, known: Sequence[Trial],
-    left: int, max_concurrent: int, gpus_per_trial: float | None, train: Train,
+    left: int, max_concurrent: int, gpus: float, train: Train,
 ) -> None:  # fmt: skip
+    if known:
+        ended = sum(trial.ended != "unfinished" for trial in known)
+        LOG.info("%d of %d trials have ended already", ended, ended + left)
     # None of Ray's loggers is used: the ledger holds what trials report.
     os.environ.setdefault("TUNE_DISABLE_AUTO_CALLBACK_LOGGERS", "1")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # which prints boxes also if told to be silent
     logging.getLogger("optuna").setLevel(logging.WARNING)
     logging.getLogger("ray.tune").setLevel(logging.ERROR)  # it misses the files of those loggers
-    if gpus_per_trial is None:
-        gpus_per_trial = gpu_share(supply().reach(GPU).possible, max_concurrent)
 
     def on_end(trials: Sequence[Trial]) -> None:
         ended = [trial for trial in trials if trial.ended != "unfinished"]
@@ -192,7 +209,7 @@ def _run(
     tuner = tune.Tuner(
         tune.with_resources(
             trainable(space.metric, base, data, ledger, train),
-            {"cpu": cpus, "gpu": gpus_per_trial},
+            {"cpu": cpus, "gpu": gpus},
         ),
         tune_config=tune.TuneConfig(
             num_samples=left,
@@ -209,5 +226,5 @@ def _run(
             **remote,
         ),
     )
-    with telling("trials", need_of(cpus, gpus_per_trial), min(left, max_concurrent)):
+    with telling("trials", need_of(cpus, gpus), min(left, max_concurrent)):
         tuner.fit()

@@ -28,6 +28,7 @@ from karma_ray.funnel.ranking import RankingRuns
 from karma_ray.funnel.recall import others_recall, run_recall
 from karma_ray.report.funnel_page import render_funnel
 from karma_ray.report.funnel_table import Funnel
+from karma_ray.retrieval.complete_run import require_folder
 from karma_ray.retrieval.retriever import Retriever
 from karma_ray.runs.executor import HERE, Executor
 from karma_ray.runs.exposures import check_exposed
@@ -92,6 +93,7 @@ def _not_exposed(source: PreparedData) -> str | None:
 
 
 def _data_of(run: str) -> str:
+    require_folder(absolute(run))
     try:
         return str(read_manifest(absolute(run), "run")["data"])
     except (InputError, KeyError):

@@ -33,8 +33,20 @@ def check_run(run: str | RunFolder) -> None:
 
 def require_part(run: str, part: str, command: str) -> None:
     """Raise InputError unless `part` of `run` is complete (its manifest is written last)."""
-    if not exists(run):
-        raise InputError("RUN", run, "does not exist; `python jobs/train.py --out RUN` makes one")
+    require_folder(run)
     if not exists(f"{part}/manifest.json"):
         name = part.rsplit("/", 1)[-1]
         raise InputError("RUN", run, f"has no finished {name}/; `python {command}` makes it")
+
+
+def require_run(run: str) -> None:
+    """Raise InputError unless a folder is that of a run, finished or not."""
+    require_folder(run)
+    if not exists(RunFolder(run).config):
+        raise InputError("RUN", run, "is not a run folder: it has no config.json")
+
+
+def require_folder(run: str) -> None:
+    """Raise InputError unless the folder of a run is there."""
+    if not exists(run):
+        raise InputError("RUN", run, "does not exist; `python jobs/train.py --out RUN` makes one")

@@ -27,6 +27,7 @@ from karma_ray.model.backbones.tokenizer import save_framed, token_ids
 from karma_ray.model.config import ItemEncoderConfig
 from karma_ray.model.interest import InterestModel
 from karma_ray.model.item_encoder import ItemEncoder
+from karma_ray.retrieval.complete_run import require_part
 from karma_ray.retrieval.export import Bundle, load_bundle, written_folder
 
 POOLING, CENTRE, OUTPUT, NORMALIZE = "1_Pooling", "2_Dense", "3_Dense", "4_Normalize"
@@ -51,10 +52,11 @@ class Frame(NamedTuple):
 def export_encoder(run: str, out: str) -> dict[str, Any]:
     """Write the item encoder of a finished run to `out`; returns its facts.
 
-    Raises InputError when `out` is not empty, or when the encoder computes what the library does
-    not.
+    Raises InputError when `out` is not empty, when the run has no bundle, or when the encoder
+    computes what the library does not.
     """
     _check_empty(out)
+    require_part(run, RunFolder(run).bundle, "jobs/train.py --out RUN")
     bundle = load_bundle(RunFolder(run).bundle)
     if not isinstance(bundle.interest, InterestModel):
         raise InputError("RUN", run, "is a baseline over item ids, which encodes no text")

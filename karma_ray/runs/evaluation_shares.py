@@ -28,6 +28,9 @@ LOG = logging.getLogger(__name__)
 SHARE_SECONDS = 60.0
 """Seconds of ranking that are worth a further process: until one ranks, it has started, imported
 PyTorch and loaded catalogue, model and item vectors, which takes ten to twenty seconds."""
+GROWN_SECONDS = 1200.0
+"""Seconds of ranking that are worth machines which the autoscaler has yet to start, as that takes
+minutes."""
 SOME_SECONDS = 1.0
 """Time to rank the examples from which the time for all of them is estimated."""
 FEW = 8
@@ -36,9 +39,10 @@ FEW = 8
 Share = Callable[[int, int], Iterator[NDArray[Any]]]
 """(rank, count) -> the values of one of `count` processes."""
 
-Enlist = Callable[[Share, int, str], Sequence[Iterator[NDArray[Any]]]]
-"""(share, most, bundle) -> what at most so many other processes yield, each of which loads the
-bundle and calls `share` with a rank from 1, and with their number and this process as the count."""
+Enlist = Callable[[Share, int, str, int], Sequence[Iterator[NDArray[Any]]]]
+"""(share, most, bundle, later) -> what at most so many other processes yield, each of which loads
+the bundle and calls `share` with a rank from 1, and with their number and this process as the
+count. Machines for `later` of them may be started first."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,10 @@ def enlisted(
         return ALONE
     seconds = _seconds(evaluator, retriever)
     most = int(seconds / SHARE_SECONDS) - 1
+    # As many machines as the run was trained on are what its owner wants to pay for.
+    later = evaluator.config.training.num_workers - 1 if seconds >= GROWN_SECONDS else 0
     share = RankingShare(evaluator.config, evaluator.source, run, tuple(floors))
-    others = enlist(share, most, RunFolder(run).bundle) if most > 0 else []
+    others = enlist(share, most, RunFolder(run).bundle, later) if most > 0 else []
     if not others:
         return ALONE
     LOG.info("about %.0f s of ranking are divided between %d processes", seconds, len(others) + 1)

@@ -36,6 +36,7 @@ from karma_ray.metrics.collapse import linear_cka
 from karma_ray.model.device import this_device
 from karma_ray.model.karma import KarmaModel
 from karma_ray.report.diagnosis_page import Comparison, Subject, render_diagnosis
+from karma_ray.retrieval.complete_run import require_run
 from karma_ray.runs.continuation import noted_stage
 from karma_ray.runs.stages import Stage, finished_stage
 from karma_ray.training.step import JointStep
@@ -62,8 +63,7 @@ class OpenedRun:
         if "://" not in path:
             path = str(Path(path).resolve())  # show the name of the run that `latest` points to
         folder = RunFolder(path)
-        if not exists(folder.config):
-            raise InputError("RUN", run, "is not a run folder: it has no config.json")
+        require_run(path)
         config = from_dict(read_json(folder.config))
         if config.recipe not in recipes.TRAINED:
             message = f"is the floor or ceiling {config.recipe}: there is no model to diagnose"

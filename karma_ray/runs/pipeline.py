@@ -33,11 +33,11 @@ from karma_ray.model.backbones.checkpoints import shape_facts
 from karma_ray.model.device import this_device
 from karma_ray.node_cache import known_hash
 from karma_ray.report.page import render_report
+from karma_ray.retrieval.complete_run import check_run, require_run
 from karma_ray.retrieval.encode import ItemTable, encode_catalog, save_embeddings
 from karma_ray.retrieval.export import save_bundle
 from karma_ray.retrieval.index_build import index_run
 from karma_ray.retrieval.parts import start_over
-from karma_ray.retrieval.retriever import check_run
 from karma_ray.runs.assessment import assess
 from karma_ray.runs.continuation import (
     Parent,
@@ -166,9 +166,9 @@ def evaluate_run(
     """
     run, cache = absolute(run), absolute(cache or cache_beside(run))
     folder = RunFolder(run)
+    require_run(run)
     config = from_dict(read_json(folder.config))
-    trained = config.recipe in recipes.TRAINED
-    if trained:
+    if trained := config.recipe in recipes.TRAINED:
         check_run(run)
     trained_on = read_manifest(run, "run")["data"]
     source = PreparedData.load(absolute(data) if data else trained_on)

@@ -13,7 +13,8 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
@@ -42,6 +43,7 @@ Prepare = Callable[[nn.Module, int, StepState], StepState]
 returns the state for the step."""
 Probe = Callable[[nn.Module, Any, StepState], Record]
 """Computes metrics on the batch of a report."""
+_BARS = ContextVar("bars", default=True)
 
 
 def keep_state(model: nn.Module, number: int, state: StepState) -> StepState:
@@ -235,13 +237,23 @@ def tensors_of(batch: Any) -> dict[str, Tensor]:
     }
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """While inside, draw no progress bar, as whoever started this process tells what it does."""
+    before = _BARS.set(False)
+    try:
+        yield
+    finally:
+        _BARS.reset(before)
+
+
 def _progress_bar(shown: bool, steps: int, start_step: int) -> Any:
     return tqdm(
         total=steps,
         initial=start_step,
         unit="step",
         file=sys.stderr,
-        disable=not shown or rank() != 0,
+        disable=not (shown and _BARS.get()) or rank() != 0,
         mininterval=0.5 if sys.stderr.isatty() else 10.0,
         dynamic_ncols=True,
     )

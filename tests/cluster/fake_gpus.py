@@ -9,11 +9,13 @@ import json
 import logging
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import ray
 import torch.distributed
 from ray._raylet import GcsClient
@@ -21,9 +23,11 @@ from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
 from torch import nn
 
 from karma_ray.artifacts import join
+from karma_ray.cluster import measuring
 from karma_ray.cluster.accelerators import GPU, share_of_gpus_up, trial_resources
+from karma_ray.cluster.elsewhere import run_elsewhere
 from karma_ray.cluster.embedding import embed_items
-from karma_ray.cluster.measuring import measure_on_a_gpu
+from karma_ray.cluster.measuring import enlist_on_ray, measure_on_a_gpu
 from karma_ray.cluster.supply import Reach, supply
 from karma_ray.cluster.training import run_training
 from karma_ray.cluster.waiting import telling
@@ -48,6 +52,16 @@ def noting_step(folder: str, model: nn.Module, batch: Any, *_: object) -> StepOu
 def given_gpus() -> dict[str, Any]:
     """What a measurement was given."""
     return {"gpus": ray.get_runtime_context().get_accelerator_ids().get("GPU", [])}
+
+
+def note_gpus(folder: str) -> None:
+    """Note how many GPUs a function of the driver was given elsewhere."""
+    Path(folder, "elsewhere.json").write_text(f"{len(given_gpus()['gpus'])} of the GPUs")
+
+
+def numbers(rank: int, count: int) -> Iterator[np.ndarray]:
+    """What a process of an evaluation yields: its place."""
+    yield np.array([rank, count])
 
 
 def report_growth(gpus: int) -> None:
@@ -91,8 +105,13 @@ def main(folder: str, run: str, data: str) -> None:
     with using_gpus(False):  # as a run with training.use_gpu=false
         embed_items(join(run, "bundle"), data, join(folder, "embedded_on_cpus"), part_items=16)
         assert not measure_on_a_gpu(given_gpus)["gpus"]
+    run_elsewhere("noting", partial(note_gpus, folder), 1, 0.5)
+    assert Path(folder, "elsewhere.json").read_text() == "1 of the GPUs"
     report_growth(3)
     assert supply().reach(GPU) == Reach(2, 3)
+    measuring.GROWING_S = 10.0
+    others = enlist_on_ray(numbers, 3, join(run, "bundle"), 3)
+    assert [next(other).tolist() for other in others] == [[1, 2]]  # as no machine has come
 
     @ray.remote(num_gpus=3)
     def never() -> None: ...

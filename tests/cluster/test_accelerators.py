@@ -37,6 +37,7 @@ def test_gpus_are_given_to_workers_which_compute_on_cpus_if_cuda_is_absent(tmp_p
         "embedding 40 items with 2 encoders on GPUs: 2 are up",
         "embedding 40 items with 3 encoders on CPUs: training.use_gpu is false",
         "evaluating on a GPU of the cluster",
+        "evaluation: waiting for 1 GPU: 2 in the cluster, 0 of them free",
         "a task: waiting for 3 GPUs: 2 in the cluster, 2 of them free",
     ):
         assert sentence in done.stderr

@@ -8,16 +8,21 @@ import pytest
 from ray import tune
 
 from jobs.tune import main
-from karma_ray import cli
+from karma_ray import cli, recipes
 from karma_ray.artifacts import join
 from karma_ray.cli import load_config
 from karma_ray.cluster.accelerators import gpu_share
 from karma_ray.cluster.search_space import Space, load_space
 from karma_ray.cluster.trials import reported_value
-from karma_ray.cluster.tuning import search
+from karma_ray.cluster.tuning import _prepare, search
 from karma_ray.config import Config, override
+from karma_ray.data.synthetic.config import ToyShopConfig
+from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError, KarmaRayError
+from karma_ray.runs.first_stages import start_stage
+from karma_ray.runs.preparation import ensure_prepared
 from karma_ray.studies.ledger import assignments, describe
+from tests.tiny_run import SMALL_STUDY
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 64
@@ -106,6 +111,20 @@ def test_a_failing_trial_is_reported_and_the_search_goes_on(ray_cluster, tmp_pat
     assert all("lambda too high" in (trial.error or "") for trial in failed)
     assert failed[0].failures == 3 and failed[0].ended == "failed"
     assert result.best.error is None and result.best.values["objective.lambda_dec"] <= 1.2
+
+
+@pytest.mark.ray
+def test_first_stages_of_a_search_are_those_that_a_run_would_make(ray_cluster, tmp_path) -> None:
+    shop = str(tmp_path / "shop")
+    write_toy_shop(shop, ToyShopConfig(num_items=240, num_users=60))
+    base = override(recipes.build("toy"), SMALL_STUDY)
+    _prepare(space(), base, shop, str(tmp_path / "search"), 0.0)
+    start_stage(base, ensure_prepared(shop, base.prepare), str(tmp_path / "run"))
+    made, expected = (
+        {str(file.relative_to(cache)): file.read_bytes() for file in cache.rglob("*.safetensors")}
+        for cache in (tmp_path / "search", tmp_path / "run")
+    )
+    assert len(expected) > 1 and made == expected
 
 
 def test_a_validation_metric_is_found_with_or_without_its_prefix() -> None:

@@ -9,10 +9,14 @@ from pathlib import Path
 
 import pytest
 
+from karma_ray.cluster import measuring
 from karma_ray.cluster.study import RayMachine
 from karma_ray.cluster.tuning import search
 from karma_ray.cluster.waiting import need_of
 from karma_ray.config import Config
+from karma_ray.data.synthetic.config import ToyShopConfig
+from karma_ray.data.synthetic.shop import write_toy_shop
+from karma_ray.errors import InputError
 from tests.cluster.test_tuning import STEPS, space
 
 PATIENCE_S = 120.0
@@ -70,6 +74,30 @@ def test_a_search_says_what_its_trials_wait_for(full_until_told: list[str], tmp_
     )  # fmt: skip
     assert found.best.step == STEPS
     assert "trials: waiting for 1 CPU: 8 in the cluster, 0 of them free" in full_until_told
+
+
+@pytest.mark.ray
+def test_a_search_makes_its_first_stages_where_a_trial_has_a_place(
+    full_until_told: list[str], tmp_path: Path
+) -> None:
+    write_toy_shop(str(tmp_path / "shop"), ToyShopConfig(num_items=240, num_users=60))
+    with pytest.raises(InputError) as raised:  # which is found before anything is trained
+        search(
+            space("valid/HR@7"), space().base(), data=str(tmp_path / "shop"), trials=1,
+            out=str(tmp_path / "search"), cache=str(tmp_path / "cache"),
+        )  # fmt: skip
+    assert type(raised.value) is InputError and raised.value.value == "valid/HR@7"
+    assert "first stages: waiting for 1 CPU: 8 in the cluster, 0 of them free" in full_until_told
+
+
+@pytest.mark.ray
+def test_an_evaluation_waits_for_places_but_goes_on_without_those_that_do_not_come(
+    full_until_told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measuring._grow({"CPU": 4.0}, 2)
+    assert "evaluation: waiting for 2 CPUs: 8 in the cluster, 0 of them free" in full_until_told
+    monkeypatch.setattr(measuring, "GROWING_S", 1.0)
+    measuring._grow({"CPU": 5.0}, 2)  # one of the two has never room
 
 
 @pytest.mark.ray

@@ -152,8 +152,10 @@ def test_data_without_exposures_have_no_ranking_and_say_so(
 def test_unfinished_and_other_runs_are_refused(
     runs: Path, source: PreparedData, tmp_path: Path
 ) -> None:
-    with pytest.raises(InputError, match=r"RUN: .* does not name its data; name them with --data"):
+    with pytest.raises(InputError, match=r"RUN: .* does not exist; `python jobs/train\.py --out"):
         measure_funnel([str(tmp_path / "nowhere")])
+    with pytest.raises(InputError, match=r"RUN: .* does not name its data; name them with --data"):
+        measure_funnel([str(tmp_path)])
     with pytest.raises(InputError, match=r"RUN: .* is not a run folder: it has no config\.json"):
         measure_funnel([str(tmp_path)], source.uri)
     copy = tmp_path / "copy"

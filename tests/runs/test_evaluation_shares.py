@@ -51,7 +51,7 @@ class Run:
         return {"metrics": found, "outcomes": outcomes, "floors": read_json(f"{out}/floors.json")}
 
 
-def nobody(share: Share, most: int, bundle: str) -> Sequence[Iterator[Any]]:
+def nobody(share: Share, most: int, bundle: str, later: int) -> Sequence[Iterator[Any]]:
     raise AssertionError("the evaluation is short")
 
 
@@ -77,21 +77,23 @@ def long(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_three_processes_find_what_one_finds(
     run: Run, alone: dict[str, Any], long: None, tmp_path: Path
 ) -> None:
-    asked: list[int] = []
+    asked: list[tuple[int, int]] = []
 
-    def enlist(share: Share, most: int, bundle: str) -> Sequence[Iterator[Any]]:
-        asked.append(most)
+    def enlist(share: Share, most: int, bundle: str, later: int) -> Sequence[Iterator[Any]]:
+        asked.append((most, later))
         assert Path(bundle, "manifest.json").exists()
         return [share(1, 3), share(2, 3)]
 
     assert {**run.assessed(tmp_path, enlist), "cache": alone["cache"]} == alone
-    assert asked[0] > 2 and alone["metrics"]["paraphrased/share_rewritten"] > 0
+    assert (
+        asked[0][0] > 2 and asked[0][1] == 0 and alone["metrics"]["paraphrased/share_rewritten"] > 0
+    )
     assert {"popularity", "tfidf", "oracle"} <= alone["floors"].keys()
 
 
-def with_workers(run: Run, folder: Path) -> str:
-    """A copy of the run as if a worker had trained it."""
-    config = override(run.config, ["training.num_workers=1"])
+def with_workers(run: Run, folder: Path, workers: int = 1) -> str:
+    """A copy of the run as if so many workers had trained it."""
+    config = override(run.config, [f"training.num_workers={workers}"])
     shutil.copytree(run.run, folder)
     write_json(to_dict(config), RunFolder(str(folder)).config)
     return str(folder)
@@ -106,7 +108,7 @@ def test_a_finished_run_is_evaluated_again_where_the_executor_does_so(
         places.append(("elsewhere", may_use_gpus()))
         return measure()
 
-    def enlist(share: Share, most: int, bundle: str) -> Sequence[Iterator[Any]]:
+    def enlist(share: Share, most: int, bundle: str, later: int) -> Sequence[Iterator[Any]]:
         places.append(("divided", most > 0))
         return [share(1, 2)]
 
@@ -137,6 +139,21 @@ def test_a_short_evaluation_starts_no_ray(
     assert found == {**alone["metrics"], "seconds": None}
 
 
+def test_machines_are_started_for_an_evaluation_that_takes_longer_than_that(
+    run: Run, alone: dict[str, Any], long: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def enlist(share: Share, most: int, bundle: str, later: int) -> Sequence[Iterator[Any]]:
+        asked.append(later)
+        return []
+
+    monkeypatch.setattr(evaluation_shares, "GROWN_SECONDS", 0.0)
+    again, cache = with_workers(run, tmp_path / "again", workers=3), str(alone["cache"])
+    evaluate_run(again, cache=cache, executor=Executor(enlist=enlist))
+    assert asked == [2]  # and this process: as many as have trained
+
+
 @pytest.mark.ray
 def test_a_task_of_ray_ranks_what_is_left_to_it(
     two_cpus: None, run: Run, alone: dict[str, Any], long: None, tmp_path: Path
@@ -145,7 +162,7 @@ def test_a_task_of_ray_ranks_what_is_left_to_it(
 
     started: list[int] = []
 
-    def enlist(share: Share, most: int, bundle: str) -> Sequence[Iterator[Any]]:
+    def enlist(share: Share, most: int, bundle: str, later: int) -> Sequence[Iterator[Any]]:
         others = enlist_on_ray(share, 1, bundle)
         started.append(len(others))
         return others

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from karma_ray.artifacts import read_json
 from karma_ray.errors import NonFiniteLoss
-from karma_ray.training.loop import Record, fit
+from karma_ray.training.loop import Record, fit, without_bars
 from karma_ray.training.optim import build_optimizer
 from karma_ray.training.step import StepOutput
 
@@ -166,3 +166,16 @@ def test_a_gradient_that_is_not_finite_leaves_the_weights_alone() -> None:
     with pytest.raises(NonFiniteLoss, match="gradient norm"):
         fit(model, step, optimizer, _batches(1), print, steps=1, precision="float32")
     assert torch.equal(before, model.weight)
+
+
+def test_a_bar_is_drawn_unless_another_process_tells_of_the_training(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def drawn() -> str:
+        model, optimizer = _start()
+        fit(model, _step, optimizer, _batches(2), [].append, steps=2, progress=True)
+        return capsys.readouterr().err
+
+    with without_bars():
+        assert drawn() == ""
+    assert "2/2" in drawn()
