@@ -86,17 +86,19 @@ class Tastes:
         total: NDArray[np.float64] = self.clicks * least
         if not self.base:
             return total
-        for start in range(0, len(total), _BLOCK):
+        for start, block in zip(range(0, len(total), _BLOCK), self._blocks, strict=True):
             # A sparse product reads the gains without an array of them for every attribute.
-            codes = self.codes[start : start + _BLOCK]
-            ones, ends = self._frame
-            parts = ones[: codes.size], codes.reshape(-1), ends[: len(codes) + 1]
-            block = sp.csr_matrix(parts, shape=(len(codes), len(gains)), copy=False)
             total[start : start + _BLOCK] += block @ gains
         return total
 
     @cached_property
-    def _frame(self) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-        """Return the values and row ends of a sparse matrix with a place for every attribute."""
+    def _blocks(self) -> list[sp.csr_array]:  # of [_BLOCK, sum of V + 1]
+        """Which places each item has, as matrices that share their values and row ends."""
         size, width = min(_BLOCK, len(self.codes)), self.codes.shape[1]
-        return np.ones(size * width), np.arange(size + 1, dtype=np.int32) * np.int32(width)
+        ones, ends = np.ones(size * width), np.arange(size + 1, dtype=np.int32) * np.int32(width)
+        places, found = sum(len(base) + 1 for base in self.base), []
+        for start in range(0, len(self.codes), _BLOCK):
+            codes = self.codes[start : start + _BLOCK]
+            parts = ones[: codes.size], codes.reshape(-1), ends[: len(codes) + 1]
+            found.append(sp.csr_array(parts, shape=(len(codes), places), copy=False))
+        return found

@@ -10,6 +10,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -88,18 +89,17 @@ class Words:
     def scores(self, asked: tuple[Rows, Scores]) -> Scores:  # [T], [T] -> [I]
         """Return the sum of the impacts of terms, each times its share."""
         numbers, shares = asked
-        if not len(numbers):
-            return np.zeros(self.num_items, np.float32)
-        starts, stops = self.ends[numbers], self.ends[numbers + 1]
-        if len(numbers) <= FEW_TERMS:
-            found = np.zeros(self.num_items, np.float32)
-            for start, stop, share in zip(starts, stops, shares, strict=True):
-                found[self.items[start:stop]] += self.impact[start:stop] * share
-            return found
-        spans = [slice(start, stop) for start, stop in zip(starts, stops, strict=True)]
-        ends = np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int32)
-        items = np.concatenate([self.items[span] for span in spans])
-        values = np.concatenate([self.impact[span] for span in spans])
-        shape = (self.num_items, len(numbers))
-        total: Scores = sp.csc_matrix((values, items, ends), shape=shape, copy=False) @ shares
-        return total
+        if len(numbers) > FEW_TERMS:
+            total: Scores = shares @ self._lists[numbers]
+            return total
+        found = np.zeros(self.num_items, np.float32)
+        for number, share in zip(numbers, shares, strict=True):
+            span = slice(self.ends[number], self.ends[number + 1])
+            found[self.items[span]] += self.impact[span] * share
+        return found
+
+    @cached_property
+    def _lists(self) -> sp.csr_array:  # [V, I]
+        """The same arrays as a matrix, since SciPy copies the lists of many terms at once."""
+        parts = self.impact, self.items, self.ends
+        return sp.csr_array(parts, shape=(len(self.ends) - 1, self.num_items), copy=False)

@@ -228,10 +228,11 @@ def top_rows(values: NDArray[Any], k: int) -> Rows:  # [n] -> [min(k, n)]
     highest maximum.
     """
     blocks = len(values) // _BLOCK
-    places = np.arange(len(values))
     if blocks > k:
         highest = values[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(1)
         places = np.flatnonzero(values >= np.partition(highest, blocks - k)[blocks - k])
+    else:
+        places = np.arange(len(values))
     if len(places) > 4 * k:  # many are equal, or there are few blocks
         found = values[places]
         bound = np.partition(found, len(found) - k)[len(found) - k]
