@@ -10,7 +10,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from dataclasses import dataclass
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -27,8 +26,8 @@ if TYPE_CHECKING:
     Rows = NDArray[np.int64]
     Scores = NDArray[np.float32]
 
-FEW_TERMS = 8
-"""Up to so many terms, a matrix takes longer to make than their lists to add."""
+FEW_TERMS = 4
+"""Up to so many terms, a product takes longer to set up than their lists to add."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +86,27 @@ class Words:
         return found, np.bincount(place, shares, len(found)).astype(np.float32)
 
     def scores(self, asked: tuple[Rows, Scores]) -> Scores:  # [T], [T] -> [I]
-        """Return the sum of the impacts of terms, each times its share."""
+        """Return the sum of the impacts of terms, each times its share; ascending terms."""
         numbers, shares = asked
         if len(numbers) > FEW_TERMS:
-            total: Scores = shares @ self._lists[numbers]
-            return total
+            return self._product(numbers[::-1], shares[::-1])
         found = np.zeros(self.num_items, np.float32)
         for number, share in zip(numbers, shares, strict=True):
             span = slice(self.ends[number], self.ends[number + 1])
             found[self.items[span]] += self.impact[span] * share
         return found
 
-    @cached_property
-    def _lists(self) -> sp.csr_array:  # [V, I]
-        """The same arrays as a matrix, since SciPy copies the lists of many terms at once."""
-        parts = self.impact, self.items, self.ends
-        return sp.csr_array(parts, shape=(len(self.ends) - 1, self.num_items), copy=False)
+    def _product(self, numbers: Rows, shares: Scores) -> Scores:  # [T], [T] -> [I]
+        """Return the same for descending terms by one sparse product, which copies no list.
+
+        A column reaches from one end to the next, so every other column is what lies between two
+        lists. In descending order that has a negative length, and SciPy skips it; it only refuses
+        to make such a matrix, so the arrays are given to one that is empty.
+        """
+        spans = np.column_stack([self.ends[numbers], self.ends[numbers + 1]]).reshape(-1)
+        weights = np.column_stack([shares, np.zeros_like(shares)]).reshape(-1)[:-1]
+        lists = sp.csc_array((self.num_items, len(weights)), dtype=np.float32)
+        lists.data, lists.indices = self.impact, self.items
+        lists.indptr = spans.astype(sp.get_index_dtype(maxval=len(self.items)))
+        total: Scores = lists @ weights
+        return total
