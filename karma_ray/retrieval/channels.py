@@ -108,8 +108,7 @@ class Channels:
 
     def asked(self, query: str | None, history: Rows) -> Asked:
         """Compute what all channels need of a request; `history` [T] has rows of the index."""
-        seen, counts = np.unique(history, return_counts=True)
-        steps = np.repeat(seen, counts)
+        steps = np.sort(history)
         return Asked(
             history, self.matches.rows(query), self.words.scores(self.words.of_query(query)),
             self.words.scores(self.words.of_history(steps)), self.tastes.gains(steps),
