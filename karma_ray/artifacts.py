@@ -12,10 +12,10 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 import pyarrow as pa
@@ -86,17 +86,23 @@ def locked(path: str) -> AbstractContextManager[Any]:
     return FileLock(f"{path}.lock")
 
 
+@contextmanager
+def new_file(uri: str) -> Iterator[BinaryIO]:
+    """Open a file to write, which on a local filesystem replaces an earlier one once complete."""
+    fs, path = open_filesystem(uri)
+    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+    draft = f"{path}.{os.getpid()}.tmp" if "file" in fs.protocol else path
+    with fs.open(draft, "wb") as sink:
+        yield sink
+    if draft != path:
+        os.replace(draft, path)
+
+
 def write_table(table: pa.Table, folder: str, part: str = "part-00000") -> None:
     """Write one zstd Parquet file `folder/part.parquet`, atomically on a local filesystem."""
-    fs, path = open_filesystem(folder)
-    fs.makedirs(path, exist_ok=True)
-    target = f"{path}/{part}.parquet"
-    unfinished = f"{target}.{os.getpid()}.tmp" if "file" in fs.protocol else target
-    with fs.open(unfinished, "wb") as sink:
+    with new_file(join(folder, f"{part}.parquet")) as sink:
         # Training shuffles and bounds its memory by row groups (training/order.py).
         pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
-    if unfinished != target:
-        os.replace(unfinished, target)
 
 
 def data_files(uri: str, endings: tuple[str, ...]) -> list[str]:
@@ -162,14 +168,8 @@ def read_bytes(uri: str) -> bytes:
 
 def write_bytes(content: bytes, uri: str) -> None:
     """Write a file, atomically on a local filesystem."""
-    fs, path = open_filesystem(uri)
-    fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
-    if "file" in fs.protocol:
-        temporary = f"{path}.{os.getpid()}.tmp"
-        Path(temporary).write_bytes(content)
-        os.replace(temporary, path)
-    else:
-        fs.pipe_file(path, content)
+    with new_file(uri) as sink:
+        sink.write(content)
 
 
 def read_json(uri: str) -> Any:

@@ -15,6 +15,7 @@ from karma_ray.artifacts import (
     join,
     locked,
     move,
+    new_file,
     read_json,
     read_lines,
     read_manifest,
@@ -60,6 +61,16 @@ def test_json_that_cannot_be_read_is_an_input_error(
         path.write_text(make)
     with pytest.raises(InputError, match=message):
         read_json(str(path))
+
+
+def test_a_file_whose_writer_fails_stays_what_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "below" / "file"
+    with new_file(str(path)) as sink:
+        sink.write(b"old")
+    with pytest.raises(RuntimeError), new_file(str(path)) as sink:
+        sink.write(b"new")
+        raise RuntimeError
+    assert path.read_bytes() == b"old"
 
 
 def test_a_folder_without_tables_is_an_input_error(tmp_path: Path) -> None:

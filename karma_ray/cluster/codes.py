@@ -19,7 +19,8 @@ from karma_ray.cluster.accelerators import encoders
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.waiting import telling
 from karma_ray.codes.config import CodesConfig
-from karma_ray.codes.table import PART_ITEMS, Coding, Part, PartCoder, assign_here, code_catalog
+from karma_ray.codes.table import PART_ITEMS, Coding, PartCoder, assign_here, code_catalog
+from karma_ray.data.work_folder import Part
 from karma_ray.errors import InputError
 
 HERE_ITEMS = 2_000_000

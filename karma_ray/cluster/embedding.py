@@ -20,10 +20,11 @@ from karma_ray.cluster.accelerators import GPU, device_here, encoders, memory_fo
 from karma_ray.cluster.session import connect
 from karma_ray.cluster.supply import supply
 from karma_ray.cluster.waiting import telling, topic_of
+from karma_ray.data.work_folder import Part
 from karma_ray.errors import InputError
 from karma_ray.model.device import cpu_computes_bfloat16, may_use_gpus
 from karma_ray.retrieval.embedding import PART_ITEMS, embed_catalog, known_precision
-from karma_ray.retrieval.part_encoder import Embedding, Part, PartEncoder
+from karma_ray.retrieval.part_encoder import Embedding, PartEncoder
 
 
 class EmbeddingActor:

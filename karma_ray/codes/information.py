@@ -8,13 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from karma_ray.data.prompts import SpecialIds, Tokenizer
-from karma_ray.model.backbone import run_body, token_embeddings
-from karma_ray.objectives.text import token_cross_entropy
+from karma_ray.model.text_losses import text_losses
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -72,30 +69,11 @@ def by_chance(relevance: Relevance, num_items: int, share: float, seed: int) -> 
     return float(np.quantile(relevance(np.stack([first, second], 1)), 1 - share))
 
 
-@torch.no_grad()
 def _losses(
     body: nn.Module, head: Tensor | None, texts: list[tuple[np.ndarray, np.ndarray]]
 ) -> NDArray[np.float64]:
     """Return the mean cross-entropy [n] of the second parts after the first ones; 0 of no token."""
-    rows = token_embeddings(body)
-    head = rows if head is None else head
     sizes = np.array([(len(first), len(second)) for first, second in texts])
-    order = np.argsort(sizes.sum(1), kind="stable")
-    found = np.zeros(len(texts))
-    for start in tqdm(
-        range(0, len(order), AT_ONCE), desc="relevance", disable=None, leave=False, unit="batch"
-    ):
-        some = order[start : start + AT_ONCE]
-        width = max(2, int(sizes[some].sum(1).max()))
-        batch = np.zeros((len(some), width), np.int64)
-        for row, number in enumerate(some):
-            batch[row, : sizes[number].sum()] = np.concatenate(texts[number])
-        place = np.arange(1, width)
-        before, total = sizes[some, :1], sizes[some].sum(1, keepdims=True)
-        wanted = torch.from_numpy((place >= before) & (place < total)).to(rows.device)
-        real = torch.from_numpy(place < total).to(rows.device)
-        ids = torch.from_numpy(batch).to(rows.device)
-        states = run_body(body, rows[ids[:, :-1]], real=real)
-        values = token_cross_entropy(states, head, ids[:, 1:], wanted).double().sum(1)
-        found[some] = values.cpu().numpy() / np.maximum(sizes[some, 1], 1)
-    return found
+    joined = [np.concatenate(parts) for parts in texts]
+    total = text_losses(body, head, joined, sizes[:, 0], AT_ONCE)
+    return np.asarray(total / np.maximum(sizes[:, 1], 1))

@@ -29,7 +29,7 @@ from karma_ray.codes.config import CodesConfig
 from karma_ray.codes.quality import Tally, coded, quality
 from karma_ray.data.progress import told
 from karma_ray.data.vectors import mapped_vectors
-from karma_ray.data.work_folder import WorkFolder
+from karma_ray.data.work_folder import Part, WorkFolder
 from karma_ray.errors import InputError, SkewError
 
 if TYPE_CHECKING:
@@ -41,19 +41,6 @@ VERSION = 1
 """Raised when the code gives other codes to the same embeddings: parts are not used again."""
 PART_ITEMS = 262_144
 """Items of a part."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A range of rows of the embeddings."""
-
-    first: int
-    end: int
-
-    @property
-    def name(self) -> str:
-        """Name of the part's file."""
-        return f"part-{self.first:012d}"
 
 
 @dataclass(frozen=True)
@@ -147,7 +134,9 @@ def codebooks_for(folder: str, embeddings: dict[str, Any]) -> Codebooks:
 def plan_of(num_items: int, part_items: int) -> list[Part]:
     """Cut rows into parts."""
     starts = range(0, num_items, part_items)
-    return [Part(start, min(start + part_items, num_items)) for start in starts]
+    return [
+        Part(start, min(start + part_items, num_items), f"part-{start:012d}") for start in starts
+    ]
 
 
 def code_rows(item_ids: pa.ChunkedArray, codes: NDArray[np.int32]) -> pa.Table:

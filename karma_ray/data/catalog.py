@@ -8,7 +8,6 @@ the mapped copy; the table of ids (item_lookup.py) and the content ids are mappe
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from karma_ray.artifacts import new_file
 from karma_ray.data.contents import FORMAT, fill_content_ids
 from karma_ray.data.fragments import items_folder, list_fragments, read_fragment
 from karma_ray.data.identifiers import MISSING
@@ -167,11 +167,8 @@ _TEXT_COLUMNS = ("title", "brand", "category", "text")
 def _write_arrow(source: str, path: Path) -> None:
     table = _read_items(source)
     table = table.filter(pa.array(usable_items(table))).combine_chunks()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+    with new_file(str(path)) as sink, pa.ipc.new_file(sink, table.schema) as writer:
         writer.write_table(table)
-    os.replace(temporary, path)
 
 
 def _read_items(folder: str) -> pa.Table:

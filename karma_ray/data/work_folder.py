@@ -27,6 +27,15 @@ from karma_ray.artifacts import (
 
 
 @dataclass(frozen=True)
+class Part:
+    """A range of rows, and the name of the part that holds what is made of them."""
+
+    first: int
+    end: int
+    name: str
+
+
+@dataclass(frozen=True)
 class WorkFolder:
     """The parts of the table `target`, in `target`-work beside it."""
 

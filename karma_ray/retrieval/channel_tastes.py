@@ -66,37 +66,54 @@ class Tastes:
 
     def gains(self, history: Rows) -> NDArray[np.float64]:  # [T] -> [sum of V + 1]
         """Return what each value of each attribute adds to the affinity; a missing one adds 0."""
-        found, start, seen = [np.empty(0)], 0, self.codes[history]
-        for column, base in enumerate(self.base):
-            counts = np.bincount(seen[:, column] - start, minlength=len(base) + 1)[: len(base)]
-            share = (counts + PRIOR_STEPS * base) / (counts.sum() + PRIOR_STEPS)
-            found.append(np.append(np.log(share / base), 0.0))
-            start += len(base) + 1
-        return np.concatenate(found)
+        base, missing, sizes = self._places
+        counts = np.bincount(self.codes[history].reshape(-1), minlength=len(base))
+        known = np.repeat(len(history) - counts[missing], sizes)
+        share = (counts + PRIOR_STEPS * base) / (known + PRIOR_STEPS)
+        found: NDArray[np.float64] = np.log(share / base)
+        found[missing] = 0.0
+        return found
+
+    @cached_property
+    def _places(self) -> tuple[NDArray[np.float64], Rows, Rows]:
+        """The base of every place of the gains, the places for items that lack an attribute, and
+        how many places each attribute has."""
+        sizes = np.array([len(base) + 1 for base in self.base], np.int64)
+        base = np.concatenate([np.empty(0), *(np.append(base, 1.0) for base in self.base)])
+        return base, np.cumsum(sizes) - 1, sizes
 
     def affinity(
         self, gains: NDArray[np.float64], rows: Rows | None = None
     ) -> NDArray[np.float64]:  # [M] -> [M], or [I]
         """Return the affinity of some items, or of all."""
-        least = POPULARITY_EPSILON / (self.clicks[self.order[0]] + 1.0)
         if rows is not None:
             of_rows: NDArray[np.float64] = gains[self.codes[rows]].sum(1)
-            of_rows += self.clicks[rows] * least
+            of_rows += self._tie_breaks[rows]
             return of_rows
-        total: NDArray[np.float64] = self.clicks * least
+        total = self._tie_breaks.copy()
         if not self.base:
             return total
-        for start in range(0, len(total), _BLOCK):
+        for start, block in zip(range(0, len(total), _BLOCK), self._blocks, strict=True):
             # A sparse product reads the gains without an array of them for every attribute.
-            codes = self.codes[start : start + _BLOCK]
-            ones, ends = self._frame
-            parts = ones[: codes.size], codes.reshape(-1), ends[: len(codes) + 1]
-            block = sp.csr_matrix(parts, shape=(len(codes), len(gains)), copy=False)
             total[start : start + _BLOCK] += block @ gains
         return total
 
     @cached_property
-    def _frame(self) -> tuple[NDArray[np.float64], NDArray[np.int32]]:
-        """Return the values and row ends of a sparse matrix with a place for every attribute."""
+    def _tie_breaks(self) -> NDArray[np.float64]:  # [I]
+        """Less than any affinity, so that the clicks order what has the same one."""
+        found: NDArray[np.float64] = self.clicks * (
+            POPULARITY_EPSILON / (self.clicks[self.order[0]] + 1.0)
+        )
+        return found
+
+    @cached_property
+    def _blocks(self) -> list[sp.csr_array]:  # of [_BLOCK, sum of V + 1]
+        """Which places each item has, as matrices that share their values and row ends."""
         size, width = min(_BLOCK, len(self.codes)), self.codes.shape[1]
-        return np.ones(size * width), np.arange(size + 1, dtype=np.int32) * np.int32(width)
+        ones, ends = np.ones(size * width), np.arange(size + 1, dtype=np.int32) * np.int32(width)
+        places, found = sum(len(base) + 1 for base in self.base), []
+        for start in range(0, len(self.codes), _BLOCK):
+            codes = self.codes[start : start + _BLOCK]
+            parts = ones[: codes.size], codes.reshape(-1), ends[: len(codes) + 1]
+            found.append(sp.csr_array(parts, shape=(len(codes), places), copy=False))
+        return found

@@ -108,8 +108,7 @@ class Channels:
 
     def asked(self, query: str | None, history: Rows) -> Asked:
         """Compute what all channels need of a request; `history` [T] has rows of the index."""
-        seen, counts = np.unique(history, return_counts=True)
-        steps = np.repeat(seen, counts)
+        steps = np.sort(history)
         return Asked(
             history, self.matches.rows(query), self.words.scores(self.words.of_query(query)),
             self.words.scores(self.words.of_history(steps)), self.tastes.gains(steps),
@@ -228,10 +227,11 @@ def top_rows(values: NDArray[Any], k: int) -> Rows:  # [n] -> [min(k, n)]
     highest maximum.
     """
     blocks = len(values) // _BLOCK
-    places = np.arange(len(values))
     if blocks > k:
         highest = values[: blocks * _BLOCK].reshape(blocks, _BLOCK).max(1)
         places = np.flatnonzero(values >= np.partition(highest, blocks - k)[blocks - k])
+    else:
+        places = np.arange(len(values))
     if len(places) > 4 * k:  # many are equal, or there are few blocks
         found = values[places]
         bound = np.partition(found, len(found) - k)[len(found) - k]

@@ -23,13 +23,13 @@ from karma_ray.artifacts import (
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.fragments import items_folder
 from karma_ray.data.progress import told
-from karma_ray.data.work_folder import WorkFolder
+from karma_ray.data.work_folder import Part, WorkFolder
 from karma_ray.errors import InputError
 from karma_ray.node_cache import known_hash
 from karma_ray.retrieval.encode import MANIFEST_KIND, write_embedding_manifest
 from karma_ray.retrieval.export import load_bundle
 from karma_ray.retrieval.known_vectors import has_hashes
-from karma_ray.retrieval.part_encoder import Contents, Embedding, Part, PartEncoder, encode_here
+from karma_ray.retrieval.part_encoder import Contents, Embedding, PartEncoder, encode_here
 
 LOG = logging.getLogger(__name__)
 VERSION = 1

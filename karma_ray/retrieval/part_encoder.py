@@ -22,7 +22,7 @@ from karma_ray.artifacts import read_manifest
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.pixels import PixelTable, catalog_pixels
 from karma_ray.data.prompts import encode_texts
-from karma_ray.data.work_folder import WorkFolder
+from karma_ray.data.work_folder import Part, WorkFolder
 from karma_ray.model.device import this_device
 from karma_ray.retrieval.encode import GPU_SLOTS, embedding_rows, encode_catalog, item_batches
 from karma_ray.retrieval.export import item_encoder_config, load_bundle
@@ -37,15 +37,6 @@ PORTION = 2048
 """Items whose tokens are made at once."""
 COMPARED = 128
 """Items that are encoded in float32 as well, to tell what bfloat16 changes."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """A range of the catalogue's rows."""
-
-    first: int
-    end: int
-    name: str
 
 
 @dataclass(frozen=True)

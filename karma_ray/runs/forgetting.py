@@ -25,12 +25,12 @@ from karma_ray.data.catalog import Catalog
 from karma_ray.data.prompts import encode_texts
 from karma_ray.data.schema import ITEMS, check_columns
 from karma_ray.errors import InputError
-from karma_ray.evaluation.forgetting import next_token_loss
 from karma_ray.model.backbone import load_item_body, load_user_body
 from karma_ray.model.backbones.checkpoints import load_lm_head
 from karma_ray.model.config import ItemEncoderConfig, ModelConfig, UserDecoderConfig
 from karma_ray.model.device import this_device
 from karma_ray.model.karma import KarmaModel
+from karma_ray.model.text_losses import next_token_loss
 from karma_ray.node_cache import checkpoint_hash
 from karma_ray.runs.stages import Stage, over_ids
 

@@ -21,7 +21,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from karma_ray.artifacts import RunFolder, join, open_filesystem, read_lines, write_lines
+from karma_ray.artifacts import (
+    RunFolder,
+    join,
+    open_filesystem,
+    read_lines,
+    write_bytes,
+    write_lines,
+)
 from karma_ray.errors import StorageError
 from karma_ray.evaluation.alarm import messages
 from karma_ray.training.checkpoints.files import CheckpointFiles
@@ -116,9 +123,7 @@ class _LocalLines:
         self._warned = False
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         if lines is not None:
-            temporary = f"{path}.{os.getpid()}.tmp"
-            Path(temporary).write_text("".join(lines), encoding="utf-8")
-            os.replace(temporary, path)
+            write_bytes("".join(lines).encode(), path)
 
     def add(self, line: str) -> None:
         self._waiting += line

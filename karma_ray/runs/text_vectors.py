@@ -10,7 +10,6 @@ Legend: I items, n texts, L tokens, D width of the LLM.
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,13 +20,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
-from karma_ray.artifacts import (
-    exists,
-    join,
-    locked,
-    open_filesystem,
-    value_hash,
-)
+from karma_ray.artifacts import exists, join, locked, new_file, open_filesystem, value_hash
 from karma_ray.baselines.llm import TextVectors
 from karma_ray.config import Config
 from karma_ray.data.catalog import Catalog
@@ -129,12 +122,8 @@ class LlmTexts:
         encoder.whiten_states(fitted.to(encoder.mean.device))
         mean, whitener = encoder.mean.cpu(), encoder.output.weight.cpu()
         items = _whitened(states, mean, whitener)
-        fs, place = open_filesystem(path)
-        fs.makedirs(place.rsplit("/", 1)[0], exist_ok=True)
-        draft = f"{place}.{os.getpid()}.tmp"
-        with fs.open(draft, "wb") as sink:
+        with new_file(path) as sink:
             np.savez(sink, items=items, mean=mean.numpy(), whitener=whitener.numpy())
-        fs.mv(draft, place)
 
     def _pooled(self, tokens: np.ndarray, lengths: np.ndarray) -> torch.Tensor:
         """Return the pooled states [n, D] float32 of right-padded tokens [n, L]."""

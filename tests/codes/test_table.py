@@ -13,7 +13,8 @@ import pytest
 from karma_ray.artifacts import read_manifest, read_table, write_manifest, write_table
 from karma_ray.codes.codebooks import Codebooks
 from karma_ray.codes.config import KINDS, CodesConfig
-from karma_ray.codes.table import Coding, Part, PartCoder, assign_here, code_catalog, load_codes
+from karma_ray.codes.table import Coding, PartCoder, assign_here, code_catalog, load_codes
+from karma_ray.data.work_folder import Part
 from karma_ray.errors import InputError, SkewError
 
 CONFIG = CodesConfig(codewords=8, fsq_levels=(4, 4), iterations=10)

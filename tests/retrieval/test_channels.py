@@ -9,6 +9,7 @@ from karma_ray.artifacts import read_manifest
 from karma_ray.baselines.floors import build_floor
 from karma_ray.data.prepared import PreparedData
 from karma_ray.errors import InputError, SkewError
+from karma_ray.retrieval.channel_words import FEW_TERMS, Words
 from karma_ray.retrieval.channels import Channels, top_rows
 from tests.retrieval.channel_run import write_data
 
@@ -55,6 +56,21 @@ def test_what_is_saved_gives_the_same_lists(data, channels, tmp_path) -> None:
         assert {name: rows.tolist() for name, rows in before.items()} == {
             name: rows.tolist() for name, rows in after.items()
         }
+
+
+@pytest.mark.parametrize("num_terms", (1, FEW_TERMS, FEW_TERMS + 1, 12, 30))
+def test_bm25_is_the_sum_of_the_lists_of_all_terms_but_for_rounding(num_terms) -> None:
+    rng = np.random.default_rng(num_terms)
+    texts = [" ".join(f"w{word}" for word in rng.zipf(1.5, 12) % 40) for _ in range(200)]
+    words = Words.of(texts)
+    assert len(words.numbers) > 30
+    for numbers in (np.arange(num_terms), np.sort(rng.permutation(len(words.numbers))[:num_terms])):
+        shares = rng.random(num_terms).astype(np.float32)
+        wanted = np.zeros(200)
+        for number, share in zip(numbers, shares, strict=True):
+            for place in range(words.ends[number], words.ends[number + 1]):
+                wanted[words.items[place]] += float(words.impact[place]) * share
+        np.testing.assert_allclose(words.scores((numbers, shares)), wanted, rtol=1e-6)
 
 
 def test_channels_of_another_index_are_refused(channels, tmp_path) -> None:

@@ -28,6 +28,7 @@ from karma_ray.artifacts import (
 from karma_ray.cluster.embedding import embed_items
 from karma_ray.data.catalog import Catalog
 from karma_ray.data.schema import ITEMS
+from karma_ray.data.work_folder import Part
 from karma_ray.errors import InputError, KarmaRayError
 from karma_ray.retrieval.delta import update_run
 from karma_ray.retrieval.embedding import embed_catalog, known_precision, plan_of
@@ -39,7 +40,6 @@ from karma_ray.retrieval.part_encoder import (
     CatalogEncoder,
     Contents,
     Embedding,
-    Part,
     PartEncoder,
     padded_slots,
 )

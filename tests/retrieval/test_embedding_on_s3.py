@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 
 from karma_ray.artifacts import exists
+from karma_ray.data.work_folder import Part
 from karma_ray.node_cache import upload
 from karma_ray.retrieval.embedding import embed_catalog
 from karma_ray.retrieval.encode import load_embeddings
 from karma_ray.retrieval.index_build import index_run
-from karma_ray.retrieval.part_encoder import Embedding, Part, encode_here
+from karma_ray.retrieval.part_encoder import Embedding, encode_here
 from karma_ray.retrieval.parts import embedded, offer, to_embed
 from karma_ray.retrieval.retriever import Retriever
 from tests import tiny_run

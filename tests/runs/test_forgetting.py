@@ -26,11 +26,11 @@ from karma_ray.config import override
 from karma_ray.data.prompts import encode_texts
 from karma_ray.data.schema import ITEMS
 from karma_ray.errors import InputError
-from karma_ray.evaluation.forgetting import next_token_loss
 from karma_ray.model.backbone import load_body, save_body
 from karma_ray.model.backbones.checkpoints import load_lm_head
 from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer
 from karma_ray.model.lora import merged
+from karma_ray.model.text_losses import next_token_loss
 from karma_ray.runs.first_stages import start_stage
 from karma_ray.runs.forgetting import forgetting, general_texts
 from karma_ray.runs.preparation import ensure_prepared
