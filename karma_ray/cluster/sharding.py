@@ -18,9 +18,9 @@ from ray.exceptions import RayTaskError
 from karma_ray.cluster.session import connect
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.prepared import PreparedData
+from karma_ray.data.tasks import Task, run_here
 from karma_ray.errors import KarmaRayError
 from karma_ray.runs import preparation
-from karma_ray.runs.preparation import Task, run_here
 
 IN_FLIGHT = 1_000
 """Tasks that are submitted at the same time, which bounds what the driver keeps of them."""
