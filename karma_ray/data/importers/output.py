@@ -37,6 +37,7 @@ from karma_ray.data.schema import (
     check_columns,
 )
 from karma_ray.data.table_hash import table_hash
+from karma_ray.data.validation import named_ids
 from karma_ray.errors import InputError, TooManyBadRows
 
 _SCHEMAS = {
@@ -245,7 +246,8 @@ def event_counts(events: pa.Table, item_ids: pa.Array) -> dict[str, int]:
     counts = {
         "clicks": pc.sum(lengths).as_py() or 0, "pages_with_negatives": pc.sum(pages).as_py() or 0,
     }  # fmt: skip
-    unknown = pc.invert(pc.is_in(pc.list_flatten(clicked), value_set=item_ids))
+    clicks = pc.list_flatten(clicked)
+    unknown = pc.invert(pc.is_in(clicks, value_set=named_ids(clicks, item_ids)))
     if count := pc.sum(unknown).as_py() or 0:
         pages = pc.list_parent_indices(clicked).filter(unknown)
         counts["clicks_on_unknown_items"] = count

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from karma_ray.data.importers.exposures import OPTIONAL, TIME_US
+from karma_ray.data.validation import named_ids
 
 
 @dataclass
@@ -46,7 +47,8 @@ def pages_of(
     if "purchased" in names:
         exposures = exposures.with_columns(pl.col("purchased").fill_null(False))
     clicks = exposures.filter("clicked")["item_id"].to_arrow().cast(pa.string())
-    unknown = len(clicks) - (pc.sum(pc.is_in(clicks, value_set=known)).as_py() or 0)
+    among = named_ids(clicks, known)
+    unknown = len(clicks) - (pc.sum(pc.is_in(clicks, value_set=among)).as_py() or 0)
     pages = fold_exposures(exposures)
     single = int((pages["exposed_item_ids"].list.len() == 1).sum())
     return pages, PageCounts(pages["user_id"].n_unique(), pages.height, single, unknown)
