@@ -1,7 +1,7 @@
 """Measure weak scaling: work per CPU second on 1, 2 and 4 simulated nodes.
 
     python benchmarks/scaling.py [--data URI] [--recipe NAME] [--nodes N ...] [--steps N]
-    python benchmarks/scaling.py --what prepare [--nodes N ...] [--each PAGES]
+    python benchmarks/scaling.py --what import|prepare [--nodes N ...] [--each PAGES]
     python benchmarks/scaling.py --what embed [--nodes N ...] [--each ITEMS]
 
 A node is a `ray start` with one CPU; all are on this machine, so the time that passes says nothing
@@ -10,10 +10,11 @@ once they outnumber its cores. What a core second is worth does: each node has o
 of Ray and of the collectives included, between two steps of one training.
 benchmarks/communication.py counts what the workers send.
 
-`prepare` (a generated log of `--each` pages for every node) and `embed` (as many drawn items, tiny
-encoder) are run between two runs with a sixteenth of it, the second of which is subtracted: what
-remains is not of starting. Counted are the CPU seconds of the driver and of all processes of all
-nodes. JSON lines; `efficiency` is the work per core second relative to the first number of nodes.
+`prepare` (a generated log of `--each` pages for every node), `import` (the same as CSV, with eight
+rows a page) and `embed` (as many drawn items, tiny encoder) are run between two runs with a
+sixteenth of it, the second of which is subtracted: what remains is not of starting. Counted are the
+CPU seconds of the driver and of all processes of all nodes. JSON lines; `efficiency` is the work
+per core second relative to the first number of nodes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 # Nodes and driver would each make a token of their own. They listen on loopback, for minutes.
 os.environ["RAY_AUTH_MODE"] = "disabled"
 
+import polars as pl
 import psutil
 import ray
 
@@ -53,6 +55,8 @@ from karma_ray.cluster.training import run_training
 from karma_ray.config import Config
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.event_parts import Sizes
+from karma_ray.data.importers.import_work import ImportSizes
+from karma_ray.data.importers.long import import_long
 from karma_ray.runs.first_stages import start_stage
 from karma_ray.runs.joint import joint_job
 from karma_ray.runs.preparation import ensure_prepared, prepare
@@ -62,7 +66,7 @@ from tests.cluster.nodes import kill
 
 WARM = 8
 """Steps before the first one counted."""
-EACH = {"prepare": 500_000, "embed": 16_384}
+EACH = {"import": 500_000, "prepare": 500_000, "embed": 16_384}
 """Pages, or items, of a node."""
 
 
@@ -73,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
     flags.add_argument("--nodes", type=int, nargs="+", default=[1, 2, 4], help="(1 2 4)")
     flags.add_argument("--steps", type=int, default=40, help="steps of a training (default 40)")
     flags.add_argument("--what", choices=["training", *EACH], default="training")
-    flags.add_argument("--each", type=int, help="pages or items of a node (500,000; 16,384)")
+    flags.add_argument("--each", type=int, help="pages or items of a node (500,000; items 16,384)")
     arguments = flags.parse_args(argv)
     if arguments.what != "training":
         stop_on_signals()
@@ -109,7 +113,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def scale_data(what: str, counts: list[int], each: int) -> None:
     """Print the work per core second of a job on data, for each number of nodes."""
-    first, work = None, prepare_log if what == "prepare" else embed_drawn
+    first, work = None, {"import": import_log, "prepare": prepare_log, "embed": embed_drawn}[what]
     for nodes in counts:
         much, little = nodes * each, nodes * each // 16
         used = []
@@ -132,6 +136,23 @@ def scale_data(what: str, counts: list[int], each: int) -> None:
             "work_per_core_second": round(rate, 2), "efficiency": round(rate / first, 3),
         }  # fmt: skip
         print(json.dumps(point), flush=True)
+
+
+def import_log(pages: int, nodes: int, folder: str) -> Callable[[], object]:
+    """Write a log with a row per exposure, and return what imports it on Ray."""
+    generate(Path(folder, "data"), pages)
+    shown = pl.read_parquet(f"{folder}/data/events/*.parquet").explode("exposed_item_ids")
+    rows = shown.select(
+        "user_id", "timestamp", "query", pl.col("exposed_item_ids").alias("item_id"),
+        pl.col("exposed_item_ids").is_in("clicked_item_ids").alias("clicked"),
+    )  # fmt: skip
+    Path(folder, "log").mkdir()
+    # Four files for each node, and at least as many partitions.
+    for number, part in enumerate(rows.iter_slices(-(-rows.height // (4 * nodes)))):
+        part.write_csv(f"{folder}/log/{number:05d}.csv")
+    sizes = ImportSizes(here_bytes=0, partition_bytes=int(rows.estimated_size()) // (4 * nodes))
+    return partial(import_long, f"{folder}/log", f"{folder}/out", items=f"{folder}/data/items",
+                   sizes=sizes, run=run_on_ray)  # fmt: skip
 
 
 def prepare_log(pages: int, nodes: int, folder: str) -> Callable[[], object]:

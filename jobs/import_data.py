@@ -18,6 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from karma_ray import cli
+from karma_ray.cluster.sharding import run_on_ray
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.importers.delimited import QUOTES
 from karma_ray.data.importers.log_files import TextFormat
@@ -70,6 +71,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
             form=TextFormat(arguments.quotes, arguments.encoding),
             time_format=arguments.time_format,
             seed=arguments.seed,
+            run=run_on_ray,
         )
     else:
         run = importer(arguments.format)

@@ -18,8 +18,8 @@ from karma_ray.cluster.elsewhere import own_errors
 from karma_ray.cluster.session import connect
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.prepared import PreparedData
+from karma_ray.data.tasks import Task, run_here
 from karma_ray.runs import preparation
-from karma_ray.runs.preparation import Task, run_here
 
 IN_FLIGHT = 1_000
 """Tasks that are submitted at the same time, which bounds what the driver keeps of them."""

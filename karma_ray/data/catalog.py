@@ -111,10 +111,17 @@ class Catalog:
         return self.table.column(name).to_pylist() if name in self.table.column_names else None
 
     @property
+    def has_categories(self) -> bool:
+        """Whether any item has a category."""
+        if "category" not in self.table.column_names:
+            return False
+        sizes = pc.binary_length(self.table.column("category").cast(pa.string()))
+        return bool(pc.any(pc.greater(sizes, 0)).as_py())
+
+    @property
     def categories(self) -> list[str | None] | None:
-        """The category of every item, or None if no item has one."""
-        found = self.column("category")
-        return found if found is not None and any(found) else None
+        """The category of every item, or None if no item has one; held as `item_ids` are."""
+        return self.column("category") if self.has_categories else None
 
     def texts(self, start: int = 0, stop: int | None = None, step: int = 1) -> list[str]:
         """Return `title | brand | category | text` of every item, or of a slice of the rows.

@@ -94,7 +94,7 @@ def list_parts(
     fs, root = open_filesystem(folder)
     files = []
     for path in table_files(folder):
-        file, stamp = path.removeprefix(root).lstrip("/"), _stamp(fs.info(path))
+        file, stamp = path.removeprefix(root).lstrip("/"), stamp_of(fs.info(path))
         files.append((path, file, stamp))
     old = [_standing(known.get(file), stamp) for _, file, stamp in files]
     opened = [place for place, parts in enumerate(old) if parts is None]
@@ -174,7 +174,8 @@ def _standing(parts: list[EventPart] | None, stamp: str) -> list[EventPart] | No
     return parts if parts and parts[0].stamp == stamp else None
 
 
-def _stamp(info: Mapping[str, Any]) -> str:
+def stamp_of(info: Mapping[str, Any]) -> str:
+    """Return the size and the version of a file that a filesystem tells of."""
     version = next(filter(None, (info.get(name) for name in ("ETag", "mtime", "created"))), "")
     return f"{info['size']} {version}"
 

@@ -5,12 +5,11 @@ Legend: n = `prepare.num_partitions`, P = n 2^k partitions, c the CRC-32 of a us
 A user is in partition c mod P. How many partitions there are is known only when the whole log is,
 so rows are ordered by *slot*: all that c mod n 2^16 says, with its bits turned round. Every
 partition is then a range of slots, whatever k is, and files need not be written again when a log
-has grown. A file has many small record batches, of which a partition reads those of its range.
+has grown.
 """
 
 from __future__ import annotations
 
-import json
 import zlib
 from collections.abc import Sequence
 
@@ -19,14 +18,11 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from karma_ray.artifacts import open_filesystem, write_bytes
+from karma_ray.data.ordered_rows import read_ordered, write_ordered
 from karma_ray.data.validation import CLEAN_EVENTS
 
 BITS = 16
 """Doublings of `prepare.num_partitions` that a file of rows serves."""
-BATCH_BYTES = 1 << 18
-"""Bytes of a record batch, about, before it is compressed."""
-_FIRST_SLOTS = b"first_slots"
 
 
 def num_partitions(fewest: int, cells: int, partition_cells: int) -> int:
@@ -61,29 +57,12 @@ def slot_range(partition: int, num_partitions: int, fewest: int) -> tuple[int, i
 
 def write_rows(clean: pa.Table, uri: str, fewest: int) -> None:
     """Write clean events (CLEAN_EVENTS) by slot, and in the order of the rows within a slot."""
-    slots = slots_of(clean["user_id"], fewest)
-    by_slot = np.argsort(slots, kind="stable")
-    rows = clean.append_column("slot", pa.array(slots)).take(pa.array(by_slot)).combine_chunks()
-    batch_rows = max(16, BATCH_BYTES * rows.num_rows // max(1, rows.nbytes))
-    first_slots = json.dumps(slots[by_slot][::batch_rows].tolist())
-    schema = rows.schema.with_metadata({_FIRST_SLOTS: first_slots.encode()})
-    sink = pa.BufferOutputStream()
-    options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.ipc.new_file(sink, schema, options=options) as writer:
-        writer.write_table(rows, max_chunksize=batch_rows)
-    write_bytes(sink.getvalue().to_pybytes(), uri)
+    write_ordered(clean, slots_of(clean["user_id"], fewest), uri)
 
 
 def read_rows(uri: str, slots: tuple[int, int]) -> pa.Table:
     """Read the rows (CLEAN_EVENTS) of a range of slots from one file."""
-    fs, path = open_filesystem(uri)
-    with fs.open(path, "rb", cache_type="none") as source:
-        file = pa.ipc.open_file(source)
-        first_slots = np.array(json.loads(file.schema.metadata[_FIRST_SLOTS]), dtype=np.int64)
-        first = max(0, int(np.searchsorted(first_slots, slots[0], side="left")) - 1)
-        end = int(np.searchsorted(first_slots, slots[1], side="left"))
-        kept = [_within(file.get_batch(number), slots) for number in range(first, end)]
-    return pa.Table.from_batches(kept, CLEAN_EVENTS)
+    return read_ordered(uri, slots, CLEAN_EVENTS)
 
 
 def newest(rows: pa.Table, most: int) -> pa.Table:
@@ -105,12 +84,6 @@ def joined(tables: Sequence[pa.Table], offsets: Sequence[int]) -> pa.Table:
         if table.num_rows
     ]
     return pa.concat_tables([CLEAN_EVENTS.empty_table(), *numbered])
-
-
-def _within(batch: pa.RecordBatch, slots: tuple[int, int]) -> pa.RecordBatch:
-    """Return a copy of the rows of a range of slots, which does not keep the others in memory."""
-    first, end = np.searchsorted(batch.column("slot").to_numpy(), slots)
-    return batch.drop_columns(["slot"]).take(pa.array(np.arange(first, end)))
 
 
 def _crc(user_ids: pa.ChunkedArray) -> np.ndarray:

@@ -186,14 +186,17 @@ class _CleanList:
 
 
 def _named(rows: pa.Table, item_ids: pa.Array) -> pa.Array:
-    """Return the ids that `rows` name, of a catalogue with more ids than they have entries.
+    """Return the ids that `rows` name, or all, as `named_ids` does."""
+    entries = [_one_array(rows.column(name)).flatten() for name in _LIST_COLUMNS]
+    return named_ids(pa.chunked_array(entries, pa.string()), item_ids)
 
-    Otherwise all: each list is looked up in a hash table of the ids, which takes as much time and
+
+def named_ids(entries: pa.Array | pa.ChunkedArray, item_ids: pa.Array) -> pa.Array:
+    """Return the ids that are entries, of a catalogue with more ids than there are entries.
+
+    Otherwise all: entries are looked up in a hash table of the ids, which takes as much time and
     memory as there are ids.
     """
-    entries = pa.chunked_array(
-        [_one_array(rows.column(name)).flatten() for name in _LIST_COLUMNS], pa.string()
-    )
     if len(entries) >= len(item_ids):
         return item_ids
     return item_ids.filter(pc.is_in(item_ids, value_set=pc.unique(entries)))

@@ -105,11 +105,12 @@ def plan_of(
     num_items = catalog.num_items
     count = max(1, min(num_items, max(fewest, -(-num_items // most_items))))
     edges = [num_items * n // count for n in range(count + 1)]
-    categories, parts = catalog.categories or [], []
+    has_categories, parts = catalog.has_categories, []
     for first, end in pairwise(edges):
         items = Catalog(catalog.table.slice(first, end - first))
         digest = hashlib.sha256(contents.hashes(items, first).tobytes())
-        for column in (items.item_ids, items.titles, categories[first:end]):
+        categories = items.column("category") if has_categories else None
+        for column in (items.item_ids, items.titles, categories or []):
             digest.update("\0".join(value or "" for value in column).encode() + b"\0")
         parts.append(Part(first, end, f"part-{first:012d}-{digest.hexdigest()[:16]}"))
     return parts
@@ -155,5 +156,5 @@ def _fits(folder: str, bundle_hash: str, made: dict[str, Any]) -> bool:
 
 def _num_gone(folder: str, catalog: Catalog) -> int:
     """Return how many items of earlier embeddings the catalogue has no more."""
-    ids = read_table(folder, ["item_id"]).column("item_id").to_pylist()
-    return int((catalog.rows(ids) < 0).sum())
+    ids = read_table(folder, ["item_id"]).column("item_id")
+    return sum(int((catalog.rows(some) < 0).sum()) for some in ids.chunks)

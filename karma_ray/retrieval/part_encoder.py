@@ -143,7 +143,7 @@ class PartEncoder:
     def __init__(self, of: Embedding, device: torch.device | None = None) -> None:
         self.of, self.device, self.catalog = of, device, Catalog.load(of.data)
         self.width = int(read_manifest(of.bundle, "bundle")["width"])
-        self.has_categories = self.catalog.categories is not None
+        self.has_categories = self.catalog.has_categories
         self.contents = Contents.of(of.bundle, self.catalog, of.data)
         self.known = [KnownVectors(folder) for folder in of.known]
 

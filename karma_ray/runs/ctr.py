@@ -20,6 +20,7 @@ from karma_ray import recipes
 from karma_ray.artifacts import RunFolder, exists, join, locked, value_hash
 from karma_ray.config import Config, flattened, to_dict
 from karma_ray.data.prepared import PreparedData
+from karma_ray.data.tasks import RunTasks, run_here
 from karma_ray.errors import InputError
 from karma_ray.ranking.collate import CtrCollator
 from karma_ray.ranking.exposures import Exposures
@@ -35,7 +36,6 @@ from karma_ray.retrieval.retriever import check_run
 from karma_ray.runs.batches import ordered_batches
 from karma_ray.runs.executor import Executor
 from karma_ray.runs.exposures import check_exposed, ensure_exposures, with_vectors
-from karma_ray.runs.preparation import RunTasks, run_here
 from karma_ray.runs.training import run_training
 from karma_ray.runs.worker import TrainJob
 from karma_ray.training.checkpoints.checkpoint import load_weights

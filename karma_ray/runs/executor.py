@@ -12,11 +12,11 @@ from functools import partial
 from typing import Any
 
 from karma_ray.config import Config
+from karma_ray.data.tasks import RunTasks, run_here
 from karma_ray.model.device import using_gpus
 from karma_ray.runs.evaluation_shares import Enlist
 from karma_ray.runs.frozen_outputs import EncodeRemotely
 from karma_ray.runs.node_hours import Count, this_machine
-from karma_ray.runs.preparation import RunTasks, run_here
 from karma_ray.runs.training import Distribute
 
 Embed = Callable[[str, str, str], Any]

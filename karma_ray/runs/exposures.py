@@ -30,6 +30,7 @@ from karma_ray.data.config import PrepareConfig
 from karma_ray.data.prepare_work import PrepareWork
 from karma_ray.data.prepared import PreparedData
 from karma_ray.data.splits import Cutoffs, to_microseconds
+from karma_ray.data.tasks import RunTasks, run_here
 from karma_ray.data.work_folder import open_work
 from karma_ray.errors import InputError
 from karma_ray.node_cache import known_hash
@@ -38,7 +39,6 @@ from karma_ray.ranking.features import num_features
 from karma_ray.ranking.vectors import FeatureBuild, vectors_of
 from karma_ray.retrieval.parts import served
 from karma_ray.retrieval.retriever import check_run
-from karma_ray.runs.preparation import RunTasks, run_here
 
 LOG = logging.getLogger(__name__)
 VERSION = 2

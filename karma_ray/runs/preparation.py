@@ -14,7 +14,7 @@ What prepares is imported where it is used, so that data that are prepared need 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
 from typing import TYPE_CHECKING, Any
@@ -30,6 +30,7 @@ from karma_ray.data.prepared import (
     read_data_manifest,
     require_data,
 )
+from karma_ray.data.tasks import RunTasks, Task, run_here
 from karma_ray.errors import InputError, LeakError, TooManyBadRows
 
 if TYPE_CHECKING:
@@ -42,17 +43,6 @@ if TYPE_CHECKING:
     from karma_ray.data.splits import Cutoffs
 
 LOG = logging.getLogger(__name__)
-
-Task = Callable[[Any], None]
-"""Does one part of the work, and leaves its result in the work folder."""
-
-RunTasks = Callable[[Task, Sequence[Any], bool], Iterable[None]]
-"""(task, inputs, whether the log is small) -> None for each input when its task is done."""
-
-
-def run_here(task: Task, inputs: Sequence[Any], small: bool = True) -> Iterable[None]:
-    """Run one task after another in this process."""
-    return map(task, inputs)
 
 
 def ensure_prepared(data_uri: str, config: PrepareConfig, run: RunTasks = run_here) -> PreparedData:

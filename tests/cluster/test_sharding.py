@@ -23,9 +23,9 @@ from karma_ray.data.prepare_work import PrepareWork
 from karma_ray.data.prepared import PreparedData
 from karma_ray.data.schema import ITEMS
 from karma_ray.data.splits import Cutoffs, to_microseconds
+from karma_ray.data.tasks import Task
 from karma_ray.errors import InputError, TooManyBadRows
 from karma_ray.runs import preparation
-from karma_ray.runs.preparation import Task
 from tests.data.logs import at, event, events_table, items_table, random_events
 
 CONFIG = PrepareConfig(max_history=6, num_hard_negatives=3)

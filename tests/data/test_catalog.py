@@ -139,3 +139,11 @@ def test_files_of_different_id_types_are_one_catalogue_and_folders_name_columns(
     loaded = Catalog.load(str(tmp_path / "data"), str(tmp_path / "cache"))
     assert loaded.item_ids == ["7", "1234567890123456789", "8", "9", "x"]
     assert loaded.column("category")[-1] == "shoes 2"
+
+
+def test_a_catalogue_has_categories_if_any_item_has_one() -> None:
+    some = Catalog(MESSY.take([0, 4]))
+    assert some.has_categories and some.categories == [None, "K"]
+    empty = MESSY.set_column(4, "category", pa.array(["", None, "", "", None]))
+    for table in (empty, MESSY.drop_columns(["category"]), MESSY.slice(0, 1)):
+        assert not Catalog(table).has_categories and Catalog(table).categories is None

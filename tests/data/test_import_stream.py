@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,13 @@ import polars as pl
 import pytest
 
 from karma_ray.artifacts import read_manifest, read_table
-from karma_ray.data.importers import page_spool
+from karma_ray.data.importers import output
 from karma_ray.data.importers.delimited import DelimitedReader
+from karma_ray.data.importers.import_work import ImportSizes
+from karma_ray.data.importers.log_passes import divide
 from karma_ray.data.importers.long import import_long
-from karma_ray.data.importers.page_spool import PageSpool
 from karma_ray.data.importers.text_blocks import stream_blocks
+from karma_ray.data.tasks import Task
 from karma_ray.errors import InputError
 
 ITEMS = "item_id,title\n" + "".join(f"{n},thing {n}\n" for n in range(9))
@@ -46,8 +51,12 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
+def sizes_of(number: int) -> ImportSizes:
+    return ImportSizes(number, 10 * number, 10 * number, max(10, number))
+
+
 @pytest.mark.parametrize("impressions", [True, False])
-def test_neither_blocks_nor_buckets_show_in_what_is_written(
+def test_neither_blocks_nor_partitions_show_in_what_is_written(
     impressions: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     log, items = write_log(tmp_path, 600)
@@ -55,12 +64,10 @@ def test_neither_blocks_nor_buckets_show_in_what_is_written(
         text = Path(log).read_bytes().replace(b",impression_id", b",other", 1)
         Path(log).write_bytes(text)
     written = []
+    monkeypatch.setattr(output, "ROWS_PER_PART", 50)
     for number, size in enumerate((1 << 24, 4_000, 100)):
-        monkeypatch.setattr(page_spool, "BUCKET_BYTES", size)
-        monkeypatch.setattr(page_spool, "_ROWS_PER_RANGE", max(10, size))
-        monkeypatch.setattr(page_spool, "_LEAST_CHUNK", 1 + size // 1_000)
         out = tmp_path / f"out-{number}"
-        manifest = import_long(log, str(out), items=items, block_bytes=size)
+        manifest = import_long(log, str(out), items=items, sizes=sizes_of(size))
         written.append(contents(out))
     assert manifest["quarantined"] == {
         "unparsable timestamp": 34, "not UTF-8": 1, "not as many fields as the header": 1,
@@ -83,7 +90,7 @@ def test_rows_of_a_page_may_lie_anywhere_in_the_log(tmp_path: Path) -> None:
     (tmp_path / "items.csv").write_text(ITEMS)
     import_long(
         str(tmp_path / "log.csv"), str(tmp_path / "out"), items=str(tmp_path / "items.csv"),
-        block_bytes=300,
+        sizes=sizes_of(300),
     )  # fmt: skip
     found = {
         (p["user_id"], int(p["timestamp"].timestamp()), p["query"]): p["exposed_item_ids"]
@@ -129,12 +136,12 @@ def test_blocks_hold_the_lines_of_the_file(encoding: str, end: str, tmp_path: Pa
 
 MEASURED = """
 import resource, sys
-from karma_ray.data.importers import output, page_spool
+from karma_ray.data.importers import output
+from karma_ray.data.importers.import_work import ImportSizes
 from karma_ray.data.importers.long import import_long
-output.ROWS_PER_PART = 10_000
-page_spool.BUCKET_BYTES, page_spool._ROWS_PER_RANGE = 1 << 23, 10_000
+output.ROWS_PER_PART = 2_000
 log, items, out = sys.argv[1:]
-import_long(log, out, items=items, block_bytes=1 << 21)
+import_long(log, out, items=items, sizes=ImportSizes(1 << 20, 1 << 21, 1 << 21, 500))
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
@@ -162,11 +169,13 @@ def test_memory_does_not_grow_with_the_log(tmp_path: Path) -> None:
 
 KILLED = """
 import os, signal, sys
-from karma_ray.data.importers import output, page_spool
+from karma_ray.data.importers import log_passes, output
+from karma_ray.data.importers.import_work import ImportSizes
 from karma_ray.data.importers.long import import_long
 place, count, log, items, out = sys.argv[1:]
 module, name = {
-    "add": (page_spool.PageSpool, "add"), "pages": (page_spool.PageSpool, "_write_run"),
+    "rows": (log_passes, "write_ordered"), "pages": (log_passes, "pages_of"),
+    "events": (log_passes, "event_counts"),
     "write": (output, "write_table"), "move": (output, "move"), "remove": (output, "_remove"),
 }[place]
 whole, left = getattr(module, name), [int(count)]
@@ -176,17 +185,20 @@ def dying(*arguments, **named):
         os.kill(os.getpid(), signal.SIGKILL)
     return whole(*arguments, **named)
 setattr(module, name, dying)
-import_long(log, out, items=items, block_bytes=2_000)
+output.ROWS_PER_PART = 50
+import_long(log, out, items=items, sizes=ImportSizes(2_000, 4_000, 4_000, 10))
 """
 
 
 @pytest.mark.parametrize(
     ("place", "count"),
-    [("add", 2), ("pages", 1), ("write", 2), ("remove", 4), ("move", 1), ("move", 3)],
-)
+    [("rows", 1), ("pages", 1), ("events", 2), ("write", 2), ("remove", 4), ("move", 1),
+     ("move", 3)],
+)  # fmt: skip
 def test_a_killed_import_leaves_nothing_that_looks_whole_and_is_repeated_once(
-    place: str, count: int, tmp_path: Path
+    place: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(output, "ROWS_PER_PART", 50)
     log, items = write_log(tmp_path, 300)
     import_long(log, str(tmp_path / "expected"), items=items)
     out = tmp_path / "out"
@@ -206,26 +218,84 @@ def test_a_killed_import_leaves_nothing_that_looks_whole_and_is_repeated_once(
     assert contents(out) == contents(tmp_path / "expected")
 
 
-def exposures(rows: list[tuple[Any, ...]]) -> pl.DataFrame:
-    frame = pl.DataFrame(rows, ["user_id", "timestamp", "order"], orient="row")
-    lacking = [name for name in page_spool.EXPOSURES if name not in frame.columns]
-    return frame.with_columns(pl.lit(None).alias(name) for name in lacking)
+@dataclass
+class Counting:
+    """Runs tasks here and counts them, until none is left to do."""
+
+    left: int = 1_000
+    done: Counter[str] = field(default_factory=Counter)
+
+    def __call__(self, task: Task, inputs: Sequence[Any], small: bool) -> Iterator[None]:
+        for one in inputs:
+            if not self.left:
+                raise ConnectionError("the cluster is gone")
+            task(one)
+            self.left -= 1
+            self.done[type(task).__name__] += 1
+            yield
 
 
-def test_a_spool_gives_back_every_row_once_in_order_of_time(
+def write_logs(folder: Path) -> tuple[str, str]:
+    """Four files, of which one has a row that is not UTF-8."""
+    log, items = write_log(folder, 400)
+    header, *lines = Path(log).read_bytes().splitlines(keepends=True)
+    (folder / "log").mkdir()
+    for number in range(4):
+        content = header + b"".join(lines[number * 100 : number * 100 + 130])
+        (folder / "log" / f"{number}.csv").write_bytes(content)
+    return str(folder / "log"), items
+
+
+def test_an_interrupted_import_goes_on_with_what_is_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(page_spool, "_ROWS_PER_RANGE", 5)
-    monkeypatch.setattr(page_spool, "_LEAST_CHUNK", 2)
-    generator = np.random.default_rng(0)
-    rows = [(f"u{user}", int(time), n) for n, (user, time) in
-            enumerate(generator.integers(0, (20, 30), (200, 2)))]  # fmt: skip
-    spool = PageSpool(tmp_path / "spool", 10 * page_spool.BUCKET_BYTES)
-    for at in range(0, 200, 13):
-        spool.add(exposures(rows[at : at + 13]))
-    parts = list(spool.pages(lambda bucket: bucket))
-    times = pl.concat(parts)["timestamp"].to_physical().to_list()
-    assert times == sorted(time for _, time, _ in rows) and len(parts) > 10
+    log, items = write_logs(tmp_path)
+    monkeypatch.setattr(output, "ROWS_PER_PART", 50)
+    sizes, whole = ImportSizes(partition_bytes=10_000, range_pages=10), Counting()
+    import_long(log, str(tmp_path / "expected"), items=items, sizes=sizes, run=whole)
+    assert whole.done["ReadFile"] == 4 and min(whole.done.values()) > 1
+    out, done = str(tmp_path / "out"), Counter[str]()
+    for _ in range(sum(whole.done.values()) - 1):
+        once = Counting(left=1)
+        with pytest.raises(ConnectionError):
+            import_long(log, out, items=items, sizes=sizes, run=once)
+        done += once.done
+    last = Counting()
+    import_long(log, out, items=items, sizes=sizes, run=last)
+    assert done + last.done == whole.done and sum(last.done.values()) == 1
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_a_file_that_has_changed_is_read_again(tmp_path: Path) -> None:
+    log, items = write_logs(tmp_path)
+    out, interrupted = str(tmp_path / "out"), Counting(left=5)
+    with pytest.raises(ConnectionError):
+        import_long(log, out, items=items, run=interrupted)
+    assert interrupted.done == {"ReadFile": 4, "FoldUsers": 1}
+    changed = Path(log, "2.csv")
+    changed.write_bytes(changed.read_bytes() + b"u1,1700000000,lamp,3,1,0,\n")
+    Path(log, "0.csv").unlink()
+    again = Counting()
+    import_long(log, out, items=items, run=again)
+    assert again.done == {"ReadFile": 1, "FoldUsers": 1, "WriteEvents": 1}
+    import_long(log, str(tmp_path / "expected"), items=items)
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+@pytest.mark.parametrize("range_pages", [1, 40, 1_000])
+def test_parts_hold_every_page_once_in_the_order_of_time(range_pages: int) -> None:
+    generator = np.random.default_rng(range_pages)
+    times = [np.sort(generator.integers(0, 90, size)) for size in (200, 0, 57, 1)]
+    times[0][:80] = 7  # pages of one time are in several parts
+    samples = [some[: 100 : max(1, range_pages // 32)].tolist() for some in times]
+    every = np.sort(np.concatenate(times))
+    parts = divide(samples, times, 30, range_pages)
+    assert [part.num_rows for part in parts] == [30] * 8 + [18]
+    found = []
+    for part in parts:
+        within = every[(every >= part.start) & (every < part.stop)]
+        found.append(within[part.skip : part.skip + part.num_rows])
+    assert np.concatenate(found).tolist() == every.tolist()
 
 
 def test_damage_costs_what_is_damaged(tmp_path: Path) -> None:

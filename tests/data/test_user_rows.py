@@ -36,7 +36,7 @@ def test_a_user_is_in_one_partition_in_every_process() -> None:
 def test_partitions_are_ranges_of_one_file_however_many_there_are(
     tmp_path: Path, fewest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("karma_ray.data.user_rows.BATCH_BYTES", 1_000)
+    monkeypatch.setattr("karma_ray.data.ordered_rows.BATCH_BYTES", 1_000)
     rows = clean(random_events(seed=1, num_users=200))
     path = str(tmp_path / "rows.arrow")
     write_rows(rows, path, fewest)

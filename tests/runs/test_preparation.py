@@ -23,9 +23,10 @@ from karma_ray.data.forgotten import read_user_ids
 from karma_ray.data.prepared import PreparedData
 from karma_ray.data.reading import NO_FILE, NO_GROUP
 from karma_ray.data.schema import EVENTS, TIME
+from karma_ray.data.tasks import Task, run_here
 from karma_ray.errors import InputError, TooManyBadRows
 from karma_ray.node_cache import upload
-from karma_ray.runs.preparation import Task, prepare, run_here
+from karma_ray.runs.preparation import prepare
 from tests.cluster.stores import BUCKET, running_store
 from tests.data.damage import spoil
 from tests.data.logs import START, event, events_table, items_table, random_events
@@ -116,7 +117,7 @@ prepare(data, CONFIG, out, sizes=SMALL)
 @pytest.mark.parametrize(
     ("module", "name", "count", "checked", "built"),
     [
-        ("user_rows", "write_bytes", 3, 2, 0),  # rows of the third part are written, its facts not
+        ("ordered_rows", "write_bytes", 3, 2, 0),  # rows of a part are written, facts not
         ("passes", "write_table", 11, None, 3),  # in the fourth partition
         ("staging", "move", 1, None, 0),  # sequences/ is replaced, examples/ not yet
     ],

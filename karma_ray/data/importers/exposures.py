@@ -1,9 +1,10 @@
-"""The rows of a log, read batch by batch: columns by our names, parsed, and bad rows apart."""
+"""The rows of a log, read file by file: columns by our names, parsed, and bad rows apart."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from datetime import datetime
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import polars as pl
 
@@ -11,7 +12,7 @@ from karma_ray.data.identifiers import known_text
 from karma_ray.data.importers.log_files import Batch, LogFiles, TextFormat
 from karma_ray.data.importers.long_parsing import flag, timestamp
 from karma_ray.data.importers.output import NO_ROWS, rejected_rows
-from karma_ray.data.importers.page_spool import EXPOSURES, TIME_US
+from karma_ray.data.reading import Lost
 from karma_ray.errors import InputError
 
 REQUIRED = ("user_id", "item_id", "timestamp")
@@ -27,9 +28,65 @@ _IDS = ("user_id", "item_id", "impression_id", "session_id")
 _FLAGS = ("clicked", "purchased")
 _AND = "+"
 
+TIME_US = pl.Datetime("us", "UTC")
+EXPOSURES: dict[str, pl.DataType] = {
+    "user_id": pl.String(), "item_id": pl.String(), "timestamp": TIME_US, "query": pl.String(),
+    "clicked": pl.Boolean(), "purchased": pl.Boolean(), "position": pl.Float64(),
+    "impression_id": pl.String(), "session_id": pl.String(), "order": pl.Int64(),
+}  # fmt: skip
+"""The columns of exposures, in which a column that the log lacks is null."""
+
+
+@dataclass
+class LogFacts:
+    """What is known of the rows of a file, or of several files in their order."""
+
+    num_rows: int = 0
+    """Number of rows that could be read."""
+    num_places: int = 0
+    """Number of rows that are counted in `order`, also those that are quarantined."""
+    newest: int | None = None
+    """The latest time in microseconds."""
+    names: list[str] = field(default_factory=list)
+    """Our names of the columns that there are."""
+    columns: list[str] = field(default_factory=list)
+    """The columns that there are."""
+    notes: list[str] = field(default_factory=list)
+    """Notes for the manifest on how the files were read."""
+    lost: list[Lost] = field(default_factory=list)
+    """Rows of damaged files."""
+
+    def add(self, later: LogFacts) -> None:
+        """Add what is known of the next file."""
+        self.num_rows += later.num_rows
+        self.num_places += later.num_places
+        self.see_time(later.newest)
+        self.see(later.names, later.columns)
+        self.notes += later.notes
+        self.lost += later.lost
+
+    def see_time(self, time: int | None) -> None:
+        """Take a time that may be the newest."""
+        if time is not None and (self.newest is None or time > self.newest):
+            self.newest = time
+
+    def see(self, names: Iterable[str], columns: Iterable[str]) -> None:
+        """Add names and columns that are not known yet."""
+        self.names = list(dict.fromkeys([*self.names, *names]))
+        self.columns = list(dict.fromkeys([*self.columns, *columns]))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return them as plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> LogFacts:
+        """Read what `to_json` returned."""
+        return cls(**{**value, "lost": [Lost(**one) for one in value["lost"]]})
+
 
 class Exposures:
-    """The exposures of a log; what it says of the log is complete after the last batch."""
+    """The exposures of a log, which each task reads a file of."""
 
     def __init__(
         self,
@@ -43,61 +100,46 @@ class Exposures:
         ids = [columns.get(name, name) for name in _IDS]
         named = (columns.get(name, name) for name in REQUIRED + OPTIONAL)
         needed = [part for name in named for part in _parts(name)]
-        self._files = LogFiles(
+        self.files = LogFiles(
             src, "SRC", ids=ids, needed=needed, form=form, block_bytes=block_bytes
         )
         self._columns, self._time_format = dict(columns), time_format
-        self._seen: dict[str, pl.DataType] = {}
-        self.by_row = False
+
+    @property
+    def by_row(self) -> bool:
         """Whether times are unknown, so that the rows of each user are numbered instead."""
-        self.num_rows = 0
-        """Number of rows that could be read."""
-        self.newest: datetime | None = None
-        """The latest time."""
-        self.names: set[str] = set()
-        """Our names of the columns that the log has."""
+        return self._columns.get("timestamp") == BY_ROW
 
-    @property
-    def num_bytes(self) -> int:
-        """The size of the files."""
-        return self._files.num_bytes
+    def read(self, file: str, facts: LogFacts) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
+        """Yield exposures (EXPOSURES), and the QUARANTINE of rows, in the order of the file.
 
-    @property
-    def notes(self) -> list[str]:
-        """Notes on how the files were read."""
-        return self._files.notes
-
-    def batches(self) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
-        """Yield exposures (page_spool.EXPOSURES), and the QUARANTINE of rows, in their order.
-
-        Raises InputError on columns that do not exist, in JSON lines after the last batch.
+        What is known of them is added to `facts`. Raises InputError on columns that do not exist,
+        which JSON lines may omit: `check` finds them.
         """
-        order = 0
-        for batch in self._files.batches():
+        for batch in self.files.read(file, facts.lost, facts.notes):
             rejected = [NO_ROWS]
             rejected += [rejected_rows(rows, batch.file, why) for why, rows in batch.rejected]
             frame = batch.frame
             kept = pl.DataFrame(schema=EXPOSURES)
             if frame.width > 2:  # not only the row and the file
                 log = self._mapped(batch)
-                self.names |= {*REQUIRED, *OPTIONAL} & {*log.columns}
+                facts.see((n for n in (*REQUIRED, *OPTIONAL) if n in log.columns), frame.columns)
                 kept, bad = self._readable(log)
-                kept = _filled(kept, order)
+                kept = _filled(kept, facts.num_places)
                 rejected.append(bad)
-                order += frame.height
-                self.num_rows += kept.height
-                latest = kept["timestamp"].max()
-                if isinstance(latest, datetime):
-                    self.newest = latest if self.newest is None else max(latest, self.newest)
+                facts.num_places += frame.height
+                facts.num_rows += kept.height
+                facts.see_time(kept.select(pl.col("timestamp").to_physical().max()).item())
             yield kept, pl.concat(rejected).sort("row", maintain_order=True)
-        if self._seen:
-            empty = pl.DataFrame(schema=self._seen)
-            self._map(empty)
+
+    def check(self, facts: LogFacts) -> None:
+        """Raise TooManyBadRows on too much damage, and InputError on a column that no file has."""
+        self.files.check_lost(facts.lost)
+        if facts.columns:
+            self._map(pl.DataFrame(schema=dict.fromkeys(facts.columns, pl.String)))
 
     def _mapped(self, batch: Batch) -> pl.DataFrame:
         frame = batch.frame
-        for name, kind in frame.schema.items():
-            self._seen.setdefault(name, kind)
         if batch.may_lack:
             wanted = [self._columns.get(name, name) for name in REQUIRED]
             wanted += self._columns.values()
@@ -115,9 +157,8 @@ class Exposures:
                 # As text, so that a value which cannot be read stays one.
                 some = pl.any_horizontal(flags).cast(pl.String).fill_null("unreadable")
                 frame = frame.with_columns(some.alias(column))
-        if columns.get("timestamp") == BY_ROW:
+        if self.by_row:
             # The readers' own `row` is the number in a file; a column of that name is not kept.
-            self.by_row = True
             columns.pop("timestamp")
             frame = frame.with_columns(pl.lit(0).alias("timestamp"))
         return map_columns(frame, columns, "--columns", REQUIRED, OPTIONAL)

@@ -14,6 +14,7 @@ import polars as pl
 
 from karma_ray.artifacts import data_files, exists, open_filesystem
 from karma_ray.data.config import PrepareConfig
+from karma_ray.data.event_parts import stamp_of
 from karma_ray.data.fragments import folder_columns
 from karma_ray.data.importers.delimited import QUOTES
 from karma_ray.data.importers.log_formats import ENDINGS, JSON, Rows, kind_of, stream_file
@@ -85,7 +86,10 @@ class LogFiles:
         if not self._files:
             raise InputError(field, uri, "is no such file nor a folder of them", choices=ENDINGS)
         self._remote = "://" in uri
-        self._sizes = {self._uri(fs, name): int(fs.info(name)["size"]) for name in self._files}
+        infos = {self._uri(fs, name): fs.info(name) for name in self._files}
+        self._sizes = {file: int(info["size"]) for file, info in infos.items()}
+        self.stamps = {file: stamp_of(info) for file, info in infos.items()}
+        """Of every file; another content has another stamp."""
         self.uri, self.field = uri, field
         self._ids, self._needed = list(ids), list(needed)
         self._form, self._block_bytes = form or TextFormat(), block_bytes
@@ -98,33 +102,49 @@ class LogFiles:
         """The size of all files."""
         return sum(self._sizes.values())
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield the rows of all files.
-
-        Raises InputError on files that cannot be read at all, on columns that only some files have
-        and on ids that are already rounded, and TooManyBadRows if too much of the files is damaged.
-        """
-        lost: list[Lost] = []
-        found = False
-        for file, size in self._sizes.items():
-            if not size and len(self._sizes) > 1:  # written by a worker without rows
-                continue
-            found = True
-            yield from self._file(file, lost)
+    @property
+    def files(self) -> list[str]:
+        """The files that have something to read, in their order; raises InputError if none has."""
+        # Workers without rows write empty files.
+        found = [file for file, size in self._sizes.items() if size or len(self._sizes) == 1]
         if not found:
             raise InputError(self.field, self.uri, "has only empty files")
+        return found
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the rows of all files; raises what `read` and `check_lost` raise."""
+        lost: list[Lost] = []
+        for file in self.files:
+            yield from self.read(file, lost, self.notes)
+        self.check_lost(lost)
+
+    def know_columns(self) -> None:
+        """Read the columns of the first file, with which `read` compares those of another one."""
+        for file in self.files:
+            if kind_of(file) not in JSON:
+                for _ in self.read(file, [], []):
+                    if self._have:
+                        return
+
+    def check_lost(self, lost: Iterable[Lost]) -> None:
+        """Raise TooManyBadRows if too much of all files is damaged."""
         check_lost(lost, self._sizes, MAX_BAD_SHARE, self.field)
 
     def _uri(self, fs: object, name: str) -> str:
         return str(fs.unstrip_protocol(name)) if self._remote else name  # type: ignore[attr-defined]
 
-    def _file(self, file: str, lost: list[Lost]) -> Iterator[Batch]:
+    def read(self, file: str, lost: list[Lost], notes: list[str]) -> Iterator[Batch]:
+        """Yield the rows of a file; what is lost, and notes for the manifest, are added.
+
+        Raises InputError on a file that cannot be read at all, on columns that only some files
+        have and on ids that are already rounded.
+        """
         lines, undecoded, seen = 0, 0, False
         try:
             parts = stream_file(file, self._form.quotes, self._form.encoding, self._block_bytes)
             for part in parts:
                 lost += part.lost
-                self.notes += [f"{self.field}: {note}" for note in part.notes]
+                notes += [f"{self.field}: {note}" for note in part.notes]
                 lines += part.num_lines
                 undecoded += sum(rows.height for why, rows in part.rejected if why == NOT_UTF8)
                 rejected = [*part.rejected, *(_rejected(one) for one in part.lost)]

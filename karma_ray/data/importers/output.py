@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -37,7 +37,8 @@ from karma_ray.data.schema import (
     check_columns,
 )
 from karma_ray.data.table_hash import table_hash
-from karma_ray.errors import InputError
+from karma_ray.data.validation import named_ids
+from karma_ray.errors import InputError, TooManyBadRows
 
 _SCHEMAS = {
     "items": ITEMS,
@@ -64,10 +65,13 @@ _WORK = "import-work"
 class DataFolder:
     """Writes DATA in parts and counts rows; used in a `with` block, completed by `finish`."""
 
-    def __init__(self, uri: str, *, count_users: bool = True) -> None:
+    def __init__(
+        self, uri: str, *, count_users: bool = True, goes_on_with: Collection[str] = ()
+    ) -> None:
         """Raise InputError if `uri` contains anything but data of an earlier import.
 
         Without `count_users` the users are not held in memory, and `finish` is told their number.
+        What a killed import has left is removed, but not the folders `goes_on_with` in `work`.
         """
         self.uri, self.work = uri, join(uri, _WORK)
         self.quarantined: Counter[str] = Counter()
@@ -79,13 +83,21 @@ class DataFolder:
         self._users: set[str] = set()
         self._item_ids: list[pa.Array] = []
         self._digest = hashlib.sha256()
+        self._goes_on_with = goes_on_with
         _check_ours(uri)
 
     def __enter__(self) -> DataFolder:
-        _remove(self.uri, _WORK)
+        fs, path = open_filesystem(self.work)
+        fs.invalidate_cache()
+        for name in fs.ls(path, detail=False) if fs.isdir(path) else ():
+            if name.rsplit("/", 1)[-1] not in self._goes_on_with:
+                fs.rm(name, recursive=True)
         return self
 
-    def __exit__(self, *failure: object) -> None:
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        refused = isinstance(error, InputError | TooManyBadRows)
+        if self._goes_on_with and error is not None and not refused:
+            return  # the next attempt goes on with what is finished
         _remove(self.uri, _WORK)
         fs, path = open_filesystem(self.uri)
         if fs.isdir(path) and not fs.ls(path):
@@ -109,13 +121,7 @@ class DataFolder:
         elif name == "events":
             if self._count_users:
                 self._users.update(arrow.column("user_id").unique().to_pylist())
-            clicked, exposed = arrow.column("clicked_item_ids"), arrow.column("exposed_item_ids")
-            lengths = pc.list_value_length(clicked)
-            self._counts["clicks"] += pc.sum(lengths).as_py() or 0
-            wider = pc.greater(pc.fill_null(pc.list_value_length(exposed), 0), lengths)
-            pages = pc.and_(wider, pc.greater(lengths, 0))
-            self._counts["pages_with_negatives"] += pc.sum(pages).as_py() or 0
-            self._count_unknown(clicked)
+            self._counts.update(event_counts(arrow, self.item_ids))
         elif name == "sequences":
             self._users.update(arrow.column("user_id").unique().to_pylist())
             trained = pc.sum(pc.list_flatten(arrow.column("loss_mask"))).as_py()
@@ -146,17 +152,21 @@ class DataFolder:
             self.add(name, pa.concat_tables(pending))
         self._pending.clear()
 
-    def _count_unknown(self, clicked: pa.ChunkedArray) -> None:
-        """Count clicks that preparation will quarantine, and the pages that have one."""
-        items = pa.array([], pa.string())
-        if self._item_ids:
-            items = pa.concat_arrays([part for ids in self._item_ids for part in ids.chunks])
-        unknown = pc.invert(pc.is_in(pc.list_flatten(clicked), value_set=items))
-        if (count := pc.sum(unknown).as_py() or 0) == 0:
-            return
-        pages = pc.list_parent_indices(clicked).filter(unknown)
-        self._counts["clicks_on_unknown_items"] += count
-        self._counts["pages_with_unknown_clicks"] += pc.count_distinct(pages).as_py()
+    def count(self, name: str, num_rows: int, of_rows: str, counts: Mapping[str, int]) -> None:
+        """Count a part of the table `name` that a task has written to `work`.
+
+        `of_rows` is its `table_hash`, and `counts` are its `event_counts`.
+        """
+        self._digest.update(f"{name} {of_rows}".encode())
+        self._parts[name] += 1
+        self.rows[name] += num_rows
+        self._counts.update(counts)
+
+    @property
+    def item_ids(self) -> pa.Array:
+        """The ids of the items so far."""
+        chunks = [part for ids in self._item_ids for part in ids.chunks]
+        return pa.concat_arrays([pa.array([], pa.string()), *chunks])
 
     def reject(self, frame: pl.DataFrame, source_file: str, reason: str) -> None:
         """Quarantine the rows of `frame`; its column `row`, if present, is the row number."""
@@ -225,6 +235,24 @@ class DataFolder:
         for name in _OWNED:
             if exists(new := join(self.work, name)):
                 move(new, join(self.uri, name))
+
+
+def event_counts(events: pa.Table, item_ids: pa.Array) -> dict[str, int]:
+    """Count clicks and pages of EVENTS, and those that preparation will quarantine, if any."""
+    clicked, exposed = events.column("clicked_item_ids"), events.column("exposed_item_ids")
+    lengths = pc.list_value_length(clicked)
+    wider = pc.greater(pc.fill_null(pc.list_value_length(exposed), 0), lengths)
+    pages = pc.and_(wider, pc.greater(lengths, 0))
+    counts = {
+        "clicks": pc.sum(lengths).as_py() or 0, "pages_with_negatives": pc.sum(pages).as_py() or 0,
+    }  # fmt: skip
+    clicks = pc.list_flatten(clicked)
+    unknown = pc.invert(pc.is_in(clicks, value_set=named_ids(clicks, item_ids)))
+    if count := pc.sum(unknown).as_py() or 0:
+        pages = pc.list_parent_indices(clicked).filter(unknown)
+        counts["clicks_on_unknown_items"] = count
+        counts["pages_with_unknown_clicks"] = pc.count_distinct(pages).as_py()
+    return counts
 
 
 NO_ROWS = pl.DataFrame(
