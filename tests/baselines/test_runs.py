@@ -198,7 +198,7 @@ def test_an_id_run_on_two_ray_workers_ends_where_one_ends(
         settings = config("sasrec", f"training.num_workers={workers}", "model.ids.dropout=0",
                           "training.precision=float32")  # fmt: skip
         run = str(tmp_path / str(workers))
-        train_run(settings, shop, run, cache=cache, executor=ON_RAY)
+        train_run(settings, shop, run, cache=cache, executor=ON_RAY, is_tested=False)
         lines = [line for line in read_lines(f"{run}/metrics.jsonl") if line["stage"] == "joint"]
         losses.append([line["loss/total"] for line in lines])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
