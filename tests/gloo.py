@@ -26,10 +26,15 @@ IMPORTED = [
 ]  # fmt: skip
 
 
+def import_once() -> str:
+    """The start method of processes that have imported the model already."""
+    forkserver.set_forkserver_preload(IMPORTED)
+    return "forkserver"
+
+
 def start_workers(worker: Callable[..., object], size: int, *arguments: Any) -> None:
     """`worker(rank, *arguments)` in `size` processes; returns when all have ended."""
-    forkserver.set_forkserver_preload(IMPORTED)
-    multiprocessing.start_processes(worker, args=arguments, nprocs=size, start_method="forkserver")
+    multiprocessing.start_processes(worker, args=arguments, nprocs=size, start_method=import_once())
 
 
 def run_workers(worker: Worker, size: int, *arguments: Any) -> list[dict[str, Any]]:
