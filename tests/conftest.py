@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,23 @@ def mlflow_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     return uri
+
+
+@pytest.fixture(scope="module")
+def blank_pictures() -> Iterator[None]:
+    """Reports of runs with a dot for each figure: drawing six takes longer than a few steps.
+
+    `tests/report/` draws each of them, and `runs/test_pipeline.py` those of a whole run.
+    """
+    from PIL import Image
+
+    from karma_ray.report import plots
+
+    sink = io.BytesIO()
+    Image.new("1", (1, 1)).save(sink, "PNG")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "png", lambda figure: sink.getvalue())
+        yield
 
 
 @pytest.fixture(scope="session")

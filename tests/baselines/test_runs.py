@@ -17,6 +17,8 @@ from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 SMALL = [
     "model.tiny.hidden_size=32", "model.tiny.intermediate_size=64", "model.tiny.vocab_size=512",
     "model.ids.width=32", "pretrain.steps=4", "warmup.steps=4", "training.steps=8",

@@ -16,6 +16,8 @@ from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 SMALL = [
     "pretrain.steps=20", "warmup.steps=20", "training.steps=60", "training.batch_size=8",
     "training.report_every=1", "training.encoder_delay=0.5", "training.num_workers=0",

@@ -24,6 +24,8 @@ from karma_ray.runs.frozen_outputs import FrozenOutputs
 from karma_ray.runs.pipeline import evaluate_run, train_run
 from karma_ray.runs.stages import with_checkpoints
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 SMALL = [
     "pretrain.steps=8", "warmup.steps=4", "warmup.train=all", "training.steps=6",
     "training.batch_size=8", "training.report_every=1", "training.checkpoint_every=2",
