@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AUTH_MODE": "disabled",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.1",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # as in every local Ray of the package
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "OMP_NUM_THREADS": "1",
@@ -23,6 +26,9 @@ ENVIRONMENT = {
 }
 os.environ.update(ENVIRONMENT)
 os.environ.pop("MLFLOW_TRACKING_URI", None)  # runs of tests are sent nowhere
+# The workers of Ray and the jobs that tests start would each compile the whole package again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 import pytest
 
@@ -75,6 +81,23 @@ def mlflow_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
     monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
     return uri
+
+
+@pytest.fixture(scope="module")
+def blank_pictures() -> Iterator[None]:
+    """Reports of runs with a dot for each figure: drawing six takes longer than a few steps.
+
+    `tests/report/` draws each of them, and `runs/test_pipeline.py` those of a whole run.
+    """
+    from PIL import Image
+
+    from karma_ray.report import plots
+
+    sink = io.BytesIO()
+    Image.new("1", (1, 1)).save(sink, "PNG")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plots, "png", lambda figure: sink.getvalue())
+        yield
 
 
 @pytest.fixture(scope="session")

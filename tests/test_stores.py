@@ -50,7 +50,9 @@ def failing_answers(patch: pytest.MonkeyPatch, store: Store) -> Iterator[None]:
     """Let every third answer of the store fail, and each kind of failure happen again and again."""
     # The pauses are botocore's; waiting for them tests nothing.
     patch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.01)
-    with flaky_proxy(store.port, [503, 500] * 6 + [TIMEOUT]) as proxy:
+    # No answer takes a second: it is given twice, and then only refusals.
+    faults = ([503, 500] * 6 + [TIMEOUT]) * 2 + [503, 500] * 1000
+    with flaky_proxy(store.port, faults) as proxy:
         patch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}")
         patch.setattr(s3fs.S3FileSystem, "read_timeout", 1)
         s3fs.S3FileSystem.clear_instance_cache()

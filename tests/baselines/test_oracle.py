@@ -161,11 +161,18 @@ PINNED = {
     "taste_oracle": [94.00, 52.48, 93.00],
 }
 """gAUC, HR@10 and HR@50 of the default shop's test week; docs/toy-shop.md shows them."""
+PINNED_SMALL = {
+    "query_filter": [50.78, 51.30, 96.39],
+    "query_filter_popular": [63.60, 64.13, 97.39],
+    "affinity": [62.54, 60.52, 96.79],
+    "oracle": [92.10, 90.78, 99.80],
+    "taste_oracle": [94.28, 93.59, 100.00],
+}
+"""The same of the small shop, which is measured with every change."""
 
 
-def test_floors_and_ceilings_of_the_default_shop_are_pinned(tmp_path: Path) -> None:
-    uri = str(tmp_path)
-    prepared = prepared_shop(uri, ToyShopConfig())
+def measured(uri: str, prepared: Prepared) -> dict[str, list[float]]:
+    """The same three metrics of each floor and ceiling."""
     catalog = Catalog.load(uri)
     matches = QueryMatches(catalog, read_table(f"{uri}/query_matches"))
     clicks = training_clicks(prepared.sequences, catalog)
@@ -188,6 +195,20 @@ def test_floors_and_ceilings_of_the_default_shop_are_pinned(tmp_path: Path) -> N
         ).metrics
         found[name] = [metrics[key] for key in ("gAUC", "HR@10", "HR@50")]
     print({name: [round(value, 2) for value in values] for name, values in found.items()})
+    return found
+
+
+def test_floors_and_ceilings_of_a_small_shop_are_pinned(small: tuple[str, Prepared]) -> None:
+    found = measured(*small)
+    for name, values in PINNED_SMALL.items():
+        assert found[name] == pytest.approx(values, abs=0.05), name
+    assert found["taste_oracle"][0] > found["oracle"][0] > found["affinity"][0]
+
+
+@pytest.mark.slow
+def test_floors_and_ceilings_of_the_default_shop_are_pinned(tmp_path: Path) -> None:
+    uri = str(tmp_path)
+    found = measured(uri, prepared_shop(uri, ToyShopConfig()))
     for name, values in PINNED.items():
         assert found[name] == pytest.approx(values, abs=0.05), name
     assert found["oracle"][0] >= 75 > 65 >= found["affinity"][0]

@@ -17,6 +17,8 @@ from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 SMALL = [
     "model.tiny.hidden_size=32", "model.tiny.intermediate_size=64", "model.tiny.vocab_size=512",
     "model.ids.width=32", "pretrain.steps=4", "warmup.steps=4", "training.steps=8",
@@ -198,7 +200,7 @@ def test_an_id_run_on_two_ray_workers_ends_where_one_ends(
         settings = config("sasrec", f"training.num_workers={workers}", "model.ids.dropout=0",
                           "training.precision=float32")  # fmt: skip
         run = str(tmp_path / str(workers))
-        train_run(settings, shop, run, cache=cache, executor=ON_RAY)
+        train_run(settings, shop, run, cache=cache, executor=ON_RAY, is_tested=False)
         lines = [line for line in read_lines(f"{run}/metrics.jsonl") if line["stage"] == "joint"]
         losses.append([line["loss/total"] for line in lines])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

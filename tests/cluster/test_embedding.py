@@ -30,12 +30,20 @@ def data_of(run: str) -> str:
     return str(Path(run).parent / "data")
 
 
+def is_ours(process: int) -> bool:
+    """Whether the process was started by this one, or by one that it started."""
+    while process > 1 and process != os.getpid():
+        status = Path(f"/proc/{process}/stat").read_text()
+        process = int(status.rpartition(")")[2].split()[1])
+    return process == os.getpid()
+
+
 def encoders_here() -> list[int]:
-    """The process ids of the encoders of this machine."""
+    """The process ids of the encoders of this session's Ray: others have theirs beside it."""
     found = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
-            if b"EmbeddingActor" in path.read_bytes():
+            if b"EmbeddingActor" in path.read_bytes() and is_ours(int(path.parent.name)):
                 found.append(int(path.parent.name))
         except OSError:
             continue

@@ -157,6 +157,11 @@ class Study:
         self.results, self.runs, self.cache = root / "results", str(root / "runs"), cache
         self.data = data
 
+    def further(self, root: Path) -> Study:
+        """A study in another folder that knows the records of this one."""
+        shutil.copytree(self.results, root / "results")
+        return Study(root, self.data, self.cache)
+
     def trials(self, *rows: str, more: tuple[str, ...] = ()) -> list[Trial]:
         return planned([Row(row, row) for row in rows], [0], self.data, (*SMALL, *more))
 
@@ -207,13 +212,15 @@ def test_a_finished_run_leaves_all_that_the_report_needs(study: tuple[Study, Out
 
 
 @pytest.mark.ray
-def test_a_stopped_study_goes_on_and_makes_nothing_twice(study: tuple[Study, Outcome]) -> None:
-    made, _ = study
+def test_a_stopped_study_goes_on_and_makes_nothing_twice(
+    study: tuple[Study, Outcome], tmp_path: Path
+) -> None:
+    made = study[0].further(tmp_path)
     before = made.lines()
-    outcome = made.run(made.trials("action_only", "karma_text"), concurrent=1)
-    assert outcome.there == ["action_only-seed0"] and outcome.done == ["karma_text-seed0"]
+    outcome = made.run(made.trials("action_only", "popularity"), concurrent=1)
+    assert outcome.there == ["action_only-seed0"] and outcome.done == ["popularity-seed0"]
     assert len(made.lines()) == 2 and before[0] in made.lines()
-    again = made.run(made.trials("action_only", "karma_text"))
+    again = made.run(made.trials("action_only", "popularity"))
     assert again.told() == "0 made; 2 already there"
 
 
@@ -266,7 +273,7 @@ def test_a_trial_that_fails_is_told_and_the_others_run(
 
     made, _ = study
     other = Study(tmp_path, data, made.cache)
-    trials = other.trials("action_only", "karma_text")
+    trials = other.trials("action_only", "popularity")
     # a run folder that was started with another configuration is not continued
     changed = override(trials[0].config, ["training.learning_rate=0.5"])
     folder = run_folder(trials[0], data, other.runs)
@@ -274,7 +281,7 @@ def test_a_trial_that_fails_is_told_and_the_others_run(
 
     write_json(to_dict(changed), f"{folder}/config.json")
     outcome = other.run(trials, concurrent=2)
-    assert outcome.done == ["karma_text-seed0"]
+    assert outcome.done == ["popularity-seed0"]
     assert "training.learning_rate" in outcome.failed["action_only-seed0"]
 
 
@@ -298,11 +305,10 @@ def test_another_setting_or_other_data_are_not_taken_for_the_same(
 
 @pytest.mark.ray
 def test_a_run_of_another_row_is_told_under_this_one_and_not_made_again(
-    study: tuple[Study, Outcome], data: Data, tmp_path: Path
+    study: tuple[Study, Outcome], tmp_path: Path
 ) -> None:
     made, _ = study
-    other = Study(tmp_path, data, made.cache)
-    shutil.copytree(made.results, other.results)
+    other = made.further(tmp_path)
     there = read_records(made.results)
     trials = [replace(trial, row="again") for trial in made.trials("action_only", more=ONE_THREAD)]
     outcome = other.run(trials)
@@ -330,19 +336,20 @@ def test_when_the_time_is_over_the_rest_is_left(
 def test_the_job_ends_in_a_report(
     study: tuple[Study, Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    made, _ = study
+    made = study[0].further(tmp_path)
     monkeypatch.chdir(tmp_path)
     sets = [flag for assignment in SMALL for flag in ("--set", assignment)]
-    main(["table1", "--data", made.data.uri, "--rows", "action_only,karma_text", "--seeds", "1",
-          *sets, "--set", "training.steps=20", "--results", "results"])  # fmt: skip
+    main(["table1", "--data", made.data.uri, "--rows", "action_only,karma_text", "--seeds", "0,",
+          *sets, "--results", "results", "--cache", made.cache])  # fmt: skip
     told = capsys.readouterr().out
-    assert "2 made; 0 already there" in told
+    assert "1 made; 1 already there" in told
     text = Path("results/tables.md").read_text()
     assert "| with Tasks 1 and 2 | Pairwise CE, clicks alone |" in text
     assert "python jobs/ablate.py report --results results" in text
     assert Path("results/report/report.html").exists()
     records = read_records(Path("results"))
-    assert {record["steps"] for record in records} == {20}
+    assert [record["name"] for record in records] == ["action_only-seed0", "karma_text-seed0"]
+    assert {record["steps"] for record in records} == {6}
     before = Path("results/tables.md").read_text()
     main(["report", "--results", "results"])
     assert Path("results/tables.md").read_text() == before

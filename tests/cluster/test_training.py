@@ -173,7 +173,7 @@ def test_early_stopping_ends_the_stage(tmp_path: Path, rows: str) -> None:
 
 
 @pytest.mark.ray
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ray_workers_train_like_this_process(
     ray_cluster: None, tmp_path: Path, rows: str, workers: int
 ) -> None:

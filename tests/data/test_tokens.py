@@ -17,6 +17,7 @@ from karma_ray.data.prompts import encode_texts
 from karma_ray.data.tokens import TextLengths, catalog_tokens
 from karma_ray.model.backbones.tokenizer import load_tokenizer, save_tokenizer, train_tokenizer
 from tests import tiny
+from tests.gloo import import_once
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def _stages(data: str, cache: str, log: str) -> None:
 def test_the_workers_of_a_node_tokenize_once_over_all_stages(tmp_path: Path) -> None:
     write_table(tiny.catalog().table, join(str(tmp_path / "data"), "items"))
     names = [str(tmp_path / name) for name in ("data", "cache", "log")]
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
+    with multiprocessing.get_context(import_once()).Pool(2) as pool:
         pool.starmap(_stages, [names] * 2, chunksize=1)
     assert (tmp_path / "log").read_text().split() == [str(tiny.catalog().num_items)]
 

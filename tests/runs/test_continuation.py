@@ -16,6 +16,8 @@ from karma_ray.data.synthetic.config import ToyShopConfig
 from karma_ray.data.synthetic.shop import write_toy_shop
 from karma_ray.errors import InputError
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 SMALL = [
     "pretrain.steps=20", "warmup.steps=20", "training.steps=60", "training.batch_size=8",
     "training.report_every=1", "training.encoder_delay=0.5", "training.num_workers=0",
@@ -44,15 +46,18 @@ def parent(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
     root = str(tmp_path_factory.mktemp("first"))
     write_toy_shop(f"{root}/shop", ToyShopConfig(num_items=240, num_users=120))
-    train_run(_config(), f"{root}/shop", f"{root}/run", cache=f"{root}/cache")
+    train_run(_config(), f"{root}/shop", f"{root}/run", cache=f"{root}/cache", is_tested=False)
     return root, f"{root}/run"
 
 
-def _train(root: str, run: str, *more: str, **options: Any) -> None:
+def _train(root: str, run: str, *more: str, is_tested: bool = False, **options: Any) -> None:
     from karma_ray.runs.pipeline import train_run
 
     shop = options.pop("shop", f"{root}/shop")
-    train_run(_config("training.steps=3", *more), shop, run, cache=f"{root}/cache", **options)
+    train_run(
+        _config("training.steps=3", *more), shop, run, cache=f"{root}/cache", is_tested=is_tested,
+        **options,
+    )  # fmt: skip
 
 
 def test_the_first_loss_is_about_the_last_one_of_the_run_it_goes_on_from(
@@ -74,7 +79,7 @@ def test_the_first_loss_is_about_the_last_one_of_the_run_it_goes_on_from(
     from karma_ray.runs.pipeline import evaluate_run
 
     assert evaluate_run(run, cache=f"{root}/cache")[1]["num_test"] == 30
-    _train(root, run, init_from=first, resume=True)
+    _train(root, run, init_from=first, resume=True, is_tested=True)
     with pytest.raises(InputError, match=r"is not what .* was started from"):
         _train(root, run, init_from=run, resume=True)
 

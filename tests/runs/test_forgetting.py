@@ -38,6 +38,8 @@ from karma_ray.runs.stages import Stage
 from karma_ray.training.checkpoints.checkpoint import save_weights
 from tests import tiny, tiny_run
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 TEXTS = ["a warm scarf for the garden", "boots", "the red chair is soft and warm in winter",
          "blue lamp beside a green vase", "x"]  # fmt: skip
 MODELS: dict[str, tuple[type[PreTrainedConfig], Any, bool]] = {

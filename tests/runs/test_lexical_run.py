@@ -19,6 +19,8 @@ from karma_ray.runs.pipeline import evaluate_run, train_run
 from karma_ray.runs.stages import finished_stage
 from tests.runs.test_lora_run import SMALL
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 SIZE = 16
 
 

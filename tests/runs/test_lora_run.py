@@ -17,6 +17,8 @@ from karma_ray.runs.continuation import noted_stage
 from karma_ray.runs.pipeline import evaluate_run, train_run
 from karma_ray.runs.stages import Stage, finished_stage
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 SMALL = [
     "pretrain.steps=8", "warmup.steps=6", "training.steps=6", "training.batch_size=8",
     "training.report_every=3", "training.checkpoint_every=3", "training.num_workers=0",

@@ -34,9 +34,9 @@ def runs(shop: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("diagnosis")
     cache = str(folder / "cache")
     clicks = ("objective.generation=0", "objective.reconstruction=0")
-    train_run(_config(), shop, f"{folder}/karma", cache=cache)
-    train_run(_config("toy", *clicks), shop, f"{folder}/action", cache=cache)
-    train_run(_config("popularity"), shop, f"{folder}/floor", cache=cache)
+    train_run(_config(), shop, f"{folder}/karma", cache=cache, is_tested=False)
+    train_run(_config("toy", *clicks), shop, f"{folder}/action", cache=cache, is_tested=False)
+    train_run(_config("popularity"), shop, f"{folder}/floor", cache=cache, is_tested=False)
     return folder
 
 

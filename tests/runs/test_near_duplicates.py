@@ -104,8 +104,8 @@ def test_a_resumed_run_masks_what_it_masked_and_evaluation_asks_for_no_table(
         train_run(_config(checkpoint), shop, cut, cache=cache)
     (table,) = (path for path in Path(cache).glob("near-duplicates-*") if path.is_dir())
     assert read_json(f"{cut}/start.json")["contents"] == str(table)
-    train_run(_config(checkpoint), shop, cut, cache=cache, resume=True)
-    train_run(_config(checkpoint), shop, whole, cache=cache)
+    train_run(_config(checkpoint), shop, cut, cache=cache, resume=True, is_tested=False)
+    train_run(_config(checkpoint), shop, whole, cache=cache, is_tested=False)
     lines = [
         [line["negatives/surviving"] for line in read_lines(f"{run}/metrics.jsonl")
          if line["stage"] == "joint"]

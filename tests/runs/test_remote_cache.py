@@ -23,6 +23,8 @@ from karma_ray.runs.stages import with_checkpoints
 from tests import tiny_run
 from tests.runs.test_pipeline import _config
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 STORE = "memory://remote-cache"
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -18,6 +19,13 @@ def _write(run: Path, steps: range, start: int = 0) -> None:
     for step in steps:
         log.add({"step": step, "seconds": 2.0, "loss/total": 1.0 / step})
     log.close()
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not is_so():
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_seconds_add_up_over_a_stage(tmp_path: Path) -> None:
@@ -91,7 +99,7 @@ def test_on_an_object_store_the_log_is_one_object_written_now_and_then(
     log = RunLog(run, "joint")
     for step in range(1, 5):
         log.add({"step": step, "seconds": 1.0})  # never waits for the store
-        time.sleep(0.1)
+        wait_until(lambda step=step: len(tries) >= step)  # its thread may be late
     log.close()
     assert [line["step"] for line in read_lines(f"{run}/metrics.jsonl")] == [1, 2, 3, 4]
     assert len(caplog.records) == 1
@@ -115,7 +123,7 @@ def test_the_driver_tells_an_alarm_of_far_away_workers_once(
     told = {"alarm/mean_cosine_e": 0.9}
     with ProgressLine(str(tmp_path), "joint", 2):
         write(1, **told)
-        time.sleep(1.2)
+        wait_until(lambda: bool(caplog.messages))
         write(2, start=1)
     assert [m for m in caplog.messages if "collapse alarm at step 1" in m] == caplog.messages
     assert len(caplog.messages) == 1
@@ -135,9 +143,7 @@ def test_lines_before_a_checkpoint_reach_a_store_without_waiting(
     log = RunLog(run := "memory://log-before-a-checkpoint", "joint")
     log.add({"step": 10, "seconds": 1.0})
     log.flush()
-    end = time.monotonic() + 30
-    while not list(read_lines(f"{run}/metrics.jsonl")) and time.monotonic() < end:
-        time.sleep(0.01)
+    wait_until(lambda: bool(list(read_lines(f"{run}/metrics.jsonl"))))
     (line,) = read_lines(f"{run}/metrics.jsonl")
     assert line["step"] == 10
     log.close()

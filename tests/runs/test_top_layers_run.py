@@ -24,6 +24,8 @@ from karma_ray.runs.frozen_outputs import FrozenOutputs
 from karma_ray.runs.pipeline import evaluate_run, train_run
 from karma_ray.runs.stages import with_checkpoints
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 SMALL = [
     "pretrain.steps=8", "warmup.steps=4", "warmup.train=all", "training.steps=6",
     "training.batch_size=8", "training.report_every=1", "training.checkpoint_every=2",
@@ -121,7 +123,7 @@ def test_the_states_are_made_once_for_all_runs_that_share_them(
     (made,) = _files(cache)
     before = os.stat(made).st_mtime_ns
     more = ["training.steps=1", "objective.lambda_dec=0.5", "model.peft=lora:2"]
-    train_run(_config(*more), shop, str(tmp_path / "other"), cache=cache)
+    train_run(_config(*more), shop, str(tmp_path / "other"), cache=cache, is_tested=False)
     assert _files(cache) == [made] and os.stat(made).st_mtime_ns == before
 
 
@@ -161,7 +163,7 @@ def test_a_run_that_was_cut_off_equals_an_uninterrupted_one(
     shop, cache, run = finished
     with cut_off():
         train_run(_config(), shop, str(tmp_path / "cut"), cache=cache)
-    train_run(_config(), shop, str(tmp_path / "cut"), cache=cache, resume=True)
+    train_run(_config(), shop, str(tmp_path / "cut"), cache=cache, resume=True, is_tested=False)
     assert _losses(tmp_path / "cut") == _losses(Path(run))
 
 
@@ -172,7 +174,7 @@ def test_a_finished_run_is_trained_further_on_states_of_its_own_encoder(
     known = _files(cache)
     further = str(tmp_path / "further")
     config = _config("training.steps=2")
-    train_run(config, shop, further, cache=cache, init_from=run)
+    train_run(config, shop, further, cache=cache, init_from=run, is_tested=False)
     assert len(_files(cache)) == len(known) + 1
     ours, theirs = (
         load_file(f"{folder}/bundle/item_encoder/model.safetensors") for folder in (further, run)
@@ -187,7 +189,7 @@ def test_with_head_the_whole_body_stays_and_its_head_learns(
 ) -> None:
     shop, cache, _ = finished
     more = ["training.encoder_grad=head", "training.encoder_delay=0", "training.steps=3"]
-    train_run(_config(*more), shop, str(tmp_path / "run"), cache=cache)
+    train_run(_config(*more), shop, str(tmp_path / "run"), cache=cache, is_tested=False)
     start = read_json(f"{tmp_path}/run/start.json")
     warm = load_file(f"{start['warm']}/model.safetensors")
     last = load_file(f"{tmp_path}/run/checkpoints/joint/final/model.safetensors")

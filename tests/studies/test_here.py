@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from jobs.ablate import main
 from karma_ray.artifacts import read_lines
 from karma_ray.data.config import PrepareConfig
 from karma_ray.data.synthetic.config import ToyShopConfig
@@ -45,15 +46,20 @@ def shop(tmp_path_factory: pytest.TempPathFactory) -> str:
     return folder
 
 
+def flags_of(shop: str, *flags: str) -> list[str]:
+    """Flags of the job for one small study without Ray."""
+    sets = [part for setting in SMALL for part in ("--set", setting)]
+    return ["table1", "--data", shop, *flags, "--seeds", "1", "--results", "results",
+            "--without-ray", *sets]  # fmt: skip
+
+
 def ablate(shop: str, root: Path, *flags: str) -> str:
     """Run the job in `root`, where only this machine can compute; return what it prints."""
     absent = root / "absent"
     absent.mkdir(exist_ok=True)
     for package in ("ray", "faiss", "polars"):  # also found by the children of the job
         (absent / f"{package}.py").write_text(f"raise ImportError({package!r})")
-    sets = [part for setting in SMALL for part in ("--set", setting)]
-    command = [sys.executable, str(ROOT / "jobs/ablate.py"), "table1", "--data", shop, *flags]
-    command += ["--seeds", "1", "--results", "results", "--without-ray", *sets]
+    command = [sys.executable, str(ROOT / "jobs/ablate.py"), *flags_of(shop, *flags)]
     done = subprocess.run(
         command, capture_output=True, text=True, check=False, cwd=root,
         env=os.environ | {"PYTHONPATH": str(absent)},
@@ -73,13 +79,15 @@ def without_seconds(metrics: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_a_study_without_ray_stops_goes_on_and_records_what_a_run_measures(
-    shop: str, tmp_path: Path
+    shop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = ("--rows", "karma_text")
-    assert "1 left: karma_text-seed0" in ablate(shop, tmp_path, *rows, "--max-minutes", "0.0001")
-    assert "1 made; 0 already there" in ablate(shop, tmp_path, *rows, "--concurrent", "1")
     data = Data.open(shop)
     (trial,) = planned([Row("karma_text", "")], [0], data, SMALL)
+    rows = ("--rows", "karma_text")
+    monkeypatch.chdir(tmp_path)
+    main(flags_of(shop, *rows, "--max-minutes", "0.0001"))
+    assert "1 left: karma_text-seed0" in capsys.readouterr().out
+    assert "1 made; 0 already there" in ablate(shop, tmp_path, *rows, "--concurrent", "1")
     (record,) = read_records(tmp_path / "results")
     assert record["name"] == trial.name and record["steps"] == 6 and not record["resumed"]
     assert record["peak_gib"]["host"] > 0.1 and record["device"] == "cpu"

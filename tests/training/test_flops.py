@@ -238,9 +238,9 @@ def test_counting_a_batch_of_64_windows_takes_about_a_millisecond() -> None:
     assert batch.num_windows == 64
     times = []
     for _ in range(20):
-        started = time.perf_counter()
+        started = time.process_time()
         joint_flops(karma, batch, ObjectiveConfig().built, encoder="full")
-        times.append(time.perf_counter() - started)
+        times.append(time.process_time() - started)
     assert min(times) < 5e-3  # below 1 ms on an idle core
 
 

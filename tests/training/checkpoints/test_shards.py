@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as multiprocessing
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -22,7 +21,7 @@ from karma_ray.training.checkpoints.checkpoint import (
 )
 from karma_ray.training.checkpoints.shards import is_sharded
 from karma_ray.training.checkpoints.store import CheckpointStore
-from tests.gloo import leave
+from tests.gloo import leave, start_workers
 
 STEPS = 3
 
@@ -99,8 +98,7 @@ def _part(rank: int, folder: str, workers: int, sharded: bool, first: int) -> No
 
 
 def _run(folder: Path, workers: int, sharded: bool, first: int) -> Any:
-    arguments = (str(folder), workers, sharded, first)
-    multiprocessing.spawn(_part, args=arguments, nprocs=workers)
+    start_workers(_part, workers, str(folder), workers, sharded, first)
     return torch.load(folder / f"found-{first}.pt", weights_only=False)
 
 
