@@ -24,7 +24,7 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from karma_ray.errors import InputError
-from karma_ray.stores import store_options
+from karma_ray.stores import dropped_on_failure, store_options
 
 SCHEMA_VERSION = 1
 ROW_GROUP_ROWS = 2_048
@@ -88,18 +88,18 @@ def locked(path: str) -> AbstractContextManager[Any]:
 
 @contextmanager
 def new_file(uri: str) -> Iterator[BinaryIO]:
-    """Open a file to write, which on a local filesystem replaces an earlier one once complete."""
+    """Open a file to write, which replaces an earlier one once it is complete."""
     fs, path = open_filesystem(uri)
     fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
     draft = f"{path}.{os.getpid()}.tmp" if "file" in fs.protocol else path
-    with fs.open(draft, "wb") as sink:
+    with fs.open(draft, "wb") as sink, dropped_on_failure(sink):
         yield sink
     if draft != path:
         os.replace(draft, path)
 
 
 def write_table(table: pa.Table, folder: str, part: str = "part-00000") -> None:
-    """Write one zstd Parquet file `folder/part.parquet`, atomically on a local filesystem."""
+    """Write one zstd Parquet file `folder/part.parquet`, whole or not at all."""
     with new_file(join(folder, f"{part}.parquet")) as sink:
         # Training shuffles and bounds its memory by row groups (training/order.py).
         pq.write_table(table, sink, compression="zstd", row_group_size=ROW_GROUP_ROWS)
@@ -167,7 +167,7 @@ def read_bytes(uri: str) -> bytes:
 
 
 def write_bytes(content: bytes, uri: str) -> None:
-    """Write a file, atomically on a local filesystem."""
+    """Write a file, whole or not at all."""
     with new_file(uri) as sink:
         sink.write(content)
 

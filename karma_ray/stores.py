@@ -8,7 +8,11 @@ answer in time is asked again after a pause that doubles and has a random part (
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+
+from fsspec.spec import AbstractBufferedFile
 
 MAX_ATTEMPTS = 6
 """Tries of one request; the pauses between them add up to a quarter of a minute on average."""
@@ -26,6 +30,18 @@ def store_options(uri: str) -> dict[str, Any]:
     if "AWS_MAX_ATTEMPTS" not in os.environ:
         retries["total_max_attempts"] = MAX_ATTEMPTS
     return {"config_kwargs": {"retries": retries}} if retries else {}
+
+
+@contextmanager
+def dropped_on_failure(sink: Any) -> Iterator[None]:
+    """Keep a file that a store is sent from appearing by halves when an error closes it."""
+    try:
+        yield
+    except BaseException:
+        if isinstance(sink, AbstractBufferedFile):
+            sink.discard()
+            sink.closed = True
+        raise
 
 
 def failure(error: BaseException) -> str | None:

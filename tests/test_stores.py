@@ -17,7 +17,7 @@ from botocore.retries.standard import ExponentialBackoff
 
 from jobs import import_data
 from karma_ray import cli
-from karma_ray.artifacts import open_filesystem, read_json, read_table, write_table
+from karma_ray.artifacts import new_file, open_filesystem, read_json, read_table, write_table
 from karma_ray.data.config import PrepareConfig
 from karma_ray.node_cache import upload
 from karma_ray.retrieval.embedding import embed_catalog
@@ -68,6 +68,10 @@ def test_import_and_prepare_survive_every_third_answer_that_fails(
     expected = import_data.main(["long", log, local, "--items", items])
     with running_store(monkeypatch) as store:
         fs = s3fs.S3FileSystem()
+        with pytest.raises(RuntimeError), new_file(f"s3://{BUCKET}/half") as sink:
+            sink.write(b"half of it")
+            raise RuntimeError
+        assert not fs.exists(f"{BUCKET}/half")
         fs.put(log, f"{BUCKET}/log", recursive=True)
         fs.put(items, f"{BUCKET}/items.csv")
         with failing_answers(monkeypatch, store):
