@@ -270,10 +270,9 @@ def peak_flops(device: torch.device | str, dtype: torch.dtype) -> float:
     0.2 s on a CPU core.
     """
     device = torch.device(device)
-    if device.type == "cuda":
-        known = tabled_peak(torch.cuda.get_device_name(device), dtype)
-        if known is not None:
-            return known
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    if (known := tabled_peak(name, dtype)) is not None:
+        return known
     return _measured_peak(device, dtype, torch.get_num_threads())
 
 
@@ -291,7 +290,8 @@ def tabled_peak(name: str, dtype: torch.dtype) -> float | None:
 def _measured_peak(device: torch.device, dtype: torch.dtype, num_threads: int) -> float:
     """Return the best of three products of square matrices, after one to warm up."""
     size = 1024 if device.type == "cpu" else 8192
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    own = torch.Generator(device).manual_seed(0)  # dropout draws from the shared one
+    left, right = torch.randn(2, size, size, device=device, generator=own).to(dtype)
     times = []
     for _ in range(4):
         started = time.perf_counter()

@@ -276,6 +276,14 @@ def test_another_device_is_measured_once() -> None:
     assert flops._measured_peak.cache_info().hits == before + 1
 
 
+def test_a_measurement_leaves_the_numbers_that_training_draws() -> None:
+    flops._measured_peak.cache_clear()
+    before = torch.get_rng_state()
+    peak_flops("cpu", torch.float32)
+    assert flops._measured_peak.cache_info().misses == 1
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def _states(encoder: ItemEncoder, folder: Path) -> FrozenStates:
     portions = FrozenPortions(encoder, *tiny.item_tokens(), "float32")
     path = str(folder / "states.npy")
