@@ -139,7 +139,10 @@ def _probed(
 ) -> Record:
     if probe is None:
         return {}
-    with torch.no_grad(), _autocast(next(model.parameters()).device, precision):
+    device = next(model.parameters()).device
+    # How often a run reports must not change the numbers that its dropout draws.
+    own_numbers = torch.random.fork_rng([device] if device.type != "cpu" else [])
+    with torch.no_grad(), own_numbers, _autocast(device, precision):
         return probe(model, batch, state)
 
 

@@ -104,6 +104,23 @@ def test_a_true_answer_to_a_report_ends_the_training() -> None:
     assert done == 4
 
 
+def test_how_often_a_run_reports_does_not_change_what_its_dropout_draws() -> None:
+    def probe(model: nn.Module, batch: Batch, *_: object) -> Record:
+        return {"mean": float(model(batch[0]).mean())}
+
+    def weights(report_every: int) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 1))
+        optimizer = build_optimizer(model, learning_rate=0.1, weight_decay=0.0)
+        fit(
+            model, _step, optimizer, _batches(6), lambda _: None, steps=6, precision="float32",
+            report_every=report_every, probe=probe,
+        )  # fmt: skip
+        return next(model.parameters()).detach()
+
+    assert torch.equal(weights(1), weights(6))
+
+
 def test_after_step_sees_every_finished_step() -> None:
     model, optimizer = _start()
     seen: list[int] = []
