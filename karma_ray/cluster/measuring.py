@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -77,12 +76,11 @@ def enlist_on_ray(
 
 def _grow(need: Resources, count: int) -> None:
     """Ask for the places of `count` processes until all are there, or for GROWING_S."""
-    end = time.monotonic() + GROWING_S
     places = [placement_group([dict(need)]) for _ in range(count)]
     try:
         with telling("evaluation", GPU if "GPU" in need else CPU, count):
-            for place in places:
-                place.wait(max(0.0, end - time.monotonic()))
+            ready = [place.ready() for place in places]
+            ray.wait(ready, num_returns=count, timeout=GROWING_S)
     finally:
         for place in places:  # the processes ask anew, and machines stay for a while without work
             remove_placement_group(place)
