@@ -7,7 +7,6 @@ name needs no mapping.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
@@ -93,7 +92,7 @@ def import_long(
             data.reject(lines, file, reason)
         _write_items(data, table)
         work = ImportWork(join(data.work, _LOG))
-        work.open([dict(columns), asdict(form), time_format, len(log.files.stamps) == 1])
+        work.open(log.key())
         passes = LogImport(log, data, work, sizes, run)
         facts, of_files = passes.read()
         if not facts.num_rows:
