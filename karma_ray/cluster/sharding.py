@@ -23,6 +23,8 @@ from karma_ray.runs import preparation
 
 IN_FLIGHT = 1_000
 """Tasks that are submitted at the same time, which bounds what the driver keeps of them."""
+_END_SECONDS = 30
+"""How long tasks that were cancelled are waited for."""
 
 
 def ensure_prepared(data_uri: str, config: PrepareConfig) -> PreparedData:
@@ -55,8 +57,10 @@ def run_on_ray(task: Task, inputs: Sequence[Any], small: bool) -> Iterable[None]
             yield
             running += [call.remote(shared, part) for part in islice(left, 1)]
     finally:
-        for each in running:  # none may write into a folder that is no longer there
+        for each in running:
             ray.cancel(each)
+        if running:  # none may write into a folder that the caller removes
+            ray.wait(running, num_returns=len(running), timeout=_END_SECONDS, fetch_local=False)
 
 
 def _call(shared: list[ray.ObjectRef], part: Any) -> None:

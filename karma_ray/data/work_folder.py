@@ -25,6 +25,8 @@ from karma_ray.artifacts import (
     write_table,
 )
 
+_KEY = "key.json"
+
 
 @dataclass(frozen=True)
 class Part:
@@ -109,7 +111,16 @@ class WorkFolder:
 
 def open_work(folder: str, key: Any) -> None:
     """Keep the content of a work folder if it was opened with an equal key; otherwise empty it."""
-    marker = join(folder, "key.json")
+    marker = join(folder, _KEY)
     if exists(folder) and not (exists(marker) and read_json(marker) == key):
-        remove(folder)
+        remove_work(folder)
     write_json(key, marker)
+
+
+def remove_work(folder: str) -> None:
+    """Remove a work folder if there is one, its key first.
+
+    What is left when this is interrupted lacks some files, and is not taken for work to go on with.
+    """
+    remove(join(folder, _KEY))
+    remove(folder)

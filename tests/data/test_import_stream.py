@@ -282,6 +282,34 @@ def test_a_file_that_has_changed_is_read_again(tmp_path: Path) -> None:
     assert contents(tmp_path / "out") == contents(tmp_path / "expected")
 
 
+def test_files_are_read_again_if_their_columns_would_be_others(tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text(ITEMS)
+    folder = tmp_path / "log" / "query=lamp"
+    folder.mkdir(parents=True)
+    for number in range(3):
+        (folder / f"{number}.csv").write_text("user_id,timestamp,item_id,clicked\nu,9,1,1\n")
+    arguments: dict[str, Any] = {"items": str(tmp_path / "items.csv")}
+    for src in (folder, folder.parent):  # the folder names a column of the second only
+        with pytest.raises(ConnectionError):
+            import_long(str(src), str(tmp_path / "out"), **arguments, run=Counting(left=3))
+    whole = import_long(str(folder.parent), str(tmp_path / "out"), **arguments, run=Counting(2))
+    assert whole["query_source"] == "real"
+    with pytest.raises(ConnectionError):
+        import_long(str(folder), str(tmp_path / "out"), **arguments, run=Counting(left=3))
+    (folder / "0.csv").write_text("user_id,timestamp,item_id\nu,9,1\n")
+    with pytest.raises(InputError, match=r"0.csv' lacks the column 'clicked'"):
+        import_long(str(folder), str(tmp_path / "out"), **arguments)
+
+
+def test_columns_are_refused_before_a_task_is_run(tmp_path: Path) -> None:
+    log, items = write_logs(tmp_path)
+    with pytest.raises(InputError, match="--columns clicked: 'buy' is not a column of the file"):
+        import_long(
+            log, str(tmp_path / "out"), items=items, columns={"clicked": "buy"}, run=Counting(0)
+        )
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("range_pages", [1, 40, 1_000])
 def test_parts_hold_every_page_once_in_the_order_of_time(range_pages: int) -> None:
     generator = np.random.default_rng(range_pages)

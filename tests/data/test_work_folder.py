@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from karma_ray.artifacts import exists, join, read_table, write_bytes, write_json, write_manifest
-from karma_ray.data.work_folder import WorkFolder
+from karma_ray.data.work_folder import WorkFolder, open_work, remove_work
 
 ROWS = pa.table({"n": [1, 2]})
 
@@ -58,3 +59,22 @@ def test_a_complete_table_takes_the_place_of_an_earlier_one(work: WorkFolder) ->
     assert read_table(work.target).equals(ROWS) and made["content_hash"]
     assert exists(join(work.target, "manifest.json"))
     assert not exists(join(work.target, "old.parquet")) and not exists(work.root)
+
+
+def test_nothing_goes_on_with_what_an_interrupted_removal_has_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, left = str(tmp_path / "work"), tmp_path / "work" / "facts.json"
+    open_work(folder, "key")
+    write_json(1, str(left))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        remove_work(folder)
+    monkeypatch.undo()
+    assert left.exists()
+    open_work(folder, "key")
+    assert not left.exists()

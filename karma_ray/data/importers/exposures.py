@@ -110,6 +110,17 @@ class Exposures:
         """Whether times are unknown, so that the rows of each user are numbered instead."""
         return self._columns.get("timestamp") == BY_ROW
 
+    def key(self) -> list[Any]:
+        """Return what the rows of a file depend on beside its content, as JSON values.
+
+        The columns of the first file are a part, as another file is refused that has others.
+        Raises InputError on columns that it lacks.
+        """
+        first, files = self.files.first_batch(), self.files
+        names = [] if first is None else [n for n in EXPOSURES if n in self._mapped(first).columns]
+        alone = len(files.stamps) == 1
+        return [files.root, alone, names, self._columns, asdict(files.form), self._time_format]
+
     def read(self, file: str, facts: LogFacts) -> Iterator[tuple[pl.DataFrame, pl.DataFrame]]:
         """Yield exposures (EXPOSURES), and the QUARANTINE of rows, in the order of the file.
 

@@ -81,7 +81,7 @@ class LogFiles:
         """Raise InputError, which names `field`, if there is no such file."""
         if not exists(uri):
             raise InputError(field, uri, "does not exist")
-        fs, self._root = open_filesystem(uri)
+        fs, self.root = open_filesystem(uri)
         self._files = data_files(uri, ENDINGS)
         if not self._files:
             raise InputError(field, uri, "is no such file nor a folder of them", choices=ENDINGS)
@@ -92,7 +92,7 @@ class LogFiles:
         """Of every file; another content has another stamp."""
         self.uri, self.field = uri, field
         self._ids, self._needed = list(ids), list(needed)
-        self._form, self._block_bytes = form or TextFormat(), block_bytes
+        self.form, self._block_bytes = form or TextFormat(), block_bytes
         self._have: dict[str, list[str]] = {}
         self.notes: list[str] = []
         """Notes for the manifest on how the files were read, complete after the last batch."""
@@ -118,13 +118,17 @@ class LogFiles:
             yield from self.read(file, lost, self.notes)
         self.check_lost(lost)
 
-    def know_columns(self) -> None:
-        """Read the columns of the first file, with which `read` compares those of another one."""
+    def first_batch(self) -> Batch | None:
+        """Read the first rows with all columns, with which `read` compares those of other files.
+
+        Returns None of a log of JSON lines, as these may omit some.
+        """
         for file in self.files:
             if kind_of(file) not in JSON:
-                for _ in self.read(file, [], []):
+                for batch in self.read(file, [], []):
                     if self._have:
-                        return
+                        return batch
+        return None
 
     def check_lost(self, lost: Iterable[Lost]) -> None:
         """Raise TooManyBadRows if too much of all files is damaged."""
@@ -141,7 +145,7 @@ class LogFiles:
         """
         lines, undecoded, seen = 0, 0, False
         try:
-            parts = stream_file(file, self._form.quotes, self._form.encoding, self._block_bytes)
+            parts = stream_file(file, self.form.quotes, self.form.encoding, self._block_bytes)
             for part in parts:
                 lost += part.lost
                 notes += [f"{self.field}: {note}" for note in part.notes]
@@ -172,7 +176,7 @@ class LogFiles:
     def _batch(self, file: str, part: Rows, rejected: list[tuple[str, pl.DataFrame]]) -> Batch:
         frame, path = part.frame, open_filesystem(file)[1]
         if frame.width > 1:
-            columns = folder_columns(path, self._root) if path != self._root else {}
+            columns = folder_columns(path, self.root) if path != self.root else {}
             further = [pl.lit(v).alias(c) for c, v in columns.items() if c not in frame.columns]
             frame = with_ids(frame.with_columns(further), self._ids, file)
             if kind_of(file) not in JSON:

@@ -53,7 +53,6 @@ class LogImport:
         The rejected rows are quarantined in the order of the log. Raises InputError on columns
         that only some files have, or none, and TooManyBadRows on too much damage.
         """
-        self.log.files.know_columns()
         task, files = ReadFile(self.log, self.work, self.sizes), self.log.files.files
         done = self.work.facts("read")
         missing = [file for file in files if task.name(file) not in done]

@@ -7,13 +7,12 @@ name needs no mapping.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
 
 import polars as pl
 
-from karma_ray.artifacts import absolute, join, open_filesystem, remove
+from karma_ray.artifacts import absolute, join, open_filesystem
 from karma_ray.data.identifiers import known_text
 from karma_ray.data.importers.exposures import (
     NO_TIME,
@@ -31,6 +30,7 @@ from karma_ray.data.importers.page_folding import PageCounts
 from karma_ray.data.picture_files import beside
 from karma_ray.data.splits import to_microseconds
 from karma_ray.data.tasks import RunTasks, run_here
+from karma_ray.data.work_folder import remove_work
 from karma_ray.errors import InputError
 
 _LOG = "log"
@@ -93,7 +93,7 @@ def import_long(
             data.reject(lines, file, reason)
         _write_items(data, table)
         work = ImportWork(join(data.work, _LOG))
-        work.open([dict(columns), asdict(form), time_format, len(log.files.stamps) == 1])
+        work.open(log.key())
         passes = LogImport(log, data, work, sizes, run)
         facts, of_files = passes.read()
         if not facts.num_rows:
@@ -101,7 +101,7 @@ def import_long(
             found = f"has no row that can be read: {dict(data.quarantined)}{advice}"
             raise InputError("SRC", src, found)
         folded = passes.fold(facts, of_files)
-        remove(work.uri)
+        remove_work(work.uri)
         return _finish(data, log, facts, folded, item_rows.notes)
 
 

@@ -38,6 +38,7 @@ from karma_ray.data.schema import (
 )
 from karma_ray.data.table_hash import table_hash
 from karma_ray.data.validation import named_ids
+from karma_ray.data.work_folder import remove_work
 from karma_ray.errors import InputError, TooManyBadRows
 
 _SCHEMAS = {
@@ -98,6 +99,8 @@ class DataFolder:
         refused = isinstance(error, InputError | TooManyBadRows)
         if self._goes_on_with and error is not None and not refused:
             return  # the next attempt goes on with what is finished
+        for name in self._goes_on_with:
+            remove_work(join(self.work, name))
         _remove(self.uri, _WORK)
         fs, path = open_filesystem(self.uri)
         if fs.isdir(path) and not fs.ls(path):
