@@ -310,6 +310,15 @@ def test_columns_are_refused_before_a_task_is_run(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_that_other_nodes_do_not_reach_is_named(tmp_path: Path) -> None:
+    def elsewhere(task: Task, inputs: Sequence[Any], small: bool) -> Iterator[None]:
+        yield from (None for _ in inputs)  # whose output lies on the disk of another node
+
+    log, items = write_logs(tmp_path)
+    with pytest.raises(InputError, match=r"OUT.*lacks what 4 tasks wrote: all nodes must share"):
+        import_long(log, str(tmp_path / "out"), items=items, run=elsewhere)
+
+
 @pytest.mark.parametrize("range_pages", [1, 40, 1_000])
 def test_parts_hold_every_page_once_in_the_order_of_time(range_pages: int) -> None:
     generator = np.random.default_rng(range_pages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ from karma_ray.data.importers.page_folding import PageCounts
 from karma_ray.data.table_hash import table_hash
 from karma_ray.data.tasks import RunTasks, Task
 from karma_ray.data.user_rows import num_partitions
+from karma_ray.errors import InputError
 
 LOG = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class LogImport:
         if len(missing) < len(files):
             LOG.info("import: %d of %d files are read", len(files) - len(missing), len(files))
         self._do(task, missing, "files of the log")
-        done = self.work.facts("read")
+        done = self._facts("read", map(task.name, files))
         found = [{"name": task.name(file), **done[task.name(file)]} for file in files]
         facts = LogFacts()
         for one in found:
@@ -106,8 +107,16 @@ class LogImport:
         done = self.work.facts(kind)
         missing = [one for name, one in zip(names, inputs, strict=True) if name not in done]
         self._do(task, missing, what)
-        done = self.work.facts(kind)
+        done = self._facts(kind, names)
         return [done[name] for name in names]
+
+    def _facts(self, kind: str, names: Iterable[str]) -> dict[str, Any]:
+        """Return the facts of tasks that have ended; raises InputError if some are not there."""
+        found = self.work.facts(kind)
+        if lost := [name for name in names if name not in found]:
+            problem = f"lacks what {len(lost)} tasks wrote: all nodes must share it, as s3:// is"
+            raise InputError("OUT", self.data.uri, problem)
+        return found
 
     def _do(self, task: Task, inputs: Sequence[Any], what: str) -> None:
         small = self.log.files.num_bytes <= self.sizes.here_bytes
