@@ -188,5 +188,5 @@ def test_a_folder_with_files_is_refused_and_an_empty_one_is_filled(tmp_path: Pat
     export_encoder(run, str(tmp_path / "out"))
     with pytest.raises(InputError, match=r"OUT.*not an empty folder"):
         export_encoder(run, str(tmp_path / "out"))
-    with pytest.raises(InputError, match="bundle"):
+    with pytest.raises(InputError, match=r"RUN.*does not exist"):
         export_encoder(str(tmp_path / "none"), str(tmp_path / "other"))

@@ -38,6 +38,7 @@ def served(service: Service, token: str | None = None) -> Iterator[str]:
     """The application behind uvicorn, in a thread."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()  # a client that is faster than the server waits
         server = uvicorn.Server(uvicorn.Config(build_app(service, token), log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listener],))
         thread.start()

@@ -68,6 +68,7 @@ def served(run: str, token: str | None = None) -> Iterator[tuple[str, Service]]:
     page = SearchPage(show_users=True, other=Service.load(run))
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
+        listener.listen()  # a client that is faster than the server waits
         app = build_app(service, token, page)
         server = uvicorn.Server(uvicorn.Config(app, log_level="warning"))
         thread = threading.Thread(target=server.run, args=([listener],))
