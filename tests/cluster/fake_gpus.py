@@ -118,7 +118,7 @@ def main(folder: str, run: str, data: str) -> None:
 
     waiting = never.remote()
     with telling("a task", GPU, 3):
-        while not any("waiting for" in message for message in heard.messages):
+        while not any("a task: waiting for" in message for message in heard.messages):
             time.sleep(0.2)
     ray.cancel(waiting)
     ray.shutdown()
