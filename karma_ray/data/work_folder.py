@@ -65,11 +65,8 @@ class WorkFolder:
 
     def finished(self) -> dict[str, Any]:
         """Return the facts of the finished parts by name."""
+        parts = documents(join(self.root, "facts"))
         fs, root = open_filesystem(self.root)
-        fs.invalidate_cache()  # other processes write to it
-        named = [name for name in fs.find(f"{root}/facts") if name.endswith(".json")]
-        found = fs.cat(named) if named else {}
-        parts = {name.rsplit("/", 1)[-1][:-5]: json.loads(told) for name, told in found.items()}
         tables = {name.rsplit("/", 1)[-1] for name in fs.find(f"{root}/table")}
         return {
             name: part["facts"]
@@ -107,6 +104,15 @@ class WorkFolder:
 
     def _facts(self, name: str) -> str:
         return join(self.root, "facts", f"{name}.json")
+
+
+def documents(folder: str) -> dict[str, Any]:
+    """Return the JSON files of a folder, which other processes may write to, by their names."""
+    fs, path = open_filesystem(folder)
+    fs.invalidate_cache()
+    named = [name for name in fs.find(path) if name.endswith(".json")]
+    found = fs.cat(named) if named else {}
+    return {name.rsplit("/", 1)[-1][:-5]: json.loads(told) for name, told in found.items()}
 
 
 def open_work(folder: str, key: Any) -> None:

@@ -15,15 +15,14 @@ ones. NAME depends on the file's path, size and version, so a file that has chan
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
 
-from karma_ray.artifacts import join, open_filesystem, write_json
-from karma_ray.data.work_folder import open_work
+from karma_ray.artifacts import join, write_json
+from karma_ray.data.work_folder import documents, open_work
 
 VERSION = 1
 """Raised when the code reads or folds in another way; what older code has left is not used."""
@@ -73,11 +72,7 @@ class ImportWork:
 
     def facts(self, kind: str) -> dict[str, Any]:
         """Return the facts of all finished tasks of a kind by name."""
-        fs, folder = open_filesystem(join(self.uri, kind))
-        fs.invalidate_cache()  # other processes write to it
-        named = [name for name in fs.find(folder) if name.endswith(".json")]
-        found = fs.cat(named) if named else {}
-        return {path.rsplit("/", 1)[-1][:-5]: json.loads(told) for path, told in found.items()}
+        return documents(self.folder(kind))
 
 
 @dataclass(frozen=True)
